@@ -1,0 +1,257 @@
+"""Calibration: the float net sees data, and every quantizer gets its first parameters.
+
+One pass over the batches takes sums and counts of each operand (and the observer's own state); a
+second follows only for observers that search a grid whose width the first pass found. All layers are
+observed at once, on float activations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax.interception import OPERANDS, Frame
+from qkd_jax.numerics import Spec, stats
+from qkd_jax.observers import OBSERVERS
+from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantizers import QUANTIZERS
+
+__all__ = ["calibrate"]
+
+Tree = dict[str, Any]
+_SUFFIX = "_observed"
+
+
+def calibrate(
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    observer: str | None = None,
+    **kwargs: Any,
+) -> Tree:
+    """Gives a net the `quant` collection: from then on it is quantized.
+
+    Args:
+      net: the net; its rules say what is quantized, by which quantizer.
+      variables: its float variables. An old `quant` collection is replaced.
+      batches: an iterable of model inputs: arrays [batch, ...], dicts with the key "image", or
+        tuples of positional arguments. Batches of one shape compile once. A second pass is made
+        for observers that need one, so all batches are held in memory.
+      observer: a key of `OBSERVERS` for every quantizer, or None: what each spec says, else each
+        quantizer's own initialisation (LSQ's from the mean magnitude, the others' from the range).
+      **kwargs: further arguments of the model's call, such as `train=False`.
+
+    Returns:
+      The variables with `quant` added; everything else is as it was.
+
+    Raises:
+      ValueError: no batch; no layer quantized; non-finite data; an operand with negative values
+        under an unsigned symmetric spec; an unknown observer. The message names the layer.
+    """
+    if observer is not None and observer not in OBSERVERS:
+        raise checks.unknown("observer", observer, OBSERVERS)
+    if hasattr(batches, "shape") or isinstance(batches, Mapping):
+        raise ValueError("batches is one batch; give a list of batches, such as [images].")
+    inputs = [_arguments(batch) for batch in batches]
+    if not inputs:
+        raise ValueError("batches is empty; give at least one batch of real inputs.")
+    specs = _Specs(net, observer)
+    floats = {name: value for name, value in variables.items() if name != "quant"}
+
+    first = _observe(net, floats, inputs, kwargs, specs, _Moments())
+    if not first:
+        net.check_rules(_paths(net, floats, inputs[0], kwargs))
+        raise ValueError(
+            "no operand of this net is quantized: none of its rules gives a layer it uses a weight, "
+            "input or output spec. `coverage` lists what the rules reach."
+        )
+    measured = {key: _named(key, stats.finish, found["sums"]) for key, found in first.items()}
+    searching = {key for key in first if OBSERVERS[specs.observer(*key)].NEEDS_STATS}
+    second: dict[tuple[str, str], Tree] = {}
+    if searching:
+        known = {key: measured[key] for key in searching}
+        second = _observe(net, floats, inputs, kwargs, specs, _Search(searching), known)
+
+    quant: Tree = {}
+    for key, moments in measured.items():
+        path, operand = key
+        spec = specs(path, operand)
+        _check_sign(path, operand, spec, moments)
+        state = second[key]["observer"] if key in searching else first[key]["observer"]
+        lo, hi = _named(key, OBSERVERS[specs.observer(path, operand)].range, state, spec)
+        params = QUANTIZERS[spec.quantizer].init(moments._replace(lo=lo, hi=hi), spec)
+        _put(quant, path, f"{operand}_quantizer", params)
+    return {**floats, "quant": quant}
+
+
+class _Specs:
+    """The specs of a net, with `calibrate`'s observer in place of their own."""
+
+    def __init__(self, net: QuantizedModel, observer: str | None):
+        self.net, self.override = net, observer
+
+    def __call__(self, path: str, operand: str) -> Spec | None:
+        spec = self.net.spec_of(path, operand)
+        if spec is None or self.override is None:
+            return spec
+        return dataclasses.replace(spec, observer=self.override)
+
+    def observer(self, path: str, operand: str) -> str:
+        spec = self(path, operand)
+        name = (spec and spec.observer) or "minmax"
+        if name not in OBSERVERS:
+            raise checks.unknown(f"observer of {operand} of {path!r}", name, OBSERVERS)
+        return name
+
+
+def _arguments(batch: Any) -> tuple[Any, ...]:
+    if isinstance(batch, Mapping):
+        if "image" not in batch:
+            raise ValueError(
+                f"a batch has the keys {sorted(batch)}; a dict needs 'image', or give a tuple of the "
+                "model's arguments."
+            )
+        return (np.asarray(batch["image"]),)
+    return tuple(batch) if isinstance(batch, tuple) else (batch,)
+
+
+class _Moments:
+    """First pass: sums of every operand, and the state of observers that need no more."""
+
+    def start(self, key, shape, spec, observer) -> Tree:
+        found: Tree = {"sums": stats.empty(shape)}
+        if not observer.NEEDS_STATS:
+            found["observer"] = observer.init(shape, spec)
+        return found
+
+    def update(self, found, x, spec, axes, observer) -> Tree:
+        new = {"sums": stats.merge(found["sums"], stats.measure(x, channel_axes=axes))}
+        if "observer" in found:
+            new["observer"] = observer.update(found["observer"], x, spec, channel_axes=axes)
+        return new
+
+
+class _Search:
+    """Second pass: observers that search within the moments that the first one found."""
+
+    def __init__(self, keys: set[tuple[str, str]]):
+        self.keys = keys
+
+    def start(self, key, shape, spec, observer) -> Tree:
+        return {"observer": observer.init(shape, spec)} if key in self.keys else {}
+
+    def update(self, found, x, spec, axes, observer) -> Tree:
+        if not found:
+            return found
+        new = observer.update(
+            found["observer"], x, spec, channel_axes=axes, stats=found["stats"]
+        )
+        # The moments lie beside the state, so that a scanned layer sees its own slice of them.
+        return {"observer": new, "stats": found["stats"]}
+
+
+def _observe(net, floats, inputs, kwargs, specs, task, known=None) -> dict[tuple[str, str], Tree]:
+    """Runs the float net over all inputs; the state of each operand lies at its quantizer's place."""
+
+    def run(states, arguments, record):
+        frame = Frame(specs, mode="observe", observe=record)
+        with nn.intercept_methods(frame):
+            _, mutated = net.model.apply(
+                _joined(floats, states), *arguments, mutable=["params"], **kwargs
+            )
+        return _split(mutated["params"])
+
+    def start(found, path, operand, x, spec, axes):
+        shape = tuple(n if i in axes else 1 for i, n in enumerate(x.shape)) if axes else ()
+        observer = OBSERVERS[specs.observer(path, operand)]
+        return task.start((path, operand), shape, spec, observer)
+
+    def update(found, path, operand, x, spec, axes):
+        observer = OBSERVERS[specs.observer(path, operand)]
+        return task.update(found, jax.lax.stop_gradient(x), spec, axes, observer)
+
+    # The states' tree comes from a run of which nothing but the empty states is computed.
+    states = jax.jit(lambda a: run({}, a, start))(inputs[0])
+    for (path, operand), moments in (known or {}).items():
+        _at(states, path)[f"{operand}{_SUFFIX}"]["stats"] = moments
+    step = jax.jit(lambda s, a: run(s, a, update))
+    for arguments in inputs:
+        states = step(states, arguments)
+    return {(path, operand): state for path, operand, state in _walk(states) if state}
+
+
+def _at(tree: Tree, path: str) -> Tree:
+    for key in path.split("/") if path else []:
+        tree = tree[key]
+    return tree
+
+
+def _joined(floats: Mapping[str, Any], states: Tree) -> Tree:
+    def merge(params, extra):
+        out = dict(params)
+        for key, value in extra.items():
+            inside = not key.endswith(_SUFFIX) and isinstance(params.get(key), Mapping)
+            out[key] = merge(params[key], value) if inside else value
+        return out
+
+    return {**floats, "params": merge(floats.get("params", {}), states)}
+
+
+def _split(params: Mapping[str, Any]) -> Tree:
+    out: Tree = {}
+    for key, value in params.items():
+        if key.endswith(_SUFFIX):
+            out[key] = value
+        elif isinstance(value, Mapping) and (inner := _split(value)):
+            out[key] = inner
+    return out
+
+
+def _walk(states: Tree, path: tuple[str, ...] = ()):
+    for key, value in states.items():
+        if key.endswith(_SUFFIX):
+            operand = key.removesuffix(_SUFFIX)
+            assert operand in OPERANDS
+            yield "/".join(path), operand, value
+        else:
+            yield from _walk(value, (*path, key))
+
+
+def _put(tree: Tree, path: str, name: str, value: Any) -> None:
+    for key in path.split("/") if path else []:
+        tree = tree.setdefault(key, {})
+    tree[name] = value
+
+
+def _named(key: tuple[str, str], function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except ValueError as error:
+        path, operand = key
+        raise ValueError(f"{operand} of layer {path!r}: {error}") from None
+
+
+def _check_sign(path: str, operand: str, spec: Spec | None, moments: stats.Stats) -> None:
+    assert spec is not None
+    lowest = float(np.min(np.asarray(moments.lo)))
+    if spec.symmetric and not spec.signed and lowest < 0:
+        raise ValueError(
+            f"{operand} of layer {path!r} goes down to {lowest:.4g}, but its spec is unsigned and "
+            "symmetric: all negative values would become 0. Use signed=True, or symmetric=False for "
+            "an affine grid."
+        )
+
+
+def _paths(net: QuantizedModel, floats: Tree, arguments: tuple, kwargs: Tree) -> set[str]:
+    frame = Frame(net.spec_of)
+    jax.eval_shape(lambda a: net._apply(frame, floats, *a, **kwargs), arguments)
+    return frame.modules
+
+

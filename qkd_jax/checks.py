@@ -1,0 +1,160 @@
+"""Argument checks: every message names the argument, what came, what is allowed and the repair.
+
+The checks raise `ValueError` at trace time (they look at Python values, shapes and dtypes, never at
+array contents), so they cost nothing in a compiled step. Add a sibling as a small function that
+takes the argument's name first.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = [
+    "at_least_one",
+    "class_labels",
+    "images",
+    "in_range",
+    "integer_in",
+    "nearest",
+    "number",
+    "one_of",
+    "positive",
+    "rank",
+    "same_shape",
+    "unknown",
+    "vector",
+]
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the option closest to `word`, or an empty string."""
+    found = difflib.get_close_matches(str(word), [str(o) for o in options], n=1, cutoff=0.5)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def unknown(kind: str, word: str, options: Iterable[str]) -> ValueError:
+    """Builds the error for a name that is not among `options` (returned, not raised)."""
+    options = sorted(str(o) for o in options)
+    return ValueError(
+        f"unknown {kind} {word!r}; allowed: {', '.join(options) or '(none)'}."
+        f"{nearest(word, options)}"
+    )
+
+
+def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raises ValueError unless `value` is one of `allowed`."""
+    allowed = list(allowed)
+    if value not in allowed:
+        hint = nearest(str(value), [str(a) for a in allowed])
+        raise ValueError(
+            f"{name} is {value!r}; allowed: {', '.join(repr(a) for a in allowed)}.{hint}"
+        )
+
+
+def integer_in(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raises ValueError unless `value` is an integer with low <= value <= high."""
+    wanted = f"an integer of at least {low}" + ("" if high is None else f" and at most {high}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} is {value!r} ({type(value).__name__}); it must be {wanted}.")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} is {value}; it must be {wanted}.")
+
+
+def in_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raises ValueError unless `value` is a real number with low <= value <= high."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(
+            f"{name} is {value!r} ({type(value).__name__}); it must be a number in [{low}, {high}]."
+        )
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must lie in [{low}, {high}].")
+
+
+def positive(name: str, value: Any) -> None:
+    """Raises ValueError unless a Python number is above 0 (traced values pass)."""
+    if isinstance(value, numbers.Real) and not value > 0:
+        raise ValueError(f"{name} is {value}; it must be greater than 0.")
+
+
+def rank(name: str, array: Any, wanted: int, meaning: str) -> None:
+    """Raises ValueError unless `array` has `wanted` axes; `meaning` says which, e.g. "[batch]"."""
+    if len(array.shape) != wanted:
+        raise ValueError(
+            f"{name} has shape {tuple(array.shape)}; it must have {wanted} axes: {meaning}."
+        )
+
+
+def same_shape(**arrays: Any) -> None:
+    """Raises ValueError unless all the named arrays have one shape."""
+    shapes: Mapping[str, tuple[int, ...]] = {k: tuple(v.shape) for k, v in arrays.items()}
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{k} {v}" for k, v in shapes.items())
+        raise ValueError(f"shapes differ: {listed}; they must be the same.")
+
+
+def at_least_one(name: str, values: Any) -> None:
+    """Raises ValueError for an empty sequence or mapping."""
+    if len(values) == 0:
+        raise ValueError(f"{name} is empty; give at least one.")
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    low: float,
+    high: float = math.inf,
+    low_allowed: bool = True,
+) -> None:
+    """Raises ValueError unless `value` is a finite number in range, or a scalar array.
+
+    Meant for hyper-parameters that a compiled step passes as arrays: a Python number is compared
+    with `low` and `high`, an array (traced or not) is only asked to have shape ().
+    """
+    span = f"{'[' if low_allowed else '('}{low:g}, {high:g}{']' if math.isfinite(high) else ')'}"
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        inside = low <= value <= high if low_allowed else low < value <= high
+        if not (inside and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; it must be a finite number in {span}.")
+    elif not hasattr(value, "shape"):
+        raise ValueError(
+            f"{name} is {value!r} ({type(value).__name__}); it must be a number in {span} "
+            "or a scalar array."
+        )
+    elif tuple(value.shape) != ():
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; it must be one number in {span}: shape ()."
+        )
+
+
+def vector(name: str, array: Any, length: int, meaning: str) -> None:
+    """Raises ValueError unless `array` has shape (length,); `meaning` says one entry per what."""
+    if tuple(array.shape) != (length,):
+        raise ValueError(
+            f"{name} has shape {tuple(array.shape)}; it must be ({length},): {meaning}."
+        )
+
+
+def class_labels(name: str, labels: Any, logits: Any) -> None:
+    """Raises ValueError unless `labels` holds one integer per row of `logits` [batch, classes]."""
+    wanted = f"integers of shape ({logits.shape[0]},), one class index per row of logits"
+    if labels.dtype.kind not in "iu" or tuple(labels.shape) != (logits.shape[0],):
+        raise ValueError(
+            f"{name} has dtype {labels.dtype} and shape {tuple(labels.shape)}; it must be {wanted} "
+            f"{tuple(logits.shape)}. One-hot rows become indices with argmax(-1)."
+        )
+
+
+def images(name: str, array: Any) -> None:
+    """Raises ValueError unless `array` is a floating [batch, height, width, channels] array."""
+    rank(name, array, 4, "[batch, height, width, channels]")
+    # NumPy's kind of bfloat16 and float8 is 'V'.
+    if array.dtype.kind not in "fV":
+        raise ValueError(
+            f"{name} has dtype {array.dtype}; it must be floating: normalise the pixels "
+            "first, e.g. (images / 255 - mean) / std."
+        )

@@ -1,0 +1,260 @@
+"""What quantization does to a net, said before anything is trained: layers, sizes, coverage.
+
+Nothing here computes: shapes come from `jax.eval_shape`, products from the traced graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from qkd_jax import graph
+from qkd_jax.interception import Frame
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize import QuantizedModel
+
+__all__ = ["Coverage", "Covered", "LayerInfo", "Size", "coverage", "layers", "size"]
+
+_TABLES = ("kernel", "embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerInfo:
+    """One layer of a net.
+
+    Attributes:
+      path: "stage1_block0/conv1".
+      kind: "conv", "dense", "einsum", "embed", "conv_transpose" or "attention".
+      weight_shape: shape of the kernel or table as the layer sees it; () for attention's products.
+      params: number of parameters of the layer, bias included.
+      weight: spec of the weight, or None for float.
+      input: spec of the input, or None.
+      output: spec of the output, or None.
+      bits: storage of the layer's parameters in bits (kernel at its width, the rest float32).
+      calibrated: whether the layer's quantizers have their variables.
+    """
+
+    path: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    params: int
+    weight: Spec | None
+    input: Spec | None
+    output: Spec | None
+    bits: int
+    calibrated: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Storage of a net's parameters.
+
+    Attributes:
+      params: number of parameters.
+      float_bytes: bytes of all parameters in float32.
+      bytes: bytes with every quantized kernel at its width; biases, batch normalization's scale and
+        offset and the weights' own scales in float32. Running statistics are not counted: an
+        exported net has folded them away.
+    """
+
+    params: int
+    float_bytes: int
+    bytes: int
+
+
+def _seen(net: QuantizedModel, variables: Any, images: Any, **kwargs: Any) -> Frame:
+    frame = Frame(net.spec_of)
+    jax.eval_shape(lambda v, x: net._apply(frame, v, x, **kwargs), variables, images)
+    return frame
+
+
+def _at(tree: Any, path: str) -> Any:
+    for key in path.split("/") if path else []:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return {}
+        tree = tree[key]
+    return tree
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def layers(
+    net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
+) -> list[LayerInfo]:
+    """Lists the layers that quantization can reach, in the order in which they run.
+
+    Args:
+      net: the net.
+      variables: its variables, or their shapes.
+      images: example input, or its shape.
+      **kwargs: further arguments of the model's call.
+
+    Returns:
+      One `LayerInfo` a layer. An uncalibrated net lists what its rules plan.
+    """
+    found = []
+    for path, use in _seen(net, variables, images, **kwargs).seen.items():
+        params = _at(variables.get("params", {}), path)
+        quant = _at(variables.get("quant", {}), path)
+        weight = net.spec_of(path, "weight") if "weight" in use.shapes else None
+        params = {k: v for k, v in params.items() if not isinstance(v, Mapping)}
+        table = _count({k: v for k, v in params.items() if k in _TABLES})
+        bits = 32 * _count(params)
+        if weight is not None:
+            scales = _count(quant.get("weight_quantizer", {})) or 1
+            bits += table * (weight.bits - 32) + 32 * scales
+        found.append(
+            LayerInfo(
+                path=path,
+                kind=use.kind,
+                weight_shape=use.shapes.get("weight", ()),
+                params=_count(params),
+                weight=weight,
+                input=net.spec_of(path, "input") if "input" in use.shapes else None,
+                output=net.spec_of(path, "output"),
+                bits=bits,
+                calibrated=bool(quant),
+            )
+        )
+    return found
+
+
+def size(net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any) -> Size:
+    """Counts a net's parameters and their bytes, quantized as its rules say if it is calibrated."""
+    total = _count(variables.get("params", {}))
+    bits = 32 * total
+    for layer in layers(net, variables, images, **kwargs):
+        if layer.calibrated:
+            bits += layer.bits - 32 * layer.params
+    return Size(params=total, float_bytes=4 * total, bytes=math.ceil(bits / 8))
+
+
+@dataclasses.dataclass(frozen=True)
+class Covered:
+    """One product of the forward pass.
+
+    Attributes:
+      path: the layer's path, or the module in whose scope a product of no known layer stands.
+      op: the jaxpr's operation, "dot_general" or "conv_general_dilated".
+      macs: multiply-accumulates for one example.
+      status: "quantized", "weight only", "input only", "skipped" (a rule leaves it in float, or no
+        rule speaks of the layer) or "MISSED" (a product that no rule can reach).
+      bits: (weight bits, input bits); 32 is float.
+    """
+
+    path: str
+    op: str
+    macs: int
+    status: str
+    bits: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """Every product and convolution of a net, and what quantization does to it; prints as a table."""
+
+    products: tuple[Covered, ...]
+    calibrated: bool
+
+    @property
+    def missed(self) -> tuple[Covered, ...]:
+        """Products that no rule can reach: `x @ w`, `jnp.dot`, custom code."""
+        return tuple(p for p in self.products if p.status == "MISSED")
+
+    def __str__(self) -> str:
+        width = max([len(p.path) for p in self.products] + [4])
+        lines = [f"{'path':{width}}  {'op':20}  {'weight':>6}  {'input':>5}  {'MACs':>12}  status"]
+        total = sum(p.macs for p in self.products) or 1
+        for p in self.products:
+            weight, inputs = ("float" if b == 32 else str(b) for b in p.bits)
+            lines.append(
+                f"{p.path:{width}}  {p.op:20}  {weight:>6}  {inputs:>5}  {p.macs:12,}  {p.status}"
+            )
+        share = sum(p.macs for p in self.products if p.status == "quantized") / total
+        state = "" if self.calibrated else " (planned: the net is float until it is calibrated)"
+        lines.append(
+            f"{len(self.products)} products, {share:.1%} of multiply-accumulates quantized{state}, "
+            f"{len(self.missed)} MISSED"
+        )
+        return "\n".join(lines)
+
+
+_LAYOUT = frozenset(
+    ("reshape", "transpose", "rev", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "copy")
+)
+
+
+def coverage(
+    net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
+) -> Coverage:
+    """Reports every matmul and convolution: quantized, skipped by a rule, or MISSED.
+
+    The products are read from the jaxpr, not from the list of layers, so `x @ w` and `jnp.dot` in a
+    model's own code are found too.
+
+    Args:
+      net: the net.
+      variables: its variables, or their shapes.
+      images: example input, or its shape.
+      **kwargs: further arguments of the model's call.
+
+    Returns:
+      A `Coverage`; `print` it, or ask for `.missed`.
+    """
+    traced = graph.trace(
+        lambda v, x: net.trace_apply(v, x, **kwargs), variables, images, evaluate=False
+    )
+    found = []
+    for node in traced.nodes:
+        if node.op not in ("dot_general", "conv_general_dilated"):
+            continue
+        marks = [_mark(traced, value) for value in node.inputs[:2]]
+        found.append(_covered(net, traced, node, marks))
+    return Coverage(tuple(found), bool(variables.get("quant")))
+
+
+def _mark(traced: graph.Graph, value: int) -> graph.Node | None:
+    """The quantizer (or the mark of a skipped one) that an operand comes from, behind layout ops."""
+    while (node := traced.producer(value)) is not None:
+        if node.op in ("quantizer", "skipped"):
+            return node
+        if node.op not in _LAYOUT:
+            return None
+        value = node.inputs[0]
+    return None
+
+
+def _covered(net, traced, node, marks) -> Covered:
+    bits = {"input": 32, "weight": 32}
+    path = node.scope
+    for mark, place in zip(marks, ("input", "weight"), strict=True):
+        if mark is None:
+            continue
+        path, operand = mark.params["path"], mark.params["operand"]
+        if mark.op == "quantizer":
+            spec = net.spec_of(path, operand)
+            bits["weight" if operand in ("weight", "other") else place] = spec.bits
+    quantized = [b < 32 for b in bits.values()]
+    if all(quantized):
+        status = "quantized"
+    elif any(quantized):
+        status = "input only" if bits["weight"] == 32 else "weight only"
+    else:
+        status = "MISSED" if any(m is None for m in marks) else "skipped"
+    return Covered(path, node.op, _macs(traced, node), status, (bits["weight"], bits["input"]))
+
+
+def _macs(traced: graph.Graph, node: graph.Node) -> int:
+    out = math.prod(traced.shape(node.outputs[0])[1:])
+    lhs, rhs = (traced.shape(v) for v in node.inputs[:2])
+    if node.op == "dot_general":
+        (summed, _), _ = node.params["dimension_numbers"]
+        return out * math.prod(lhs[i] for i in summed)
+    numbers = node.params["dimension_numbers"]
+    return out * math.prod(rhs) // rhs[numbers.rhs_spec[0]]

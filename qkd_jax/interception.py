@@ -1,0 +1,377 @@
+"""How quantization reaches a model: an interceptor around the calls of its layers.
+
+The model's own code is not touched and nothing global is patched. While a net runs, a method
+interceptor sets a public field of each bound layer for the length of one call, and takes it back:
+`Conv` and `Dense` receive our product through `conv_general_dilated_cls` / `dot_general_cls`,
+attention through its two einsum fields, `Einsum`, `ConvTranspose` and `Embed` through
+`promote_dtype`, which hands over the operands.
+
+The quantizers' variables lie under their layer (`conv1/weight_quantizer/step`) and travel inside the
+`params` collection while the model runs, since `nn.scan` and `nn.vmap` lift no collection that they
+have not heard of.
+
+A `Frame` is one application: its mode says what an operand meets.
+  apply    fake quantization where the layer has been calibrated, float elsewhere
+  observe  statistics only, written next to the quantizer's place
+  trace    one named equation per quantizer, for `graph.py`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.linear import _Conv
+from jax import lax
+
+from qkd_jax import product as products
+from qkd_jax.numerics import Spec
+from qkd_jax.quantizers import QUANTIZERS
+
+__all__ = ["OPERANDS", "Frame", "LayerUse", "is_ours", "marker"]
+
+OPERANDS = ("weight", "input", "other", "output")
+"""`other` is the second operand of a product of two activations (attention)."""
+
+
+def is_ours(name: str) -> bool:
+    """Whether a key inside `params` is a quantizer's, not the model's."""
+    return name == "folded" or any(name == f"{operand}_quantizer" for operand in OPERANDS)
+
+
+@dataclasses.dataclass
+class LayerUse:
+    """What one application saw of a layer: its kind and the shapes of its operands."""
+
+    kind: str
+    shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    channels: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+
+def marker(name: str, function: Callable[..., Any], x: jax.Array, *params: jax.Array) -> jax.Array:
+    """Runs `function` as one jaxpr equation that carries `name`."""
+
+    def call(x, *params):
+        return function(x, *params)
+
+    call.__name__ = call.__qualname__ = name
+    return jax.jit(call)(x, *params)
+
+
+def _unchanged(x: jax.Array, *_: jax.Array) -> jax.Array:
+    # A bare identity would be forwarded around its equation, and the marker lost.
+    return lax.optimization_barrier(x)
+
+
+class Frame:
+    """One application of a quantized model."""
+
+    def __init__(
+        self,
+        spec_of: Callable[[str, str], Spec | None],
+        *,
+        mode: str = "apply",
+        axis_name: str | None = None,
+        observe: Callable[..., dict[str, Any]] | None = None,
+    ):
+        self.spec_of = spec_of
+        self.mode = mode
+        self.axis_name = axis_name
+        self.observe = observe
+        self.seen: dict[str, LayerUse] = {}
+        self.modules: set[str] = set()
+        self._active: dict[object, tuple[int, str]] = {}
+        self._paths: list[str] = []
+
+    # -- the interceptor ---------------------------------------------------------------------
+
+    def __call__(self, next_fun, args, kwargs, context):
+        module, method = context.module, context.method_name
+        if method not in ("__call__", "attend") or (id(module), method) in self._active.values():
+            return next_fun(*args, **kwargs)  # `super().__call__` of a subclass comes by twice
+        path, key = "/".join(module.path), object()
+        # A lifted layer (`nn.remat(nn.Dense)`) comes by twice too, as two objects at one path: its
+        # operands belong to the inner one, whose scope is the live one, its output to the outer.
+        outermost = path not in self._paths
+        self._active[key] = (id(module), method)
+        self._paths.append(path)
+        try:
+            out = self._run(module, path, method, next_fun, args, kwargs)
+            return self._output(module, path, out) if outermost else out
+        finally:
+            self._paths.pop()
+            del self._active[key]
+
+    def _run(self, module, path, method, next_fun, args, kwargs):
+        self.modules.add(path)
+        if isinstance(module, nn.BatchNorm):
+            if self._variables(module, None, "folded") is not None:
+                out = args[0] if args else kwargs["x"]
+            else:
+                with _fields(module, axis_name=module.axis_name or self.axis_name):
+                    out = next_fun(*args, **kwargs)
+        elif isinstance(module, _Conv) and module.shared_weights:
+            base = _own(module.conv_general_dilated_cls, module.conv_general_dilated)
+            hook = self._hook(module, path, "conv", products.conv_product, base or lax.conv_general_dilated)
+            with _fields(module, conv_general_dilated_cls=_Factory(hook, base)):
+                out = next_fun(*args, **kwargs)
+        elif isinstance(module, nn.Dense | nn.DenseGeneral):
+            base = _own(module.dot_general_cls, module.dot_general)
+            hook = self._hook(module, path, "dense", products.dot_product, base or lax.dot_general)
+            with _fields(module, dot_general_cls=_Factory(hook, base)):
+                out = next_fun(*args, **kwargs)
+        elif isinstance(module, nn.MultiHeadDotProductAttention):
+            with _fields(module, **self._attention(module, path)):
+                out = next_fun(*args, **kwargs)
+        elif isinstance(module, nn.Einsum | nn.ConvTranspose | nn.Embed):
+            out = self._operands(module, path, method, next_fun, args, kwargs)
+        else:
+            out = next_fun(*args, **kwargs)
+        return out
+
+    # -- layers ------------------------------------------------------------------------------
+
+    def _hook(self, module, path, kind, describe, base):
+        """A drop-in for a lax product, with the operands quantized and the scales taken out."""
+
+        def product(lhs, rhs, *args, **kwargs):
+            described = describe(lhs, rhs, *args, base=base, **kwargs)
+            use = self._use(path, kind)
+            use.channels["weight"] = described.weight_channels
+            x_hat, x_view = self._operand(module, None, path, "input", lhs, batch_axes=(0,))
+            w_hat, w_view = self._operand(
+                module, None, path, "weight", rhs, channels=described.weight_channels
+            )
+            folded = self._variables(module, None, "folded") or {}
+            if x_view is None or w_view is None or self.mode == "trace":
+                out = described.fn(x_hat, w_hat)
+                if "multiplier" in folded and self.mode == "trace":
+                    raise ValueError(f"layer {path!r} is folded already; trace it unfolded.")
+            else:
+                out = products.quantized_product(
+                    described, x_hat, w_hat, x_view, w_view, folded.get("multiplier")
+                )
+            if "bias" in folded:
+                out = out + jnp.reshape(folded["bias"], (1,) * (out.ndim - 1) + (-1,))
+            return out
+
+        return product
+
+    def _attention(self, module, path):
+        """The two einsum fields of attention, for the products that a rule quantizes."""
+        subs = {"qk_attn_weights_einsum_cls": "query_key", "attn_weights_value_einsum_cls": "weights_value"}
+        named = {field: f"{path}/{sub}" if path else sub for field, sub in subs.items()}
+        self.modules.update(named.values())
+        wanted = any(self.spec_of(layer, "input") is not None for layer in named.values())
+        own = any(_own(getattr(module, field), None) is not None for field in subs)
+        if self.mode != "trace" and not wanted:
+            return {}
+        if module.precision is not None or own:
+            if wanted:
+                raise ValueError(
+                    f"attention {path!r} sets `precision` or its own einsum, so its products can't be "
+                    "quantized; leave these fields at None, or exclude "
+                    f"{path + '/query_key'!r} and {path + '/weights_value'!r} with a rule of no specs."
+                )
+            return {}
+        return {
+            field: _Factory(self._einsum(module, sub, named[field]), None)
+            for field, sub in subs.items()
+        }
+
+    def _einsum(self, module, sub, layer):
+        def einsum(equation, lhs, rhs):
+            described = products.einsum_product(equation, lhs, rhs)
+            self._use(layer, "attention")
+            x_hat, x_view = self._operand(module, sub, layer, "input", lhs, batch_axes=(0,))
+            y_hat, y_view = self._operand(module, sub, layer, "other", rhs, batch_axes=(0,))
+            if x_view is None or y_view is None or self.mode == "trace":
+                return described.fn(x_hat, y_hat)
+            return products.quantized_product(described, x_hat, y_hat, x_view, y_view)
+
+        return einsum
+
+    def _operands(self, module, path, method, next_fun, args, kwargs):
+        """Layers that show their operands through `promote_dtype` but keep the product.
+
+        In place of the operands the layer is given their codes; the output is scaled, and the bias
+        added, here.
+        """
+        promote = getattr(module.promote_dtype, "base", module.promote_dtype)
+        scaling: dict[str, Any] = {}
+
+        def quantized(*arrays, **options):
+            arrays = list(promote(*arrays, **options))
+            if isinstance(module, nn.Embed):
+                w, bias = arrays[-1], None
+                x = arrays[0] if method == "attend" else None  # a lookup has no second operand
+            else:
+                x, w, bias = arrays
+            described, kind = _describe(module, args, kwargs, x, w)
+            channels = described.weight_channels
+            use = self._use(path, kind)
+            use.channels["weight"] = channels
+            w_hat, w_view = self._operand(module, None, path, "weight", w, channels=channels)
+            if x is None:
+                return (w_hat,)
+            x_hat, x_view = self._operand(module, None, path, "input", x, batch_axes=(0,))
+            if x_view is None or w_view is None or self.mode == "trace":
+                return (x_hat, w_hat) if isinstance(module, nn.Embed) else (x_hat, w_hat, bias)
+            x_scale, w_scale = (lax.stop_gradient(view[0]) for view in (x_view, w_view))
+            scaling["multiplier"] = described.scale_in_output(
+                x_scale, described.lhs_out
+            ) * described.scale_in_output(w_scale, described.rhs_out)
+            codes = _straight_codes(x_hat, x_scale), _straight_codes(w_hat, w_scale)
+            if isinstance(module, nn.Embed):
+                return codes
+            if bias is not None:
+                scaling["bias"] = _bias_in_output(module, described, bias)
+                bias = jnp.zeros_like(bias)
+            return (*codes, bias)
+
+        quantized.base = promote
+        with _fields(module, promote_dtype=quantized):
+            out = next_fun(*args, **kwargs)
+        if "multiplier" in scaling:
+            out = (out * scaling["multiplier"]).astype(out.dtype)
+        if "bias" in scaling:
+            out = out + scaling["bias"]
+        return out
+
+    def _output(self, module, path, out):
+        if self.spec_of(path, "output") is None:
+            return out
+        if not isinstance(out, jax.Array) or not jnp.issubdtype(out.dtype, jnp.floating):
+            raise ValueError(
+                f"a rule gives module {path!r} an `output` spec, but it returns "
+                f"{type(out).__name__}; `output` needs a module that returns one float array."
+            )
+        return self._operand(module, None, path, "output", out, batch_axes=(0,))[0]
+
+    # -- one operand -------------------------------------------------------------------------
+
+    def _use(self, path: str, kind: str) -> LayerUse:
+        self.modules.add(path)
+        return self.seen.setdefault(path, LayerUse(kind))
+
+    def _variables(self, module, sub, name) -> Any:
+        """A quantizer's variables under a layer (or under a product named inside it), or None."""
+        if module.scope is None:
+            return None
+        if sub is None:
+            return module.scope.get_variable("params", name)
+        return (module.scope.get_variable("params", sub) or {}).get(name)
+
+    def _operand(self, module, sub, path, operand, x, *, channels=(), batch_axes=()):
+        """Returns (x_hat, view): view is (scale, format, has a zero point), or None for float."""
+        if path in self.seen:
+            self.seen[path].shapes[operand] = tuple(x.shape)
+        spec = self.spec_of(path, operand)
+        if spec is None:
+            if self.mode == "trace" and operand != "output":
+                x = marker(f"skipped:{path}:{operand}", _unchanged, x)
+            return x, None
+        quantizer, name = QUANTIZERS[spec.quantizer], f"{operand}_quantizer"
+        params = self._variables(module, sub, name)
+        if self.mode == "trace":
+            label = f"quantizer:{path}:{operand}"
+            if params is None:
+                return marker(label, _unchanged, x), None
+            keys = sorted(params)
+
+            def fake_quant(x, *leaves):
+                return quantizer.fake_quant(x, dict(zip(keys, leaves, strict=True)), spec)
+
+            return marker(label, fake_quant, x, *(params[k] for k in keys)), None
+        if self.mode == "observe":
+            axes = channels if spec.granularity == "channel" else ()
+            found = self._variables(module, sub, f"{operand}_observed")
+            assert self.observe is not None
+            observed = self.observe(found, path, operand, x, spec, axes)
+            self._write(module, sub, f"{operand}_observed", observed)
+            return x, None
+        if params is None:
+            return x, None
+        x_hat = quantizer.fake_quant(x, params, spec, batch_axes=batch_axes)
+        scale, _, format = quantizer.integer_view(params, spec)
+        return x_hat, (scale, format, not spec.symmetric)
+
+    def _write(self, module, sub, name, value) -> None:
+        if sub is not None:
+            name, value = sub, {**(module.scope.get_variable("params", sub) or {}), name: value}
+        module.scope.put_variable("params", name, value)
+
+
+@jax.custom_jvp
+def _straight_codes(x_hat: jax.Array, scale: jax.Array) -> jax.Array:
+    """Centred codes of a tensor on its grid, with the derivative 1 / scale."""
+    return jnp.round(x_hat * (1 / scale)).astype(x_hat.dtype)
+
+
+@_straight_codes.defjvp
+def _straight_codes_jvp(primals, tangents):
+    x_hat, scale = primals
+    return _straight_codes(x_hat, scale), (tangents[0] * (1 / scale)).astype(x_hat.dtype)
+
+
+def _none(lhs, rhs):
+    raise NotImplementedError("this product is computed by its layer")
+
+
+def _describe(module, args, kwargs, x, w) -> tuple[products.Product, str]:
+    if isinstance(module, nn.Embed):  # attend: query [..., F] with table [V, F] to [..., V]
+        ndim = 1 if x is None else x.ndim
+        return products.Product(_none, (*range(ndim - 1), None), (ndim - 1, None), ndim), "embed"
+    if isinstance(module, nn.Einsum):
+        equation = module.einsum_str or (args[1] if len(args) > 1 else kwargs["einsum_str"])
+        return products.einsum_product(equation, x, w), "einsum"
+    # ConvTranspose: NHWC; the kernel is [..., in, out], or [..., out, in] when transposed.
+    out_axis = w.ndim - 2 if module.transpose_kernel else w.ndim - 1
+    rhs_out = tuple(x.ndim - 1 if i == out_axis else None for i in range(w.ndim))
+    lhs_out = (0,) + (None,) * (x.ndim - 1)
+    return products.Product(_none, lhs_out, rhs_out, x.ndim), "conv_transpose"
+
+
+def _bias_in_output(module, described, bias):
+    if isinstance(module, nn.ConvTranspose):
+        return jnp.reshape(bias, (1,) * (described.ndim - 1) + (-1,))
+    # Einsum: the bias has the weight's free axes, in the order of the output.
+    shape, sizes = [1] * described.ndim, iter(bias.shape)
+    for place in sorted(out for out in described.rhs_out if out is not None):
+        shape[place] = next(sizes)
+    return jnp.reshape(bias, shape)
+
+
+class _Factory:
+    """The zero-argument factory that a layer's `*_cls` field wants; remembers what it replaces."""
+
+    def __init__(self, product: Callable[..., Any], base: Any):
+        self.product, self.base = product, base
+
+    def __call__(self) -> Callable[..., Any]:
+        return self.product
+
+
+def _own(factory: Any, function: Any) -> Any:
+    """The product that the model itself injected into a layer, or None."""
+    if isinstance(factory, _Factory):
+        return factory.base
+    return factory() if factory is not None else function
+
+
+@contextlib.contextmanager
+def _fields(module: nn.Module, **fields: Any) -> Iterator[None]:
+    """Sets fields of a bound layer for one call. The bound module is a clone of this apply's own."""
+    before = {name: getattr(module, name) for name in fields}
+    try:
+        for name, value in fields.items():
+            object.__setattr__(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(module, name, value)

@@ -1,0 +1,215 @@
+"""A bilinear product and what it does to the axes of its operands.
+
+Every layer that quantization reaches is one product (a convolution, a `dot_general`, an einsum). A
+`Product` holds the function and, for each axis of each operand, the output axis that it becomes
+(None for an axis that is summed over). From that alone follow the channel axes of a weight and the
+place where its scales belong in the output, for any layout.
+
+`quantized_product` computes on codes and scales once: `product(codes_x, codes_w) * (s_x * s_w)`.
+Integer codes are exact in float32, so training, evaluation and the integer path see the same sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import string
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qkd_jax.numerics import IntFormat
+
+__all__ = ["Product", "conv_product", "dot_product", "einsum_product", "quantized_product"]
+
+Axes = tuple[int | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A function that is linear in each of its two operands.
+
+    Attributes:
+      fn: `fn(lhs, rhs) -> out`.
+      lhs_out: per axis of the left operand, the output axis it becomes, or None.
+      rhs_out: the same for the right operand.
+      ndim: rank of the output.
+    """
+
+    fn: Callable[[jax.Array, jax.Array], jax.Array]
+    lhs_out: Axes
+    rhs_out: Axes
+    ndim: int
+
+    @property
+    def weight_channels(self) -> tuple[int, ...]:
+        """Axes of the right operand along which a scale may vary."""
+        return tuple(i for i, out in enumerate(self.rhs_out) if out is not None)
+
+    def scale_in_output(self, scale: jax.Array, axes: Axes) -> jax.Array:
+        """Reshapes an operand's scale (scalar, or 1 on every summed axis) to the output's rank."""
+        if jnp.ndim(scale) == 0:
+            return scale
+        kept = [i for i, out in enumerate(axes) if out is not None]
+        if any(n != 1 for i, n in enumerate(scale.shape) if i not in kept):
+            raise ValueError(
+                f"a scale of shape {scale.shape} varies along a summed axis; it must be 1 on every "
+                "axis that the product sums over."
+            )
+        kept.sort(key=lambda i: axes[i] or 0)
+        shape = [1] * self.ndim
+        for i in kept:
+            shape[axes[i] or 0] = scale.shape[i]
+        summed = [i for i in range(len(axes)) if i not in kept]
+        return jnp.reshape(jnp.transpose(scale, kept + summed), shape)
+
+
+def conv_product(lhs: Any, rhs: Any, *args: Any, base: Callable[..., Any], **kwargs: Any) -> Product:
+    """The product of `lax.conv_general_dilated(lhs, rhs, *args, **kwargs)`."""
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, kwargs.get("dimension_numbers"))
+    lhs_out: list[int | None] = [None] * lhs.ndim
+    rhs_out: list[int | None] = [None] * rhs.ndim
+    lhs_out[numbers.lhs_spec[0]] = numbers.out_spec[0]
+    rhs_out[numbers.rhs_spec[0]] = numbers.out_spec[1]
+    return Product(lambda a, b: base(a, b, *args, **kwargs), tuple(lhs_out), tuple(rhs_out), lhs.ndim)
+
+
+def dot_product(
+    lhs: Any, rhs: Any, dimension_numbers: Any, *args: Any, base: Callable[..., Any], **kwargs: Any
+) -> Product:
+    """The product of `lax.dot_general(lhs, rhs, dimension_numbers, ...)`."""
+    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
+
+    def places(ndim: int, summed: Any, batch: Any, first_free: int) -> Axes:
+        places: list[int | None] = [None] * ndim
+        for place, axis in enumerate(batch):
+            places[axis] = place
+        free = [i for i in range(ndim) if i not in tuple(summed) + tuple(batch)]
+        for offset, axis in enumerate(free):
+            places[axis] = first_free + offset
+        return tuple(places)
+
+    lhs_free = lhs.ndim - len(lhs_sum)  # batch axes included
+    return Product(
+        lambda a, b: base(a, b, dimension_numbers, *args, **kwargs),
+        places(lhs.ndim, lhs_sum, lhs_batch, len(lhs_batch)),
+        places(rhs.ndim, rhs_sum, rhs_batch, lhs_free),
+        lhs_free + rhs.ndim - len(rhs_sum) - len(rhs_batch),
+    )
+
+
+def einsum_product(equation: str, lhs: Any, rhs: Any, **kwargs: Any) -> Product:
+    """The product of `jnp.einsum(equation, lhs, rhs)`, an explicit equation of two operands."""
+    operands, result = equation.replace(" ", "").split("->")
+    left, right = operands.split(",")
+    unused = [c for c in string.ascii_letters if c not in equation]
+
+    def expand(labels: str, dots: int) -> str:
+        # An ellipsis stands for the last `dots` of one list of labels: it aligns to the right.
+        return labels.replace("...", "".join(unused[:dots][::-1]))
+
+    def ellipsis(labels: str, ndim: int) -> int:
+        return ndim - len(labels) + 3 if "..." in labels else 0
+
+    dots = ellipsis(left, lhs.ndim), ellipsis(right, rhs.ndim)
+    left, right, result = expand(left, dots[0]), expand(right, dots[1]), expand(result, max(dots))
+
+    def places(labels: str) -> Axes:
+        return tuple(result.index(c) if c in result else None for c in labels)
+
+    return Product(
+        lambda a, b: jnp.einsum(equation, a, b, **kwargs), places(left), places(right), len(result)
+    )
+
+
+def code_dtype(format: IntFormat, zero_point: bool) -> Any:
+    """The narrowest dtype that holds centred codes (`code - zero_point`) between the passes."""
+    if not zero_point:
+        return format.storage
+    widest = format.qmax - format.qmin
+    return np.int8 if widest <= 127 else np.int16 if widest <= 32767 else np.int32
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(product, x_dtype, w_dtype, x_hat, w_hat, x_scale, w_scale, multiplier):
+    codes_x, codes_w = _codes(x_hat, x_scale), _codes(w_hat, w_scale)
+    return _scaled(product, codes_x, codes_w, multiplier, x_hat.dtype)
+
+
+def _codes(x_hat, scale):
+    return jnp.round(x_hat * (1 / scale)).astype(x_hat.dtype)
+
+
+def _scaled(product, codes_x, codes_w, multiplier, dtype):
+    return (product.fn(codes_x, codes_w) * multiplier).astype(dtype)
+
+
+def _product_fwd(product, x_dtype, w_dtype, x_hat, w_hat, x_scale, w_scale, multiplier):
+    codes_x, codes_w = _codes(x_hat, x_scale), _codes(w_hat, w_scale)
+    out = _scaled(product, codes_x, codes_w, multiplier, x_hat.dtype)
+    # Residuals: codes in their own width (a quarter of float32 or less), and two small scales.
+    return out, (codes_x.astype(x_dtype), codes_w.astype(w_dtype), x_scale, w_scale, multiplier)
+
+
+def _product_bwd(product, x_dtype, w_dtype, residuals, grad):
+    codes_x, codes_w, x_scale, w_scale, multiplier = residuals
+    dtype = grad.dtype
+    # The derivative is that of product(x_hat, w_hat); scales multiply the weight-sized side.
+    x, w = codes_x.astype(dtype), (codes_w.astype(jnp.float32) * w_scale).astype(dtype)
+    grad_x = jax.vjp(lambda a: product.fn(a, w), x)[1](grad)[0]
+    grad_w = jax.vjp(lambda b: product.fn(x, b), w)[1](grad)[0] * x_scale
+    zeros = jax.tree.map(jnp.zeros_like, (x_scale, w_scale, multiplier))
+    return (grad_x, grad_w.astype(dtype), *zeros)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def quantized_product(
+    product: Product,
+    x_hat: jax.Array,
+    w_hat: jax.Array,
+    x_view: tuple[jax.Array, IntFormat, bool],
+    w_view: tuple[jax.Array, IntFormat, bool],
+    multiplier: jax.Array | None = None,
+) -> jax.Array:
+    """Computes `product(codes_x, codes_w) * (s_x * s_w)`, differentiated as `product(x_hat, w_hat)`.
+
+    The codes are centred (the zero point is taken off), so zero padding pads with real zero. The
+    gradients of the scales flow through `x_hat` and `w_hat`, that is through the quantizers' own
+    closed forms; none flows here.
+
+    Args:
+      product: what to compute.
+      x_hat: left operand on its grid, `scale * centred codes`.
+      w_hat: right operand on its grid.
+      x_view: (scale, format, has a zero point) of the left operand; the scale does not vary along
+        a summed axis.
+      w_view: the same for the right operand.
+      multiplier: replaces `s_x * s_w` in the output (batch normalization folded in), or None.
+
+    Returns:
+      The product in the operands' dtype.
+    """
+    (x_scale, x_format, x_affine), (w_scale, w_format, w_affine) = x_view, w_view
+    if multiplier is None:
+        multiplier = product.scale_in_output(x_scale, product.lhs_out) * product.scale_in_output(
+            w_scale, product.rhs_out
+        )
+    elif jnp.ndim(multiplier) not in (0, product.ndim):
+        multiplier = jnp.reshape(multiplier, (1,) * (product.ndim - 1) + (-1,))
+    stop = lax.stop_gradient
+    return _product(
+        product,
+        code_dtype(x_format, x_affine),
+        code_dtype(w_format, w_affine),
+        x_hat,
+        w_hat,
+        stop(x_scale),
+        stop(w_scale),
+        stop(multiplier),
+    )
