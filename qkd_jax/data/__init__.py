@@ -1,0 +1,166 @@
+"""Data sets and batches: uint8 arrays from TFDS sources, and batches that depend on the step alone.
+
+    dataset = load("digits", train_examples=300, seed=0)
+    batches = train_batches(dataset, batch_size=64, seed=0, augment=("shift:1",))
+    batch = batches[17]                       # the batch of step 17, whatever came before
+    for batch in batches.iter(start_step=17): ...
+    for batch in eval_batches(dataset, "test", 256): ...   # padded, with "mask"
+
+No JAX and no TensorFlow. To add a data set that TFDS knows, write an entry in `DATASETS`; if it
+should be prepared without TensorFlow too, add its reader to `official.py`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from qkd_jax import checks
+from qkd_jax.data import digits, draws, sources, synthetic
+from qkd_jax.data.augment import AUGMENTATIONS
+from qkd_jax.data.batches import EvalBatches, TrainBatches, eval_batches, train_batches
+from qkd_jax.data.dataset import Arrays, Dataset
+from qkd_jax.data.sources import NotPreparedError, Source
+
+__all__ = [
+    "AUGMENTATIONS",
+    "DATASETS",
+    "Dataset",
+    "EvalBatches",
+    "NotPreparedError",
+    "Source",
+    "TrainBatches",
+    "eval_batches",
+    "load",
+    "train_batches",
+]
+
+DATASETS: dict[str, Source] = {
+    "digits": Source(
+        kind="embedded",
+        image_shape=(8, 8, 1),
+        num_classes=10,
+        train_examples=300,
+        description="scikit-learn's handwritten digits, 1,797 images, inside the package",
+    ),
+    "mnist": Source(
+        kind="prepared",
+        image_shape=(28, 28, 1),
+        num_classes=10,
+        description="MNIST, 60,000 + 10,000 handwritten digits",
+    ),
+    "fashion_mnist": Source(
+        kind="prepared",
+        image_shape=(28, 28, 1),
+        num_classes=10,
+        description="Fashion-MNIST, 60,000 + 10,000 articles of clothing",
+    ),
+    "cifar10": Source(
+        kind="prepared",
+        image_shape=(32, 32, 3),
+        num_classes=10,
+        description="CIFAR-10, 50,000 + 10,000 colour images",
+    ),
+    "cifar100": Source(
+        kind="prepared",
+        image_shape=(32, 32, 3),
+        num_classes=100,
+        description="CIFAR-100, 50,000 + 10,000 colour images",
+    ),
+    "synthetic": Source(
+        kind="generated",
+        image_shape=(8, 8, 1),
+        num_classes=10,
+        train_examples=512,
+        test_examples=256,
+        description="learnable random patterns of any shape, for tests and benchmarks",
+    ),
+}
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    train_examples: int | None = None,
+    test_examples: int | None = None,
+    seed: int = 0,
+    image_shape: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+) -> Dataset:
+    """Loads a data set into memory.
+
+    `digits` is one pool of images: the first `train_examples` (default 300) of a random permutation
+    keyed by `seed` train, all the others test; classes are not balanced by hand. The other sets
+    keep their own two splits, of which `train_examples` and `test_examples` take the first so many
+    of a random permutation keyed by `seed`: with one seed, a smaller subset lies within a larger.
+
+    Args:
+        name: A key of `DATASETS`.
+        data_dir: Where TFDS data sets lie; None for TFDS_DATA_DIR, else `~/tensorflow_datasets`.
+        train_examples: Size of the train split; None for the default, which is all of it except for
+            `digits` (300) and `synthetic` (512).
+        test_examples: Size of the test split; None for all of it (`synthetic`: 256).
+        seed: Of the random split, subset or synthetic images.
+        image_shape: (height, width, channels); for `synthetic` only.
+        num_classes: Number of classes; for `synthetic` only.
+
+    Returns:
+        A `Dataset`.
+
+    Raises:
+        NotPreparedError: (a ValueError) where the set is not there; it says the command that
+            prepares it. Nothing is downloaded.
+        ValueError: For an unknown name or a number out of range.
+    """
+    if name not in DATASETS:
+        raise checks.unknown("data set", name, DATASETS)
+    checks.integer_in("seed", seed, 0, draws.LARGEST_SEED)
+    source = DATASETS[name]
+    train = source.train_examples if train_examples is None else train_examples
+    test = source.test_examples if test_examples is None else test_examples
+    if source.kind == "generated":
+        shape, classes = image_shape or source.image_shape, num_classes or source.num_classes
+        arrays = _generate(shape, classes, train, test, seed)
+        return Dataset(name, classes, *arrays)
+    for argument, value in (("image_shape", image_shape), ("num_classes", num_classes)):
+        if value is not None:
+            raise ValueError(f"{argument} is {value!r}; only 'synthetic' takes it, not {name!r}.")
+    if source.kind == "embedded":
+        arrays = _split_pool(name, *digits.read(source, data_dir), train, test, seed)
+        return Dataset(name, source.num_classes, *arrays)
+    arrays = sources.read(name, source, data_dir)
+    train_split = _subset("train_examples", name, *arrays[:2], train, seed, draws.TRAIN_EXAMPLES)
+    test_split = _subset("test_examples", name, *arrays[2:], test, seed, draws.TEST_EXAMPLES)
+    return Dataset(name, source.num_classes, *train_split, *test_split)
+
+
+def _generate(image_shape, num_classes, train, test, seed) -> Arrays:
+    if len(image_shape) != 3:
+        raise ValueError(
+            f"image_shape is {image_shape!r}; it must be (height, width, channels), as (8, 8, 1)."
+        )
+    for axis, size in zip(("height", "width", "channels"), image_shape, strict=True):
+        checks.integer_in(f"image_shape's {axis}", size, 1)
+    checks.integer_in("num_classes", num_classes, 2)
+    checks.integer_in("train_examples of 'synthetic'", train, 1)
+    checks.integer_in("test_examples of 'synthetic'", test, 1)
+    return synthetic.make(
+        tuple(image_shape), num_classes, train_examples=train, test_examples=test, seed=seed
+    )
+
+
+def _split_pool(name, images, labels, train, test, seed) -> Arrays:
+    checks.integer_in(f"train_examples of {name!r}", train, 1, len(images) - 1)
+    if test is not None:
+        checks.integer_in(f"test_examples of {name!r}", test, 1, len(images) - train)
+    order = draws.permutation(len(images), seed=seed, stream=draws.SPLIT)
+    chosen, rest = order[:train], order[train:][:test]
+    return Arrays(images[chosen], labels[chosen], images[rest], labels[rest])
+
+
+def _subset(argument, name, images, labels, count, seed, stream):
+    if count is None:
+        return images, labels
+    checks.integer_in(f"{argument} of {name!r}", count, 1, len(images))
+    chosen = draws.permutation(len(images), seed=seed, stream=stream)[:count]
+    return images[chosen], labels[chosen]

@@ -1,0 +1,85 @@
+"""Augmentations of a whole batch: (images uint8 [B, H, W, C], words, amount) -> images.
+
+Each is vectorised NumPy and takes its randomness as raw 64-bit words, one row an image, so that a
+batch is a pure function of (seed, step). To add one, write the function and a line in
+`AUGMENTATIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax.data import draws
+
+
+def shift(images: np.ndarray, words: np.ndarray, amount: int) -> np.ndarray:
+    """Moves each image by up to `amount` pixels on each axis; pixels of value 0 come in."""
+    batch, height, width, channels = images.shape
+    padded = np.zeros((batch, height + 2 * amount, width + 2 * amount, channels), np.uint8)
+    padded[:, amount : amount + height, amount : amount + width] = images
+    top, left = draws.below(2 * amount + 1, words).T
+    # Rows of width * channels bytes are contiguous: a window over them copies fastest.
+    rows = padded.reshape(batch, height + 2 * amount, -1)
+    windows = np.lib.stride_tricks.sliding_window_view(rows, (height, width * channels), (1, 2))
+    return windows[np.arange(batch), top, left * channels].reshape(images.shape)
+
+
+def flip(images: np.ndarray, words: np.ndarray, amount: int) -> np.ndarray:
+    """Mirrors each image left to right with probability 1/2."""
+    mirrored = draws.below(2, words)[:, 0].astype(bool)
+    return np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
+class Augmentation(NamedTuple):
+    """One entry of `AUGMENTATIONS`: the function, its words an image, whether it needs `:N`."""
+
+    function: Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+    words: int
+    takes_amount: bool
+
+
+# `pad_crop:4` is the CIFAR papers' name for `shift:4`: pad by 4 zeros, crop at a random place.
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "shift": Augmentation(shift, words=2, takes_amount=True),
+    "pad_crop": Augmentation(shift, words=2, takes_amount=True),
+    "flip": Augmentation(flip, words=1, takes_amount=False),
+}
+
+
+def parse(augment: Sequence[str]) -> tuple[tuple[Augmentation, int], ...]:
+    """Reads ("shift:1", "flip") into functions and amounts, in the order given.
+
+    Raises:
+        ValueError: For an unknown name, a missing amount, or one that is not a positive integer.
+    """
+    if isinstance(augment, str):
+        raise ValueError(f"augment is the string {augment!r}; give a tuple, as ({augment!r},).")
+    parsed = []
+    for text in augment:
+        name, colon, amount = str(text).partition(":")
+        if name not in AUGMENTATIONS:
+            raise checks.unknown("augmentation", name, AUGMENTATIONS)
+        entry = AUGMENTATIONS[name]
+        if entry.takes_amount and not (amount.isascii() and amount.isdigit() and int(amount) > 0):
+            raise ValueError(
+                f"augmentation {text!r} needs a number of pixels of at least 1, as '{name}:1'."
+            )
+        if not entry.takes_amount and colon:
+            raise ValueError(f"augmentation {text!r} takes no amount; write {name!r}.")
+        parsed.append((entry, int(amount or 0)))
+    return tuple(parsed)
+
+
+def apply(
+    images: np.ndarray, augment: Sequence[tuple[Augmentation, int]], *, seed: int, step: int
+) -> np.ndarray:
+    """Applies parsed augmentations to the batch of one step."""
+    for slot, (entry, amount) in enumerate(augment):
+        count = len(images) * entry.words
+        raw = draws.words(count, seed=seed, stream=draws.AUGMENT, index=step, slot=slot)
+        images = entry.function(images, raw.reshape(len(images), entry.words), amount)
+    return images

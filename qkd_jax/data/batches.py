@@ -1,0 +1,179 @@
+"""Batches by step: what a step sees depends on the seed and the step number, and on nothing else.
+
+The examples of a run are one long sequence: a new permutation of the train split for each epoch,
+one after another. Step k takes the k-th slice of `batch_size`, so a batch may straddle two epochs,
+no example is dropped, and each comes once an epoch. A step number is therefore the whole state of
+the input, and a run can start anywhere. One *batch* is one element of a `grain.MapDataset`; one
+element an example would be about twenty times slower.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax.data import augment as augmentations
+from qkd_jax.data import draws
+from qkd_jax.data.dataset import Dataset
+
+Batch = dict[str, np.ndarray]
+
+
+class TrainBatches:
+    """The train split as an endless sequence of batches; made by `train_batches`."""
+
+    def __init__(
+        self, dataset: Dataset, *, batch_size: int, seed: int, augment: Sequence[str] = ()
+    ) -> None:
+        checks.integer_in("batch_size", batch_size, 1)
+        checks.integer_in("seed", seed, 0, draws.LARGEST_SEED)
+        self.dataset = dataset
+        self.batch_size = int(batch_size)
+        self.seed = int(seed)
+        self.augment = tuple(augment) if not isinstance(augment, str) else augment
+        self._augment = augmentations.parse(self.augment)
+        # An epoch's order serves many steps; threads that prefetch may sit in two epochs.
+        self._order = functools.lru_cache(maxsize=4)(self._permutation)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Examples of the train split over the batch size; not rounded."""
+        return len(self.dataset.train_images) / self.batch_size
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        count = len(self.dataset.train_images)
+        return draws.permutation(count, seed=self.seed, stream=draws.ORDER, index=epoch)
+
+    def indices(self, step: int) -> np.ndarray:
+        """Returns the rows of the train split that step takes, int64 [batch]."""
+        checks.integer_in("step", step, 0)
+        count = len(self.dataset.train_images)
+        position, stop = int(step) * self.batch_size, (int(step) + 1) * self.batch_size
+        pieces = []
+        while position < stop:
+            epoch, start = divmod(position, count)
+            pieces.append(self._order(epoch)[start : start + stop - position])
+            position += len(pieces[-1])
+        return np.concatenate(pieces)
+
+    def __getitem__(self, step: int) -> Batch:
+        """Returns the batch of a step.
+
+        Args:
+            step: 0 or more.
+
+        Returns:
+            "image" float32 [batch, H, W, C], normalised; "label" int32 [batch]; "index" int64
+            [batch], the rows of the train split.
+        """
+        index = self.indices(step)
+        images = self.dataset.train_images[index]
+        images = augmentations.apply(images, self._augment, seed=self.seed, step=int(step))
+        return {
+            "image": self.dataset.normalize(images),
+            "label": self.dataset.train_labels[index],
+            "index": index,
+        }
+
+    def iter(
+        self, start_step: int = 0, stop_step: int | None = None, *, prefetch: int = 4
+    ) -> Iterator[Batch]:
+        """Yields the batches of start_step, start_step + 1, ..., made ahead of time by a thread.
+
+        Args:
+            start_step: The first step.
+            stop_step: One past the last step; None for no end.
+            prefetch: How many batches are ready ahead of use; 0 makes each when it is asked for.
+
+        Returns:
+            An iterator of batches, equal to `[self[k] for k in range(start_step, stop_step)]`.
+        """
+        checks.integer_in("start_step", start_step, 0)
+        checks.integer_in("prefetch", prefetch, 0)
+        if stop_step is not None:
+            checks.integer_in("stop_step", stop_step, start_step)
+        # Grain wants a length; 2**40 steps do not end.
+        stop = 2**40 if stop_step is None else stop_step
+        if not prefetch:
+            return (self[step] for step in range(start_step, stop))
+        import grain
+
+        steps = grain.MapDataset.range(start_step, stop).map(self.__getitem__)
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+        return iter(steps.to_iter_dataset(options))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.iter()
+
+
+def train_batches(
+    dataset: Dataset, *, batch_size: int, seed: int, augment: Sequence[str] = ()
+) -> TrainBatches:
+    """Returns the endless training batches of a data set.
+
+    Args:
+        dataset: From `load`.
+        batch_size: Examples a step.
+        seed: Of order and augmentation; of nothing else.
+        augment: Names of `AUGMENTATIONS` with amounts, applied in order, as
+            `("pad_crop:4", "flip")`. They act on the uint8 image, so what comes in at a border is
+            the value 0 before normalisation.
+
+    Returns:
+        An object with `[step]`, `.iter(start_step)` and `.indices(step)`.
+
+    Raises:
+        ValueError: For an unknown augmentation (with the nearest name), or a number out of range.
+    """
+    return TrainBatches(dataset, batch_size=batch_size, seed=seed, augment=augment)
+
+
+class EvalBatches(Sequence[Batch]):
+    """One split in order, in batches of one size; made by `eval_batches`."""
+
+    def __init__(self, dataset: Dataset, split: str, batch_size: int) -> None:
+        checks.integer_in("batch_size", batch_size, 1)
+        self.dataset = dataset
+        self.split = split
+        self.batch_size = int(batch_size)
+        self._images, self._labels = dataset.arrays(split)
+
+    def __len__(self) -> int:
+        return -(-len(self._images) // self.batch_size)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[k] for k in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"batch {number} of {len(self)}")
+        start = (int(number) % len(self)) * self.batch_size
+        images = self._images[start : start + self.batch_size]
+        count, padding = len(images), self.batch_size - len(images)
+        image = np.zeros((self.batch_size, *images.shape[1:]), np.float32)
+        image[:count] = self.dataset.normalize(images)
+        labels = self._labels[start : start + self.batch_size]
+        return {
+            "image": image,
+            "label": np.pad(labels, (0, padding)),
+            "index": np.pad(np.arange(start, start + count), (0, padding), constant_values=-1),
+            "mask": np.arange(self.batch_size) < count,
+        }
+
+
+def eval_batches(dataset: Dataset, split: str, batch_size: int) -> EvalBatches:
+    """Returns a split in order and without augmentation, as a list of equally shaped batches.
+
+    Args:
+        dataset: From `load`.
+        split: "train" or "test".
+        batch_size: Examples a batch; the last one is padded with images of zeros.
+
+    Returns:
+        A sequence of batches as in training, and "mask" bool [batch]: False where an example is
+        padding (there the label is 0 and the index -1).
+    """
+    return EvalBatches(dataset, split, batch_size)

@@ -1,0 +1,130 @@
+"""A data set in memory: uint8 images, int32 labels, and what is derived from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from qkd_jax import checks
+
+
+class Arrays(NamedTuple):
+    """The two splits of a data set: images uint8 [examples, H, W, C], labels int32 [examples]."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set as the batches see it; the arrays are read-only.
+
+    Attributes:
+        name: The key in `DATASETS`.
+        num_classes: Labels are 0..num_classes-1.
+        train_images: uint8 [train, H, W, C].
+        train_labels: int32 [train].
+        test_images: uint8 [test, H, W, C].
+        test_labels: int32 [test].
+    """
+
+    name: str
+    num_classes: int
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        for split in ("train", "test"):
+            images, labels = self.arrays(split)
+            if images.dtype != np.uint8 or images.ndim != 4:
+                raise ValueError(
+                    f"{split}_images of {self.name!r} is {images.dtype} {images.shape}; it must be "
+                    "uint8 [examples, height, width, channels]."
+                )
+            if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
+                raise ValueError(
+                    f"{split}_labels of {self.name!r} is {labels.dtype} {labels.shape}; it must be "
+                    f"int32 [{len(images)}], one label an image."
+                )
+            checks.at_least_one(f"{split}_images of {self.name!r}", images)
+            if labels.min() < 0 or labels.max() >= self.num_classes:
+                raise ValueError(
+                    f"{split}_labels of {self.name!r} run from {labels.min()} to {labels.max()}; "
+                    f"with num_classes={self.num_classes} they must lie in "
+                    f"0..{self.num_classes - 1}."
+                )
+            images.setflags(write=False)
+            labels.setflags(write=False)
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            raise ValueError(
+                f"train_images of {self.name!r} have shape {self.train_images.shape[1:]} and "
+                f"test_images {self.test_images.shape[1:]}; they must be the same."
+            )
+
+    def arrays(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (images, labels) of "train" or "test"."""
+        checks.one_of("split", split, ("train", "test"))
+        if split == "train":
+            return self.train_images, self.train_labels
+        return self.test_images, self.test_labels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        _, height, width, channels = self.train_images.shape
+        return height, width, channels
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of every array: shape, dtype and content, in the order of the fields."""
+        digest = hashlib.sha256()
+        for split in ("train", "test"):
+            for array in self.arrays(split):
+                digest.update(f"{array.dtype.str}{array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def _moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Per channel, exact: from the 256 counts of each channel of the train split."""
+        levels = np.arange(256, dtype=np.float64) / 255.0
+        mean, std = [], []
+        for channel in range(self.image_shape[2]):
+            counts = np.bincount(self.train_images[..., channel].ravel(), minlength=256)
+            average = counts @ levels / counts.sum()
+            mean.append(average)
+            std.append(np.sqrt(counts @ (levels - average) ** 2 / counts.sum()))
+        # A constant channel would divide by 0; one grey level is the smallest meaningful spread.
+        return np.asarray(mean, np.float32), np.maximum(std, 1 / 255).astype(np.float32)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of each channel over the train split, float32 [C], of pixels scaled to 0..1."""
+        return self._moments[0]
+
+    @property
+    def std(self) -> np.ndarray:
+        """Standard deviation of each channel over the train split, float32 [C], pixels in 0..1."""
+        return self._moments[1]
+
+    def normalize(self, images: np.ndarray) -> np.ndarray:
+        """Returns (images / 255 - mean) / std.
+
+        Args:
+            images: uint8 [..., H, W, C].
+
+        Returns:
+            float32 [..., H, W, C], computed as images * gain + offset.
+        """
+        gain = (1 / (255.0 * self.std)).astype(np.float32)
+        offset = (-self.mean / self.std).astype(np.float32)
+        scaled = np.multiply(images, gain, dtype=np.float32)
+        return np.add(scaled, offset, out=scaled)

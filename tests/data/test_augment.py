@@ -1,0 +1,85 @@
+"""Augmentations against a loop over images, and their names."""
+
+import numpy as np
+import pytest
+
+from qkd_jax.data import augment, draws
+
+
+def batch(shape=(40, 5, 7, 2)):
+    words = draws.words(int(np.prod(shape)), seed=0, stream=1)
+    return (words >> np.uint64(56)).astype(np.uint8).reshape(shape)
+
+
+def words(images, entry, seed=0):
+    count = len(images) * entry.words
+    return draws.words(count, seed=seed, stream=draws.AUGMENT).reshape(len(images), entry.words)
+
+
+@pytest.mark.parametrize("amount", [1, 3, 9])
+@pytest.mark.parametrize("name", ["shift", "pad_crop"])
+def test_shift_equals_a_loop(name, amount):
+    entry = augment.AUGMENTATIONS[name]
+    images = batch()
+    raw = words(images, entry)
+    got = entry.function(images, raw, amount)
+    moves = draws.below(2 * amount + 1, raw) - amount
+    assert set(moves.ravel().tolist()) == set(range(-amount, amount + 1)) or amount == 9
+    for image, out, (down, right) in zip(images, got, moves, strict=True):
+        wanted = np.zeros_like(image)
+        for row in range(5):
+            for column in range(7):
+                if 0 <= row + down < 5 and 0 <= column + right < 7:
+                    wanted[row, column] = image[row + down, column + right]
+        np.testing.assert_array_equal(out, wanted)
+
+
+def test_flip_mirrors_about_half():
+    entry = augment.AUGMENTATIONS["flip"]
+    images = batch((400, 3, 4, 1))
+    got = entry.function(images, words(images, entry), 0)
+    mirrored = np.array([np.array_equal(g, i[:, ::-1]) for g, i in zip(got, images, strict=True)])
+    kept = np.array([np.array_equal(g, i) for g, i in zip(got, images, strict=True)])
+    assert np.all(mirrored ^ kept)
+    # 200 expected, the standard deviation is 10.
+    assert 150 < mirrored.sum() < 250
+
+
+@pytest.mark.parametrize("name", augment.AUGMENTATIONS)
+def test_every_augmentation_keeps_shape_type_and_its_input(name):
+    entry = augment.AUGMENTATIONS[name]
+    for shape in ((1, 1, 1, 1), (3, 8, 8, 1), (2, 5, 4, 3)):
+        images = batch(shape)
+        before = images.copy()
+        images.setflags(write=False)
+        got = entry.function(images, words(images, entry), 2)
+        assert got.shape == shape and got.dtype == np.uint8
+        np.testing.assert_array_equal(images, before)
+
+
+def test_two_of_one_kind_draw_apart():
+    images = batch((64, 9, 9, 1))
+    once = augment.apply(images, augment.parse(("shift:1",)), seed=0, step=3)
+    twice = augment.apply(images, augment.parse(("shift:1", "shift:1")), seed=0, step=3)
+    again = augment.apply(once, augment.parse(("shift:1",)), seed=0, step=3)
+    assert not np.array_equal(twice, again)
+    assert not np.array_equal(
+        once, augment.apply(images, augment.parse(("shift:1",)), seed=0, step=4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("shfit:1",), "unknown augmentation 'shfit'.*Did you mean 'shift'"),
+        (("shift",), "'shift:1'"),
+        (("shift:-1",), "at least 1"),
+        (("shift:0",), "at least 1"),
+        (("pad_crop:1.5",), "at least 1"),
+        (("flip:2",), "takes no amount; write 'flip'"),
+        ("shift:1", r"give a tuple, as \('shift:1',\)"),
+    ],
+)
+def test_errors_name_what_is_allowed(given, message):
+    with pytest.raises(ValueError, match=message):
+        augment.parse(given)
