@@ -1,0 +1,232 @@
+"""Response losses: what compares logits with labels or with another net's logits.
+
+Each function takes arrays of shape [batch, classes] and returns one value per example. Softmax
+and sums are computed in float32 or wider, whatever the dtype of the logits, from log-probabilities,
+so that logits of +-1e4 or probabilities that underflow give finite values and gradients.
+
+To add a sibling: positional arrays first (`student_logits`, `teacher_logits`, `labels`), then `*`,
+hyper-parameters with defaults, `where=None` last; put its name into `LOSSES` in `__init__.py`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from qkd_jax import checks
+
+__all__ = ["ce", "dml", "kd", "logit_regression"]
+
+
+def ce(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    label_smoothing: ArrayLike = 0.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Cross-entropy with integer labels, optionally smoothed.
+
+    With p = softmax(z), a = label_smoothing and K classes:
+
+        L = -(1 - a) log p[y] - (a / K) sum_k log p[k]
+
+    Args:
+      logits: z, [batch, classes], floating.
+      labels: y, [batch], integers in [0, classes).
+      label_smoothing: a, unitless, in [0, 1]; a Python number or a scalar array.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider.
+
+    Raises:
+      ValueError: for wrong shapes, labels that are not integers, or smoothing outside [0, 1].
+
+    Note:
+      The range of the labels cannot be checked while tracing. A label outside [0, classes) gives
+      NaN for its example rather than a plausible number, unless `where` leaves it out.
+      A logit of -inf (a forbidden class) needs `label_smoothing` to be the Python number 0.
+
+    Reference:
+      Szegedy et al., 2015, arXiv 1512.00567, section 7 (label smoothing).
+    """
+    logits, mask = _prepare("logits", logits, where)
+    labels = jnp.asarray(labels)
+    checks.class_labels("labels", labels, logits)
+    checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0)
+
+    log_p = jax.nn.log_softmax(_keep(logits, mask))
+    # A comparison instead of a gather: its gradient is a product, not a scatter, and a label that
+    # is out of range hits no class instead of wrapping around.
+    hit = labels.astype(jnp.int32)[:, None] == jnp.arange(logits.shape[1])[None, :]
+    loss = -jnp.sum(jnp.where(hit, log_p, 0.0), axis=-1)
+    # The Python number 0 skips the second term, which would turn a logit of -inf into NaN.
+    if not (isinstance(label_smoothing, int | float) and label_smoothing == 0):
+        smoothing = jnp.asarray(label_smoothing, logits.dtype)
+        loss = (1 - smoothing) * loss - smoothing * jnp.mean(log_p, axis=-1)
+    loss = jnp.where(jnp.any(hit, axis=-1), loss, jnp.nan)
+    return _keep(loss, mask)
+
+
+def kd(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    temperature: ArrayLike = 4.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Knowledge distillation: the KL divergence of softened class distributions.
+
+    With p = softmax(z / T) of either net:
+
+        L = T^2 sum_k p_teacher[k] (log p_teacher[k] - log p_student[k])
+
+    whose gradient for the student's logits is T (p_student - p_teacher). The factor T^2 keeps the
+    gradient's size about independent of T, so a weight found at one temperature serves at another.
+
+    Args:
+      student_logits: [batch, classes], floating; the net that learns.
+      teacher_logits: [batch, classes], floating; no gradient flows into it.
+      temperature: T, unitless, above 0; a Python number or a scalar array.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 where both distributions are equal.
+
+    Raises:
+      ValueError: for shapes that differ or are not [batch, classes], or a temperature not above 0.
+
+    Note:
+      The paper minimises the cross-entropy of the softened distributions; the KL divergence
+      differs from it by the teacher's entropy, which has no gradient here, and is 0 at equality.
+      Some published code averages over classes too and is `classes` times weaker; this does not.
+
+    Reference:
+      Hinton, Vinyals, Dean, 2015, arXiv 1503.02531, section 2.
+    """
+    checks.number("temperature", temperature, low=0.0, low_allowed=False)
+    student, teacher, mask = _prepare_pair(student_logits, teacher_logits, where)
+    t = jnp.asarray(temperature, student.dtype)
+    return _keep(t * t * _kl(teacher / t, student / t), mask)
+
+
+def logit_regression(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Regression on logits: half the squared distance, summed over the classes.
+
+        L = 1/2 sum_k (z_student[k] - z_teacher[k])^2
+
+    whose gradient for the student's logits is z_student - z_teacher.
+
+    Args:
+      student_logits: [batch, classes], floating; the net that learns.
+      teacher_logits: [batch, classes], floating; no gradient flows into it.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 where the logits are equal.
+
+    Raises:
+      ValueError: for shapes that differ or are not [batch, classes].
+
+    Note:
+      This is the paper's half-sum, not a mean over classes: multiply the weight by 2 / classes to
+      get what code built on a mean squared error has. For logits of zero mean, `kd` tends to this
+      value / classes as the temperature grows. The paper normalises the teacher's logits over the
+      training set; this function takes them as they come.
+
+    Reference:
+      Ba, Caruana, 2014, arXiv 1312.6184, the L2 loss on logits.
+    """
+    student, teacher, mask = _prepare_pair(student_logits, teacher_logits, where)
+    return _keep(0.5 * jnp.sum(jnp.square(student - teacher), axis=-1), mask)
+
+
+def dml(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """The mimicry term of deep mutual learning: KL divergence from a peer, temperature 1.
+
+        L = sum_k p_peer[k] (log p_peer[k] - log p_student[k])
+
+    Each net of a cohort takes its own turn as the student. With n nets, give a net one such loss
+    per peer, weighted 1 / (n - 1), beside its cross-entropy.
+
+    Args:
+      student_logits: [batch, classes], floating; the net that learns.
+      teacher_logits: [batch, classes], floating; the peer's, no gradient flows into it.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 where both distributions are equal.
+
+    Raises:
+      ValueError: for shapes that differ or are not [batch, classes].
+
+    Note:
+      The paper updates the nets in turn, each on its peers' fresh predictions. The training step
+      here updates all of them at once on predictions of the same parameters.
+
+    Reference:
+      Zhang, Xiang, Hospedales, Lu, 2017, arXiv 1706.00384: the mimicry loss of
+      two nets, and its mean over the peers in a larger cohort.
+    """
+    student, teacher, mask = _prepare_pair(student_logits, teacher_logits, where)
+    return _keep(_kl(teacher, student), mask)
+
+
+def _kl(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns KL(softmax(target_logits) || softmax(logits)) over the last axis."""
+    log_target = jax.nn.log_softmax(target_logits)
+    log_p = jax.nn.log_softmax(logits)
+    target = jnp.exp(log_target)
+    # 0 log 0 is 0: classes whose target underflows are left out before the product, so that an
+    # infinite log-probability (a class masked with -inf in both nets) does not become NaN.
+    gap = jnp.where(target > 0, log_target - log_p, 0.0)
+    return jnp.sum(target * gap, axis=-1)
+
+
+def _prepare(
+    name: str, logits: jax.Array, where: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Checks logits and mask; returns the logits in float32 or wider and the mask as booleans."""
+    logits = jnp.asarray(logits)
+    checks.rank(name, logits, 2, "[batch, classes]")
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if where is None:
+        return logits, None
+    where = jnp.asarray(where)
+    checks.vector("where", where, logits.shape[0], f"one entry per row of {name} {logits.shape}")
+    return logits, where != 0
+
+
+def _prepare_pair(
+    student_logits: jax.Array, teacher_logits: jax.Array, where: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Checks both logits; returns them masked, in one dtype, the teacher's without gradient."""
+    student, mask = _prepare("student_logits", student_logits, where)
+    teacher, _ = _prepare("teacher_logits", teacher_logits, None)
+    checks.same_shape(student_logits=student, teacher_logits=teacher)
+    dtype = jnp.promote_types(student.dtype, teacher.dtype)
+    teacher = jax.lax.stop_gradient(teacher)
+    return _keep(student.astype(dtype), mask), _keep(teacher.astype(dtype), mask), mask
+
+
+def _keep(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Returns `x` with the masked-out rows set to 0.
+
+    Applied to the inputs as well as to the result: a NaN in a row that only the result leaves out
+    would still reach the gradient as 0 * NaN.
+    """
+    if mask is None:
+        return x
+    return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, 0.0)

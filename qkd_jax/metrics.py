@@ -1,0 +1,176 @@
+"""Metrics as sums and counts.
+
+A metric of a batch is a dict of float32 scalar sums with their `"count"`. Sums of batches, of
+devices and of padded last batches add up to the sums of the whole split; the division happens once,
+in `finish`. A mean of per-batch means would weight a short last batch too much.
+
+    sums = metrics.classification(logits, labels, where=mask)       # inside jit
+    total = metrics.add(total, jax.device_get(sums))                # once a batch, on the host
+    metrics.finish(total)     # {"count": 1497.0, "top1": 0.967, "top5": 0.998, "loss": 0.113}
+
+Float32 counts are exact up to 2^24 = 16,777,216 examples a batch; `add` keeps whatever it is
+given, and after `jax.device_get` converts to Python floats, which are exact far beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import checks
+
+__all__ = ["add", "agreement", "classification", "finish"]
+
+
+def classification(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    where: jax.Array | None = None,
+    axis_name: str | None = None,
+) -> dict[str, jax.Array]:
+    """Sums of top-1 and top-5 hits and of the cross-entropy over a batch.
+
+    An example is a top-k hit when fewer than k classes come before its label. A class comes before
+    another when its logit is larger, or equal with a lower index: ties are broken as argmax breaks
+    them, so a net with constant logits scores the share of class 0 and not 100 %.
+
+    Args:
+      logits: [batch, classes], floating.
+      labels: [batch], integers in [0, classes).
+      where: [batch] mask; examples where it is 0 or False count nowhere.
+      axis_name: name of a mapped axis (pmap, shard_map) to sum over as well.
+
+    Returns:
+      float32 scalars: `count` of examples, hits `top1` and `top5` (with fewer than 5 classes, of
+      all classes), and `loss`, the sum of -log softmax(logits)[label] in nats.
+
+    Raises:
+      ValueError: for wrong shapes or labels that are not integers.
+
+    Note:
+      An example with a NaN among its logits is wrong for top-1 and top-5 and makes `loss` NaN. So
+      does a label outside [0, classes), which cannot be checked while tracing.
+    """
+    logits, mask = _prepare("logits", logits, where)
+    labels = jnp.asarray(labels)
+    checks.class_labels("labels", labels, logits)
+    batch, classes = logits.shape
+
+    own = labels.astype(jnp.int32)[:, None]
+    index = jnp.arange(classes)[None, :]
+    hit = own == index
+    mine = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1, keepdims=True)
+    before = (logits > mine) | ((logits == mine) & (index < own))
+    place = jnp.sum(before, axis=-1)
+    known = jnp.any(hit, axis=-1)
+    right = known & ~jnp.any(jnp.isnan(logits), axis=-1)
+    loss = -jnp.sum(jnp.where(hit, jax.nn.log_softmax(logits), 0.0), axis=-1)
+    sums = {
+        "count": _total(jnp.ones(batch, bool), mask),
+        "top1": _total(right & (place < 1), mask),
+        "top5": _total(right & (place < min(5, classes)), mask),
+        "loss": _total(jnp.where(known, loss, jnp.nan), mask),
+    }
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def agreement(
+    logits: jax.Array,
+    other_logits: jax.Array,
+    *,
+    where: jax.Array | None = None,
+    axis_name: str | None = None,
+) -> dict[str, jax.Array]:
+    """Counts the examples on which two nets predict the same class.
+
+    The prediction is the argmax; the lowest index wins a tie. NaN among either net's logits means
+    that the two do not agree.
+
+    Args:
+      logits: [batch, classes], floating.
+      other_logits: [batch, classes], floating.
+      where: [batch] mask; examples where it is 0 or False count nowhere.
+      axis_name: name of a mapped axis (pmap, shard_map) to sum over as well.
+
+    Returns:
+      float32 scalars: `count` of examples and `agree`, how many of them agree.
+
+    Raises:
+      ValueError: for shapes that differ or are not [batch, classes].
+    """
+    logits, mask = _prepare("logits", logits, where)
+    other, _ = _prepare("other_logits", other_logits, None)
+    checks.same_shape(logits=logits, other_logits=other)
+    ordered = ~jnp.any(jnp.isnan(logits) | jnp.isnan(other), axis=-1)
+    same = jnp.argmax(logits, axis=-1) == jnp.argmax(other, axis=-1)
+    sums = {
+        "count": _total(jnp.ones(same.shape, bool), mask),
+        "agree": _total(ordered & same, mask),
+    }
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def add(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds two dicts of sums key by key; an empty one is a neutral start.
+
+    NumPy scalars become Python floats, so that a long evaluation adds up in double precision.
+
+    Raises:
+      ValueError: if the keys differ.
+    """
+    if a and b and set(a) != set(b):
+        raise ValueError(
+            f"a has the sums {sorted(a)} and b has {sorted(b)}; add sums of one kind of metric."
+        )
+    return {k: _number(a[k]) + _number(b[k]) for k in a} if a and b else {**a, **b}
+
+
+def finish(sums: Mapping[str, Any]) -> dict[str, float]:
+    """Divides every sum by the count.
+
+    Args:
+      sums: a dict with `"count"` and any further sums, arrays or numbers.
+
+    Returns:
+      Python floats: the means under their names, and `count` itself.
+
+    Raises:
+      ValueError: if there is no count, or it is 0: a mean over no example is undefined.
+    """
+    if "count" not in sums:
+        raise ValueError(f"sums has the keys {sorted(sums)}; 'count' must be among them.")
+    values = {k: float(v) for k, v in sums.items()}
+    count = values["count"]
+    if count == 0:
+        raise ValueError("sums has count 0; evaluate at least one example that `where` keeps.")
+    return {k: v if k == "count" else v / count for k, v in values.items()}
+
+
+def _prepare(
+    name: str, logits: jax.Array, where: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Checks logits and mask; returns the logits in float32 or wider and the mask as booleans."""
+    logits = jnp.asarray(logits)
+    checks.rank(name, logits, 2, "[batch, classes]")
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if where is None:
+        return logits, None
+    where = jnp.asarray(where)
+    checks.vector("where", where, logits.shape[0], f"one entry per row of {name} {logits.shape}")
+    return logits, where != 0
+
+
+def _total(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Sums the values that the mask keeps, as a float32 scalar."""
+    if mask is not None:
+        values = jnp.where(mask, values, jnp.zeros((), values.dtype))
+    return jnp.sum(values.astype(jnp.float32))
+
+
+def _number(value: Any) -> Any:
+    """Returns arrays of JAX unchanged (they may be traced) and everything else as a float."""
+    return value if isinstance(value, jax.Array) else float(value)

@@ -1,0 +1,87 @@
+"""Models: plain linen networks that know nothing of quantization, distillation or devices.
+
+`MODELS` maps names to constructors; `create` adds every other CIFAR ResNet depth and errors that
+name the nearest valid choice. To add a model, write a linen module in a file of this package and
+give it a line in `MODELS`; the tests in `tests/models/test_models.py` are parametrised over the
+table. What the rest of the project relies on:
+
+* `MODELS[name](num_classes=..., **fields)` is an unbound linen module, hashable, called as
+  `model(images, train=False)` with images [batch, height, width, channels], floating, normalised;
+  it returns logits [batch, classes] in float32 or wider.
+* Layers have explicit names that read well in a path ("stage1_block0/conv1"); the first and the
+  last product are "stem" and "head" where the architecture has such layers.
+* BatchNorm uses its running statistics unless `train=True`; its collection is "batch_stats".
+* Features are sown (`features.sow_feature`) into the collection "features", which costs nothing
+  unless it is mutable: `logits, aux = model.apply(variables, images, mutable="features")`, then
+  `aux["features"]["stage1"][0]`. Every model names the head's input `pooled`; an activation has a
+  bare name, what goes into it the same with `_pre`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from qkd_jax import checks
+from qkd_jax.models.mlp import MLP
+from qkd_jax.models.resnet import BasicBlock, ResNet, blocks_per_stage
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": functools.partial(ResNet, depth=8),
+    "resnet14": functools.partial(ResNet, depth=14),
+    "resnet20": functools.partial(ResNet, depth=20),
+    "resnet32": functools.partial(ResNet, depth=32),
+    "resnet44": functools.partial(ResNet, depth=44),
+    "resnet56": functools.partial(ResNet, depth=56),
+    "resnet110": functools.partial(ResNet, depth=110),
+    "resnet8x4": functools.partial(ResNet, depth=8, width=64, stem_width=32),
+    "resnet32x4": functools.partial(ResNet, depth=32, width=64, stem_width=32),
+    "mlp": MLP,
+}
+
+__all__ = ["MLP", "MODELS", "BasicBlock", "ResNet", "create"]
+
+
+def create(name: str, num_classes: int, **fields: Any) -> nn.Module:
+    """Builds a model by name.
+
+    Args:
+      name: a key of `MODELS`, or "resnet<depth>" for any depth of the form 6n + 2.
+      num_classes: number of logits, at least 1.
+      **fields: fields of the module, such as `width=8`; lists become tuples and a `dtype` may be a
+        string like "bfloat16", so that values read from a JSON file work.
+
+    Returns:
+      An unbound linen module.
+
+    Raises:
+      ValueError: for an unknown name or field, with the nearest one that exists, or a depth that
+        is not 6n + 2.
+    """
+    checks.integer_in("num_classes", num_classes, 1)
+    build = MODELS.get(name)
+    if build is None:
+        depth = re.fullmatch(r"resnet(\d+)", name)
+        if depth is None:
+            raise checks.unknown("model", name, [*MODELS, "resnet<6n+2>"])
+        blocks_per_stage(int(depth[1]))
+        build = functools.partial(ResNet, depth=int(depth[1]))
+
+    module = build.func if isinstance(build, functools.partial) else build
+    if dataclasses.is_dataclass(module):
+        allowed = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "num_classes"}
+        for field in fields:
+            if field not in allowed:
+                raise checks.unknown(f"field of model {name!r}:", field, allowed)
+    for field, value in fields.items():
+        if isinstance(value, list):
+            fields[field] = tuple(value)
+        elif field == "dtype" and isinstance(value, str):
+            fields[field] = jnp.dtype(value)
+    return build(num_classes=num_classes, **fields)

@@ -1,0 +1,86 @@
+"""A multilayer perceptron: the smallest net of the project, for quick runs and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import checks
+from qkd_jax.models.features import sow_feature
+
+__all__ = ["MLP"]
+
+
+class MLP(nn.Module):
+    """Flattened images through dense layers with ReLU, then a dense head.
+
+    Module names: `dense1`, `dense1_bn`, `dense2`, ..., `head`.
+
+    Features (collection "features"), each [batch, size]: `hidden1`, `hidden2`, ... after the ReLU;
+    `hidden1_pre`, ... before it; `pooled`, the head's input. (The names differ from the modules'
+    because linen wants the two apart.)
+
+    Hidden layers start from He's normal initialisation over fan-in; the head keeps linen's default.
+
+    Attributes:
+      num_classes: number of logits.
+      hidden: sizes of the hidden layers; empty makes it a linear classifier.
+      batch_norm: whether a BatchNorm (decay 0.9, epsilon 1e-5) stands before every ReLU; the dense
+        layer before it then has no bias.
+      dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
+      axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
+    """
+
+    num_classes: int = 10
+    hidden: Sequence[int] = (128, 128)
+    batch_norm: bool = False
+    dtype: Any = None
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Computes the logits of a batch of images.
+
+        Args:
+          images: [batch, height, width, channels], floating, normalised; the parameters depend on
+            height * width * channels.
+          train: whether BatchNorm uses the batch's statistics and updates its running ones, which
+            needs "batch_stats" to be mutable.
+
+        Returns:
+          [batch, num_classes], float32 or wider.
+
+        Raises:
+          ValueError: for images that are not floating [batch, height, width, channels], or a size
+            below 1.
+        """
+        checks.images("images", images)
+        x = images.reshape(images.shape[0], -1)
+        for number, size in enumerate(self.hidden, start=1):
+            checks.integer_in(f"hidden[{number - 1}]", size, 1)
+            x = nn.Dense(
+                size,
+                use_bias=not self.batch_norm,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.he_normal(),
+                name=f"dense{number}",
+            )(x)
+            if self.batch_norm:
+                x = nn.BatchNorm(
+                    use_running_average=not train,
+                    momentum=0.9,
+                    epsilon=1e-5,
+                    dtype=self.dtype,
+                    axis_name=self.axis_name,
+                    name=f"dense{number}_bn",
+                )(x)
+            sow_feature(self, f"hidden{number}_pre", x)
+            x = nn.relu(x)
+            sow_feature(self, f"hidden{number}", x)
+        sow_feature(self, "pooled", x)
+        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

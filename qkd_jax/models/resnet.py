@@ -1,0 +1,212 @@
+"""Residual networks for small images, as in the CIFAR experiments of the ResNet paper.
+
+A 3x3 stem, three stages of basic blocks with widths w, 2w, 4w on maps of size s, s/2, s/4, global
+average pooling, one dense head. The depth is 6n + 2 with n blocks a stage.
+
+Reference: He, Zhang, Ren, Sun, 2015, arXiv 1512.03385, section 4.2. The distillation literature's
+variants with more filters (8x4, 32x4) follow Tian, Krishnan, Isola, 2019, arXiv 1910.10699: the
+stages have four times the filters and the stem twice.
+
+The blocks are written out one after another, not scanned: a convolution inside a scan is many times
+slower on CPU, and a layer that has a path of its own can be given its own number of bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import checks
+from qkd_jax.models.features import sow_feature
+
+__all__ = ["BasicBlock", "ResNet", "blocks_per_stage"]
+
+# One pixel on every side also under stride 2, as the papers' code has it. "SAME" would pad an even
+# map on one side only.
+_ONE_PIXEL = ((1, 1), (1, 1))
+
+
+def blocks_per_stage(depth: int) -> int:
+    """Returns n for a depth of 6n + 2.
+
+    Raises:
+      ValueError: for any other depth, with the two that enclose it.
+    """
+    checks.integer_in("depth", depth, 8)
+    n, rest = divmod(depth - 2, 6)
+    if rest:
+        raise ValueError(
+            f"depth is {depth}; it must be 6n + 2 (three stages of n blocks of two convolutions, "
+            f"stem and head). The nearest are {6 * n + 2} and {6 * n + 8}."
+        )
+    return n
+
+
+def _layers(module: ResNet | BasicBlock, train: bool) -> tuple[Callable[..., Any], ...]:
+    """Returns the constructors of a convolution and a BatchNorm with the project's settings."""
+    conv = functools.partial(
+        nn.Conv,
+        use_bias=False,
+        dtype=module.dtype,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    )
+    norm = functools.partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=module.dtype,
+        axis_name=module.axis_name,
+    )
+    return conv, norm
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm, plus a shortcut; ReLU after the sum.
+
+        y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))
+
+    Attributes:
+      width: channels of both convolutions.
+      stride: stride of the first convolution and of the shortcut.
+      shortcut: "projection" (a 1x1 convolution and BatchNorm where the shape changes, option B of
+        the paper) or "pad" (every stride-th pixel and zero channels at the end, without parameters,
+        option A).
+      dtype: of the computation; parameters stay float32.
+      axis_name: mapped axis over which BatchNorm takes its statistics.
+    """
+
+    width: int
+    stride: int = 1
+    shortcut: str = "projection"
+    dtype: Any = None
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        train: bool = False,
+        sow_sum: Callable[[jax.Array], Any] | None = None,
+    ) -> jax.Array:
+        """Maps [batch, height, width, channels] to [batch, height/stride, width/stride, width].
+
+        `sow_sum` is handed the sum before the last ReLU, so that the net can sow it under a name of
+        its own while the block's output stays one array.
+        """
+        checks.one_of("shortcut", self.shortcut, ("projection", "pad"))
+        conv, norm = _layers(self, train)
+        stride = (self.stride, self.stride)
+
+        y = conv(self.width, (3, 3), strides=stride, padding=_ONE_PIXEL, name="conv1")(x)
+        y = nn.relu(norm(name="bn1")(y))
+        y = conv(self.width, (3, 3), padding=_ONE_PIXEL, name="conv2")(y)
+        y = norm(name="bn2")(y)
+
+        if self.stride != 1 or x.shape[-1] != self.width:
+            if self.shortcut == "projection":
+                x = conv(self.width, (1, 1), strides=stride, padding="VALID", name="shortcut")(x)
+                x = norm(name="shortcut_bn")(x)
+            else:
+                x = self._pad(x)
+        y = y + x
+        if sow_sum is not None:
+            sow_sum(y)
+        return nn.relu(y)
+
+    def _pad(self, x: jax.Array) -> jax.Array:
+        """Takes every stride-th pixel and appends zero channels."""
+        extra = self.width - x.shape[-1]
+        if extra < 0:
+            raise ValueError(
+                f"shortcut is 'pad', but the block has {self.width} channels for an input of "
+                f"{x.shape[-1]}: zero channels can only add. Use shortcut='projection'."
+            )
+        x = x[:, :: self.stride, :: self.stride, :]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra)))
+
+
+class ResNet(nn.Module):
+    """A ResNet of depth 6n + 2 with three stages.
+
+    Module names: `stem`, `stem_bn`, `stage<s>_block<b>` with `conv1`, `bn1`, `conv2`, `bn2` and,
+    where the shape changes, `shortcut`, `shortcut_bn`; `head`.
+
+    Features (collection "features"): `stage1`, `stage2`, `stage3`, each stage's output after its
+    ReLU, [batch, height, width, channels]; `stage1_pre` ... before it; `pooled`, the head's input,
+    [batch, 4 * width].
+
+    Convolutions have no bias and start from He's normal initialisation over fan-out, as in the code
+    of arXiv 1910.10699; BatchNorm has decay 0.9 (0.1 in PyTorch's convention) and epsilon 1e-5. The
+    head keeps linen's default initialisation.
+
+    Attributes:
+      depth: 6n + 2, at least 8: the number of weighted layers, projections not counted.
+      num_classes: number of logits.
+      width: channels of stage 1; stages 2 and 3 have twice and four times as many.
+      stem_width: channels of the stem; None means `width`.
+      shortcut: "projection" (option B) or "pad" (option A, what the paper's CIFAR nets use).
+      dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
+        Parameters and BatchNorm's statistics stay float32.
+      axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
+    """
+
+    depth: int = 20
+    num_classes: int = 10
+    width: int = 16
+    stem_width: int | None = None
+    shortcut: str = "projection"
+    dtype: Any = None
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Computes the logits of a batch of images.
+
+        Args:
+          images: [batch, height, width, channels], floating, normalised; any size and number of
+            channels (the parameters depend on the channels only).
+          train: whether BatchNorm uses the batch's statistics and updates its running ones, which
+            needs "batch_stats" to be mutable.
+
+        Returns:
+          [batch, num_classes], float32 or wider.
+
+        Raises:
+          ValueError: for images that are not floating [batch, height, width, channels], or fields
+            out of range.
+        """
+        blocks = blocks_per_stage(self.depth)
+        checks.integer_in("width", self.width, 1)
+        checks.images("images", images)
+        conv, norm = _layers(self, train)
+
+        stem_width = self.width if self.stem_width is None else self.stem_width
+        checks.integer_in("stem_width", stem_width, 1)
+        x = conv(stem_width, (3, 3), padding=_ONE_PIXEL, name="stem")(images)
+        x = nn.relu(norm(name="stem_bn")(x))
+        for stage in (1, 2, 3):
+            for block in range(blocks):
+                last = block == blocks - 1
+                x = BasicBlock(
+                    width=self.width * 2 ** (stage - 1),
+                    stride=2 if stage > 1 and block == 0 else 1,
+                    shortcut=self.shortcut,
+                    dtype=self.dtype,
+                    axis_name=self.axis_name,
+                    name=f"stage{stage}_block{block}",
+                )(
+                    x,
+                    train,
+                    functools.partial(sow_feature, self, f"stage{stage}_pre") if last else None,
+                )
+            sow_feature(self, f"stage{stage}", x)
+        x = jnp.mean(x, axis=(1, 2))
+        sow_feature(self, "pooled", x)
+        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
