@@ -1,0 +1,124 @@
+"""Several runs of one experiment that differ in the seed: means, spreads and paired intervals.
+
+    python -m qkd_jax.report.seeds runs/digits_seed* --against "QKD"
+
+Reads `results.json` of each run folder and prints Markdown: for each row mean and standard
+deviation over seeds, and for each pair with the row named by `--against` the mean difference with
+its 95 % interval (Student's t on the differences seed by seed, so that what a seed makes easy or
+hard for all arms cancels).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["collect", "markdown", "paired_interval"]
+
+MEASURES = {"top1": ("top-1 %", 100.0, 2), "loss": ("cross-entropy", 1.0, 3)}
+
+
+def paired_interval(
+    first: Sequence[float], second: Sequence[float], *, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean of `first - second` and its two-sided t interval.
+
+    Args:
+      first: one value a seed.
+      second: the same seeds, in the same order.
+      level: coverage.
+
+    Returns:
+      (mean, low, high).
+
+    Raises:
+      ValueError: lengths differ, or fewer than two pairs.
+    """
+    from scipy.special import stdtrit
+
+    if len(first) != len(second) or len(first) < 2:
+        raise ValueError(
+            f"{len(first)} and {len(second)} values; a paired interval needs the same seeds on "
+            "both sides, two at least."
+        )
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    mean = statistics.fmean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    half = float(stdtrit(len(differences) - 1, 0.5 + level / 2)) * error
+    return mean, mean - half, mean + half
+
+
+def collect(folders: Sequence[Path]) -> dict[str, list[Mapping[str, Any]]]:
+    """{"net: method": [row of each run]}, the runs in the given order.
+
+    Raises:
+      ValueError: a folder without results, or runs whose rows differ.
+    """
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    names: list[str] | None = None
+    for folder in folders:
+        path = Path(folder) / "results.json"
+        if not path.exists():
+            raise ValueError(f"{folder} has no results.json; finish that run, or leave it out.")
+        rows = {f"{r['net']}: {r['method']}": r for r in json.loads(path.read_text())["rows"]}
+        if names is not None and names != list(rows):
+            raise ValueError(
+                f"{folder} has the rows {list(rows)}, others {names}; compare like with like."
+            )
+        names = list(rows)
+        for name, row in rows.items():
+            found.setdefault(name, []).append(row)
+    return found
+
+
+def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], *, against: str = "") -> str:
+    """The tables of `collect`'s rows, as Markdown."""
+    seeds = len(next(iter(rows.values())))
+    lines = [f"{seeds} seeds; mean +- standard deviation over seeds.", ""]
+    lines += [
+        "| net: method | " + " | ".join(m[0] for m in MEASURES.values()) + " |",
+        "|---|---|---|",
+    ]
+    for name, found in rows.items():
+        cells = []
+        for key, (_, factor, digits) in MEASURES.items():
+            values = [r[key] * factor for r in found]
+            spread = statistics.stdev(values) if seeds > 1 else float("nan")
+            cells.append(f"{statistics.fmean(values):.{digits}f} +- {spread:.{digits}f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    anchors = [name for name in rows if name.endswith(f": {against}")] if against else []
+    for anchor in anchors:
+        lines += ["", f"Paired differences, {anchor} minus the row, mean [95 % t interval]:", ""]
+        lines += [
+            "| against | " + " | ".join(m[0] for m in MEASURES.values()) + " |",
+            "|---|---|---|",
+        ]
+        for name in rows:
+            if name == anchor:
+                continue
+            cells = []
+            for key, (_, factor, digits) in MEASURES.items():
+                ours = [r[key] * factor for r in rows[anchor]]
+                theirs = [r[key] * factor for r in rows[name]]
+                mean, low, high = paired_interval(ours, theirs)
+                cells.append(f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line; see the module's text."""
+    parser = argparse.ArgumentParser(description="Means and paired intervals over seeds.")
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--against", default="QKD", help="the method whose differences are shown")
+    args = parser.parse_args()
+    print(markdown(collect(args.folders), against=args.against))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The results table: one description of its columns for the terminal and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["columns", "count", "number", "percent", "table"]
+
+Row = Mapping[str, Any]
+NONE = "-"
+
+
+def percent(value: Any, digits: int = 2) -> str:
+    """Returns a fraction in [0, 1] as "93.25", a dash for None."""
+    return NONE if value is None else f"{100 * float(value):.{digits}f}"
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """Returns a number with `digits` decimals, small ones as 1.2e-06, a dash for None."""
+    if value is None:
+        return NONE
+    value = float(value)
+    if value != 0 and abs(value) < 10.0**-digits:
+        return f"{value:.1e}"
+    return f"{value:.{digits}f}"
+
+
+def count(value: Any) -> str:
+    """Returns 5,312 for 5312, a dash for None."""
+    return NONE if value is None else f"{int(value):,}"
+
+
+def _bits(row: Row) -> str:
+    def one(value: Any) -> str:
+        if value is None:
+            return "32"
+        return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+    return f"{one(row.get('weight_bits'))}/{one(row.get('activation_bits'))}"
+
+
+def _export(key: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
+    return lambda row: show((row.get("export") or {}).get(key))
+
+
+def columns(rows: Sequence[Row]) -> list[tuple[str, bool, Callable[[Row], str]]]:
+    """Returns (heading, right-aligned, row -> text) of the columns that these rows need.
+
+    Columns of the exported model and of agreement are there only if some row has them.
+    """
+    found: list[tuple[str, bool, Callable[[Row], str]]] = [
+        ("net", False, lambda row: str(row.get("net", NONE))),
+        ("method", False, lambda row: str(row.get("method", NONE))),
+        ("top-1 %", True, lambda row: percent(row.get("top1"))),
+        ("cross-entropy", True, lambda row: number(row.get("loss"))),
+        ("bits W/A", True, _bits),
+        ("weight bytes", True, lambda row: count(row.get("weight_bytes"))),
+    ]
+    if any(row.get("agreement") is not None for row in rows):
+        agreement = lambda row: percent(row.get("agreement"))
+        found.append(("agreement %", True, agreement))
+    exports = [row["export"] for row in rows if row.get("export")]
+    if exports:
+        engines = sorted({str(e.get("engine", "engine")) for e in exports})
+        engine = engines[0] if len(engines) == 1 else "export"
+        if len(engines) > 1:
+            found.append(("export", False, _export("engine", lambda v: str(v or NONE))))
+        found += [
+            (f"{engine} top-1 %", True, _export("top1", percent)),
+            ("same argmax %", True, _export("argmax_agreement", percent)),
+            ("max logit diff.", True, _export("max_logit_difference", lambda v: number(v))),
+        ]
+    return found
+
+
+def _caption(results: Mapping[str, Any]) -> str:
+    """The data set, and a line for each exported net: as columns they do not fit 80 characters."""
+    dataset = results.get("dataset") or {}
+    examples = dataset.get("test_examples")
+    lines = [str(dataset["name"])] if dataset.get("name") else []
+    if examples:
+        lines.append(f"{int(examples):,} test images")
+    if any(row.get("agreement") is not None for row in results.get("rows") or []):
+        lines.append("agreement: same argmax as the teacher")
+    lines = [", ".join(lines)] if lines else []
+    for row in results.get("rows") or []:
+        export = row.get("export")
+        if export:
+            lines.append(
+                f"{row.get('net')} on {export.get('engine', 'its engine')}: "
+                f"top-1 {percent(export.get('top1'))} %, "
+                f"same argmax as trained {percent(export.get('argmax_agreement'))} %, "
+                f"largest logit difference {number(export.get('max_logit_difference'))}"
+            )
+    return "\n".join(lines)
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """Returns results.json's rows as a table for the terminal; it fits 80 characters.
+
+    Args:
+        results: {"rows": [...], "experiment": ..., "dataset": {...}} as in results.json; top1,
+            agreement and the like are fractions in [0, 1].
+    """
+    rows = results.get("rows") or []
+    made = Table(
+        title=str(results.get("experiment") or "results"),
+        caption=Text(_caption(results)),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    shown = columns([{**row, "export": None} for row in rows])
+    for heading, right, _ in shown:
+        lines = heading.replace(" ", "\n", 1).replace("cross-", "cross-\n") if right else heading
+        made.add_column(lines, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(text(row)) for _, _, text in shown))
+    return made

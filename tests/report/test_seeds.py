@@ -1,0 +1,43 @@
+"""Means and paired intervals over seeds, against numbers worked by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qkd_jax.report.seeds import collect, markdown, paired_interval
+
+
+def test_interval_of_a_textbook_example():
+    # Differences 1, 2, 3: mean 2, sd 1, t(0.975, 2) = 4.302653, half width 4.302653 / sqrt(3).
+    mean, low, high = paired_interval([3, 5, 7], [2, 3, 4])
+    assert mean == pytest.approx(2)
+    assert (low, high) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
+
+
+def run(path, qkd, qat):
+    path.mkdir()
+    rows = [
+        {"net": "student", "method": "QKD", "top1": qkd, "loss": 0.1},
+        {"net": "qat_only", "method": "QAT alone", "top1": qat, "loss": 0.2},
+    ]
+    (path / "results.json").write_text(json.dumps({"rows": rows}))
+    return path
+
+
+def test_table_over_three_runs(tmp_path):
+    folders = [
+        run(tmp_path / str(i), q, a)
+        for i, (q, a) in enumerate([(0.97, 0.96), (0.96, 0.94), (0.98, 0.95)])
+    ]
+    text = markdown(collect(folders), against="QKD")
+    assert "| student: QKD | 97.00 +- 1.00 | 0.100 +- 0.000 |" in text
+    assert "| qat_only: QAT alone | +2.00 [-0.48, +4.48] |" in text
+
+
+def test_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"no results\.json"):
+        collect([tmp_path])
+    with pytest.raises(ValueError, match="two at least"):
+        paired_interval([1.0], [2.0])
