@@ -1,8 +1,8 @@
 """Calibration: the float net sees data, and every quantizer gets its first parameters.
 
 One pass over the batches takes sums and counts of each operand (and the observer's own state); a
-second follows only for observers that search a grid whose width the first pass found. All layers are
-observed at once, on float activations.
+second follows only for observers that search a grid whose width the first pass found. All layers
+are observed at once, on float activations.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def calibrate(
     if not first:
         net.check_rules(_paths(net, floats, inputs[0], kwargs))
         raise ValueError(
-            "no operand of this net is quantized: none of its rules gives a layer it uses a weight, "
-            "input or output spec. `coverage` lists what the rules reach."
+            "no operand of this net is quantized: none of its rules gives a layer it uses a "
+            "weight, input or output spec. `coverage` lists what the rules reach."
         )
     measured = {key: _named(key, stats.finish, found["sums"]) for key, found in first.items()}
     searching = {key for key in first if OBSERVERS[specs.observer(*key)].NEEDS_STATS}
@@ -83,6 +83,7 @@ def calibrate(
     for key, moments in measured.items():
         path, operand = key
         spec = specs(path, operand)
+        assert spec is not None
         _check_sign(path, operand, spec, moments)
         state = second[key]["observer"] if key in searching else first[key]["observer"]
         lo, hi = _named(key, OBSERVERS[specs.observer(path, operand)].range, state, spec)
@@ -105,7 +106,7 @@ class _Specs:
 
     def observer(self, path: str, operand: str) -> str:
         spec = self(path, operand)
-        name = (spec and spec.observer) or "minmax"
+        name = "minmax" if spec is None or spec.observer is None else spec.observer
         if name not in OBSERVERS:
             raise checks.unknown(f"observer of {operand} of {path!r}", name, OBSERVERS)
         return name
@@ -115,8 +116,8 @@ def _arguments(batch: Any) -> tuple[Any, ...]:
     if isinstance(batch, Mapping):
         if "image" not in batch:
             raise ValueError(
-                f"a batch has the keys {sorted(batch)}; a dict needs 'image', or give a tuple of the "
-                "model's arguments."
+                f"a batch has the keys {sorted(batch)}; a dict needs 'image', or give a tuple of "
+                "the model's arguments."
             )
         return (np.asarray(batch["image"]),)
     return tuple(batch) if isinstance(batch, tuple) else (batch,)
@@ -150,15 +151,13 @@ class _Search:
     def update(self, found, x, spec, axes, observer) -> Tree:
         if not found:
             return found
-        new = observer.update(
-            found["observer"], x, spec, channel_axes=axes, stats=found["stats"]
-        )
+        new = observer.update(found["observer"], x, spec, channel_axes=axes, stats=found["stats"])
         # The moments lie beside the state, so that a scanned layer sees its own slice of them.
         return {"observer": new, "stats": found["stats"]}
 
 
 def _observe(net, floats, inputs, kwargs, specs, task, known=None) -> dict[tuple[str, str], Tree]:
-    """Runs the float net over all inputs; the state of each operand lies at its quantizer's place."""
+    """Runs the float net over all inputs; each operand's state lies at its quantizer's place."""
 
     def run(states, arguments, record):
         frame = Frame(specs, mode="observe", observe=record)
@@ -238,14 +237,13 @@ def _named(key: tuple[str, str], function: Callable[..., Any], *args: Any) -> An
         raise ValueError(f"{operand} of layer {path!r}: {error}") from None
 
 
-def _check_sign(path: str, operand: str, spec: Spec | None, moments: stats.Stats) -> None:
-    assert spec is not None
+def _check_sign(path: str, operand: str, spec: Spec, moments: stats.Stats) -> None:
     lowest = float(np.min(np.asarray(moments.lo)))
     if spec.symmetric and not spec.signed and lowest < 0:
         raise ValueError(
             f"{operand} of layer {path!r} goes down to {lowest:.4g}, but its spec is unsigned and "
-            "symmetric: all negative values would become 0. Use signed=True, or symmetric=False for "
-            "an affine grid."
+            "symmetric: all negative values would become 0. Use signed=True, or symmetric=False "
+            "for an affine grid."
         )
 
 
@@ -253,5 +251,3 @@ def _paths(net: QuantizedModel, floats: Tree, arguments: tuple, kwargs: Tree) ->
     frame = Frame(net.spec_of)
     jax.eval_shape(lambda a: net._apply(frame, floats, *a, **kwargs), arguments)
     return frame.modules
-
-

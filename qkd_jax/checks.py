@@ -60,7 +60,7 @@ def integer_in(name: str, value: Any, low: int, high: int | None = None) -> None
     wanted = f"an integer of at least {low}" + ("" if high is None else f" and at most {high}")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} is {value!r} ({type(value).__name__}); it must be {wanted}.")
-    if value < low or (high is not None and value > high):
+    if int(value) < low or (high is not None and int(value) > high):
         raise ValueError(f"{name} is {value}; it must be {wanted}.")
 
 
@@ -70,13 +70,13 @@ def in_range(name: str, value: Any, low: float, high: float) -> None:
         raise ValueError(
             f"{name} is {value!r} ({type(value).__name__}); it must be a number in [{low}, {high}]."
         )
-    if not low <= value <= high:
+    if not low <= float(value) <= high:
         raise ValueError(f"{name} is {value}; it must lie in [{low}, {high}].")
 
 
 def positive(name: str, value: Any) -> None:
     """Raises ValueError unless a Python number is above 0 (traced values pass)."""
-    if isinstance(value, numbers.Real) and not value > 0:
+    if isinstance(value, numbers.Real) and not float(value) > 0:
         raise ValueError(f"{name} is {value}; it must be greater than 0.")
 
 
@@ -117,8 +117,9 @@ def number(
     """
     span = f"{'[' if low_allowed else '('}{low:g}, {high:g}{']' if math.isfinite(high) else ')'}"
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        inside = low <= value <= high if low_allowed else low < value <= high
-        if not (inside and math.isfinite(value)):
+        given = float(value)
+        inside = low <= given <= high if low_allowed else low < given <= high
+        if not (inside and math.isfinite(given)):
             raise ValueError(f"{name} is {value}; it must be a finite number in {span}.")
     elif not hasattr(value, "shape"):
         raise ValueError(

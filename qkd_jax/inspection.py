@@ -140,7 +140,8 @@ class Covered:
     """One product of the forward pass.
 
     Attributes:
-      path: the layer's path, or the module in whose scope a product of no known layer stands.
+      path: the layer's path; for a product of no known layer the scope in which it stands (a
+        module's path, the equation of an einsum).
       op: the jaxpr's operation, "dot_general" or "conv_general_dilated".
       macs: multiply-accumulates for one example.
       status: "quantized", "weight only", "input only", "skipped" (a rule leaves it in float, or no
@@ -157,7 +158,7 @@ class Covered:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """Every product and convolution of a net, and what quantization does to it; prints as a table."""
+    """Every product of a net, and what quantization does to it; prints as a table."""
 
     products: tuple[Covered, ...]
     calibrated: bool
@@ -186,7 +187,16 @@ class Coverage:
 
 
 _LAYOUT = frozenset(
-    ("reshape", "transpose", "rev", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "copy")
+    (
+        "reshape",
+        "transpose",
+        "rev",
+        "squeeze",
+        "expand_dims",
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+    )
 )
 
 
@@ -220,7 +230,7 @@ def coverage(
 
 
 def _mark(traced: graph.Graph, value: int) -> graph.Node | None:
-    """The quantizer (or the mark of a skipped one) that an operand comes from, behind layout ops."""
+    """The quantizer (or mark of a skipped one) an operand comes from, behind layout ops."""
     while (node := traced.producer(value)) is not None:
         if node.op in ("quantizer", "skipped"):
             return node
@@ -233,13 +243,13 @@ def _mark(traced: graph.Graph, value: int) -> graph.Node | None:
 def _covered(net, traced, node, marks) -> Covered:
     bits = {"input": 32, "weight": 32}
     path = node.scope
-    for mark, place in zip(marks, ("input", "weight"), strict=True):
+    for mark in marks:
         if mark is None:
             continue
         path, operand = mark.params["path"], mark.params["operand"]
         if mark.op == "quantizer":
             spec = net.spec_of(path, operand)
-            bits["weight" if operand in ("weight", "other") else place] = spec.bits
+            bits["weight" if operand in ("weight", "other") else "input"] = spec.bits
     quantized = [b < 32 for b in bits.values()]
     if all(quantized):
         status = "quantized"

@@ -6,9 +6,9 @@ interceptor sets a public field of each bound layer for the length of one call, 
 attention through its two einsum fields, `Einsum`, `ConvTranspose` and `Embed` through
 `promote_dtype`, which hands over the operands.
 
-The quantizers' variables lie under their layer (`conv1/weight_quantizer/step`) and travel inside the
-`params` collection while the model runs, since `nn.scan` and `nn.vmap` lift no collection that they
-have not heard of.
+The quantizers' variables lie under their layer (`conv1/weight_quantizer/step`) and travel inside
+the `params` collection while the model runs, since `nn.scan` and `nn.vmap` lift no collection that
+they have not heard of.
 
 A `Frame` is one application: its mode says what an operand meets.
   apply    fake quantization where the layer has been calibrated, float elsewhere
@@ -91,6 +91,7 @@ class Frame:
     # -- the interceptor ---------------------------------------------------------------------
 
     def __call__(self, next_fun, args, kwargs, context):
+        """Intercepts one method call of one module; see `flax.linen.intercept_methods`."""
         module, method = context.module, context.method_name
         if method not in ("__call__", "attend") or (id(module), method) in self._active.values():
             return next_fun(*args, **kwargs)  # `super().__call__` of a subclass comes by twice
@@ -117,7 +118,9 @@ class Frame:
                     out = next_fun(*args, **kwargs)
         elif isinstance(module, _Conv) and module.shared_weights:
             base = _own(module.conv_general_dilated_cls, module.conv_general_dilated)
-            hook = self._hook(module, path, "conv", products.conv_product, base or lax.conv_general_dilated)
+            hook = self._hook(
+                module, path, "conv", products.conv_product, base or lax.conv_general_dilated
+            )
             with _fields(module, conv_general_dilated_cls=_Factory(hook, base)):
                 out = next_fun(*args, **kwargs)
         elif isinstance(module, nn.Dense | nn.DenseGeneral):
@@ -164,7 +167,10 @@ class Frame:
 
     def _attention(self, module, path):
         """The two einsum fields of attention, for the products that a rule quantizes."""
-        subs = {"qk_attn_weights_einsum_cls": "query_key", "attn_weights_value_einsum_cls": "weights_value"}
+        subs = {
+            "qk_attn_weights_einsum_cls": "query_key",
+            "attn_weights_value_einsum_cls": "weights_value",
+        }
         named = {field: f"{path}/{sub}" if path else sub for field, sub in subs.items()}
         self.modules.update(named.values())
         wanted = any(self.spec_of(layer, "input") is not None for layer in named.values())
@@ -174,9 +180,10 @@ class Frame:
         if module.precision is not None or own:
             if wanted:
                 raise ValueError(
-                    f"attention {path!r} sets `precision` or its own einsum, so its products can't be "
-                    "quantized; leave these fields at None, or exclude "
-                    f"{path + '/query_key'!r} and {path + '/weights_value'!r} with a rule of no specs."
+                    f"attention {path!r} sets `precision` or its own einsum, so its products can't "
+                    "be quantized; leave these fields at None, or exclude "
+                    f"{path + '/query_key'!r} and {path + '/weights_value'!r} with a rule without "
+                    "specs."
                 )
             return {}
         return {
@@ -202,7 +209,9 @@ class Frame:
         In place of the operands the layer is given their codes; the output is scaled, and the bias
         added, here.
         """
-        promote = getattr(module.promote_dtype, "base", module.promote_dtype)
+        promote = module.promote_dtype
+        if isinstance(promote, _Promote):
+            promote = promote.base
         scaling: dict[str, Any] = {}
 
         def quantized(*arrays, **options):
@@ -234,8 +243,7 @@ class Frame:
                 bias = jnp.zeros_like(bias)
             return (*codes, bias)
 
-        quantized.base = promote
-        with _fields(module, promote_dtype=quantized):
+        with _fields(module, promote_dtype=_Promote(quantized, promote)):
             out = next_fun(*args, **kwargs)
         if "multiplier" in scaling:
             out = (out * scaling["multiplier"]).astype(out.dtype)
@@ -357,6 +365,16 @@ class _Factory:
         return self.product
 
 
+class _Promote:
+    """A `promote_dtype` of ours; remembers what it replaces."""
+
+    def __init__(self, function: Callable[..., Any], base: Callable[..., Any]):
+        self.function, self.base = function, base
+
+    def __call__(self, *arrays: Any, **options: Any) -> Any:
+        return self.function(*arrays, **options)
+
+
 def _own(factory: Any, function: Any) -> Any:
     """The product that the model itself injected into a layer, or None."""
     if isinstance(factory, _Factory):
@@ -366,7 +384,7 @@ def _own(factory: Any, function: Any) -> Any:
 
 @contextlib.contextmanager
 def _fields(module: nn.Module, **fields: Any) -> Iterator[None]:
-    """Sets fields of a bound layer for one call. The bound module is a clone of this apply's own."""
+    """Sets fields of a bound layer for one call; the bound module is a clone of this apply's."""
     before = {name: getattr(module, name) for name in fields}
     try:
         for name, value in fields.items():

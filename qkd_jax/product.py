@@ -68,14 +68,18 @@ class Product:
         return jnp.reshape(jnp.transpose(scale, kept + summed), shape)
 
 
-def conv_product(lhs: Any, rhs: Any, *args: Any, base: Callable[..., Any], **kwargs: Any) -> Product:
+def conv_product(
+    lhs: Any, rhs: Any, *args: Any, base: Callable[..., Any], **kwargs: Any
+) -> Product:
     """The product of `lax.conv_general_dilated(lhs, rhs, *args, **kwargs)`."""
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, kwargs.get("dimension_numbers"))
     lhs_out: list[int | None] = [None] * lhs.ndim
     rhs_out: list[int | None] = [None] * rhs.ndim
     lhs_out[numbers.lhs_spec[0]] = numbers.out_spec[0]
     rhs_out[numbers.rhs_spec[0]] = numbers.out_spec[1]
-    return Product(lambda a, b: base(a, b, *args, **kwargs), tuple(lhs_out), tuple(rhs_out), lhs.ndim)
+    return Product(
+        lambda a, b: base(a, b, *args, **kwargs), tuple(lhs_out), tuple(rhs_out), lhs.ndim
+    )
 
 
 def dot_product(
@@ -177,7 +181,7 @@ def quantized_product(
     w_view: tuple[jax.Array, IntFormat, bool],
     multiplier: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes `product(codes_x, codes_w) * (s_x * s_w)`, differentiated as `product(x_hat, w_hat)`.
+    """Computes `product(codes_x, codes_w) * (s_x * s_w)`; differentiates `product(x_hat, w_hat)`.
 
     The codes are centred (the zero point is taken off), so zero padding pads with real zero. The
     gradients of the scales flow through `x_hat` and `w_hat`, that is through the quantizers' own

@@ -4,9 +4,10 @@
     variables = student.init(key, images)                 # float
     variables = calibrate(student, variables, batches)    # adds the `quant` collection
 
-A rule's pattern is a regular expression that must match a layer's whole path ("stage1_block0/conv1");
-the first rule that matches decides; an operand without a spec stays in float. A net is float, bit for
-bit the linen model, until `calibrate` has given it a `quant` collection.
+A rule's pattern is a regular expression that must match a layer's whole path
+("stage1_block0/conv1"); the first rule that matches decides; an operand without a spec stays in
+float. A net is float, bit for bit the linen model, until `calibrate` has given it a `quant`
+collection.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ class Rule:
                 )
             if operand != "weight" and spec.granularity != "tensor":
                 raise ValueError(
-                    f"{where} has granularity 'channel'; an {operand} is quantized per tensor, for a "
-                    "scale that varies along the contraction can't be taken out of an integer "
+                    f"{where} has granularity 'channel'; an {operand} is quantized per tensor, for "
+                    "a scale that varies along the contraction can't be taken out of an integer "
                     "product. Use granularity='tensor'."
                 )
 
@@ -122,7 +123,9 @@ class QuantizedModel:
         Returns:
           The module's output, or (output, mutated collections) where `mutable` is given.
         """
-        return self._apply(Frame(self.spec_of, axis_name=axis_name), variables, *args, mutable=mutable, **kwargs)
+        return self._apply(
+            Frame(self.spec_of, axis_name=axis_name), variables, *args, mutable=mutable, **kwargs
+        )
 
     def trace_apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Applies with every quantizer as one named jaxpr equation: what `graph.trace` reads."""
@@ -152,8 +155,8 @@ class QuantizedModel:
             if not any(re.fullmatch(rule.pattern, path) for path in paths):
                 shown = ", ".join(repr(p) for p in paths if p)
                 raise ValueError(
-                    f"rules[{place}] {rule.pattern!r} matches no layer. A pattern must match a whole "
-                    f"path. Paths: {shown}.{checks.nearest(rule.pattern, paths)}"
+                    f"rules[{place}] {rule.pattern!r} matches no layer. A pattern must match a "
+                    f"whole path. Paths: {shown}.{checks.nearest(rule.pattern, paths)}"
                 )
 
 
@@ -198,9 +201,9 @@ def join_quant(variables: Mapping[str, Any]) -> Variables:
 
 def split_quant(variables: Mapping[str, Any]) -> Variables:
     """Takes the quantizers' variables out of `params` again."""
-    variables = dict(unfreeze(variables))
+    variables = dict(variables)
     if "params" in variables:
-        params, quant = _split(variables["params"])
+        params, quant = _split(unfreeze(variables["params"]))
         variables["params"] = params
         if quant:
             variables["quant"] = quant
@@ -248,7 +251,8 @@ def load_float(variables: Mapping[str, Any], pretrained: Mapping[str, Any]) -> V
     """
     if "params" not in pretrained:
         raise ValueError(
-            f"pretrained has the keys {sorted(pretrained)}; it must be a variables tree with 'params'."
+            f"pretrained has the keys {sorted(pretrained)}; it must be a variables tree with "
+            "'params'."
         )
     out: Variables = {}
     for name, wanted in split_quant(join_quant(variables)).items():
@@ -256,7 +260,8 @@ def load_float(variables: Mapping[str, Any], pretrained: Mapping[str, Any]) -> V
             continue
         if name not in pretrained:
             raise ValueError(
-                f"pretrained lacks the collection {name!r} that the net has; it has {sorted(pretrained)}."
+                f"pretrained lacks the collection {name!r} that the net has; it has "
+                f"{sorted(pretrained)}."
             )
         out[name] = _loaded(name, wanted, unfreeze(pretrained[name]))
     return out
@@ -283,5 +288,3 @@ def _loaded(name: str, wanted: Any, given: Any) -> Any:
 def _flat(tree: Any, prefix: str):
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield "/".join([prefix, *(str(k.key) for k in path)]), leaf
-
-

@@ -60,10 +60,13 @@ def test_sums_are_exact_and_scaled_once(name):
     )  # fmt: skip
     # Integers in float64 and the dequantized product in float64 are two independent truths.
     with jax.enable_x64(True):
-        exact = np.asarray(product.fn(jnp.asarray(codes_x, jnp.float64), jnp.asarray(codes_w, jnp.float64)))
+        exact = np.asarray(
+            product.fn(jnp.asarray(codes_x, jnp.float64), jnp.asarray(codes_w, jnp.float64))
+        )
         real = np.asarray(
             product.fn(
-                jnp.asarray(codes_x * np.float64(s_x)), jnp.asarray(codes_w * s_w.astype(np.float64))
+                jnp.asarray(codes_x * np.float64(s_x)),
+                jnp.asarray(codes_w * s_w.astype(np.float64)),
             )
         )
     np.testing.assert_allclose(y, real, rtol=1e-6, atol=1e-6 * np.abs(real).max())
@@ -86,7 +89,9 @@ def test_gradients_are_those_of_the_dequantized_product(name):
     out = jax.eval_shape(product.fn, x_hat, w_hat)
     assert out.ndim == product.ndim
     weights = jnp.asarray(np.random.default_rng(3).normal(size=out.shape), jnp.float32)
-    ours = jax.grad(lambda a, b: jnp.sum(weights * quantized_product(product, a, b, *views)), (0, 1))
+    ours = jax.grad(
+        lambda a, b: jnp.sum(weights * quantized_product(product, a, b, *views)), (0, 1)
+    )
     plain = jax.grad(lambda a, b: jnp.sum(weights * product.fn(a, b)), (0, 1))
     for got, want in zip(ours(x_hat, w_hat), plain(x_hat, w_hat), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
@@ -108,7 +113,9 @@ def test_a_scale_along_the_contraction_is_refused():
         product.scale_in_output(jnp.ones((3, 1)), product.rhs_out)
 
 
-@pytest.mark.parametrize("equation", ["...qhd,...khd->...hqk", "...hqk,...khd->...qhd", "ij,jk->ik"])
+@pytest.mark.parametrize(
+    "equation", ["...qhd,...khd->...hqk", "...hqk,...khd->...qhd", "ij,jk->ik"]
+)
 def test_einsum_axes(equation):
     sizes = dict(zip("qhdkij", (3, 2, 5, 4, 6, 7), strict=True))
     left, right = equation.split("->")[0].split(",")

@@ -29,7 +29,9 @@ def rounded(x, bits, axes=None, affine=False):
     if affine:
         lo, hi = min(x.min(), 0), max(x.max(), 0)
         scale = (hi - lo) / (2**bits - 1)
-        zero = np.clip(np.round(-(2 ** (bits - 1)) - lo / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        zero = np.clip(
+            np.round(-(2 ** (bits - 1)) - lo / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        )
         codes = np.clip(np.round(x / scale) + zero, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         return (codes - zero) * scale
     top = 2 ** (bits - 1) - 1
@@ -105,7 +107,11 @@ class Mapped(nn.Module):
     @nn.compact
     def __call__(self, x):
         stacked = nn.vmap(
-            Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=2,
         )
         return stacked(name="blocks")(x)
 
@@ -130,7 +136,10 @@ def test_a_net_without_quant_is_the_linen_model_bit_for_bit():
 def test_dense_against_numpy():
     x = images(5, 7)
     net, variables = calibrated(nn.Dense(4), x)
-    kernel, bias = variables["params"]["kernel"], np.asarray(variables["params"]["bias"], np.float64)
+    kernel, bias = (
+        variables["params"]["kernel"],
+        np.asarray(variables["params"]["bias"], np.float64),
+    )
     want = rounded(x, 8, affine=True) @ rounded(kernel, 4, (1,)) + bias
     np.testing.assert_allclose(net.apply(variables, x), want, rtol=2e-5, atol=1e-5)
 
@@ -148,11 +157,15 @@ def test_dense_general_with_two_output_axes_has_a_scale_for_each():
 @pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
 def test_convolution_against_numpy(groups, padding):
     x = images(2, 5, 5, 4)
-    model = nn.Conv(8, (3, 3), strides=(2, 2), padding=padding, feature_group_count=groups, use_bias=False)
+    model = nn.Conv(
+        8, (3, 3), strides=(2, 2), padding=padding, feature_group_count=groups, use_bias=False
+    )
     net, variables = calibrated(model, x)
     kernel = rounded(variables["params"]["kernel"], 4, (3,))
     with jax.enable_x64(True):
-        want = model.apply({"params": {"kernel": jnp.asarray(kernel)}}, jnp.asarray(rounded(x, 8, affine=True)))
+        want = model.apply(
+            {"params": {"kernel": jnp.asarray(kernel)}}, jnp.asarray(rounded(x, 8, affine=True))
+        )
     np.testing.assert_allclose(net.apply(variables, x), want, rtol=2e-5, atol=1e-5)
 
 
@@ -160,7 +173,9 @@ def test_convolution_against_numpy(groups, padding):
 @pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
 def test_transposed_convolution(transpose_kernel, padding):
     x = images(2, 4, 4, 3)
-    model = nn.ConvTranspose(5, (3, 3), strides=(2, 2), padding=padding, transpose_kernel=transpose_kernel)
+    model = nn.ConvTranspose(
+        5, (3, 3), strides=(2, 2), padding=padding, transpose_kernel=transpose_kernel
+    )
     net, variables = calibrated(model, x)
     variables["params"]["bias"] = jnp.arange(5.0)
     axis = 2 if transpose_kernel else 3
@@ -179,7 +194,9 @@ def test_einsum_layer_with_bias():
     bias = images(2, 5, seed=3)
     variables["params"]["bias"] = bias
     want = np.einsum(
-        "btc,chd->bhtd", rounded(x, 8, affine=True), rounded(variables["params"]["kernel"], 4, (1, 2))
+        "btc,chd->bhtd",
+        rounded(x, 8, affine=True),
+        rounded(variables["params"]["kernel"], 4, (1, 2)),
     )
     want += np.asarray(bias, np.float64)[None, :, None, :]
     np.testing.assert_allclose(net.apply(variables, x), want, rtol=2e-5, atol=1e-5)
@@ -229,7 +246,9 @@ def test_attention_products():
     assert np.mean(np.abs(got - want) > 1e-4 * np.abs(want).max()) < 0.05  # a rare code may flip
 
 
-@pytest.mark.parametrize("model", [Setup(), Shared(), Remat(), RematLayer(), Scanned(), Mapped(), FancyDense(4)])
+@pytest.mark.parametrize(
+    "model", [Setup(), Shared(), Remat(), RematLayer(), Scanned(), Mapped(), FancyDense(4)]
+)
 def test_liftings_quantize_once_and_train(model):
     x = images(3, 6)
     net, variables = calibrated(model, x)
@@ -237,7 +256,9 @@ def test_liftings_quantize_once_and_train(model):
     floats = model.apply({"params": variables["params"]}, x)
     assert not np.array_equal(quantized, floats)
     np.testing.assert_allclose(quantized, floats, atol=0.35 * float(jnp.abs(floats).max()))
-    grads = jax.jit(jax.grad(lambda p: net.apply({**variables, "params": p}, x).sum()))(variables["params"])
+    grads = jax.jit(jax.grad(lambda p: net.apply({**variables, "params": p}, x).sum()))(
+        variables["params"]
+    )
     plain = jax.grad(lambda p: model.apply({"params": p}, x).sum())(variables["params"])
     assert jax.tree.structure(grads) == jax.tree.structure(plain)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -263,7 +284,11 @@ def test_remat_and_plain_give_the_same_values_and_gradients():
     net, variables = calibrated(Block(4), x)
     remat = quantize(nn.remat(Block)(4), ALL)
     value = jax.value_and_grad(lambda n, v: n.apply(v, x).sum(), argnums=1)
-    for a, b in zip(jax.tree.leaves(value(net, variables)), jax.tree.leaves(value(remat, variables)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(value(net, variables)),
+        jax.tree.leaves(value(remat, variables)),
+        strict=True,
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
@@ -310,10 +335,15 @@ def test_a_folded_batch_norm_is_the_layers_multiplier():
     quant = variables["quant"]["dense"]
     scale = quant["input_quantizer"]["scale"] * quant["weight_quantizer"]["scale"][0]
     folded = {
-        "dense": {**quant, "folded": {"multiplier": scale * gain, "bias": jnp.asarray(-np.arange(4.0) * gain)}},
+        "dense": {
+            **quant,
+            "folded": {"multiplier": scale * gain, "bias": jnp.asarray(-np.arange(4.0) * gain)},
+        },
         "bn": {"folded": {"identity": jnp.ones(())}},
     }
-    np.testing.assert_allclose(net.apply({**variables, "quant": folded}, x), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        net.apply({**variables, "quant": folded}, x), want, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_bfloat16_runs_and_stays_bfloat16():
@@ -350,7 +380,16 @@ def test_load_float_takes_same_paths_and_refuses_others():
     loaded = load_float(calibrate(net, variables, [x]), other)
     jax.tree.map(np.testing.assert_array_equal, loaded, other)
     with pytest.raises(ValueError, match=r"missing params/first/bias.*unexpected params/frist"):
-        load_float(variables, {"params": {"frist": {}, **{"frist": other["params"]["first"]}, "second": other["params"]["second"]}})
+        load_float(
+            variables,
+            {
+                "params": {
+                    "frist": {},
+                    **{"frist": other["params"]["first"]},
+                    "second": other["params"]["second"],
+                }
+            },
+        )
     with pytest.raises(ValueError, match=r"has shape \(9, 5\), wanted \(6, 5\)"):
         bad = jax.tree.map(lambda a: a, other)
         bad["params"]["first"]["kernel"] = jnp.zeros((9, 5))

@@ -1,0 +1,110 @@
+"""Calibration: exact over batches, sees every operand, and says which layer is at fault."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qkd_jax.calibration import calibrate
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize import Rule, quantize
+
+KEY = jax.random.key(0)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Dense(8, name="first")(x))
+        return nn.Dense(3, name="second")(x)
+
+
+def build(**input_spec):
+    spec = Spec(4, **{"quantizer": "lsq", "signed": False, **input_spec})
+    rules = [Rule("second", weight=Spec(4, quantizer="lsq", granularity="channel"), input=spec)]
+    net = quantize(Net(), rules)
+    x = jax.random.normal(jax.random.key(1), (12, 5))
+    return net, net.init(KEY, x), x
+
+
+def hidden(variables, x):
+    params = {k: np.asarray(v, np.float64) for k, v in variables["params"]["first"].items()}
+    return np.maximum(np.asarray(x, np.float64) @ params["kernel"] + params["bias"], 0)
+
+
+def test_steps_of_lsq_are_the_papers_over_all_batches_whatever_their_size():
+    net, variables, x = build()
+    want = 2 * hidden(variables, x).mean() / np.sqrt(15)
+    for batches in ([x], [x[:4], x[4:]], [x[:1], x[1:7], x[7:]]):
+        quant = calibrate(net, variables, batches)["quant"]["second"]
+        np.testing.assert_allclose(quant["input_quantizer"]["step"], want, rtol=1e-6)
+    kernel = np.asarray(variables["params"]["second"]["kernel"], np.float64)
+    want = 2 * np.abs(kernel).mean(0, keepdims=True) / np.sqrt(7)
+    np.testing.assert_allclose(quant["weight_quantizer"]["step"], want, rtol=1e-6)
+
+
+def test_an_observer_that_is_named_sets_the_range():
+    net, variables, x = build()
+    quant = calibrate(net, variables, [x[:5], x[5:]], observer="minmax")["quant"]["second"]
+    want = hidden(variables, x).max() / 15
+    np.testing.assert_allclose(quant["input_quantizer"]["step"], want, rtol=1e-6)
+
+
+def test_the_mse_observer_finds_the_best_of_its_grid():
+    net, variables, x = build(quantizer="uniform")
+    quant = calibrate(net, variables, [x[:5], x[5:]], observer="mse")["quant"]["second"]
+    data = hidden(variables, x)
+    grid = data.max() / 15 * np.arange(1, 101) / 100
+    errors = [np.mean((np.clip(np.round(data / s), 0, 15) * s - data) ** 2) for s in grid]
+    found = float(quant["input_quantizer"]["scale"])
+    error = np.mean((np.clip(np.round(data / found), 0, 15) * found - data) ** 2)
+    np.testing.assert_allclose(error, min(errors), rtol=1e-4)
+
+
+def test_everything_else_stays_as_it_was_and_recalibrating_starts_afresh():
+    net, variables, x = build()
+    first = calibrate(net, variables, [x])
+    again = calibrate(net, first, [x])
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    jax.tree.map(np.testing.assert_array_equal, first["params"], variables["params"])
+
+
+def test_batches_may_be_dicts_or_argument_tuples():
+    net, variables, x = build()
+    plain = calibrate(net, variables, [x])
+    for batch in ({"image": np.asarray(x), "label": np.zeros(12)}, (x, False)):
+        jax.tree.map(np.testing.assert_array_equal, plain, calibrate(net, variables, [batch]))
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "at least one batch"),
+        (jnp.ones((2, 5)), "give a list of batches"),
+        ([{"pixels": jnp.ones((2, 5))}], "needs 'image'"),
+        ([jnp.full((2, 5), jnp.nan)], "input of layer 'second'.*NaN"),
+        ([jnp.full((2, 5), jnp.inf)], "input of layer 'second'"),
+    ],
+)
+def test_bad_batches(batches, message):
+    net, variables, _ = build()
+    with pytest.raises(ValueError, match=message):
+        calibrate(net, variables, batches)
+
+
+def test_negative_values_under_an_unsigned_symmetric_spec():
+    net = quantize(Net(), [Rule("first", weight=Spec(4), input=Spec(4, signed=False))])
+    x = jnp.asarray([[1.0, -2.5, 0, 0, 0]])
+    with pytest.raises(ValueError, match=r"'first' goes down to -2\.5.*signed=True"):
+        calibrate(net, net.init(KEY, x), [x])
+
+
+def test_errors_of_names_and_of_rules_that_do_nothing():
+    net, variables, x = build()
+    with pytest.raises(ValueError, match="Did you mean 'minmax'"):
+        calibrate(net, variables, [x], observer="minmaxx")
+    with pytest.raises(ValueError, match="no operand of this net is quantized"):
+        calibrate(quantize(Net(), [Rule(".*")]), variables, [x])

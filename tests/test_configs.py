@@ -1,0 +1,184 @@
+"""Every config loads in a moment, checks, and can be inspected; arguments and names are checked."""
+
+import importlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from configs import common, qkd
+from qkd_jax import experiment, presets
+from qkd_jax.experiment import settings
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted(
+    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common")
+)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_can_be_inspected(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    text = experiment.inspect(config, verbose=False)
+    for stage in config.schedule:
+        assert stage in text
+    for net in config.nets:
+        assert f"{net}: " in text
+    assert config.is_locked
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_field_is_none(name):
+    """A None cannot be overridden on the command line."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+
+    def walk(tree, path=""):
+        for key, value in tree.items():
+            assert value is not None, f"{path}.{key}"
+            if hasattr(value, "items"):
+                walk(value, f"{path}.{key}")
+
+    walk(config)
+
+
+def test_configs_load_without_jax():
+    code = "import sys; import configs.qkd; configs.qkd.get_config(); print('jax' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+
+def test_parse_arg_types_by_defaults():
+    args = common.parse_arg(
+        "seed=3, lr=1e-2,flag,data=mnist,other=no", seed=0, lr=0.1, flag=False, data="x", other=True
+    )
+    assert args.to_dict() == dict(seed=3, lr=0.01, flag=True, data="mnist", other=False)
+    assert common.parse_arg("", seed=1).seed == common.parse_arg(None, seed=1).seed == 1
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("sed=1", "Did you mean 'seed'"),
+        ("seed=1.5", "must be an integer"),
+        ("lr=fast", "must be a number"),
+        ("seed", "has no value"),
+        ("seed=", "has no value"),
+        ("flag=maybe", "true or false"),
+        ("seed=1,seed=2", "given twice"),
+    ],
+)
+def test_parse_arg_says_what_is_wrong(arg, message):
+    with pytest.raises(ValueError, match=message):
+        common.parse_arg(arg, seed=0, lr=0.1, flag=False)
+
+
+def test_qkd_arguments_reach_the_nets():
+    config = qkd.get_config(
+        "data=fashion_mnist,student=resnet8,teacher=resnet20,bits=w4a4,seed=1,train_examples=1000"
+    )
+    assert config.nets.teacher.model == "resnet20" and config.nets.student.rules == "w4a4"
+    assert config.seed == 1 and config.data.train_examples == 1000
+    assert config.stages.qat_only.batch_size == 128
+
+
+def test_qkd_controls_take_the_students_steps():
+    for arg in ("", "epochs=7", "train_examples=123,epochs=3"):
+        found = experiment.read(qkd.get_config(arg))
+        steps = {s.name: s.steps for s in found.stages}
+        phases = ("self_study", "co_study", "tutor")
+        assert steps["qat_only"] == steps["qat_fixed_teacher"] == sum(steps[p] for p in phases)
+
+
+def test_phases_share_one_schedule():
+    found = {s.name: s for s in experiment.read(qkd.get_config()).stages}
+    total = found["qat_only"].steps
+    for phase in ("self_study", "co_study", "tutor"):
+        assert found[phase].horizons["student"] == total
+    assert found["co_study"].starts == {
+        "student": found["self_study"].steps,
+        "teacher": 0,
+    }
+    assert found["self_study"].keeps == ("student",) and found["tutor"].keeps == ()
+    assert found["co_study"].horizons["teacher"] == found["co_study"].steps
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+def changed(**changes):
+    """The resolved QKD config with some dotted fields replaced."""
+    config = settings.resolve(qkd.get_config())
+    for path, value in changes.items():
+        node = config
+        *keys, last = path.split("__")
+        for key in keys:
+            node = node[key]
+        node[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("schedule", ["pretrain_teacher", "co_studdy"], "Did you mean 'co_study'"),
+        ("schedule", ["self_study,co_study"], "is one string.*'self_study', 'co_study',"),
+        ("schedule", [], "schedule is empty"),
+        ("schedule", ["qat_only", "qat_only"], "twice"),
+        ("schedule", ["tutor"], "it must be an earlier train stage"),
+        ("data__name", "digit", "Did you mean 'digits'"),
+        ("data__nam", "digits", "Did you mean 'name'"),
+        ("sed", 1, "Did you mean 'seed'"),
+        ("nets__student__model", "resnet9", "6n"),
+        ("nets__student__model", "resnet8x", "Did you mean 'resnet8"),
+        ("nets__student__widht", 3, "Did you mean 'width'"),
+        ("nets__student__rules", "w2a", "Did you mean 'w2a2'"),
+        ("nets__student__rules", "w40a2", "at most 8"),
+        ("nets__student__rules", [{"patern": "x"}], "Did you mean 'pattern'"),
+        ("nets__student__rules", [{"pattern": "x", "weight": {"bit": 2}}], "Did you mean 'bits'"),
+        ("nets__qat_only__init_from", "studnt", "Did you mean 'student'"),
+        ("stages__tutor__kind", "trian", "Did you mean 'train'"),
+        ("stages__tutor__epoch", 3, "Did you mean 'epochs'"),
+        ("stages__tutor__epochs", 0.0, "no step at all"),
+        ("stages__tutor__batch_size", 0, "at least 1"),
+        ("stages__calibrate__nets", ["studnt"], "Did you mean 'student'"),
+        ("stages__tutor__learn__student__kd__loss", "ks", "Did you mean 'kd'"),
+        ("stages__tutor__learn__student__kd__source", "techer", "Did you mean 'teacher'"),
+        ("stages__tutor__learn__student__kd__temp", 1.0, "temperature"),
+        ("stages__tutor__optim__student__name", "sdg", "Did you mean 'sgd'"),
+        ("stages__tutor__optim__student__schedule", "cosin", "Did you mean 'cosine'"),
+        ("stages__tutor__optim__student__lrr", 1.0, "Did you mean 'lr'"),
+        ("stages__tutor__optim__student__continues", "co_studdy", "Did you mean 'co_study'"),
+        ("stages__tutor__optim__student__continues", "pretrain_teacher", "does not learn there"),
+        ("stages__tutor__optim__student__continues", "self_study", "continues already"),
+    ],
+)
+def test_wrong_names_are_answered_with_the_nearest(path, value, message):
+    with pytest.raises(ValueError, match=message):
+        experiment.read(changed(**{path: value}))
+
+
+def test_values_that_are_not_data_are_refused():
+    with pytest.raises(ValueError, match="plain data"):
+        settings.resolve({"nets": {}, "stages": {}, "schedule": (), "seed": object()})
+    with pytest.raises(ValueError, match="ConfigDict or a dict"):
+        settings.resolve("configs/qkd.py")
+
+
+@pytest.mark.parametrize("name", sorted(presets.PRESETS))
+def test_every_preset_builds(name):
+    rules = presets.rules(name)
+    assert (rules == ()) == (name == "float")
+
+
+def test_reduced_range_spares_the_low_bits():
+    rules = presets.rules("w2a2", reduce_range=True)
+    assert [r.weight.bits for r in rules] == [7, 7, 2]
+    assert [r.input.bits for r in rules] == [8, 8, 2]
+    assert presets.rules("w5a3")[-1].weight.bits == 5
+    assert presets.rules("ternary")[-1].weight.format.qmin == -1

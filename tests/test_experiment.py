@@ -1,0 +1,264 @@
+"""The run as a whole: rows, resuming, stopping, and what it says when something is wrong."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_config import get_config
+
+from qkd_jax import experiment
+from qkd_jax.experiment.run import nested
+from qkd_jax.training.checkpoint import Checkpoints
+from qkd_jax.training.loop import NonFiniteError, Preempted
+from qkd_jax.training.trees import tree_sha256
+
+ROOT = Path(__file__).parent.parent
+
+
+def tree_of(folder):
+    with Checkpoints(Path(folder) / "checkpoints") as checkpoints:
+        return checkpoints.restore_latest()
+
+
+def lines(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny run that was never interrupted: (folder, results)."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    results = experiment.run(get_config(), folder, report=False, verbose=False)
+    return folder, results
+
+
+def test_a_run_ends_with_a_row_per_net_and_method(finished):
+    folder, results = finished
+    rows = results["rows"]
+    assert [(r["net"], r["method"]) for r in rows] == [
+        ("teacher", "float"),
+        ("student", "float"),
+        ("qat_only", "QAT alone"),
+        ("student", "QKD"),
+    ]
+    for row in rows:
+        assert 0 <= row["top1"] <= row["top5"] <= 1 and math.isfinite(row["loss"])
+        assert (row["agreement"] is None) == (row["net"] == "teacher")
+    assert [r["weight_bits"] for r in rows] == [32, 32, 4, 4]
+    assert rows[1]["weight_bytes"] == 4 * rows[1]["params"] > rows[3]["weight_bytes"]
+    assert results["dataset"]["train_examples"] == 96
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert not any("second" in key for row in rows for key in row)
+
+
+def test_a_run_folder_is_the_record(finished):
+    folder, _ = finished
+    names = {p.name for p in folder.iterdir()}
+    assert {"config.json", "run.json", "metrics.jsonl", "results.json", "timings.json"} <= names
+    start = json.loads((folder / "run.json").read_text())["starts"][0]
+    assert start["seed"] == 0 and len(start["data"]["fingerprint"]) == 64
+    assert set(start["nets"]) == {"teacher", "student", "qat_only"}
+    stages = json.loads((folder / "timings.json").read_text())["stages"]
+    assert set(stages) == set(get_config().schedule)
+    rows = lines(folder)
+    assert [r["step"] for r in rows] == sorted(r["step"] for r in rows)
+    trained = [r for r in rows if r["split"] == "train" and r["stage"] == "co_study"]
+    assert {"student/loss", "student/kd", "teacher/ce", "student/lr"} <= set(trained[0]["values"])
+    # The student's rate runs on over the three phases instead of starting anew.
+    rates = [r["values"]["student/lr"] for r in rows if "student/lr" in r["values"]][-3:]
+    assert rates == sorted(rates, reverse=True) and rates[0] < 0.05
+    paths = [r for r in rows if r["split"] == "quant"]
+    assert "student/dense2/weight_quantizer/step" in paths[-1]["values"]
+
+
+def test_a_finished_run_does_nothing_again(finished, capsys):
+    folder, results = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != ".lock"}
+    assert experiment.run(get_config(), folder, report=False) == json.loads(json.dumps(results))
+    after = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != ".lock"}
+    said = capsys.readouterr().out
+    assert "finished run" in said and "QKD" in said
+    assert before == after
+
+
+def test_another_config_is_refused_with_the_differing_fields(finished):
+    folder, _ = finished
+    config = get_config()
+    config.stages.tutor.optim.student.lr = 0.5
+    with pytest.raises(ValueError, match=r"stages\.tutor\.optim\.student\.lr: 0\.05.*0\.5"):
+        experiment.run(config, folder, verbose=False)
+    # What cannot change a result may differ.
+    config = get_config()
+    config.checkpoint.every_steps = 3
+    experiment.run(config, folder, report=False, verbose=False)
+
+
+def test_eval_and_report_need_the_folder_alone(finished, capsys):
+    folder, results = finished
+    found = experiment.evaluate(folder, verbose=False)
+    rows = {r["net"]: r for r in found["rows"]}
+    assert rows["student"]["top1"] == results["rows"][-1]["top1"]
+    assert rows["student"]["loss"] == results["rows"][-1]["loss"]
+    with pytest.raises(ValueError, match="no deploy stage"):
+        experiment.export(folder)
+    with pytest.raises(ValueError, match="does not exist"):
+        experiment.evaluate(folder / "nowhere")
+
+
+class StopAt:
+    """Asks a run to stop after so many questions, as SIGTERM does at some moment."""
+
+    def __init__(self, count):
+        self.left = count
+        self.received = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    @property
+    def requested(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("stop", [0, 5, 8, 26, 33])
+def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, stop):
+    folder, _ = finished
+    monkeypatch.setattr(experiment, "GracefulStop", lambda: StopAt(stop))
+    with pytest.raises(Preempted):
+        experiment.run(get_config(), tmp_path, report=False, verbose=False)
+    monkeypatch.undo()
+    experiment.run(get_config(), tmp_path, report=False, verbose=False)
+    same(folder, tmp_path)
+
+
+def same(folder, other):
+    """Asserts that two runs ended with the same parameters, results and log."""
+    assert (folder / "results.json").read_bytes() == (other / "results.json").read_bytes()
+    assert tree_sha256(tree_of(folder).tree) == tree_sha256(tree_of(other).tree)
+    assert (folder / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+
+
+def test_a_broken_newest_checkpoint_is_reported_and_the_one_before_used(finished, tmp_path, capsys):
+    folder, _ = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "results.json").unlink()
+    newest = max(int(p.name) for p in (copy / "checkpoints").iterdir() if p.name.isdigit())
+    victims = [p for p in (copy / "checkpoints" / str(newest)).rglob("*") if p.stat().st_size > 500]
+    for victim in victims:
+        if victim.is_file():
+            victim.write_bytes(victim.read_bytes()[:100])
+    experiment.run(get_config(), copy, report=False)
+    assert f"checkpoint of step {newest}" in capsys.readouterr().out
+    same(folder, copy)
+
+
+def test_a_run_that_goes_bad_says_where_and_keeps_its_checkpoint(tmp_path):
+    config = get_config()
+    config.stages.qat_only.optim.qat_only.lr = 1e6
+    config.stages.qat_only.learn.qat_only.ce.weight = 1e30
+    with pytest.raises(NonFiniteError, match=r"stage 'qat_only', step \d of 8.*'qat_only', layer"):
+        experiment.run(config, tmp_path, report=False, verbose=False)
+    saved = tree_of(tmp_path)
+    assert saved.meta["stage"] == "qat_only" and saved.meta["stage_step"] == 0
+    assert all(np.isfinite(leaf).all() for leaf in saved.tree.values())
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_each_structure_compiles_once(finished, tmp_path, monkeypatch):
+    made = []
+    build = experiment._steps
+    monkeypatch.setattr(experiment, "_steps", lambda s: made.append(build(s)) or made[-1])
+    experiment.run(get_config("seed=1"), tmp_path, report=False, verbose=False)
+    # teacher; float student; QAT (its control is self-studying's step); co-studying; tutoring
+    assert made[0].traces == 5
+
+
+def test_a_net_starts_from_a_file_or_another_run(finished, tmp_path):
+    folder, _ = finished
+    config = get_config()
+    config.nets.qat_only.init_from = f"{folder}#student"
+    config.schedule = ("calibrate", "qat_only")
+    config.stages.calibrate.nets = ("qat_only",)
+    experiment.run(config, tmp_path / "a", report=False, verbose=False)
+    config.nets.qat_only.init_from = f"{folder}#studnt"
+    with pytest.raises(ValueError, match="Did you mean 'student'"):
+        experiment.run(config, tmp_path / "b", report=False, verbose=False)
+
+
+def test_nested_is_the_inverse_of_flat():
+    assert nested({"a/b": 1, "a/c/d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+def launch(folder, *more, arg="steps=40,save_steps=2"):
+    command = [sys.executable, "launch.py", f"--config=tests/tiny_config.py:{arg}"]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    return subprocess.Popen(
+        [*command, f"--workdir={folder}", *more],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(process, folder, count):
+    """Waits until metrics.jsonl has so many lines."""
+    path = Path(folder) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[0])
+
+
+def test_sigterm_saves_and_leaves_with_its_own_code(tmp_path):
+    process = launch(tmp_path, arg="steps=100000")
+    wait_for(process, tmp_path, 3)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == experiment.EXIT_INTERRUPTED == 75, out
+    assert "the same command goes on" in out
+    saved = tree_of(tmp_path)
+    assert saved.meta["stage"] == "pretrain_teacher" and saved.meta["stage_step"] > 0
+
+
+@pytest.mark.slow
+def test_killed_five_times_it_ends_with_the_same_bits(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = launch(whole)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    total = (whole / "metrics.jsonl").read_bytes().count(b"\n")
+    rng = random.Random(0)
+    for kill in range(5):
+        process = launch(killed)
+        wait_for(process, killed, round(total * (kill + 1) / 7))
+        time.sleep(rng.random())
+        process.kill()
+        process.communicate()
+    process = launch(killed)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert "going on from the checkpoint" in out
+    same(whole, killed)
+    assert jax.tree.all(jax.tree.map(np.array_equal, tree_of(whole).tree, tree_of(killed).tree))

@@ -1,0 +1,107 @@
+"""Coverage finds every product, sizes are counted by hand."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qkd_jax.calibration import calibrate
+from qkd_jax.inspection import coverage, layers, size
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize import Rule, quantize
+
+KEY = jax.random.key(0)
+W, A = Spec(2, granularity="channel"), Spec(4)
+
+
+class Net(nn.Module):
+    """One layer of each fate, and two products that no rule can reach."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), name="conv")(x)
+        x = nn.Conv(6, (1, 1), name="weight_only")(x)
+        x = jnp.mean(x, (1, 2))
+        x = nn.Dense(5, name="left")(x)
+        x = x @ self.param("w", nn.initializers.normal(), (5, 7))
+        x = jnp.einsum("bc,cd->bd", x, self.param("v", nn.initializers.normal(), (7, 3)))
+        return nn.Dense(2, name="no_rule")(x)
+
+
+RULES = [
+    Rule("conv", weight=W, input=A),
+    Rule("weight_only", weight=W),
+    Rule("left"),
+]
+
+
+@pytest.fixture
+def net():
+    net = quantize(Net(), RULES)
+    x = jnp.linspace(-1, 1, 2 * 4 * 4 * 3).reshape(2, 4, 4, 3)
+    return net, net.init(KEY, x), x
+
+
+def test_every_product_and_its_fate(net):
+    net, variables, x = net
+    found = coverage(net, variables, x)
+    assert [(p.path, p.status, p.bits) for p in found.products] == [
+        ("conv", "quantized", (2, 4)),
+        ("weight_only", "weight only", (2, 32)),
+        ("left", "skipped", (32, 32)),
+        ("", "MISSED", (32, 32)),
+        ("bc,cd->bd", "MISSED", (32, 32)),
+        ("no_rule", "skipped", (32, 32)),
+    ]
+    assert [p.macs for p in found.products] == [4 * 4 * 27 * 4, 4 * 4 * 4 * 6, 30, 35, 21, 6]
+    assert len(found.missed) == 2
+    assert "planned" in str(found) and "2 MISSED" in str(found)
+    calibrated = calibrate(net, variables, [x])
+    assert coverage(net, calibrated, x).products == found.products
+    assert "planned" not in str(coverage(net, calibrated, x))
+
+
+def test_coverage_needs_shapes_only(net):
+    net, variables, x = net
+    shapes = jax.eval_shape(lambda: (variables, x))
+    assert coverage(net, *shapes) == coverage(net, variables, x)
+
+
+def test_attention_products_are_missed_only_without_a_rule():
+    x = jnp.ones((2, 5, 8)) * jnp.arange(8.0)[None, None]
+    for rules, statuses in (
+        ([Rule(".*", weight=W, input=A)], ["quantized"] * 6),
+        (
+            [Rule("query|key|value|out", weight=W, input=A)],
+            ["quantized"] * 3 + ["skipped"] * 2 + ["quantized"],
+        ),
+    ):
+        net = quantize(nn.MultiHeadDotProductAttention(2), rules)
+        found = coverage(net, net.init(KEY, x), x)
+        assert [p.status for p in found.products] == statuses
+
+
+def test_sizes_counted_by_hand(net):
+    net, variables, x = net
+    floats = size(net, variables, x)
+    conv, weight_only = 27 * 4, 4 * 6
+    others = 4 + 6 + (6 * 5 + 5) + 35 + 21 + (3 * 2 + 2)
+    assert floats.params == conv + weight_only + others
+    assert floats.bytes == floats.float_bytes == 4 * floats.params
+    # 2-bit kernels, float32 for the rest, and a float32 scale for each of 4 and 6 channels. The
+    # scale and the (unused) zero point of a uniform quantizer are both counted.
+    quantized = size(net, calibrate(net, variables, [x]), x)
+    bits = 2 * (conv + weight_only) + 32 * (others + 2 * (4 + 6))
+    assert quantized.bytes == bits // 8
+
+
+def test_layers_in_order_of_running(net):
+    net, variables, x = net
+    found = layers(net, variables, x)
+    assert [(f.path, f.kind) for f in found] == [
+        ("conv", "conv"), ("weight_only", "conv"), ("left", "dense"), ("no_rule", "dense"),
+    ]  # fmt: skip
+    assert found[0].weight == W and found[0].input == A and found[1].input is None
+    assert found[0].params == 27 * 4 + 4 and not found[0].calibrated
