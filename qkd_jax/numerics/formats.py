@@ -1,0 +1,78 @@
+"""Integer formats: which codes a number of `bits` bits can be, and which NumPy type stores them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from qkd_jax import checks
+
+__all__ = ["MAX_BITS", "IntFormat"]
+
+# Float32 products of a 16-bit code and its scale still recover the code; 17 bits would need 32-bit
+# storage and gain nothing that float16 does not give.
+MAX_BITS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class IntFormat:
+    """A range of integer codes.
+
+    Signed codes run from -2^(bits-1) to 2^(bits-1)-1, unsigned ones from 0 to 2^bits-1. A narrow
+    range leaves out the lowest signed code, so that the codes are symmetric about zero: negating a
+    tensor then negates its codes, which folding a BatchNorm of negative gain relies on.
+
+    Args:
+        bits: number of bits, 1 to 16.
+        signed: whether codes may be negative.
+        narrow_range: leaves out -2^(bits-1); signed formats of at least 2 bits only.
+
+    Raises:
+        ValueError: `bits` outside 1 to 16, or a narrow range that has no codes to leave out.
+    """
+
+    bits: int
+    signed: bool = True
+    narrow_range: bool = False
+
+    def __post_init__(self) -> None:
+        checks.integer_in("bits", self.bits, 1, MAX_BITS)
+        if self.narrow_range and not self.signed:
+            raise ValueError(
+                "narrow_range=True came with signed=False; an unsigned format has no code below "
+                "-qmax to leave out. Drop narrow_range, or use signed=True."
+            )
+        if self.narrow_range and self.bits == 1:
+            raise ValueError(
+                "narrow_range=True came with bits=1; that leaves the code 0 alone. "
+                "Use bits=2 for the codes -1, 0, 1."
+            )
+
+    @property
+    def qmin(self) -> int:
+        """The lowest code."""
+        if not self.signed:
+            return 0
+        return -(2 ** (self.bits - 1)) + int(self.narrow_range)
+
+    @property
+    def qmax(self) -> int:
+        """The highest code."""
+        return 2 ** (self.bits - int(self.signed)) - 1
+
+    @property
+    def levels(self) -> int:
+        """The number of codes."""
+        return self.qmax - self.qmin + 1
+
+    @property
+    def storage(self) -> np.dtype:
+        """The smallest NumPy type that holds every code: int8, uint8, int16 or uint16."""
+        width = 8 if self.bits <= 8 else 16
+        return np.dtype(f"{'' if self.signed else 'u'}int{width}")
+
+    @property
+    def name(self) -> str:
+        """The short name, as in "int4" or "uint8"."""
+        return f"{'' if self.signed else 'u'}int{self.bits}"

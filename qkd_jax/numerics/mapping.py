@@ -1,0 +1,162 @@
+"""From a range to a scale and zero point, and from real numbers to codes and back.
+
+    code  = clip(round(x * (1 / scale)) + zero_point, qmin, qmax)
+    x_hat = (code - zero_point) * scale
+
+Rounding is half to even. The reciprocal is written out: XLA compiles a division by a broadcast
+scale to it anyway, and only so do compiled code, eager code and a NumPy twin give the same codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax.numerics.formats import IntFormat
+from qkd_jax.numerics.rounding import compute_dtype
+from qkd_jax.numerics.spec import Spec
+
+__all__ = [
+    "MIN_SCALE",
+    "affine_parameters",
+    "check_operand",
+    "check_sign",
+    "decode",
+    "encode",
+    "range_parameters",
+    "symmetric_scale",
+]
+
+# The smallest scale. Its reciprocal and the product of two of them are normal float32 numbers, and
+# it is far below any step that trained values need, 16-bit ones included.
+MIN_SCALE = 1e-12
+
+
+def _guard(scale: jax.Array) -> jax.Array:
+    """Replaces the scale of an all-zero range by 1, and keeps others at MIN_SCALE or above.
+
+    At scale 1 a channel that was dead when it was calibrated encodes to zero and still lets
+    gradients through when it wakes up; at a tiny scale it would be saturated for good.
+    """
+    return jnp.where(scale == 0, jnp.ones_like(scale), jnp.maximum(scale, MIN_SCALE))
+
+
+def _float(x: jax.Array) -> jax.Array:
+    x = jnp.asarray(x)
+    return x.astype(compute_dtype(x))
+
+
+def check_sign(lo: jax.Array, format: IntFormat) -> None:
+    """Raises ValueError when known negative values meet an unsigned symmetric format."""
+    if format.signed or isinstance(lo, jax.core.Tracer):
+        return
+    lowest = float(np.min(np.asarray(lo)))
+    if lowest < 0:
+        raise ValueError(
+            f"the data reach down to {lowest:.6g}, but the spec is unsigned and symmetric "
+            f"({format.name}), which would set every negative value to 0. Use signed=True, or "
+            "symmetric=False for a zero point."
+        )
+
+
+def symmetric_scale(lo: jax.Array, hi: jax.Array, format: IntFormat) -> jax.Array:
+    """The smallest scale at which a symmetric grid clips nothing in [lo, hi].
+
+    scale = max(lo / qmin, hi / qmax), and hi / qmax for an unsigned format. On a narrow grid this
+    is max|x| / qmax. Other tools use max|x| / qmax on the full grid too, which wastes qmin when
+    the data lean to the negative side, or max|x| / (qmax + 1/2), which clips the largest value.
+
+    Args:
+        lo: lower end of the range, any shape.
+        hi: upper end, of the same shape.
+        format: the codes.
+
+    Returns:
+        The scale, in input units per code; 1 where the range is all zero.
+
+    Raises:
+        ValueError: the format has no positive code, or is unsigned and `lo` is known to be
+            negative.
+    """
+    if format.qmax == 0:
+        raise ValueError(
+            f"format is {format}, whose codes are {{-1, 0}}; a symmetric scale needs a positive "
+            "code. Use 2 bits or more, or signed=False."
+        )
+    check_sign(lo, format)
+    lo, hi = _float(lo), _float(hi)
+    scale = jnp.maximum(hi, 0) / format.qmax
+    if format.signed:
+        scale = jnp.maximum(scale, jnp.minimum(lo, 0) / format.qmin)
+    return _guard(scale)
+
+
+def affine_parameters(
+    lo: jax.Array, hi: jax.Array, format: IntFormat
+) -> tuple[jax.Array, jax.Array]:
+    """The scale and zero point that spread the codes over [lo, hi].
+
+    The range is first widened to contain 0; scale = (hi - lo) / (qmax - qmin) and
+    zero_point = clip(round(qmin - lo / scale), qmin, qmax), an integer, so that 0 has a code of
+    its own and zero padding stays exact (Jacob et al., 2017, arXiv 1712.05877, section 2.1).
+
+    Returns:
+        (scale, zero_point), both float; the zero point is integer-valued. An all-zero range gives
+        scale 1 and the zero point nearest to 0.
+    """
+    lo, hi = jnp.minimum(_float(lo), 0), jnp.maximum(_float(hi), 0)
+    width = (hi - lo) / (format.qmax - format.qmin)
+    scale = _guard(width)
+    zero_point = jnp.clip(jnp.round(format.qmin - lo * (1 / scale)), format.qmin, format.qmax)
+    nearest = jnp.full_like(zero_point, min(max(0, format.qmin), format.qmax))
+    return scale, jnp.where(width == 0, nearest, zero_point)
+
+
+def range_parameters(lo: jax.Array, hi: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array]:
+    """(scale, zero_point) of a range: symmetric (zero point 0) or affine, as the spec says."""
+    if not spec.symmetric:
+        return affine_parameters(lo, hi, spec.format)
+    scale = symmetric_scale(lo, hi, spec.format)
+    return scale, jnp.zeros_like(scale)
+
+
+def encode(
+    x: jax.Array, scale: jax.Array, zero_point: jax.Array | float, format: IntFormat
+) -> jax.Array:
+    """Real numbers to codes: clip(round(x * (1 / scale)) + zero_point, qmin, qmax).
+
+    Returns:
+        Codes as floats (float32, or float64 for float64 input), integer-valued and not centred.
+        NaN stays NaN; +-inf saturates.
+    """
+    codes = jnp.round(_float(x) * (1 / scale)) + zero_point
+    return jnp.clip(codes, format.qmin, format.qmax)
+
+
+def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | float) -> jax.Array:
+    """Codes to real numbers: (codes - zero_point) * scale."""
+    return (codes - zero_point) * scale
+
+
+def check_operand(x: jax.Array, params: Mapping[str, jax.Array], names: Sequence[str]) -> None:
+    """Raises ValueError unless `params` has exactly `names`, each of a shape that fits `x`."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x has dtype {x.dtype}; quantizers take floating-point arrays. Cast it.")
+    if set(params) != set(names):
+        raise ValueError(
+            f"params has the keys {sorted(params)}; this quantizer needs {sorted(names)}. "
+            "Make them with its `init`."
+        )
+    for name in names:
+        shape = params[name].shape
+        fits = len(shape) == x.ndim and all(
+            a in (1, b) for a, b in zip(shape, x.shape, strict=True)
+        )
+        if shape != () and not fits:
+            raise ValueError(
+                f"params[{name!r}] has shape {shape}, x {x.shape}; allowed: () for one value per "
+                "tensor, or the axes of x with size 1 where values are shared."
+            )

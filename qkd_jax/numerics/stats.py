@@ -1,0 +1,162 @@
+"""Statistics of a tensor as sums and counts, so that batches and devices add up exactly.
+
+`measure` reduces one batch, `merge` joins two, `finish` turns the sums into `Stats`. Never a mean
+of means: a last batch of another size counts by its size. The spread travels as the sum of squared
+deviations from the batch's own mean (joined by the parallel-variance formula of Chan, Golub and
+LeVeque, 1979), since a difference of large float32 sums would lose it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax.numerics.rounding import compute_dtype
+
+__all__ = ["Stats", "Sums", "check_data", "empty", "finish", "measure", "merge", "reduced_axes"]
+
+AxisName = str | tuple[str, ...] | None
+
+
+class Sums(NamedTuple):
+    """What can be added over batches and devices. All arrays have one shape.
+
+    That shape is () for one value per tensor, else it broadcasts against the tensor: full size on
+    the channel axes, 1 on the others.
+    """
+
+    lo: jax.Array  # smallest value; +inf before any data
+    hi: jax.Array  # largest value; -inf before any data
+    abs_sum: jax.Array  # sum |x|
+    sum: jax.Array  # sum x
+    deviations: jax.Array  # sum (x - mean)^2
+    count: jax.Array  # number of elements, as a float
+
+
+class Stats(NamedTuple):
+    """Statistics of a tensor; each array has shape () or broadcasts against the tensor."""
+
+    lo: jax.Array
+    hi: jax.Array
+    abs_mean: jax.Array
+    mean: jax.Array
+    std: jax.Array  # population standard deviation
+    count: jax.Array
+
+
+def reduced_axes(ndim: int, channel_axes: Sequence[int] = ()) -> tuple[int, ...]:
+    """The axes of an `ndim`-axis tensor that are not channel axes (negative ones count back).
+
+    Raises:
+        ValueError: a channel axis that the tensor does not have, or one given twice.
+    """
+    wrong = [a for a in channel_axes if not -ndim <= a < ndim]
+    kept = {a % ndim for a in channel_axes} if not wrong else set()
+    if wrong or len(kept) < len(tuple(channel_axes)):
+        raise ValueError(
+            f"channel_axes is {tuple(channel_axes)} for a tensor of {ndim} axes; give distinct "
+            f"axes from {-ndim} to {ndim - 1}."
+        )
+    return tuple(i for i in range(ndim) if i not in kept)
+
+
+def empty(shape: Sequence[int] = ()) -> Sums:
+    """The sums of no data: the neutral element of `merge`."""
+    zero = jnp.zeros(shape, jnp.float32)
+    inf = jnp.full(shape, jnp.inf, jnp.float32)
+    return Sums(lo=inf, hi=-inf, abs_sum=zero, sum=zero, deviations=zero, count=zero)
+
+
+def measure(x: jax.Array, *, channel_axes: Sequence[int] = (), axis_name: AxisName = None) -> Sums:
+    """Reduces a tensor to sums.
+
+    Args:
+        x: any shape, any float dtype (sums are float32, or float64 for float64).
+        channel_axes: axes that keep their size; () gives scalars.
+        axis_name: mapped axes to reduce over as well (`pmap`, `shard_map`); every device then
+            holds the sums over all devices.
+    """
+    x = jnp.asarray(x)
+    axes = reduced_axes(x.ndim, channel_axes)
+    keep = bool(channel_axes)
+    x = x.astype(compute_dtype(x))
+
+    def reduce(f, value, **kw):
+        return f(value, axis=axes, keepdims=keep, **kw)
+
+    lo = reduce(jnp.min, x, initial=jnp.inf)
+    hi = reduce(jnp.max, x, initial=-jnp.inf)
+    abs_sum = reduce(jnp.sum, jnp.abs(x))
+    total = reduce(jnp.sum, x)
+    per = math.prod(x.shape[i] for i in axes)
+    count = jnp.full(total.shape, per, total.dtype)
+    if axis_name is None:
+        mean = total / max(per, 1)
+    else:
+        lo, hi = jax.lax.pmin(lo, axis_name), jax.lax.pmax(hi, axis_name)
+        abs_sum, total, count = jax.lax.psum((abs_sum, total, count), axis_name)
+        mean = total / jnp.maximum(count, 1)
+    deviations = reduce(jnp.sum, jnp.square(x - mean))
+    if axis_name is not None:
+        deviations = jax.lax.psum(deviations, axis_name)
+    return Sums(lo, hi, abs_sum, total, deviations, count)
+
+
+def merge(a: Sums, b: Sums) -> Sums:
+    """Joins the sums of two parts of the data."""
+    count = a.count + b.count
+    gap = b.sum / jnp.maximum(b.count, 1) - a.sum / jnp.maximum(a.count, 1)
+    between = jnp.square(gap) * (a.count * (b.count / jnp.maximum(count, 1)))
+    return Sums(
+        lo=jnp.minimum(a.lo, b.lo),
+        hi=jnp.maximum(a.hi, b.hi),
+        abs_sum=a.abs_sum + b.abs_sum,
+        sum=a.sum + b.sum,
+        deviations=a.deviations + b.deviations + between,
+        count=count,
+    )
+
+
+def finish(sums: Sums) -> Stats:
+    """Turns sums into statistics.
+
+    Raises:
+        ValueError: no data, or data that are NaN or infinite. Seen only where the values are known
+            (outside `jit`); inside, they pass through.
+    """
+    check_data(sums.lo, sums.hi, empty=sums.count == 0)
+    count = jnp.maximum(sums.count, 1)
+    return Stats(
+        lo=sums.lo,
+        hi=sums.hi,
+        abs_mean=sums.abs_sum / count,
+        mean=sums.sum / count,
+        std=jnp.sqrt(sums.deviations / count),
+        count=sums.count,
+    )
+
+
+def check_data(lo: jax.Array, hi: jax.Array, *, empty: jax.Array) -> None:
+    """Raises ValueError for a range that came from no data or from non-finite data.
+
+    Looks at values, so it does nothing on traced arrays.
+    """
+    if any(isinstance(a, jax.core.Tracer) for a in (lo, hi, empty)):
+        return
+    if np.any(empty):
+        raise ValueError(
+            "no calibration data reached this tensor (0 elements seen); give `calibrate` at least "
+            "one non-empty batch that runs through this layer."
+        )
+    low, high = np.asarray(lo), np.asarray(hi)
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        bad = "NaN" if np.isnan(low).any() or np.isnan(high).any() else "infinite values"
+        raise ValueError(
+            f"the calibration data contain {bad} (range {low.min()} to {high.max()}); a range "
+            "needs finite data. Check the normalisation of the inputs and the float net's weights."
+        )

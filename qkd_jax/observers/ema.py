@@ -1,0 +1,70 @@
+"""An exponential moving average of each batch's smallest and largest value.
+
+    m <- m + c (batch - m),  c = 0.01
+
+The first batch sets m, so there is no pull towards zero. One batch's outlier moves the range by a
+hundredth. Jacob et al., 2017 (arXiv 1712.05877, section 3.1) smooth activation ranges so; c is that
+of PyTorch's MovingAverageMinMaxObserver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import numerics
+from qkd_jax.numerics import Spec, Stats
+
+__all__ = ["AVERAGING_CONSTANT", "NEEDS_STATS", "init", "range", "update"]
+
+State = dict[str, jax.Array]
+
+NEEDS_STATS = False
+AVERAGING_CONSTANT = 0.01
+
+
+def init(shape: Sequence[int], spec: Spec) -> State:
+    """The state before any data: `batches` 0."""
+    del spec
+    zero = jnp.zeros(shape, jnp.float32)
+    return {"lo": zero, "hi": zero, "batches": jnp.zeros((), jnp.int32)}
+
+
+def update(
+    state: State,
+    x: jax.Array,
+    spec: Spec,
+    *,
+    channel_axes: Sequence[int] = (),
+    stats: Stats | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> State:
+    """Moves the range towards one batch's; an empty batch leaves it."""
+    del spec, stats
+    if x.size == 0:
+        return state
+    seen = numerics.measure(x, channel_axes=channel_axes, axis_name=axis_name)
+    first = state["batches"] == 0
+
+    def moved(old, new):
+        new = new.astype(old.dtype)
+        return jnp.where(first, new, old + AVERAGING_CONSTANT * (new - old))
+
+    return {
+        "lo": moved(state["lo"], seen.lo),
+        "hi": moved(state["hi"], seen.hi),
+        "batches": state["batches"] + 1,
+    }
+
+
+def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
+    """The range (lo, hi).
+
+    Raises:
+        ValueError: no data, or NaN or infinite data (outside `jit`, where values are known).
+    """
+    del spec
+    numerics.check_data(state["lo"], state["hi"], empty=state["batches"] == 0)
+    return state["lo"], state["hi"]

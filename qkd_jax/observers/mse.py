@@ -1,0 +1,100 @@
+"""The range with the smallest quantization error, searched on a grid.
+
+    argmin_i  sum |x - Q(x; i/100 lo, i/100 hi)|^P,   i = 1 .. 100,  P = 2
+
+lo and hi are the ends of the data, shrunk together. The error of every candidate is summed over all
+batches and one argmin is taken at the end, per channel where ranges are: an argmin per batch would
+let the last batch decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import numerics
+from qkd_jax.numerics import Spec, Stats
+
+__all__ = ["CANDIDATES", "NEEDS_STATS", "POWER", "init", "range", "update"]
+
+State = dict[str, jax.Array]
+
+NEEDS_STATS = True
+CANDIDATES = 100
+POWER = 2
+
+
+def _fractions() -> jax.Array:
+    # Widest first: argmin takes the first of equals, and a wide range is the safer one.
+    return jnp.arange(CANDIDATES, 0, -1, dtype=jnp.float32) / CANDIDATES
+
+
+def init(shape: Sequence[int], spec: Spec) -> State:
+    """The state before any data: `loss` [candidates, *shape] 0, `lo` +inf, `hi` -inf."""
+    del spec
+    hi = jnp.full(shape, -jnp.inf, jnp.float32)
+    return {"lo": -hi, "hi": hi, "loss": jnp.zeros((CANDIDATES, *shape), jnp.float32)}
+
+
+def update(
+    state: State,
+    x: jax.Array,
+    spec: Spec,
+    *,
+    channel_axes: Sequence[int] = (),
+    stats: Stats | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> State:
+    """Adds one batch's error to every candidate.
+
+    Args:
+        state: of `init` or the last `update`.
+        x: the batch.
+        spec: the format whose rounding is scored.
+        channel_axes: axes of `x` with ranges of their own.
+        stats: of all the batches (and devices), so that every batch scores the same candidates.
+        axis_name: mapped axes to sum over.
+
+    Raises:
+        ValueError: `stats` is missing.
+    """
+    if stats is None:
+        raise ValueError(
+            "stats is None; the mse observer scales its candidates by the range of all the data. "
+            "Run a first pass (`numerics.measure`, `merge`, `finish`) and hand its Stats in."
+        )
+    axes = numerics.reduced_axes(x.ndim, channel_axes)
+    wide = x.astype(numerics.compute_dtype(x))
+
+    def error(fraction: jax.Array) -> jax.Array:
+        scale, zero_point = numerics.range_parameters(
+            stats.lo * fraction, stats.hi * fraction, spec
+        )
+        codes = numerics.encode(wide, scale, zero_point, spec.format)
+        gap = jnp.abs(wide - numerics.decode(codes, scale, zero_point))
+        return jnp.sum(gap**POWER, axis=axes, keepdims=bool(channel_axes))
+
+    # One candidate at a time: all at once would hold a hundred copies of the activations.
+    loss = jax.lax.map(error, _fractions())
+    if axis_name is not None:
+        loss = jax.lax.psum(loss, axis_name)
+    dtype = state["loss"].dtype
+    return {
+        "lo": stats.lo.astype(dtype),
+        "hi": stats.hi.astype(dtype),
+        "loss": state["loss"] + loss.astype(dtype),
+    }
+
+
+def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
+    """The best range (lo, hi); of equal ones the widest.
+
+    Raises:
+        ValueError: no data, or NaN or infinite data (outside `jit`, where values are known).
+    """
+    del spec
+    numerics.check_data(state["lo"], state["hi"], empty=state["lo"] > state["hi"])
+    best = _fractions()[jnp.argmin(state["loss"], axis=0)]
+    return state["lo"] * best, state["hi"] * best

@@ -1,0 +1,199 @@
+"""QIL: a trainable quantization interval (Jung et al., 2018, arXiv 1808.05779).
+
+The quantizer of QKD (Kim et al., 2019, arXiv 1911.12491), which uses it as a trainable uniform
+quantizer: the exponent gamma of the paper's transformer is 1 here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import numerics
+from qkd_jax.numerics import IntFormat, Spec, Stats
+
+__all__ = ["check", "fake_quant", "init", "integer_view", "pre_affine"]
+
+Params = dict[str, jax.Array]
+
+# The smallest half width. The slope inside the interval is of the order of 1 / half_width, so the
+# floor is higher than that of a scale.
+MIN_HALF_WIDTH = 1e-6
+
+
+def check(spec: Spec) -> None:
+    """Raises ValueError for an affine spec, a mask, or a full signed range."""
+    if not spec.symmetric:
+        raise ValueError(
+            "quantizer 'qil' came with symmetric=False; its interval starts at or above 0 and "
+            "needs no zero point. Use symmetric=True, or quantizer='uniform' for an affine grid."
+        )
+    if spec.mask is not None:
+        raise ValueError(
+            f"quantizer 'qil' came with mask={spec.mask!r}; its gradient is fixed by the paper. "
+            "Leave mask=None, or use quantizer='uniform'."
+        )
+    if spec.signed and spec.narrow_range is False:
+        raise ValueError(
+            "quantizer 'qil' came with signed=True and narrow_range=False; its signed codes are "
+            "symmetric, -q to q with q = 2^(bits-1)-1. Leave narrow_range=None or set it True."
+        )
+
+
+def _format(spec: Spec) -> IntFormat:
+    return IntFormat(spec.bits, signed=spec.signed, narrow_range=spec.signed)
+
+
+def _interval(center: jax.Array, half_width: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The interval's lower end and half width, with the lower end kept at 0 or above.
+
+    Where center < half_width, the interval is cut at 0 and keeps its upper end: zero must encode to
+    0, for padding and for pruned values.
+    """
+    low = jnp.maximum(center - half_width, 0)
+    return low, jnp.maximum((center + half_width - low) / 2, MIN_HALF_WIDTH)
+
+
+def _scale(low: jax.Array, half: jax.Array, format: IntFormat) -> jax.Array:
+    """The size of a code, (center + half_width) / q.
+
+    Multiplied by the constant 1 / q: compilers turn a division by a constant into that, eager code
+    does not, and the last bit of the scale must not depend on who computed it.
+    """
+    return (low + 2 * half) * (1 / format.qmax)
+
+
+def init(stats: Stats, spec: Spec) -> Params:
+    """The interval [0, max|x|]: center = half_width = max|x| / 2, so nothing is pruned or clipped.
+
+    This start is ours; the paper names none. All-zero data give the grid of scale 1.
+
+    Returns:
+        `center` and `half_width`, float32, of the statistics' shape, in input units.
+
+    Raises:
+        ValueError: an unsigned spec and data known to be negative.
+    """
+    check(spec)
+    numerics.check_sign(stats.lo, spec.format)
+    amax = jnp.maximum(-stats.lo, stats.hi) if spec.signed else jnp.maximum(stats.hi, 0)
+    half = jnp.where(amax == 0, jnp.full_like(amax, _format(spec).qmax), amax) / 2
+    half = jnp.maximum(half, MIN_HALF_WIDTH)
+    return {"center": half, "half_width": half}
+
+
+def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
+    """What a code means: ((center + half_width) / q, 0, format), x_hat = code * scale.
+
+    The signed format is narrow whatever `spec.format` says: 2-bit weights are ternary.
+    """
+    low, half = _interval(params["center"], params["half_width"])
+    format = _format(spec)
+    scale = jax.lax.stop_gradient(_scale(low, half, format))
+    return scale, jnp.zeros_like(scale), format
+
+
+def pre_affine(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
+    """(gain, offset) such that the codes of an unsigned `x` are those of gain * x + offset.
+
+    gain = (center + half_width) / (2 half_width), offset = -(center - half_width) * gain; (1, 0)
+    while center = half_width. Signed codes are gain * |x| + offset with the sign of x.
+    """
+    low, half = _interval(params["center"], params["half_width"])
+    gain = (low + 2 * half) / (2 * half)
+    return gain, -low * gain
+
+
+def fake_quant(
+    x: jax.Array, params: Params, spec: Spec, *, batch_axes: Sequence[int] = ()
+) -> jax.Array:
+    """Rounds `x` to the interval's grid: pruned below it, saturated above it.
+
+    With c = center, d = half_width and m = [0 < u < 1]:
+
+        u = (|x| - c) / (2 d) + 1/2
+        x_hat = (c + d) * sign(x) * round(q clip(u, 0, 1)) / q
+        dx = g * (c + d) / (2 d) * m
+        dc = -gs * sum g * (c + d) * sign(x) * m / (2 d)
+        dd = -gs * sum g * (c + d) * sign(x) * m * (|x| - c) / (2 d^2)
+
+    q is 2^(bits-1)-1 for signed tensors, so 2-bit weights are ternary, and 2^bits-1 for unsigned
+    ones, whose formula has x for |x|.
+
+    Args:
+        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
+        params: `center` and `half_width`, () or broadcasting against `x`. The interval is kept
+            inside [0, inf) and wider than MIN_HALF_WIDTH; the gradient passes to the parameters as
+            if it were not.
+        spec: static.
+        batch_axes: axes of `x` that count examples; () for weights.
+
+    Returns:
+        x_hat, like `x`. NaN stays NaN, +-inf saturates.
+
+    Raises:
+        ValueError: parameters that do not fit `x`.
+
+    Note:
+        Two deviations. The paper's output lies in [-1, 1] and leaves the magnitude to a BatchNorm;
+        here it is multiplied by c + d with the gradient stopped, so that the layer stays a drop-in
+        and the gradients are the paper's, times c + d. And the gradient of c and d is multiplied by
+        gs = 1 / sqrt(N q), LSQ's factor (N elements of one example per interval), where the paper
+        has a learning rate 100 times smaller, which others found prone to divergence: the factor
+        adapts to the size of the layer and keeps parameters of all quantizers at one learning rate.
+    """
+    numerics.check_operand(x, params, ("center", "half_width"))
+    center, half_width = params["center"], params["half_width"]
+    format = _format(spec)
+    batch = {axis % x.ndim for axis in batch_axes}
+    elements = math.prod(size for i, size in enumerate(x.shape) if i not in batch)
+    factor = 1 / math.sqrt(max(elements / center.size, 1) * format.qmax)
+    return _fake_quant(x, center, half_width, format, factor)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _fake_quant(
+    x: jax.Array, center: jax.Array, half_width: jax.Array, format: IntFormat, factor: float
+) -> jax.Array:
+    low, half = _interval(center, half_width)
+    wide = x.astype(numerics.compute_dtype(x))
+    magnitude = jnp.abs(wide) if format.signed else wide
+    # Subtract, then multiply: a multiply and add would be contracted in some compilations and not
+    # in others, and move codes that lie near a half.
+    codes = jnp.round((magnitude - low) * (1 / _scale(jnp.zeros_like(low), half, format)))
+    codes = jnp.clip(codes, 0, format.qmax)
+    if format.signed:
+        codes = codes * jnp.sign(wide)
+    return (codes * _scale(low, half, format)).astype(x.dtype)
+
+
+def _forward(x, center, half_width, format, factor):
+    # Only the input and the parameters are kept: codes are cheaper to recompute than to store.
+    return _fake_quant(x, center, half_width, format, factor), (x, center, half_width)
+
+
+def _backward(format, factor, residuals, g):
+    x, center, half_width = residuals
+    low, half = _interval(center, half_width)
+    wide = x.astype(numerics.compute_dtype(x))
+    sign = jnp.sign(wide) if format.signed else 1
+    distance = jnp.abs(wide) - low if format.signed else wide - low
+    inside = (distance > 0) & (distance < 2 * half)
+    dx = jnp.where(inside, g.astype(wide.dtype) * ((low + 2 * half) / (2 * half)), 0)
+    pull = -sign * dx
+    # Zero outside, where the distance may be infinite.
+    lever = jnp.where(inside, (distance - half) * (1 / half), 0)
+    dcenter = numerics.match_cotangent(pull, center) * factor
+    dhalf = numerics.match_cotangent(pull * lever, half_width) * factor
+    return (
+        numerics.match_cotangent(dx, x),
+        dcenter.astype(center.dtype),
+        dhalf.astype(half_width.dtype),
+    )
+
+
+_fake_quant.defvjp(_forward, _backward)

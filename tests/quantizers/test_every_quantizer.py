@@ -1,0 +1,359 @@
+"""What every entry of QUANTIZERS must do, over formats and granularities."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from qkd_jax import numerics, quantizers
+from qkd_jax.numerics import Spec
+from qkd_jax.quantizers import QUANTIZERS
+
+SHAPE = (8, 5, 3)
+
+
+def accepted(bits):
+    """Every spec of these bits that its quantizer takes."""
+    specs = []
+    for name, *fields in itertools.product(
+        QUANTIZERS, bits, (True, False), (True, False), ("tensor", "channel")
+    ):
+        fields = dict(zip(("bits", "signed", "symmetric", "granularity"), fields, strict=True))
+        try:
+            spec = Spec(quantizer=name, **fields)
+            quantizers.check(spec)
+        except ValueError:
+            continue
+        specs.append(spec)
+    assert {s.quantizer for s in specs} == set(QUANTIZERS)
+    return specs
+
+
+def over(*bits, keep=lambda spec: True):
+    params = [
+        pytest.param(
+            spec,
+            id=spec.label.replace(" ", "-"),
+            marks=[] if spec.bits in (1, 2, 3, 4, 8, 16) else [pytest.mark.slow],
+        )
+        for spec in accepted(bits)
+        if keep(spec)
+    ]
+    return pytest.mark.parametrize("spec", params)
+
+
+def data(spec, shape=SHAPE, seed=0):
+    x = np.random.default_rng(seed).normal(0.1, 1.0, shape).astype(np.float32)
+    return jnp.asarray(x if spec.signed or not spec.symmetric else abs(x))
+
+
+def channels(spec):
+    return (2,) if spec.granularity == "channel" else ()
+
+
+def fresh(spec, x):
+    """The quantizer and its first parameters for `x`."""
+    module = QUANTIZERS[spec.quantizer]
+    stats = numerics.finish(numerics.measure(x, channel_axes=channels(spec)))
+    return module, module.init(stats, spec)
+
+
+def weights(x):
+    """An upstream gradient without symmetry."""
+    return jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+
+
+def gradients(module, spec, x, params, **kw):
+    w = weights(x)
+
+    def loss(x, params):
+        return jnp.sum(w * module.fake_quant(x, params, spec, **kw).astype(jnp.float32))
+
+    return jax.grad(loss, (0, 1))(x, params)
+
+
+@over(*range(1, 17))
+def test_x_hat_lies_on_the_grid_of_the_integer_view(spec):
+    x = data(spec)
+    module, params = fresh(spec, x)
+    wanted = (1, 1, 3) if spec.granularity == "channel" else ()
+    assert {p.shape for p in params.values()} == {wanted}
+    assert {p.dtype for p in params.values()} == {jnp.dtype(jnp.float32)}
+
+    x_hat = module.fake_quant(x, params, spec)
+    assert x_hat.shape == x.shape and x_hat.dtype == x.dtype
+    scale, zero_point, form = module.integer_view(params, spec)
+    assert form.bits == spec.bits and form.signed == spec.signed
+    assert scale.shape == zero_point.shape == wanted and np.all(scale > 0)
+
+    centred = jnp.round(x_hat * (1 / scale))
+    codes = np.asarray(centred + zero_point)
+    assert codes.min() >= form.qmin and codes.max() <= form.qmax
+    np.testing.assert_array_equal(codes.astype(form.storage), codes)
+    np.testing.assert_array_equal(x_hat, centred * scale)  # exactly, not nearly
+
+    # The first parameters describe x itself; the codes are what ONNX's QuantizeLinear computes.
+    np.testing.assert_array_equal(codes, numerics.encode(x, scale, zero_point, form))
+    if hasattr(module, "pre_affine"):
+        gain, offset = module.pre_affine(params, spec)
+        np.testing.assert_array_equal(gain, np.ones(wanted))
+        np.testing.assert_array_equal(offset, np.zeros(wanted))
+
+    # A projection onto the grid, monotone, with zero on it.
+    np.testing.assert_array_equal(module.fake_quant(x_hat, params, spec), x_hat)
+    np.testing.assert_array_equal(module.fake_quant(jnp.zeros_like(x), params, spec), 0.0)
+    ramp = jnp.linspace(-5, 5, x.size).reshape(3, 8, 5).transpose(1, 2, 0)
+    ordered = np.asarray(module.fake_quant(ramp, params, spec)).transpose(2, 0, 1)
+    assert np.all(np.diff(ordered.reshape(3, -1)) >= 0)
+
+
+@over(1, 4)
+def test_gradients_are_finite_and_of_the_primals_type(spec):
+    for x in (
+        data(spec),
+        jnp.zeros(SHAPE),
+        jnp.full(SHAPE, 0.7),
+        jnp.asarray(np.where(np.arange(120).reshape(SHAPE) == 7, np.inf, data(spec))),
+        data(spec, (1, 1, 1)),
+        data(spec).astype(jnp.bfloat16),
+    ):
+        finite = jnp.where(jnp.isfinite(x), x, 0)
+        module, params = fresh(spec, finite)
+        x_hat = module.fake_quant(x, params, spec, batch_axes=(0,))
+        assert x_hat.dtype == x.dtype and np.isfinite(x_hat).all()
+        dx, dparams = gradients(module, spec, x, params, batch_axes=(0,))
+        assert dx.shape == x.shape and dx.dtype == x.dtype and np.isfinite(dx).all()
+        for name, value in dparams.items():
+            assert value.shape == params[name].shape and value.dtype == params[name].dtype
+            assert np.isfinite(value).all(), name
+
+
+@over(4)
+def test_not_a_number_is_kept_and_infinity_saturates(spec):
+    x = data(spec)
+    module, params = fresh(spec, x)
+    scale, zero_point, form = module.integer_view(params, spec)
+    ends = jnp.concatenate(
+        [jnp.full((1, 5, 3), v, jnp.float32) for v in (jnp.nan, jnp.inf, -jnp.inf)]
+    )
+    x_hat = module.fake_quant(ends, params, spec)
+    assert np.isnan(x_hat[0]).all()
+    np.testing.assert_array_equal(
+        x_hat[1], jnp.broadcast_to(((form.qmax - zero_point) * scale), (1, 5, 3))[0]
+    )
+    np.testing.assert_array_equal(
+        x_hat[2], jnp.broadcast_to(((form.qmin - zero_point) * scale), (1, 5, 3))[0]
+    )
+
+
+@over(4)
+def test_special_tensors(spec):
+    for value in (0.0, 0.7, -0.3 if spec.signed or not spec.symmetric else 2e-3):
+        for shape in (SHAPE, (1, 1, 3), (1, 1, 1)):
+            x = jnp.full(shape, value, jnp.float32)
+            module, params = fresh(spec, x)
+            x_hat = module.fake_quant(x, params, spec)
+            # A constant is an end of its own range, unless the first step comes from E|x|.
+            scale, _, _ = module.integer_view(params, spec)
+            assert np.all(abs(x_hat - x) <= np.maximum(scale / 2, 2e-7) * 1.0001)
+
+
+@over(4)
+def test_low_precision_input_is_computed_in_float32(spec):
+    x = data(spec).astype(jnp.bfloat16)
+    module, params = fresh(spec, x)
+    wide = module.fake_quant(x.astype(jnp.float32), params, spec)
+    np.testing.assert_array_equal(
+        module.fake_quant(x, params, spec).astype(jnp.float32),
+        wide.astype(jnp.bfloat16).astype(jnp.float32),
+    )
+    _, low = gradients(module, spec, x, params)
+    _, high = gradients(module, spec, x.astype(jnp.float32), params)
+    # The upstream gradient was rounded to bfloat16, 8 bits, before some 120 terms were summed.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05), low, high)
+
+
+@over(4, keep=lambda spec: spec.signed and spec.granularity == "tensor")
+def test_float64_stays_float64(spec):
+    x = np.asarray(data(spec), np.float64)
+    module, params = fresh(spec, data(spec))
+    with jax.enable_x64(True):
+        x_hat, (dx, dparams) = jax.jit(
+            lambda x, p: (module.fake_quant(x, p, spec), gradients(module, spec, x, p))
+        )(x, params)
+    assert x_hat.dtype == dx.dtype == jnp.float64
+    assert all(dparams[k].dtype == params[k].dtype for k in params)
+
+
+@over(3)
+def test_transformed_and_not_are_the_same(spec):
+    x = data(spec)
+    module, params = fresh(spec, x)
+    f = functools.partial(module.fake_quant, spec=spec)
+    eager = f(x, params)
+    np.testing.assert_array_equal(jax.jit(f)(x, params), eager)
+    np.testing.assert_array_equal(jax.remat(f)(x, params), eager)
+
+    plain = gradients(module, spec, x, params)
+    compiled = jax.jit(functools.partial(gradients, module, spec))(x, params)
+    again = jax.grad(lambda x, p: jnp.sum(weights(x) * jax.remat(f)(x, p)), (0, 1))(x, params)
+    for other in (compiled, again):
+        np.testing.assert_array_equal(other[0], plain[0])
+        # Sums of 120 terms in another order.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), other[1], plain[1]
+        )
+
+
+@over(4, keep=lambda spec: spec.signed)
+def test_vmap_over_examples_and_over_parameters(spec):
+    x = data(spec)
+    module, params = fresh(spec, x)
+    if spec.granularity == "channel":
+        # Inside vmap an example has two axes, and so have the parameters.
+        params = {k: np.asarray(v)[0] for k, v in params.items()}
+    x = np.asarray(x)
+    one = jax.jit(lambda x, p: (module.fake_quant(x, p, spec), gradients(module, spec, x, p)))
+    equal = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+    values, slopes = jax.jit(jax.vmap(one, (0, None)))(x, params)
+    for i in range(0, len(x), 3):
+        value, slope = one(x[i], params)
+        np.testing.assert_array_equal(values[i], value)
+        jax.tree.map(lambda a, b, i=i: equal(a[i], b), slopes, slope)
+
+    many = {
+        k: np.stack([np.asarray(v) * np.float32(1 + i / 8) for i in range(len(x))])
+        for k, v in params.items()
+    }
+    values, slopes = jax.jit(jax.vmap(one))(x, many)
+    for i in range(0, len(x), 3):
+        value, slope = one(x[i], {k: v[i] for k, v in many.items()})
+        np.testing.assert_array_equal(values[i], value)
+        jax.tree.map(lambda a, b, i=i: equal(a[i], b), slopes, slope)
+
+
+@over(4, keep=lambda spec: spec.granularity == "channel")
+def test_a_channel_is_a_tensor_of_its_own(spec):
+    x = data(spec) * jnp.array([[[0.1, 1.0, 7.0]]])
+    module, params = fresh(spec, x)
+    x_hat = module.fake_quant(x, params, spec, batch_axes=(0,))
+    dx, dparams = gradients(module, spec, x, params, batch_axes=(0,))
+    alone = Spec(spec.bits, quantizer=spec.quantizer, signed=spec.signed, symmetric=spec.symmetric)
+    for c in range(3):
+        part = x[..., c]
+        _, p = fresh(alone, part)
+        for name in p:
+            np.testing.assert_allclose(p[name], params[name][0, 0, c], rtol=1e-6)
+        p = {k: v[0, 0, c] for k, v in params.items()}
+        f = lambda x, p: module.fake_quant(x, p, alone, batch_axes=(0,))
+        out, pull = jax.vjp(f, part, p)
+        np.testing.assert_array_equal(out, x_hat[..., c])
+        dpart, dp = pull(weights(x)[..., c])
+        np.testing.assert_array_equal(dpart, dx[..., c])
+        for name in dp:
+            np.testing.assert_allclose(dp[name], dparams[name][0, 0, c], rtol=1e-4, atol=1e-5)
+
+
+@over(4)
+def test_a_mean_over_examples_does_not_depend_on_the_batch_size(spec):
+    x = data(spec)
+    module, params = fresh(spec, x)
+
+    def mean_gradient(x):
+        loss = lambda p: jnp.mean(
+            jnp.sum(module.fake_quant(x, p, spec, batch_axes=(0,)) ** 3, axis=(1, 2))
+        )
+        return jax.grad(loss)(params)
+
+    once, thrice = mean_gradient(x), mean_gradient(jnp.concatenate([x, x, x]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), once, thrice)
+
+
+@over(4)
+def test_the_backward_pass_keeps_the_input_and_the_parameters_only(spec):
+    x = data(spec)
+    module, params = fresh(spec, x)
+    _, pull = jax.vjp(lambda x, p: module.fake_quant(x, p, spec), x, params)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size == x.size]
+    assert len(kept) == 1
+    np.testing.assert_array_equal(kept[0], x)
+
+
+@over(4, keep=lambda spec: spec.signed)
+@pytest.mark.parametrize("runner", ["pmap", "shard_map"])
+def test_four_devices_equal_one(spec, runner):
+    x = data(spec)
+    module, params = fresh(spec, x)
+    total = lambda x, p: jnp.sum(module.fake_quant(x, p, spec, batch_axes=(0,)) ** 3)
+    grad = jax.value_and_grad(total, (0, 1))
+    one, (dx, dparams) = grad(x, params)
+
+    def reduced(x, p):
+        value, (dx, dp) = grad(x, p)
+        if runner == "pmap":
+            dp = jax.lax.psum(dp, "batch")
+        # Where `shard_map` tracks what varies, gradients of replicated parameters come out summed.
+        return jax.lax.psum(value, "batch"), (dx, dp)
+
+    if runner == "pmap":
+        out = jax.pmap(reduced, axis_name="batch", in_axes=(0, None))(x.reshape(4, 2, 5, 3), params)
+        value, (dx4, dp4) = (
+            out[0][0],
+            (out[1][0].reshape(x.shape), jax.tree.map(lambda a: a[0], out[1][1])),
+        )
+    else:
+        mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+        mapped = jax.shard_map(
+            reduced,
+            mesh=mesh,
+            in_specs=(P("batch"), P()),
+            out_specs=(P(), (P("batch"), P())),
+        )
+        value, (dx4, dp4) = jax.jit(mapped)(x, params)
+    np.testing.assert_allclose(value, one, rtol=1e-5)
+    np.testing.assert_allclose(dx4, dx, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), dp4, dparams)
+
+
+@over(2)
+def test_parameters_that_do_not_fit_are_refused(spec):
+    x = data(spec)
+    module, params = fresh(spec, x)
+    with pytest.raises(ValueError, match=r"params has the keys \['other'\]"):
+        module.fake_quant(x, {"other": jnp.ones(())}, spec)
+    with pytest.raises(ValueError, match=r"params\['.*'\] has shape \(3,\)"):
+        module.fake_quant(x, {k: jnp.ones((3,)) for k in params}, spec)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_negative_data_under_an_unsigned_symmetric_spec_are_refused(name):
+    spec = Spec(4, quantizer=name, signed=False)
+    stats = numerics.finish(numerics.measure(jnp.array([-0.2, 1.0])))
+    with pytest.raises(ValueError, match=r"reach down to -0.2.*signed=True"):
+        QUANTIZERS[name].init(stats, spec)
+
+
+@over(4)
+def test_traces_once_for_one_spec(spec):
+    x = data(spec)
+    module, params = fresh(spec, x)
+    traces = []
+
+    @jax.jit
+    def f(x, p):
+        traces.append(1)
+        return module.fake_quant(x, p, spec)
+
+    f(x, params)
+    f(x + 1, jax.tree.map(lambda v: v * 2, params))
+    assert len(traces) == 1
+
+
+def test_unknown_quantizer():
+    with pytest.raises(ValueError, match=r"unknown quantizer 'lqs'.*Did you mean 'lsq'"):
+        quantizers.check(Spec(4, quantizer="lqs"))
