@@ -1,0 +1,179 @@
+"""The training loop. There is one, and every stage that trains runs in it.
+
+The device never waits for a metric: the metrics of step k-1 are read after step k has been handed to
+it. A batch is a function of its number, so the loop starts anywhere. What happens at intervals
+(logging, evaluation, saving) comes in as plain functions and never changes the state, so when it
+happens cannot change the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from qkd_jax.training.nonfinite import locate_nonfinite
+from qkd_jax.training.parallel import CompiledStep
+from qkd_jax.training.plan import Plan
+from qkd_jax.training.progress import Progress
+from qkd_jax.training.state import TrainState
+from qkd_jax.training.step import name_metrics
+
+__all__ = ["Hooks", "NonFiniteError", "Preempted", "Window", "run_steps"]
+
+Named = dict[str, dict[str, float]]
+
+
+class NonFiniteError(Exception):
+    """A loss, gradient or statistic is not finite; the message says in which stage, step, net and layer."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and has saved."""
+
+
+@dataclasses.dataclass
+class Window:
+    """Means of the metrics since the last logged line; small enough to travel in a checkpoint."""
+
+    steps: int = 0
+    sums: Named = dataclasses.field(default_factory=dict)
+    last: Named = dataclasses.field(default_factory=dict)
+
+    def add(self, named: Mapping[str, Mapping[str, float]]) -> None:
+        """Adds the metrics of one step."""
+        self.steps += 1
+        for net, values in named.items():
+            sums = self.sums.setdefault(net, {})
+            for key, value in values.items():
+                sums[key] = sums.get(key, 0.0) + value
+        self.last = {net: dict(values) for net, values in named.items()}
+
+    def take(self) -> dict[str, float]:
+        """Returns {"net/metric": mean} (rates: the last step's) and starts over."""
+        found = {}
+        for net, sums in self.sums.items():
+            for key, value in sums.items():
+                rate = key in ("lr", "quant_lr")
+                found[f"{net}/{key}"] = self.last[net][key] if rate else value / self.steps
+        self.steps, self.sums, self.last = 0, {}, {}
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What the loop does beside stepping. Steps count from 1 and are those that are done.
+
+    Attributes:
+        log: called with (step, values) every `log_every` steps and at the end.
+        look: called with (step, state) where `look_at(step)`: evaluation, the quantizers' paths.
+        look_at: whether to look after a step.
+        save: called with (step, state, window) where `save_at(step)`, and before stopping.
+        save_at: whether to save after a step.
+        stop: whether the run has been asked to stop.
+        log_every: interval of `log`; 0 logs at the end only.
+    """
+
+    log: Callable[[int, dict[str, float]], None]
+    look: Callable[[int, TrainState], None]
+    look_at: Callable[[int], bool]
+    save: Callable[[int, TrainState, Window], None]
+    save_at: Callable[[int], bool]
+    stop: Callable[[], bool]
+    log_every: int = 10
+
+
+def run_steps(
+    compiled: CompiledStep,
+    plan: Plan,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batches: Iterator[Mapping[str, Any]],
+    hooks: Hooks,
+    progress: Progress,
+    *,
+    done: int,
+    steps: int,
+    window: Window | None = None,
+) -> TrainState:
+    """Runs the steps of a stage that are left.
+
+    Args:
+        compiled: The compiled step.
+        plan: The stage's plan, for names.
+        state: The state after `done` steps; it is donated.
+        frozen: {slot: variables} of the nets that only teach.
+        batches: Gives the batch of step `done` first.
+        hooks: What else to do.
+        progress: The stage's line; it also keeps the times.
+        done: Steps of the stage that are done.
+        steps: Length of the stage.
+        window: Metrics since the last logged line, when resuming.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        NonFiniteError: A step was not finite. Its state was not saved.
+        Preempted: `hooks.stop()` said so; the state has been saved.
+    """
+    window = Window() if window is None else window
+    frozen = compiled.replicate(dict(frozen))
+    pending: tuple[int, Any, Any] | None = None
+
+    def settle(waited: float = 0.0, later: int = 0) -> None:
+        """Reads the metrics of the pending step; `later` steps have been handed over since."""
+        nonlocal pending
+        if pending is None:
+            return
+        (step, batch, metrics), pending = pending, None
+        if not bool(jax.device_get(metrics["finite"])):
+            # A step that was handed over since has left the nets as they were.
+            bad = state.replace(step=state.step - later)
+            raise NonFiniteError(_explain(plan, bad, batch, frozen, progress.stage, step, steps))
+        named = name_metrics(plan, metrics)
+        window.add(named)
+        progress.update(step, loss=named[plan.learners[0]]["loss"], waited=waited)
+        if step == steps or (hooks.log_every and step % hooks.log_every == 0):
+            hooks.log(step, window.take())
+
+    for step in range(done + 1, steps + 1):
+        begin = time.perf_counter()
+        batch = compiled.shard_batch(next(batches))
+        waited = time.perf_counter() - begin
+        state, metrics = compiled(state, batch, frozen)
+        settle(waited, later=1)
+        pending = (step, batch, metrics)
+        stop, look, save = hooks.stop(), hooks.look_at(step), hooks.save_at(step)
+        if stop or look or save or step in (done + 1, steps):
+            settle()
+            acting = time.perf_counter()
+            if look:
+                hooks.look(step, state)
+            if save or (stop and step < steps):
+                hooks.save(step, state, window)
+            progress.paused(time.perf_counter() - acting)
+            if stop and step < steps:
+                raise Preempted(f"stage {progress.stage!r}, step {step} of {steps}")
+    return state
+
+
+def _explain(
+    plan: Plan,
+    state: TrainState,
+    batch: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    stage: str,
+    step: int,
+    steps: int,
+) -> str:
+    found = locate_nonfinite(plan, state, batch, frozen)
+    where = "no layer is bad when looked at one by one" if found is None else str(found)
+    return (
+        f"stage {stage!r}, step {step} of {steps}: the loss or a gradient is not finite. {where}. "
+        "Lower the learning rate or clip gradients (optim.<net>.clip_norm), and start anew in "
+        "another folder; the checkpoints of this one are from before the bad step."
+    )

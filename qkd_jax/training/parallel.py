@@ -1,0 +1,235 @@
+"""Compiles a step for devices: `jit` over a mesh (the default) or `pmap`.
+
+Under `jit` the program is written for the whole batch and XLA divides it, so BatchNorm and the
+quantizers' statistics are global by construction. Under `pmap` each device runs its share and the
+step gets `axis_name`: sums, counts and gradients are added over it. Both equal one device.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import platform
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from qkd_jax import checks
+from qkd_jax.training.plan import Plan, StepStructure
+from qkd_jax.training.state import TrainState
+from qkd_jax.training.step import Metrics, Step, make_step
+
+__all__ = ["CompiledStep", "StepCache", "compile_step", "enable_compilation_cache"]
+
+AXIS = "batch"
+MODES = ("jit", "pmap")
+
+
+class CompiledStep:
+    """A compiled step for some devices: `compiled(state, batch, frozen) -> (state, metrics)`.
+
+    The state is donated (use what comes back), `frozen` is not.
+
+    Attributes:
+        mode: "jit" or "pmap".
+        devices: The devices it runs on.
+        traces: How often the step has been traced; 1 as long as the shapes stay.
+    """
+
+    def __init__(self, step: Step, mode: str, devices: Sequence[jax.Device]):
+        """Wraps `step`; see `compile_step`."""
+        self.mode = mode
+        self.devices = tuple(devices)
+        self.traces = 0
+
+        @functools.wraps(step)
+        def counted(state: TrainState, batch: Mapping[str, Any], frozen: Mapping[str, Any]):
+            self.traces += 1  # runs while tracing only
+            return step(state, batch, frozen, axis_name=AXIS if mode == "pmap" else None)
+
+        mesh = jax.make_mesh(
+            (len(self.devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=self.devices
+        )
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._sharded = NamedSharding(mesh, PartitionSpec(AXIS))
+        if mode == "jit":
+            self.function = jax.jit(
+                counted,
+                in_shardings=(self._replicated, self._sharded, self._replicated),
+                out_shardings=(self._replicated, self._replicated),
+                donate_argnums=0,
+            )
+        else:
+            self.function = jax.pmap(
+                counted,
+                axis_name=AXIS,
+                in_axes=(None, 0, None),
+                out_axes=None,
+                devices=self.devices,
+            )
+
+    def __call__(
+        self, state: TrainState, batch: Mapping[str, Any], frozen: Mapping[str, Any]
+    ) -> tuple[TrainState, Metrics]:
+        """Runs one step; arrays that are not on the devices yet are brought there.
+
+        Bringing costs time at every call: `replicate` the frozen nets once a stage.
+        """
+        return self.function(*self._arguments(state, batch, frozen))
+
+    def lower(self, state: TrainState, batch: Mapping[str, Any], frozen: Mapping[str, Any]) -> Any:
+        """Traces and lowers without running: `.lower(...).compile()` tells time and memory."""
+        return self.function.lower(*self._arguments(state, batch, frozen))
+
+    def _arguments(
+        self, state: TrainState, batch: Mapping[str, Any], frozen: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
+        batch = self.shard_batch(batch)
+        if self.mode == "pmap":
+            count = len(self.devices)
+            batch = {n: a.reshape(count, -1, *a.shape[1:]) for n, a in batch.items()}
+        return self._placed(state), batch, self._placed(frozen)
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts a whole copy of every array on every device."""
+        return jax.device_put(tree, self._replicated)
+
+    def _placed(self, tree: Any) -> Any:
+        # Looking at one leaf stands for all: device_put on some hundred leaves that are in place
+        # already would cost a small net a tenth of its step.
+        leaf = next(iter(jax.tree.leaves(tree)), None)
+        there = isinstance(leaf, jax.Array) and leaf.sharding == self._replicated
+        return tree if leaf is None or there else self.replicate(tree)
+
+    def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Divides a batch over the devices along its first axis; call it early to prefetch.
+
+        Raises:
+            ValueError: The batch is not divisible by the number of devices.
+        """
+        count, rows = len(self.devices), batch["image"].shape[0]
+        if rows % count:
+            raise ValueError(
+                f"the batch has {rows} examples, which {count} devices cannot share evenly; use a "
+                f"batch size that is a multiple of {count}, or fewer devices."
+            )
+        return jax.device_put({n: _narrow(a) for n, a in batch.items()}, self._sharded)
+
+
+def _narrow(array: Any) -> Any:
+    # The loader's example index is int64, which JAX has only in x64 mode.
+    if isinstance(array, np.ndarray):
+        return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+    return array
+
+
+def compile_step(
+    step: Step, *, mode: str = "jit", devices: Sequence[jax.Device] | None = None
+) -> CompiledStep:
+    """Compiles a step by `jit` over a mesh of devices, or by `pmap`.
+
+    Args:
+        step: From `make_step`.
+        mode: "jit" or "pmap".
+        devices: Which devices share a batch; all of them by default.
+
+    Returns:
+        A callable (state, batch, frozen) -> (state, metrics); compilation happens at its first
+        call, once for the shapes of a stage.
+
+    Raises:
+        ValueError: An unknown mode, or no device.
+    """
+    checks.one_of("mode", mode, MODES)
+    devices = jax.devices() if devices is None else list(devices)
+    checks.at_least_one("devices", devices)
+    return CompiledStep(step, mode, devices)
+
+
+class StepCache:
+    """Compiled steps by structure: stages and arms that differ in numbers share one."""
+
+    def __init__(self, *, mode: str = "jit", devices: Sequence[jax.Device] | None = None):
+        """All steps of a cache use one mode and one set of devices; see `compile_step`."""
+        self.mode = mode
+        self.devices = devices
+        self._steps: dict[StepStructure, CompiledStep] = {}
+
+    def get(self, plan: Plan) -> CompiledStep:
+        """The compiled step of a plan, made at the first request for its structure."""
+        if plan.structure not in self._steps:
+            self._steps[plan.structure] = compile_step(
+                make_step(plan.structure), mode=self.mode, devices=self.devices
+            )
+        return self._steps[plan.structure]
+
+    @property
+    def traces(self) -> int:
+        """How many traces all steps of the cache have taken together."""
+        return sum(compiled.traces for compiled in self._steps.values())
+
+    def __len__(self) -> int:
+        """Number of distinct structures."""
+        return len(self._steps)
+
+
+def _machine() -> str:
+    """Name of this kind of processor: its architecture and a checksum of its features."""
+    features = platform.processor()
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        found = (line for line in lines if line.split(":")[0].strip() in ("flags", "Features"))
+        features = " ".join(sorted(next(found, features).split()))
+    except OSError:
+        pass
+    return f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
+
+
+def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) -> str | None:
+    """Keeps XLA's compiled programs on disk, so that the next process starts warm.
+
+    Programs lie in a folder of their own for each kind of processor: one that was compiled for
+    another may die of an illegal instruction, and home directories are shared in clusters.
+
+    Args:
+        directory: Where; by default JAX_COMPILATION_CACHE_DIR, else qkd_jax/xla under
+            XDG_CACHE_HOME or ~/.cache.
+
+    Returns:
+        The folder in use, or None (with a warning) where it cannot be written: a run never fails
+        for want of a cache.
+
+    Note:
+        jaxlib 0.10 prints an error on CPU for every program that it loads ("+prefer-no-gather is
+        not supported on the host machine"), though it was compiled there and runs (openxla/xla
+        issue 44565). A program silences it with TF_CPP_MIN_LOG_LEVEL=3 before it imports jax.
+    """
+    if directory is None:
+        directory = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if directory is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        directory = os.path.join(home, "qkd_jax", "xla")
+    path = pathlib.Path(directory).expanduser() / _machine()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # A file is really written: permission bits say nothing about a full or read-only disk.
+        probe = path / f".writable-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        warnings.warn(
+            f"the compilation cache {path} cannot be written ({error}); this run compiles anew.",
+            stacklevel=2,
+        )
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # JAX's defaults skip what compiles in under a second: most of what a small net needs.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return str(path)

@@ -1,0 +1,175 @@
+"""The training state, how to build it from variables, and the named random streams.
+
+A net's variables are {"params", "batch_stats", "quant"} (the last once it is calibrated); `params`
+and `quant` learn, the rest is carried by the forward pass. The state holds the nets that learn in a
+stage under canonical slots ("net0", ...); nets that only teach travel beside it, as `frozen`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax.training import optim
+from qkd_jax.training.plan import Plan
+
+__all__ = [
+    "LEARNED",
+    "TrainState",
+    "frozen_variables",
+    "join",
+    "net_variables",
+    "optimizer_states",
+    "split",
+    "start_state",
+    "step_key",
+    "stream_key",
+]
+
+Variables = dict[str, Any]
+LEARNED = ("params", "quant")
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a step reads and writes, arrays only.
+
+    Attributes:
+        step: int32 scalar, counts over the whole experiment and is never reset.
+        seed: uint32 scalar, root of the random streams.
+        nets: {slot: variables} of the nets that learn.
+        opt: {slot: {"position", "inner"}}; `position` is the place in the net's schedule.
+        hyper: {slot: numbers}, float32; nothing in it forces a new compilation.
+        loss_state: What losses own (regressors, memory banks); empty where none does.
+        finite: False from the first step on whose loss, gradient or statistic is not finite: from
+            there the nets stand still, so that the cause is still in them when somebody looks.
+    """
+
+    step: jax.Array
+    seed: jax.Array
+    nets: dict[str, Variables]
+    opt: dict[str, Any]
+    hyper: dict[str, Any]
+    loss_state: dict[str, Any] = flax.struct.field(default_factory=dict)
+    finite: jax.Array | bool = True
+
+
+def split(variables: Mapping[str, Any]) -> tuple[Variables, Variables]:
+    """Splits a net's variables into (what learns, what the forward pass carries)."""
+    learned = {name: tree for name, tree in variables.items() if name in LEARNED}
+    carried = {name: tree for name, tree in variables.items() if name not in LEARNED}
+    return learned, carried
+
+
+def join(learned: Mapping[str, Any], carried: Mapping[str, Any]) -> Variables:
+    """Puts back together what `split` took apart."""
+    return {**learned, **carried}
+
+
+def stream_key(seed: jax.Array | int, name: str) -> jax.Array:
+    """Key of a named random stream: fold_in(key(seed), crc32(name))."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def step_key(seed: jax.Array | int, name: str, step: jax.Array | int) -> jax.Array:
+    """Key of a named stream at a step; nothing random is carried, so a resumed run is exact."""
+    return jax.random.fold_in(stream_key(seed, name), step)
+
+
+def _copy(tree: Any) -> Any:
+    # The step donates its state; without a copy the caller's arrays would be deleted with it.
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+def _pick(plan: Plan, variables: Mapping[str, Any], nets: tuple[str, ...]) -> dict[str, Any]:
+    for net in nets:
+        if net not in variables:
+            raise checks.unknown("net (its variables are missing)", net, variables)
+    return {plan.slots[net]: variables[net] for net in nets}
+
+
+def start_state(
+    plan: Plan,
+    variables: Mapping[str, Variables],
+    *,
+    step: int = 0,
+    seed: int = 0,
+    opt: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """State at the start of a stage.
+
+    Args:
+        plan: From `plan_step`.
+        variables: {net: variables}; nets that do not learn in this stage may be among them.
+        step: Global step at which the stage starts.
+        seed: Root seed of the random streams.
+        opt: {net: optimizer state} for nets that continue an earlier stage's optimizer; every
+            other net starts a new one.
+
+    Returns:
+        A state that shares no buffer with the arguments (the step donates it).
+
+    Raises:
+        ValueError: Variables are missing, are folded, or an optimizer state of another kind.
+    """
+    nets = _pick(plan, variables, plan.learners)
+    states: dict[str, Any] = {}
+    for net in plan.learners:
+        slot = plan.slots[net]
+        learned, _ = split(nets[slot])
+        _refuse_folded(net, learned.get("quant", {}))
+        fresh = optim.init_optimizer(plan.structure.optim[slot], learned)
+        states[slot] = fresh
+        if opt is not None and net in opt:
+            states[slot] = _continued(net, opt[net], fresh)
+    return TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        seed=jnp.asarray(np.uint32(seed)),
+        nets=_copy(nets),
+        opt=_copy(states),
+        hyper=_copy(plan.hyper),
+        finite=jnp.asarray(True),
+    )
+
+
+def _continued(net: str, state: Any, fresh: Any) -> Any:
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (state, fresh)]
+    if jax.tree.structure(state) != jax.tree.structure(fresh) or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"optim.{net}.continues: the optimizer state that is carried on belongs to another "
+            "optimizer or to other variables; give both stages the same optimizer name, and "
+            "calibrate before the first of them."
+        )
+    return state
+
+
+def _refuse_folded(net: str, quant: Mapping[str, Any], path: str = "") -> None:
+    for name, tree in quant.items():
+        if name == "folded":
+            raise ValueError(
+                f"net {net!r} has a folded BatchNorm at {path or '/'!r} and cannot learn; train "
+                "the variables from before fold_bn."
+            )
+        if isinstance(tree, Mapping):
+            _refuse_folded(net, tree, f"{path}/{name}".lstrip("/"))
+
+
+def frozen_variables(plan: Plan, variables: Mapping[str, Variables]) -> dict[str, Variables]:
+    """{slot: variables} of the nets that only teach, the step's `frozen` argument."""
+    return _pick(plan, variables, plan.teachers)
+
+
+def net_variables(plan: Plan, state: TrainState) -> dict[str, Variables]:
+    """{net: variables} of the nets that learn, out of a state."""
+    return {net: state.nets[plan.slots[net]] for net in plan.learners}
+
+
+def optimizer_states(plan: Plan, state: TrainState) -> dict[str, Any]:
+    """{net: optimizer state} out of a state, for a stage that continues it."""
+    return {net: state.opt[plan.slots[net]] for net in plan.learners}
