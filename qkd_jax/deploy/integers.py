@@ -1,0 +1,507 @@
+"""A quantized net as integers: packed weight codes, multipliers, and a program that runs them.
+
+`convert` folds BatchNorm, takes each weight's codes once and keeps nothing else of it. What is left
+of the graph is a `Program`: quantizers turn activations into codes, products run on codes and are
+scaled by one multiplier per output channel, everything between (bias, ReLU, sums, pooling) is
+float32. The order of float operations is the trained net's, so activations get the same codes.
+
+    y = product(codes_x - z_x, codes_w - z_w) * multiplier + bias
+
+Codes are centred before the product, so zero padding pads with the zero point. Sums are integers of
+at most `bound`, the largest sum of |codes_w| over the inputs of an output times the largest
+|codes_x|. Below 2^24 float32 holds them exactly in any order, below 2^31 int32 does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax import graph as graphs
+from qkd_jax.deploy.pack import pack, packed_bytes, unpack
+from qkd_jax.graph import Node
+from qkd_jax.numerics import IntFormat, Spec
+from qkd_jax.ptq.fold_bn import fold_bn
+from qkd_jax.ptq.products import (
+    Operand,
+    Product,
+    TracedNet,
+    is_quantizer,
+    products,
+    quantizer_params,
+    scale_in_output,
+    trace_net,
+    view,
+)
+from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantizers import QUANTIZERS
+
+__all__ = ["IntegerModel", "LayerSize", "convert", "integer_apply"]
+
+FORMULATIONS = ("auto", "int32", "float32")
+FLOAT32_EXACT = 2**24
+INT32_LIMIT = 2**31
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantize:
+    """Step: a tensor to its grid, as a float (`hat`) and as centred codes."""
+
+    name: str
+    spec: Spec
+    params: tuple[tuple[str, str], ...]  # parameter -> key in the arrays
+    input: int
+    hat: int
+    codes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """Step: packed codes to centred codes and, for readers other than products, to a float."""
+
+    key: str
+    shape: tuple[int, ...]
+    format: IntFormat
+    zero_point: str | None
+    scale: str
+    hat: int
+    codes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Multiply:
+    """Step: an integer product and its multiplier."""
+
+    path: str
+    node: Node
+    inputs: tuple[int, int]  # centred codes
+    narrow: bool  # both fit int8
+    bound: int
+    multiplier: str
+    output: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSize:
+    """Bytes of one layer's weight, packed and as float32."""
+
+    path: str
+    format: str
+    shape: tuple[int, ...]
+    bytes: int
+    float_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """What an `IntegerModel` runs. It holds no arrays; it is compared by identity."""
+
+    steps: tuple[Any, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    arrays: dict[int, str]  # value -> key in the arrays
+    numbers: dict[int, np.ndarray]  # scalars of the model's code
+    batch: int | None
+    out_tree: Any
+    layers: tuple[LayerSize, ...]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["program"]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class IntegerModel:
+    """A converted net: a pytree of its arrays.
+
+    Attributes:
+        arrays: `<layer>/weight` packed codes, `<layer>/multiplier`, biases and the quantizers'
+            parameters. No quantized weight has a float copy.
+        program: static.
+    """
+
+    arrays: dict[str, jax.Array]
+    program: Program
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(a.size * a.dtype.itemsize for a in self.arrays.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return sum(layer.bytes for layer in self.program.layers)
+
+    def report(self) -> str:
+        """Returns a table of the weights: format, shape, and bytes beside those of float32."""
+        rows = [("layer", "format", "shape", "bytes", "float32")]
+        for layer in self.program.layers:
+            shape = "x".join(map(str, layer.shape))
+            sizes = (f"{layer.bytes:,}", f"{layer.float_bytes:,}")
+            rows.append((layer.path, layer.format, shape, *sizes))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+        lines.append(
+            f"weights {self.weight_bytes:,} bytes, with multipliers, biases and steps "
+            f"{self.nbytes:,}"
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def convert(
+    net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
+) -> IntegerModel:
+    """Turns a calibrated net into integers.
+
+    Args:
+        net: the net.
+        variables: calibrated; folded or not (BatchNorm is folded here where it can be).
+        images: example input; only its shape counts, and the result takes any batch size.
+        **kwargs: further arguments of the model's call.
+
+    Returns:
+        An `IntegerModel` for `integer_apply`.
+
+    Raises:
+        ValueError: the net is not calibrated, or the sums of a layer could exceed int32.
+    """
+    if not variables.get("quant"):
+        raise ValueError(
+            "variables has no 'quant' collection, so this net is float; calibrate it first."
+        )
+    folded = fold_bn(net, variables, images, **kwargs)
+    traced = trace_net(net, folded, images, **kwargs)
+    return _Converter(traced).model()
+
+
+def integer_apply(
+    integer: IntegerModel, images: Any, *, capture: bool = False, formulation: str = "auto"
+) -> Any:
+    """Runs a converted net.
+
+    Args:
+        integer: from `convert`.
+        images: [batch, ...], float, as the net takes them; any batch size.
+        capture: also return the codes of every quantized activation.
+        formulation: how products run. "int32": on integers, accumulated in int32. "float32": the
+            same integers held in float32, exact where a layer's sums stay within 2^24. "auto": the
+            second where it is exact and the back-end is a CPU, whose integer convolutions are
+            several times slower, else the first. All give the same bits.
+
+    Returns:
+        The net's output; with `capture`, (output, {"<layer>/<operand>": codes}), int32. A layer
+        that runs again has "#2" and so on appended.
+
+    Raises:
+        ValueError: an unknown formulation, or "float32" for a layer whose sums are too large.
+    """
+    checks.one_of("formulation", formulation, FORMULATIONS)
+    return _run(integer, images, capture, formulation)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _run(integer: IntegerModel, images: Any, capture: bool, formulation: str) -> Any:
+    program, arrays = integer.program, integer.arrays
+    env: dict[int, Any] = dict(program.numbers)
+    env.update((v, arrays[key]) for v, key in program.arrays.items())
+    flat = jax.tree.leaves(images)
+    env.update(zip(program.inputs, flat, strict=True))
+    captured: dict[str, Any] = {}
+    for step in program.steps:
+        if isinstance(step, Quantize):
+            codes = _quantize(step, env, arrays)
+            captured[_fresh(captured, step.name)] = codes
+        elif isinstance(step, Weight):
+            codes = unpack(arrays[step.key], step.shape, step.format)
+            if step.zero_point is not None:
+                codes = codes.astype(jnp.int32) - arrays[step.zero_point].astype(jnp.int32)
+            env[step.codes] = codes
+            if step.scale:
+                env[step.hat] = codes.astype(jnp.float32) * arrays[step.scale]
+        elif isinstance(step, Multiply):
+            env[step.output] = _multiply(step, env, arrays, formulation)
+        else:
+            values = [env[v] for v in step.inputs]
+            results = graphs.execute(step, values, program.batch, flat[0].shape[0])
+            env.update(zip(step.outputs, results, strict=True))
+    out = jax.tree.unflatten(program.out_tree, [env[v] for v in program.outputs])
+    return (out, captured) if capture else out
+
+
+def _quantize(step: Quantize, env: dict[int, Any], arrays: Mapping[str, Any]) -> jax.Array:
+    """Writes x_hat and centred codes; returns the codes as the format numbers them."""
+    params = {name: arrays[key] for name, key in step.params}
+    quantizer = QUANTIZERS[step.spec.quantizer]
+    hat = quantizer.fake_quant(env[step.input], params, step.spec)
+    scale, zero_point, _ = quantizer.integer_view(params, step.spec)
+    # x_hat gives back its code exactly, whatever a quantizer does before it rounds; and so the
+    # operations are those of the trained net. XLA fuses the two.
+    centred = jnp.round(hat * (1 / scale))
+    env[step.hat], env[step.codes] = hat, centred
+    return (centred + zero_point).astype(jnp.int32)
+
+
+def _multiply(
+    step: Multiply, env: dict[int, Any], arrays: Mapping[str, Any], formulation: str
+) -> jax.Array:
+    lhs, rhs = (env[v] for v in step.inputs)
+    exact = step.bound <= FLOAT32_EXACT
+    if formulation == "float32" and not exact:
+        raise ValueError(
+            f"the sums of layer {step.path!r} reach {step.bound:,}, and float32 is exact up to "
+            f"{FLOAT32_EXACT:,}; use formulation='int32' or 'auto'."
+        )
+    if formulation == "auto":
+        formulation = "float32" if exact and jax.default_backend() == "cpu" else "int32"
+    params = dict(step.node.params)
+    if formulation == "float32":
+        params["preferred_element_type"] = jnp.dtype(jnp.float32)
+        params["precision"] = (jax.lax.Precision.HIGHEST,) * 2
+        operand = jnp.float32
+    else:
+        params["preferred_element_type"] = jnp.dtype(jnp.int32)
+        params["precision"] = None
+        operand = jnp.int8 if step.narrow else jnp.int32
+    sums = step.node.primitive.bind(lhs.astype(operand), rhs.astype(operand), **params)
+    return sums.astype(jnp.float32) * arrays[step.multiplier]
+
+
+def _fresh(taken: Mapping[str, Any], name: str) -> str:
+    """Returns `name`, or `name#2` and so on where it is taken."""
+    count = 1
+    while (unique := name if count == 1 else f"{name}#{count}") in taken:
+        count += 1
+    return unique
+
+
+class _Converter:
+    """Builds a program from a traced net, constants by constants as they are needed."""
+
+    def __init__(self, traced: TracedNet):
+        self.traced, self.graph = traced, traced.graph
+        self.products = {p.node: p for p in products(traced.graph)}
+        self.steps: list[Any] = []
+        self.arrays: dict[str, np.ndarray] = {}
+        self.keys: dict[int, str] = {}
+        self.numbers: dict[int, np.ndarray] = {}
+        self.alias: dict[int, int] = {}  # markers that do nothing, and values already emitted
+        self.codes: dict[int, int] = {}  # value on a grid -> value of its centred codes
+        self.weights: dict[tuple[int, ...], Weight] = {}
+        self.layers: list[LayerSize] = []
+        self.next = max(self.graph.avals) + 1
+
+    def model(self) -> IntegerModel:
+        for node in self.graph.nodes:
+            if node.op in graphs.MARKERS:
+                if not is_quantizer(node):
+                    self.alias[node.outputs[0]] = node.inputs[0]
+                elif node.outputs[0] not in self.graph.constants:
+                    self.quantize(node)
+            elif node in self.products and self.products[node].quantized:
+                self.multiply(self.products[node])
+            else:
+                self.operation(node)
+        outputs = tuple(self.value(v) for v in self.graph.outputs)
+        program = Program(
+            steps=tuple(self.steps),
+            inputs=self.graph.inputs,
+            outputs=outputs,
+            arrays=self.keys,
+            numbers=self.numbers,
+            batch=self.graph.batch,
+            out_tree=self.graph.out_tree,
+            layers=tuple(self.layers),
+        )
+        return IntegerModel({k: jnp.asarray(a) for k, a in self.arrays.items()}, program)
+
+    def new(self) -> int:
+        self.next += 1
+        return self.next - 1
+
+    def operation(self, node: Node) -> None:
+        inputs = tuple(self.value(v) for v in node.inputs)
+        self.steps.append(dataclasses.replace(node, inputs=inputs))
+
+    def value(self, value: int) -> int:
+        """Returns where the program finds a value; emits what it takes to compute it."""
+        if value in self.alias:
+            return self.value(self.alias[value])
+        if value not in self.graph.constants or value in self.keys or value in self.numbers:
+            return value
+        node = self.graph.producer(value)
+        if node is not None and self.has_codes(value):
+            if is_quantizer(node):
+                self.alias[value] = self.weight(node, as_float=True).hat
+                return self.alias[value]
+            outputs = tuple(self.new() for _ in node.outputs)
+            inputs = tuple(self.value(v) for v in node.inputs)
+            self.steps.append(dataclasses.replace(node, inputs=inputs, outputs=outputs))
+            self.alias.update(zip(node.outputs, outputs, strict=True))
+            return self.alias[value]
+        array = self.graph.constants[value]
+        sources = self.graph.sources.get(value, frozenset())
+        if array.ndim == 0 and not sources:
+            self.numbers[value] = array
+        else:
+            self.keys[value] = self.store(_name(sources), array)
+        return value
+
+    def has_codes(self, value: int) -> bool:
+        """Whether a constant is computed from a quantized weight, which has no float copy."""
+        node = self.graph.producer(value)
+        if node is None:
+            return False
+        return is_quantizer(node) or any(self.has_codes(v) for v in node.inputs)
+
+    def store(self, name: str, array: np.ndarray) -> str:
+        same = self.arrays.get(name)
+        if same is not None and same.dtype == array.dtype and np.array_equal(same, array):
+            return name
+        name = _fresh(self.arrays, name)
+        self.arrays[name] = np.asarray(array)
+        return name
+
+    def quantize(self, node: Node) -> None:
+        path, operand = node.params["path"], node.params["operand"]
+        params = quantizer_params(self.traced, node)
+        keys = tuple(
+            (name, self.store(f"{path}/{operand}_quantizer/{name}", array))
+            for name, array in params.items()
+        )
+        (hat,), codes = node.outputs, self.new()
+        self.codes[hat] = codes
+        spec, name = self.traced.spec(node), f"{path}/{operand}"
+        self.steps.append(Quantize(name, spec, keys, self.value(node.inputs[0]), hat, codes))
+
+    def weight(self, node: Node, *, as_float: bool) -> Weight:
+        """Takes a weight's codes, once; a second reader of the same weight shares them."""
+        identity = (*node.inputs, int(as_float))
+        if identity in self.weights:
+            return self.weights[identity]
+        path, operand = node.params["path"], node.params["operand"]
+        name = path if operand == "weight" else f"{path}/{operand}"
+        scale, zero_point, format = view(self.traced, node)
+        hat = np.asarray(self.graph.constants[node.outputs[0]], np.float32)
+        codes = np.round(hat * (np.float32(1) / scale)) + zero_point
+        packed = pack(codes.astype(np.int64), format)
+        step = Weight(
+            key=self.store(f"{name}/weight", packed),
+            shape=codes.shape,
+            format=format,
+            zero_point=self.store(f"{name}/zero_point", zero_point) if zero_point.any() else None,
+            scale=self.store(f"{name}/scale", scale) if as_float else "",
+            hat=self.new(),
+            codes=self.new(),
+        )
+        self.weights[identity] = step
+        self.steps.append(step)
+        if all(layer.path != step.key.removesuffix("/weight") for layer in self.layers):
+            self.layers.append(
+                LayerSize(
+                    path=step.key.removesuffix("/weight"),
+                    format=format.name,
+                    shape=codes.shape,
+                    bytes=packed_bytes(codes.shape, format),
+                    float_bytes=4 * codes.size,
+                )
+            )
+        return step
+
+    def multiply(self, product: Product) -> None:
+        ranges, inputs = [], []
+        for operand in product.operands:
+            assert operand.marker is not None
+            ranges.append(self.range(operand.marker))
+            inputs.append(self.operand_codes(operand))
+        bound = self.bound(product, ranges)
+        if bound >= INT32_LIMIT:
+            raise ValueError(
+                f"the sums of layer {product.path!r} can reach {bound:,}, beyond int32; give its "
+                "weight or its input fewer bits."
+            )
+        if product.path in self.traced.multipliers:
+            multiplier = self.traced.multipliers[product.path]
+        else:
+            scales = (
+                scale_in_output(product, side, view(self.traced, operand.marker)[0])
+                for side, operand in enumerate(product.operands)
+                if operand.marker is not None
+            )
+            multiplier = functools.reduce(np.multiply, scales)
+        if multiplier.ndim not in (0, product.rank):
+            multiplier = multiplier.reshape((1,) * (product.rank - 1) + (-1,))
+        self.steps.append(
+            Multiply(
+                path=product.path,
+                node=product.node,
+                inputs=(inputs[0], inputs[1]),
+                narrow=all(-128 <= lo and hi <= 127 for lo, hi in ranges),
+                bound=bound,
+                multiplier=self.store(f"{product.path}/multiplier", np.asarray(multiplier)),
+                output=product.node.outputs[0],
+            )
+        )
+
+    def operand_codes(self, operand: Operand) -> int:
+        """Returns the value of an operand's codes, moved as its floats are."""
+        assert operand.marker is not None
+        (origin,) = operand.marker.outputs
+        if origin not in self.codes:
+            self.codes[origin] = self.weight(operand.marker, as_float=False).codes
+        at = self.codes[origin]
+        for node in operand.moves:
+            if node.outputs[0] not in self.codes:
+                moved = self.new()
+                self.steps.append(dataclasses.replace(node, inputs=(at,), outputs=(moved,)))
+                self.codes[node.outputs[0]] = moved
+            at = self.codes[node.outputs[0]]
+        return at
+
+    def range(self, marker: Node) -> tuple[int, int]:
+        """Lowest and highest centred code of a quantizer."""
+        _, zero_point, format = view(self.traced, marker)
+        return int(format.qmin - zero_point.max()), int(format.qmax - zero_point.min())
+
+    def bound(self, product: Product, ranges: list[tuple[int, int]]) -> int:
+        """Returns the largest magnitude that a sum of this product can reach."""
+        largest = [max(-lo, hi) for lo, hi in ranges]
+        for side, operand in enumerate(product.operands):
+            if operand.value in self.graph.constants:
+                assert operand.marker is not None
+                scale = view(self.traced, operand.marker)[0]
+                hat = np.asarray(self.graph.constants[operand.marker.outputs[0]], np.float32)
+                codes = np.abs(np.round(hat * (np.float32(1) / scale))).astype(np.int64)
+                for node in operand.moves:
+                    codes = np.asarray(graphs.execute(node, [codes.astype(np.int32)])[0])
+                summed = tuple(i for i, out in enumerate(operand.output_axes) if out is None)
+                sums = codes.astype(np.int64).sum(axis=summed)
+                return int(sums.max(initial=0)) * largest[1 - side]
+        operand = product.operands[0]
+        terms = math.prod(
+            n for n, out in zip(operand.shape, operand.output_axes, strict=True) if out is None
+        )
+        return terms * largest[0] * largest[1]
+
+
+def _name(sources: frozenset[str]) -> str:
+    """Names an array after the variables that it comes from."""
+    names = sorted(s.partition("/")[2].replace("folded/", "") for s in sources)
+    if len(names) <= 1:
+        return names[0] if names else "constant"
+    return "/".join([*_common([n.split("/")[:-1] for n in names]), "constant"])
+
+
+def _common(paths: list[list[str]]) -> list[str]:
+    first = paths[0]
+    for i, part in enumerate(first):
+        if any(len(p) <= i or p[i] != part for p in paths):
+            return first[:i]
+    return first

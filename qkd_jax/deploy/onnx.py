@@ -1,0 +1,424 @@
+"""ONNX files with QuantizeLinear / DequantizeLinear, written from the graph of the folded net.
+
+The file computes what the net computes: weights are the trained codes (int8) with one scale per
+output channel, into which BatchNorm is folded; activations are quantized where the net quantizes
+them. A float net gives a float file, so that both can be timed on one engine.
+
+Three things differ from the net's own arithmetic, each by rounding only: engines divide by a scale
+where the net multiplies by its reciprocal, they add in another order, and a fused kernel applies
+its multiplier once where the file has several operations. A value near the middle between two codes
+may fall to the other side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import platform
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax import graph as graphs
+from qkd_jax.deploy.onnx_ops import OPERATIONS, unsupported
+from qkd_jax.deploy.onnx_products import write_product
+from qkd_jax.deploy.onnx_quantizers import write_quantizer
+from qkd_jax.deploy.onnx_writer import Tensor, Writer
+from qkd_jax.graph import Node
+from qkd_jax.ptq.fold_bn import fold_bn
+from qkd_jax.ptq.products import TracedNet, is_quantizer, products, trace_net
+from qkd_jax.quantize import QuantizedModel
+
+__all__ = ["OnnxFile", "has_vnni", "onnx_session", "to_onnx"]
+
+OPSETS = (13, 21)
+TARGETS = (None, "x86", "host")
+# The oldest ONNX file format that carries each opset.
+IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxFile:
+    """What `to_onnx` wrote.
+
+    Attributes:
+        path: the file.
+        operations: operation -> number of nodes.
+        bytes: size of the file.
+        saturating: layers whose codes go wrong on x86 without VNNI (see `to_onnx`).
+    """
+
+    path: Path
+    operations: dict[str, int]
+    bytes: int
+    saturating: tuple[str, ...]
+
+
+def to_onnx(
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    images: Any,
+    path: str | os.PathLike[str],
+    *,
+    opset: int = 17,
+    target: str | None = None,
+    **kwargs: Any,
+) -> OnnxFile:
+    """Writes a net, float or quantized, as an ONNX file.
+
+    The input is "images", channels first ([batch, channels, height, width]) for images and as the
+    model has it otherwise; the output is "logits". The batch axis is dynamic.
+
+    Args:
+        net: the net.
+        variables: float or calibrated, folded or not (BatchNorm is folded where it can be).
+        images: example input, [batch, height, width, channels]; only its shape and type count.
+        path: the file to write.
+        opset: ONNX operator set, 13 to 21. Quantized tensors of 9 to 16 bits need 21.
+        target: what will run the file. On x86 processors without VNNI, engines add two products of
+            an activation and a weight in 16 bits, and the sum saturates where 255 * |code| * 2
+            exceeds 32767: 8-bit weights on 8-bit inputs give wrong logits there, and accuracy
+            alone does not show it. "x86" refuses such layers; "host" warns if this machine is one;
+            None does neither. 7-bit weights are safe everywhere, and so is ONNX Runtime with the
+            session of `onnx_session`.
+        **kwargs: further arguments of the model's call.
+
+    Returns:
+        An `OnnxFile`.
+
+    Raises:
+        ImportError: the `export` extra is not installed.
+        ValueError: an operation that cannot be written (named with its module), an `opset` or
+            `target` out of range, or layers that saturate on `target="x86"`.
+    """
+    onnx = _import("onnx")
+    checks.integer_in("opset", opset, *OPSETS)
+    checks.one_of("target", target, TARGETS)
+    folded = fold_bn(net, variables, images, **kwargs)
+    traced = trace_net(net, folded, images, **kwargs)
+    export = Export(traced, opset)
+    outputs = export.write()
+    saturating = tuple(export.saturating)
+    _check_target(target, saturating)
+    model = _model(onnx, export, outputs)
+    onnx.checker.check_model(model, full_check=True)
+    data = model.SerializeToString()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    counts: dict[str, int] = {}
+    for node in model.graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return OnnxFile(path, counts, len(data), saturating)
+
+
+def onnx_session(path: str | os.PathLike[str], *, threads: int | None = None) -> Any:
+    """Opens a file in ONNX Runtime on the CPU, with exact 8-bit products on every x86 processor.
+
+    `session.x64quantprecision` is set on x86 without VNNI: it costs some speed there and avoids the
+    16-bit saturation that `to_onnx` describes.
+
+    Args:
+        path: an ONNX file.
+        threads: threads per operation, or None for the engine's choice.
+
+    Returns:
+        An `onnxruntime.InferenceSession`; run it as `session.run(None, {"images": nchw})`.
+    """
+    runtime = _import("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # warnings about missing GPUs say nothing here
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if _is_x86() and not has_vnni():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+
+
+def has_vnni(cpuinfo: str | os.PathLike[str] = "/proc/cpuinfo") -> bool:
+    """Whether this processor multiplies 8-bit integers into 32 bits (VNNI or AMX).
+
+    Unknown (no such file, as on macOS or Windows) counts as no.
+    """
+    try:
+        text = Path(cpuinfo).read_text()
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags))
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64", "i686", "x86")
+
+
+def _check_target(target: str | None, saturating: tuple[str, ...]) -> None:
+    if not saturating or target is None:
+        return
+    message = (
+        f"8-bit weights on 8-bit inputs saturate on x86 without VNNI in: {', '.join(saturating)}. "
+        "Give these weights 7 bits, or run ONNX Runtime through `onnx_session`, which sets "
+        "session.x64quantprecision=1."
+    )
+    if target == "x86":
+        raise ValueError(message)
+    if _is_x86() and not has_vnni():
+        warnings.warn(message, stacklevel=3)
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is not installed; it comes with the `export` extra: "
+            "pip install 'qkd_jax[export]'."
+        ) from error
+
+
+class Export:
+    """One export: walks the graph and remembers which ONNX tensor holds which value."""
+
+    def __init__(self, traced: TracedNet, opset: int):
+        self.traced, self.graph = traced, traced.graph
+        self.writer = Writer(opset)
+        self.products = {p.node: p for p in products(traced.graph)}
+        self.tensors: dict[int, Tensor] = {}
+        self.absorbed: dict[Node, int] = {}  # nodes already computed, and by which value
+        self.grids: dict[Any, str] = {}  # tensor and grid -> its dequantized form
+        self.largest: dict[str, int] = {}  # dequantized form -> its largest code
+        self.saturating: list[str] = []
+        self.dynamic = set(self.graph.inputs)
+        for node in self.graph.nodes:
+            if self.dynamic.intersection(node.inputs):
+                self.dynamic.update(node.outputs)
+
+    def write(self) -> list[Tensor]:
+        """Writes all nodes; returns the results, in the model's own order of axes."""
+        for value in self.graph.inputs:
+            self.tensors[value] = self.input(value)
+        for node in self.graph.nodes:
+            if self.dynamic.isdisjoint(node.outputs):
+                continue
+            if node in self.absorbed:
+                self.tensors[node.outputs[0]] = self.tensors[self.absorbed[node]]
+                continue
+            (out,) = node.outputs if len(node.outputs) == 1 else (None,)
+            if out is None:
+                raise unsupported(node, "it has several results")
+            self.tensors[out] = self.node(node)
+        results = []
+        for value in self.graph.outputs:
+            if value not in self.tensors:
+                raise ValueError("a result of the model does not depend on its input.")
+            results.append(self.writer.plain(self.tensors[value], ""))
+        return results
+
+    def node(self, node: Node) -> Tensor:
+        """Writes one node."""
+        if node.op in graphs.MARKERS:
+            if is_quantizer(node):
+                return write_quantizer(self, node)
+            return self.tensors[node.inputs[0]]
+        if node in self.products:
+            return write_product(self, self.products[node])
+        if node.op not in OPERATIONS:
+            raise unsupported(node)
+        operands = [self.operand(v) for v in node.inputs]
+        return OPERATIONS[node.op](self, node, *operands)
+
+    def input(self, value: int) -> Tensor:
+        """Declares an input; images come channels first."""
+        shape = self.sizes(value)
+        rank = len(shape)
+        perm = (0, rank - 1, *range(1, rank - 1)) if rank >= 4 else tuple(range(rank))
+        name = "images" if len(self.graph.inputs) == 1 else f"input{len(self.tensors)}"
+        return Tensor(self.writer.fresh(name), shape, perm)
+
+    # -- what the writers of operations use --------------------------------------------------
+
+    def add(self, op: str, inputs: list[str], node: Node, **attributes: Any) -> str:
+        """Adds an ONNX node named after the module of a graph node."""
+        return self.writer.add(op, inputs, node.scope, **attributes)
+
+    def sizes(self, value: int) -> tuple[int, ...]:
+        """Returns a value's shape with -1 for the batch (and for multiples of it)."""
+        batch = self.graph.batch or 0
+        return tuple(-1 if batch and n and n % batch == 0 else n for n in self.graph.shape(value))
+
+    def shape(self, node: Node) -> tuple[int, ...]:
+        """Returns the shape of a node's result, with -1 for the batch."""
+        return self.sizes(node.outputs[0])
+
+    def operand(self, value: int) -> Any:
+        """Returns a value as a Tensor, or as an array where the input does not reach it."""
+        return self.tensors[value] if value in self.dynamic else self.fixed(value)
+
+    def fixed(self, value: int, batch: int = 1) -> np.ndarray:
+        """Returns a value that no input reaches; one that depends on the batch has batch size 1."""
+        if value in self.graph.constants:
+            return np.asarray(self.graph.constants[value])
+        node = self.graph.producer(value)
+        assert node is not None
+        one, two = (
+            graphs.execute(node, [self.fixed(v, b) for v in node.inputs], self.graph.batch, b)
+            for b in (1, 2)
+        )
+        place = node.outputs.index(value)
+        if batch == 2:
+            return np.asarray(two[place])
+        first, second = np.asarray(one[place]), np.asarray(two[place])
+        if not np.array_equal(np.broadcast_to(first, second.shape), second):
+            raise unsupported(node, "its values differ along the batch")
+        return first
+
+    def same(self, tensor: Tensor, name: str) -> Tensor:
+        """Returns a tensor like another one under a new name."""
+        return dataclasses.replace(tensor, name=name)
+
+    def result(self, node: Node, name: str, tensor: Tensor) -> Tensor:
+        """Returns a tensor for a node's result, ordered like one of its operands."""
+        return dataclasses.replace(tensor, name=name, shape=self.shape(node))
+
+    def element_type(self, dtype: np.dtype) -> int:
+        """Returns ONNX's number for a NumPy type."""
+        return int(_import("onnx").helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+    def aligned(self, node: Node, *operands: Any) -> tuple[list[str], Tensor]:
+        """Brings operands of an elementwise operation to one order; returns names and order."""
+        tensors = [o for o in operands if isinstance(o, Tensor) and o.perm]
+        if not tensors:
+            tensors = [o for o in operands if isinstance(o, Tensor)]
+        # A channels-first map decides, so that the other one moves and not the map.
+        guide = max(tensors, key=lambda t: t.perm != tuple(range(len(t.perm))))
+        if any(not _same_order(t, guide) for t in tensors):
+            tensors = [self.writer.ordered(t, node.scope) for t in tensors]
+            guide = dataclasses.replace(guide, order=None)
+        names = []
+        for operand in operands:
+            if not isinstance(operand, Tensor):
+                array = self.writer.like(np.asarray(operand), guide)
+                names.append(self.writer.constant(array, _hint(node)))
+            elif operand.perm:
+                if not _same_order(operand, guide):
+                    operand = self.writer.ordered(operand, node.scope)
+                names.append(self.writer.arranged(operand, guide.perm, node.scope).name)
+            else:
+                names.append(operand.name)
+        return names, guide
+
+    def takes_mean(self, node: Node, x: Tensor, axes: tuple[int, ...]) -> bool:
+        """Whether the sum is only divided by its number of terms; that division is then done."""
+        terms = int(np.prod([x.shape[a] for a in axes]))
+        return terms > 0 and self._absorbs(node, lambda a: a.ndim == 0 and a == terms)
+
+    def takes_average(self, node: Node, window: tuple[int, ...]) -> int:
+        """Absorbs the division behind a sum over windows; returns count_include_pad."""
+        if self._absorbs(node, lambda a: a.ndim == 0 and a == np.prod(window)):
+            return 1
+        ones = np.ones([1 if n == -1 else n for n in self.sizes(node.inputs[0])], np.float32)
+        (counts,) = graphs.execute(node, [jax.numpy.asarray(ones)], self.graph.batch, 1)
+        counts = np.asarray(counts)
+        same = self._absorbs(
+            node, lambda a: a.ndim == counts.ndim and bool(np.all(a - counts == 0))
+        )
+        return 0 if same else 1
+
+    def averaged(self, node: Node) -> bool:
+        """Whether the division behind a sum has been absorbed."""
+        return node.outputs[0] in self.absorbed.values()
+
+    def _absorbs(self, node: Node, wanted: Any) -> bool:
+        (out,) = node.outputs
+        reader = self.graph.sole_consumer(out)
+        if reader is None or reader.op != "div" or reader.inputs[0] != out:
+            return False
+        if reader.inputs[1] in self.dynamic or not wanted(self.fixed(reader.inputs[1])):
+            return False
+        self.absorbed[reader] = out
+        return True
+
+    def constant_readers(self, value: int) -> Iterator[tuple[Node, bool, np.ndarray]]:
+        """Follows a value through sums and products with constants, as long as it has one reader.
+
+        Yields:
+            (node, whether the value is the left operand, the constant).
+        """
+        while (node := self.graph.sole_consumer(value)) is not None:
+            if node.op not in ("add", "sub", "mul", "div") or len(node.inputs) != 2:
+                return
+            left = node.inputs[0] == value
+            other = node.inputs[1 if left else 0]
+            if other in self.dynamic:
+                return
+            with contextlib.suppress(KeyError):
+                yield node, left, self.fixed(other)
+            value = node.outputs[0]
+
+
+def _same_order(a: Tensor, b: Tensor) -> bool:
+    if a.order is None or b.order is None:
+        return a.order is b.order
+    return a.order[0] == b.order[0] and np.array_equal(a.order[1], b.order[1])
+
+
+def _hint(node: Node) -> str:
+    return f"{node.scope}/{node.op}_constant" if node.scope else f"{node.op}_constant"
+
+
+def _model(onnx: Any, export: Export, outputs: list[Tensor]) -> Any:
+    """Assembles the ONNX model and gives inputs and outputs their public names."""
+    helper, writer = onnx.helper, export.writer
+    names = ["logits"] if len(outputs) == 1 else [f"output{i}" for i in range(len(outputs))]
+    for tensor, name in zip(outputs, names, strict=True):
+        writer.nodes.append(("Identity", (tensor.name,), (name,), {}, f"{name}/Identity"))
+    nodes, constants = writer.live(names)
+    nodes = _without_identities(nodes, set(names))
+    value_infos = []
+    for values, tensors, public in (
+        (export.graph.inputs, [export.tensors[v] for v in export.graph.inputs], None),
+        (export.graph.outputs, outputs, names),
+    ):
+        infos = []
+        for i, (value, tensor) in enumerate(zip(values, tensors, strict=True)):
+            dims = [tensor.shape[a] for a in tensor.perm]
+            dims = ["batch" if n == -1 else n for n in dims]
+            dtype = export.element_type(export.graph.dtype(value))
+            name = public[i] if public else tensor.name
+            infos.append(helper.make_tensor_value_info(name, dtype, dims))
+        value_infos.append(infos)
+    graph = helper.make_graph(
+        [helper.make_node(op, i, o, name=n, **a) for op, i, o, a, n in nodes],
+        type(export.traced.net.model).__name__,
+        *value_infos,
+        [onnx.numpy_helper.from_array(np.ascontiguousarray(a), n) for n, a in constants.items()],
+    )
+    return helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", writer.opset)],
+        ir_version=IR_VERSIONS[writer.opset],
+        producer_name="qkd_jax",
+    )
+
+
+def _without_identities(nodes: list[Any], public: set[str]) -> list[Any]:
+    """Lets the maker of a result write it under its public name."""
+    renamed = {}
+    for op, inputs, outputs, _, _ in nodes:
+        made = any(inputs[0] in n[2] for n in nodes) if op == "Identity" else False
+        if made and outputs[0] in public and inputs[0] not in renamed:
+            renamed[inputs[0]] = outputs[0]
+    kept = []
+    for op, inputs, outputs, attributes, name in nodes:
+        if op == "Identity" and renamed.get(inputs[0]) == outputs[0]:
+            continue
+        inputs = tuple(renamed.get(i, i) for i in inputs)
+        kept.append((op, inputs, tuple(renamed.get(o, o) for o in outputs), attributes, name))
+    return kept

@@ -1,0 +1,351 @@
+"""How each operation of a traced net is written in ONNX.
+
+`OPERATIONS` maps a primitive's name to a function `(export, node, *tensors or arrays) -> Tensor`;
+add an operation as one entry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qkd_jax.deploy.onnx_writer import Tensor
+from qkd_jax.graph import Node
+
+if TYPE_CHECKING:
+    from qkd_jax.deploy.onnx import Export
+
+__all__ = ["OPERATIONS", "unsupported"]
+
+UNARY = {
+    "abs": "Abs",
+    "ceil": "Ceil",
+    "cos": "Cos",
+    "erf": "Erf",
+    "exp": "Exp",
+    "floor": "Floor",
+    "log": "Log",
+    "logistic": "Sigmoid",
+    "neg": "Neg",
+    "not": "Not",
+    "sign": "Sign",
+    "sin": "Sin",
+    "sqrt": "Sqrt",
+    "tanh": "Tanh",
+}
+BINARY = {
+    "add": "Add",
+    "and": "And",
+    "div": "Div",
+    "eq": "Equal",
+    "ge": "GreaterOrEqual",
+    "gt": "Greater",
+    "le": "LessOrEqual",
+    "lt": "Less",
+    "max": "Max",
+    "min": "Min",
+    "mul": "Mul",
+    "or": "Or",
+    "pow": "Pow",
+    "sub": "Sub",
+}
+
+
+def unsupported(node: Node, why: str = "") -> ValueError:
+    """Builds the error for an operation that cannot be exported."""
+    return ValueError(
+        f"to_onnx cannot write {node.describe()}{': ' + why if why else ''}. Supported: "
+        f"{', '.join(sorted(OPERATIONS))}, conv_general_dilated, dot_general."
+    )
+
+
+def _unary(op: str) -> Callable[..., Tensor]:
+    return lambda export, node, x: export.same(x, export.add(op, [x.name], node))
+
+
+def _binary(op: str) -> Callable[..., Tensor]:
+    def write(export: Export, node: Node, x: Any, y: Any) -> Tensor:
+        if op == "Max" and isinstance(x, Tensor) and not isinstance(y, Tensor) and _is(y, 0):
+            return export.same(x, export.add("Relu", [x.name], node))
+        if op == "Max" and isinstance(y, Tensor) and not isinstance(x, Tensor) and _is(x, 0):
+            return export.same(y, export.add("Relu", [y.name], node))
+        (x, y), tensor = export.aligned(node, x, y)
+        return export.result(node, export.add(op, [x, y], node), tensor)
+
+    return write
+
+
+def _is(array: np.ndarray, number: float) -> bool:
+    return array.ndim == 0 and array == number
+
+
+def _same(export: Export, node: Node, x: Tensor) -> Tensor:
+    return x
+
+
+def _rsqrt(export: Export, node: Node, x: Tensor) -> Tensor:
+    root = export.add("Sqrt", [x.name], node)
+    return export.same(x, export.add("Reciprocal", [root], node))
+
+
+def _not_equal(export: Export, node: Node, x: Any, y: Any) -> Tensor:
+    equal = OPERATIONS["eq"](export, node, x, y)
+    return export.same(equal, export.add("Not", [equal.name], node))
+
+
+def _square(export: Export, node: Node, x: Tensor) -> Tensor:
+    return export.same(x, export.add("Mul", [x.name, x.name], node))
+
+
+def _integer_pow(export: Export, node: Node, x: Tensor) -> Tensor:
+    power = export.writer.constant(np.float32(node.params["y"]), "power")
+    return export.same(x, export.add("Pow", [x.name, power], node))
+
+
+def _erfc(export: Export, node: Node, x: Tensor) -> Tensor:
+    one = export.writer.constant(np.float32(1), "one")
+    return export.same(x, export.add("Sub", [one, export.add("Erf", [x.name], node)], node))
+
+
+def _log1p(export: Export, node: Node, x: Tensor) -> Tensor:
+    one = export.writer.constant(np.float32(1), "one")
+    return export.same(x, export.add("Log", [export.add("Add", [x.name, one], node)], node))
+
+
+def _expm1(export: Export, node: Node, x: Tensor) -> Tensor:
+    one = export.writer.constant(np.float32(1), "one")
+    return export.same(x, export.add("Sub", [export.add("Exp", [x.name], node), one], node))
+
+
+def _convert(export: Export, node: Node, x: Tensor) -> Tensor:
+    before, after = export.graph.dtype(node.inputs[0]), np.dtype(node.params["new_dtype"])
+    if before == after:
+        return x
+    return export.same(x, export.add("Cast", [x.name], node, to=export.element_type(after)))
+
+
+def _clamp(export: Export, node: Node, low: Any, x: Tensor, high: Any) -> Tensor:
+    if isinstance(low, Tensor) or isinstance(high, Tensor) or low.ndim or high.ndim:
+        raise unsupported(node, "its bounds are not two numbers")
+    bounds = [export.writer.constant(b, "bound") for b in (low, high)]
+    return export.same(x, export.add("Clip", [x.name, *bounds], node))
+
+
+def _select(export: Export, node: Node, which: Any, *cases: Any) -> Tensor:
+    if len(cases) != 2:
+        raise unsupported(node, f"it chooses among {len(cases)} cases")
+    (which, no, yes), tensor = export.aligned(node, which, *cases)
+    return export.result(node, export.add("Where", [which, yes, no], node), tensor)
+
+
+def _transpose(export: Export, node: Node, x: Tensor) -> Tensor:
+    # The model's axes change their numbers; the tensor stays where it is.
+    moves = node.params["permutation"]
+    perm = tuple(moves.index(axis) for axis in x.perm)
+    order = None if x.order is None else (moves.index(x.order[0]), x.order[1])
+    return Tensor(x.name, export.shape(node), perm, order)
+
+
+def _squeeze(export: Export, node: Node, x: Tensor) -> Tensor:
+    axes = [a % len(x.shape) for a in node.params["dimensions"]]
+    return _dropped(export, node, x, axes)
+
+
+def _dropped(export: Export, node: Node, x: Tensor, axes: list[int]) -> Tensor:
+    """Removes axes of size 1."""
+    if not axes:
+        return x
+    where = sorted(x.perm.index(a) for a in axes)
+    name = export.add("Squeeze", [x.name, export.writer.shape_constant(where, "axes")], node)
+    kept = [a for a in range(len(x.shape)) if a not in axes]
+    perm = tuple(kept.index(a) for a in x.perm if a in kept)
+    order = None if x.order is None else (kept.index(x.order[0]), x.order[1])
+    return Tensor(name, tuple(x.shape[a] for a in kept), perm, order)
+
+
+def _reshape(export: Export, node: Node, x: Tensor) -> Tensor:
+    if node.params["dimensions"] is not None:
+        raise unsupported(node, "it reorders axes while it reshapes")
+    shape = export.shape(node)
+    if x.shape == shape:
+        return x
+    ones = [a for a, n in enumerate(x.shape) if n == 1]
+    if tuple(n for n in x.shape if n != 1) == shape:
+        return _dropped(export, node, x, ones)
+    first = x.perm and x.perm[0] == 0 and x.shape[0] == shape[0] == -1
+    if first and len(shape) == 2 and x.order is None:
+        index = np.arange(math.prod(x.shape[1:])).reshape(x.shape[1:])
+        index = index.transpose([a - 1 for a in x.perm[1:]]).reshape(-1)
+        order = None if np.array_equal(index, np.arange(index.size)) else (1, index)
+        return Tensor(export.add("Flatten", [x.name], node, axis=1), shape, (0, 1), order)
+    x = export.writer.plain(x, node.scope)
+    if sum(n == -1 for n in shape) > 1:
+        raise unsupported(node, f"the batch is in several axes of {shape}")
+    name = export.add("Reshape", [x.name, export.writer.shape_constant(shape)], node)
+    return Tensor(name, shape, tuple(range(len(shape))))
+
+
+def _broadcast(export: Export, node: Node, x: Tensor) -> Tensor:
+    shape, axes = export.shape(node), node.params["broadcast_dimensions"]
+    new = [a for a in range(len(shape)) if a not in axes]
+    perm = [axes[a] for a in x.perm]
+    order = None if x.order is None else (axes[x.order[0]], x.order[1])
+    name, old = x.name, dict(zip(axes, x.shape, strict=True))
+    if new:
+        # A new axis goes behind its left neighbour, wherever that one stands.
+        for axis in new:
+            perm.insert(perm.index(axis - 1) + 1 if axis else 0, axis)
+        where = sorted(perm.index(a) for a in new)
+        name = export.add("Unsqueeze", [name, export.writer.shape_constant(where, "axes")], node)
+    wanted = [shape[a] if old.get(a, 1) != shape[a] else 1 for a in perm]
+    if any(n != 1 for n in wanted):
+        if -1 in wanted:
+            raise unsupported(node, "it repeats a tensor along the batch")
+        name = export.add("Expand", [name, export.writer.shape_constant(wanted)], node)
+    return Tensor(name, shape, tuple(perm), order)
+
+
+def _slice(export: Export, node: Node, x: Tensor) -> Tensor:
+    starts, limits = node.params["start_indices"], node.params["limit_indices"]
+    strides = node.params["strides"] or (1,) * len(starts)
+    x = export.writer.ordered(x, node.scope)
+    rows = []
+    for place, axis in enumerate(x.perm):
+        whole = limits[axis] == export.graph.shape(node.inputs[0])[axis]
+        if starts[axis] or strides[axis] != 1 or not whole:
+            if x.shape[axis] == -1 and not whole:
+                raise unsupported(node, "it cuts the batch")
+            end = np.iinfo(np.int64).max if whole else limits[axis]
+            rows.append((starts[axis], end, place, strides[axis]))
+    if not rows:
+        return x
+    columns = [export.writer.shape_constant(c, "slice") for c in zip(*rows, strict=True)]
+    return export.result(node, export.add("Slice", [x.name, *columns], node), x)
+
+
+def _pad(export: Export, node: Node, x: Tensor, value: Any) -> Tensor:
+    config = node.params["padding_config"]
+    if isinstance(value, Tensor) or any(inner for _, _, inner in config):
+        raise unsupported(node, "interior padding, or a padding value that is computed")
+    x = export.writer.ordered(x, node.scope)
+    pads = [config[a][0] for a in x.perm] + [config[a][1] for a in x.perm]
+    inputs = [x.name, export.writer.shape_constant(pads, "pads")]
+    inputs.append(export.writer.constant(value, "pad_value"))
+    return export.result(node, export.add("Pad", inputs, node), x)
+
+
+def _concatenate(export: Export, node: Node, *parts: Any) -> Tensor:
+    first = next(p for p in parts if isinstance(p, Tensor))
+    names = []
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = export.writer.ordered(part, node.scope)
+            names.append(export.writer.arranged(part, first.perm, node.scope).name)
+        elif any(n == -1 for n in first.shape):
+            raise unsupported(node, "a part of it is a constant")
+        else:
+            names.append(export.writer.constant(part.transpose(first.perm), "part"))
+    axis = first.perm.index(node.params["dimension"])
+    name = export.add("Concat", names, node, axis=axis)
+    return Tensor(name, export.shape(node), first.perm)
+
+
+def _reduce(op: str) -> Callable[..., Tensor]:
+    def write(export: Export, node: Node, x: Tensor) -> Tensor:
+        axes = tuple(node.params["axes"])
+        if x.order is not None and x.order[0] not in axes:
+            x = export.writer.ordered(x, node.scope)
+        kind = "Mean" if op == "Sum" and export.takes_mean(node, x, axes) else op
+        name = _reduced(export, node, x, axes, kind)
+        kept = [a for a in range(len(x.shape)) if a not in axes]
+        perm = tuple(kept.index(a) for a in x.perm if a in kept)
+        return Tensor(name, tuple(x.shape[a] for a in kept), perm)
+
+    return write
+
+
+def _reduced(export: Export, node: Node, x: Tensor, axes: tuple[int, ...], kind: str) -> str:
+    where = sorted(x.perm.index(a) for a in axes)
+    if kind == "Mean" and len(x.shape) > 2 and where == list(range(2, len(x.shape))):
+        pooled = export.add("GlobalAveragePool", [x.name], node)
+        return export.add("Flatten", [pooled], node, axis=1)
+    # The axes are an input of ReduceSum since opset 13 and of its siblings since 18.
+    if export.writer.opset >= 18 or kind == "Sum":
+        inputs = [x.name, export.writer.shape_constant(where, "axes")]
+        return export.add(f"Reduce{kind}", inputs, node, keepdims=0)
+    return export.add(f"Reduce{kind}", [x.name], node, axes=where, keepdims=0)
+
+
+def _pool(op: str) -> Callable[..., Tensor]:
+    def write(export: Export, node: Node, x: Tensor, *start: Any) -> Tensor:
+        params, rank = node.params, len(x.shape)
+        window, strides = params["window_dimensions"], params["window_strides"]
+        if any(d != 1 for d in params["base_dilation"]):
+            raise unsupported(node, "its input is dilated")
+        pooled = [a for a in range(rank) if window[a] != 1 or strides[a] != 1]
+        outer = [a for a in range(rank) if a not in pooled]
+        if x.shape[0] != -1 or 0 in pooled or any(params["padding"][a] != (0, 0) for a in outer):
+            raise unsupported(node, "it pools over the batch")
+        x = export.writer.ordered(x, node.scope)
+        if set(x.perm[2:]) != set(pooled):
+            # Any axis that is not pooled may be the channel axis, if there is just one.
+            spatial = [a for a in range(1, rank) if a != x.perm[1]]
+            if x.perm[0] != 0 or not set(pooled) <= set(spatial):
+                spatial = [a for a in range(1, rank - 1)]
+                x = export.writer.arranged(x, (0, rank - 1, *spatial), node.scope)
+        if x.perm[0] != 0 or not set(pooled) <= set(x.perm[2:]):
+            raise unsupported(node, f"it pools over axes {pooled} of {rank}")
+        axes = x.perm[2:]
+        attributes: dict[str, Any] = {
+            "kernel_shape": [window[a] for a in axes],
+            "strides": [strides[a] for a in axes],
+            "pads": [params["padding"][a][i] for i in (0, 1) for a in axes],
+        }
+        if any(d != 1 for d in params["window_dilation"]):
+            if op == "Average" and export.writer.opset < 19:
+                raise unsupported(node, "a dilated average pool needs opset=19 or above")
+            attributes["dilations"] = [params["window_dilation"][a] for a in axes]
+        if op == "Max":
+            return export.result(node, export.add("MaxPool", [x.name], node, **attributes), x)
+        attributes["count_include_pad"] = export.takes_average(node, window)
+        name = export.add("AveragePool", [x.name], node, **attributes)
+        if not export.averaged(node):  # a sum is what the model wants
+            size = export.writer.constant(np.float32(math.prod(window)), "window")
+            name = export.add("Mul", [name, size], node)
+        return export.result(node, name, x)
+
+    return write
+
+
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    **{name: _unary(op) for name, op in UNARY.items()},
+    **{name: _binary(op) for name, op in BINARY.items()},
+    "broadcast_in_dim": _broadcast,
+    "clamp": _clamp,
+    "concatenate": _concatenate,
+    "convert_element_type": _convert,
+    "copy": _same,
+    "erfc": _erfc,
+    "expm1": _expm1,
+    "integer_pow": _integer_pow,
+    "log1p": _log1p,
+    "ne": _not_equal,
+    "optimization_barrier": _same,
+    "pad": _pad,
+    "reduce_max": _reduce("Max"),
+    "reduce_min": _reduce("Min"),
+    "reduce_sum": _reduce("Sum"),
+    "reduce_window_max": _pool("Max"),
+    "reduce_window_sum": _pool("Average"),
+    "reshape": _reshape,
+    "rsqrt": _rsqrt,
+    "select_n": _select,
+    "slice": _slice,
+    "square": _square,
+    "squeeze": _squeeze,
+    "stop_gradient": _same,
+    "transpose": _transpose,
+}

@@ -1,0 +1,134 @@
+"""Collects ONNX nodes and constants, and keeps track of how each tensor's axes are ordered.
+
+ONNX convolutions want channels first, linen has them last. Instead of transposing, a `Tensor` says
+which of the model's axes each ONNX axis holds, and operations are written for that order. Where a
+map is flattened, the order of the flat features is remembered too (`order`), and the dense layer
+behind it permutes the rows of its weight. A Transpose is written only where an operation cannot be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Tensor", "Writer"]
+
+OnnxNode = tuple[str, tuple[str, ...], tuple[str, ...], dict[str, Any], str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensor:
+    """An ONNX tensor that holds a value of the model.
+
+    Attributes:
+        name: in the ONNX graph.
+        shape: of the model's value, in the model's axes; the batch axis is -1.
+        perm: ONNX axis i holds the model's axis perm[i].
+        order: (axis, index): along this axis of the model, the ONNX tensor's entry i is the
+            model's entry index[i]. None where entries stand in the model's order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    perm: tuple[int, ...]
+    order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether axes and entries are in the model's order."""
+        return self.perm == tuple(range(len(self.perm))) and self.order is None
+
+
+class Writer:
+    """Nodes, constants and names of an ONNX graph being written."""
+
+    def __init__(self, opset: int):
+        self.opset = opset
+        self.nodes: list[OnnxNode] = []
+        self.constants: dict[str, np.ndarray] = {}
+        self._known: dict[tuple[Any, ...], str] = {}
+        self._taken: set[str] = set()
+
+    def fresh(self, hint: str) -> str:
+        """Returns a name that is not taken, made from a hint."""
+        name, count = hint, 1
+        while name in self._taken:
+            count += 1
+            name = f"{hint}_{count}"
+        self._taken.add(name)
+        return name
+
+    def constant(self, array: Any, hint: str) -> str:
+        """Adds a constant; equal ones share a name."""
+        array = np.asarray(array)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._known:
+            self._known[key] = self.fresh(hint)
+            self.constants[self._known[key]] = array
+        return self._known[key]
+
+    def shape_constant(self, values: Sequence[int], hint: str = "shape") -> str:
+        """Adds an int64 vector, as shapes, axes and pads are given since opset 13."""
+        return self.constant(np.asarray(values, np.int64), hint)
+
+    def add(self, op: str, inputs: Sequence[str], scope: str, **attributes: Any) -> str:
+        """Adds a node with one output and returns the output's name."""
+        name = self.fresh(f"{scope}/{op}" if scope else op)
+        self.nodes.append((op, tuple(inputs), (f"{name}:0",), attributes, name))
+        return f"{name}:0"
+
+    def maker(self, name: str) -> OnnxNode | None:
+        """Returns the node that writes a tensor."""
+        return next((n for n in reversed(self.nodes) if name in n[2]), None)
+
+    def live(self, outputs: Sequence[str]) -> tuple[list[OnnxNode], dict[str, np.ndarray]]:
+        """Returns the nodes and constants that the outputs depend on."""
+        needed, kept = set(outputs), []
+        for node in reversed(self.nodes):
+            if needed.intersection(node[2]):
+                kept.append(node)
+                needed.update(node[1])
+        kept.reverse()
+        return kept, {name: a for name, a in self.constants.items() if name in needed}
+
+    # -- the order of axes ------------------------------------------------------------------
+
+    def arranged(self, tensor: Tensor, perm: Sequence[int], scope: str) -> Tensor:
+        """Returns the tensor with its axes in another order, transposed if it must be."""
+        perm = tuple(perm)
+        if tensor.perm == perm:
+            return tensor
+        moves = [tensor.perm.index(axis) for axis in perm]
+        name = self.add("Transpose", [tensor.name], scope, perm=moves)
+        return dataclasses.replace(tensor, name=name, perm=perm)
+
+    def ordered(self, tensor: Tensor, scope: str) -> Tensor:
+        """Returns the tensor with its entries in the model's order, gathered if they must be."""
+        if tensor.order is None:
+            return tensor
+        axis, index = tensor.order
+        places = self.constant(np.argsort(index).astype(np.int64), "order")
+        where = tensor.perm.index(axis)
+        name = self.add("Gather", [tensor.name, places], scope, axis=where)
+        return dataclasses.replace(tensor, name=name, order=None)
+
+    def plain(self, tensor: Tensor, scope: str) -> Tensor:
+        """Returns the tensor in the model's own order of axes and entries."""
+        ordered = self.ordered(tensor, scope)
+        return self.arranged(ordered, range(len(tensor.shape)), scope)
+
+    def like(self, array: np.ndarray, tensor: Tensor) -> np.ndarray:
+        """Returns a constant of the model in a tensor's order of axes and entries."""
+        if array.ndim == 0:
+            return array
+        if tensor.order is not None:
+            axis, index = tensor.order
+            if array.shape[axis] != 1:
+                array = np.take(array, index, axis)
+        array = array.transpose(tensor.perm)
+        while array.ndim and array.shape[0] == 1:  # leading ones broadcast by themselves
+            array = array[0]
+        return array

@@ -1,0 +1,226 @@
+"""Folding BatchNorm into the product before it, on the graph and not by names.
+
+In eval mode a BatchNorm is y = k * x + c with constants k = scale / sqrt(var + eps) and
+c = bias - mean * k per channel. Behind a convolution or dense layer it disappears:
+
+- A quantized layer keeps its codes. Its output is `product(codes) * (s_x * s_w)`; folding changes
+  the multiplier to s_x * s_w * k and nothing else, so no weight is rounded a second time, whatever
+  the sign of k and whether scales are per tensor or per channel.
+- A layer left in float gets the kernel W * k.
+- The bias becomes b * k + c.
+
+Jacob et al., 2017 (arXiv 1712.05877, section 3.2); the multiplier form is what integer engines run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.core import unfreeze
+
+from qkd_jax.graph import Graph, Node
+from qkd_jax.ptq.products import Product, TracedNet, products, scale_in_output, trace_net, view
+from qkd_jax.quantize import QuantizedModel
+
+__all__ = ["fold_bn"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Chain:
+    """A product followed by a BatchNorm: y = gain * (product + bias) + shift, per channel."""
+
+    product: Product
+    norm: str
+    bias: str | None  # path of the layer's own bias
+    gain: np.ndarray
+    shift: np.ndarray
+
+
+def fold_bn(
+    net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """Folds every BatchNorm that follows a convolution or dense layer, and it alone.
+
+        y = (product + b - mean) * scale / sqrt(var + eps) + bias
+          = product * k + (b - mean) * k + bias,   k = scale / sqrt(var + eps)
+
+    Left as it is: a BatchNorm that reads anything else (a sum, a pooled map, a quantized output),
+    one that several layers or calls share, a layer that runs more than once, and a layer whose
+    weight alone is quantized.
+
+    Args:
+        net: the net.
+        variables: float or calibrated; running statistics are used. Folding twice changes nothing.
+        images: example input; only its shape is used.
+        **kwargs: further arguments of the model's call.
+
+    Returns:
+        Variables for `net.apply` in eval mode: `quant/<layer>/folded/{multiplier,bias}` and
+        `quant/<norm>/folded/identity` are added, and a float layer's kernel, and the bias of a
+        layer that has one, are rewritten. Training on from them makes no sense.
+    """
+    traced = trace_net(net, variables, images, **kwargs)
+    result = unfreeze(dict(variables))
+    for chain in _chains(traced):
+        result = _fold(traced, result, chain)
+    return result
+
+
+def _chains(traced: TracedNet) -> list[_Chain]:
+    graph = traced.graph
+    found = products(graph)
+    paths = [p.path for p in found]
+    readers = _readers(graph)
+    chains = []
+    for product in found:
+        weight = product.weight
+        if weight is None or weight.marker is None or product.path not in traced.layers:
+            continue
+        source = _kernel_path(graph, weight.marker)
+        alone = paths.count(product.path) == 1 and readers.get(source) == [weight.marker]
+        plain = source == f"params/{product.path}/kernel" and not weight.moves
+        scalable = product.quantized or (plain and not weight.quantized)
+        if alone and scalable and (chain := _walk(traced, product, readers)):
+            chains.append(chain)
+    return chains
+
+
+def _walk(traced: TracedNet, product: Product, readers: dict[str, list[Node]]) -> _Chain | None:
+    """Follows the product's output through its bias and the BatchNorm behind it."""
+    graph, bias, norm = traced.graph, None, None
+    gain, shift = np.float64(1), np.float64(0)
+    own_bias, value, walked = f"params/{product.path}/bias", product.node.outputs[0], []
+    while (node := graph.sole_consumer(value)) is not None:
+        if node.op not in ("add", "sub", "mul", "div") or len(set(node.inputs)) != 2:
+            break
+        left = node.inputs[0] == value
+        other = node.inputs[1 if left else 0]
+        sources = graph.sources.get(other, frozenset())
+        if not sources or (node.op == "div" and not left):
+            break
+        if node.op == "add" and norm is None and bias is None and sources == {own_bias}:
+            if readers[own_bias] != [node]:
+                break
+            bias = own_bias
+        else:
+            module = _module(sources, traced.norms)
+            if module is None or norm not in (None, module):
+                break
+            constant = _per_channel(graph.constants[other], graph.shape(value))
+            if constant is None:
+                return None
+            norm = module
+            gain, shift = _compose(node.op, left, gain, shift, constant)
+            walked.append(node)
+        value = node.outputs[0]
+    if norm is None or not _whole(graph, norm, walked, readers):
+        return None
+    channels = graph.shape(value)[-1]
+    gain, shift = (np.broadcast_to(a, (channels,)) for a in (gain, shift))
+    return _Chain(product, norm, bias, gain, shift)
+
+
+def _compose(op: str, left: bool, gain: Any, shift: Any, c: np.ndarray) -> tuple[Any, Any]:
+    """Applies one more operation to x -> gain * x + shift."""
+    if op == "add":
+        return gain, shift + c
+    if op == "sub":
+        return (gain, shift - c) if left else (-gain, c - shift)
+    return (gain * c, shift * c) if op == "mul" else (gain / c, shift / c)
+
+
+def _module(sources: frozenset[str], norms: frozenset[str]) -> str | None:
+    """Returns the BatchNorm whose variables these are, or None."""
+    modules = {path.partition("/")[2].rpartition("/")[0] for path in sources}
+    return next(iter(modules)) if len(modules) == 1 and modules <= norms else None
+
+
+def _whole(graph: Graph, norm: str, walked: list[Node], readers: dict[str, list[Node]]) -> bool:
+    """Whether the walked nodes are all of a BatchNorm that runs once and uses its statistics."""
+    inside = [n for n in graph.nodes if n.scope == norm or n.scope.startswith(norm + "/")]
+    leaves = [p for p in readers if p.partition("/")[2].rpartition("/")[0] == norm]
+    statistics = any(p.startswith("batch_stats/") for p in leaves)
+    used = {node for p in leaves for node in readers[p]}
+    return statistics and set(inside) <= set(walked) and used <= set(walked)
+
+
+def _per_channel(constant: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Returns a constant that varies along the last axis only as float64 [channels] or scalar."""
+    if constant.ndim == 0:
+        return constant.astype(np.float64)
+    if constant.size != constant.shape[-1] or constant.shape[-1] not in (1, shape[-1]):
+        return None
+    return constant.reshape(-1).astype(np.float64)
+
+
+def _readers(graph: Graph) -> dict[str, list[Node]]:
+    """Leaf path -> live nodes that read it, directly or through constants."""
+    readers: dict[str, list[Node]] = {path: [] for path in graph.leaves.values()}
+    for node in graph.nodes:
+        for value in node.inputs:
+            for path in graph.sources.get(value, ()):
+                # What a marker writes is not the leaf any more.
+                origin = graph.producer(value)
+                if (origin is None or origin.op not in ("quantizer", "skipped")) and (
+                    node not in readers[path]
+                ):
+                    readers[path].append(node)
+    return readers
+
+
+def _kernel_path(graph: Graph, marker: Node) -> str:
+    return graph.leaves.get(marker.inputs[0], "")
+
+
+def _fold(traced: TracedNet, variables: dict[str, Any], chain: _Chain) -> dict[str, Any]:
+    product, path = chain.product, chain.product.path
+    layer: dict[str, Any] = {}
+    if product.quantized:
+        scales = []
+        for side, operand in enumerate(product.operands):
+            assert operand.marker is not None
+            scale = view(traced, operand.marker)[0].astype(np.float64)
+            scales.append(scale_in_output(product, side, scale))
+        multiplier = scales[0] * scales[1] * chain.gain.reshape((1,) * (product.rank - 1) + (-1,))
+        if multiplier.size == multiplier.shape[-1]:
+            multiplier = multiplier.reshape(-1)
+        layer["multiplier"] = jnp.asarray(multiplier, jnp.float32)
+    else:
+        kernel = _get(variables, f"params/{path}/kernel")
+        variables = _set(variables, f"params/{path}/kernel", _scaled(product, kernel, chain.gain))
+    if chain.bias is not None:
+        old = np.asarray(_get(variables, chain.bias))
+        last = (1,) * (old.ndim - 1) + (-1,)
+        new = old.astype(np.float64) * chain.gain.reshape(last) + chain.shift.reshape(last)
+        variables = _set(variables, chain.bias, jnp.asarray(new, old.dtype))
+    else:
+        layer["bias"] = jnp.asarray(chain.shift, jnp.float32)
+    for key, value in layer.items():
+        variables = _set(variables, f"quant/{path}/folded/{key}", value)
+    return _set(variables, f"quant/{chain.norm}/folded/identity", jnp.zeros(()))
+
+
+def _scaled(product: Product, kernel: Any, gain: np.ndarray) -> Any:
+    """Multiplies a kernel by one gain per output channel."""
+    side = next(i for i, o in enumerate(product.operands) if o is product.weight)
+    axis = product.operands[side].output_axes.index(product.rank - 1)
+    shape = [1] * kernel.ndim
+    shape[axis] = -1
+    scaled = np.asarray(kernel).astype(np.float64) * gain.reshape(shape)
+    return jnp.asarray(scaled, kernel.dtype)
+
+
+def _get(tree: Mapping[str, Any], path: str) -> Any:
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
+
+
+def _set(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Returns a tree with one entry replaced; the rest is shared."""
+    key, _, rest = path.partition("/")
+    return {**tree, key: _set(tree.get(key, {}), rest, value) if rest else value}

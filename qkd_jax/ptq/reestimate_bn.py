@@ -1,0 +1,136 @@
+"""Re-estimating BatchNorm's statistics after training.
+
+The running averages that training leaves behind lag the weights, and at 4 bits and below, where
+weights hop between neighbouring codes until the end, they belong to a net that no longer exists
+(Nagel et al., 2022, arXiv 2203.11086, section 4.1). Here they are replaced by the exact mean and
+variance of the normalised inputs over the given batches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.core import unfreeze
+
+from qkd_jax import checks
+from qkd_jax.quantize import QuantizedModel
+
+__all__ = ["reestimate_batch_norm"]
+
+Tree = dict[str, Any]
+
+
+def reestimate_batch_norm(
+    net: QuantizedModel, variables: Mapping[str, Any], batches: Iterable[Any], **kwargs: Any
+) -> Tree:
+    """Replaces `batch_stats` by the population statistics over `batches`.
+
+        mean = sum_b n_b mean_b / N
+        var  = sum_b n_b (var_b + (mean_b - mean)^2) / N,   N = sum_b n_b
+
+    The sums are taken in float64, so the result does not depend on the order or the momentum, and a
+    shorter last batch counts for what it holds. Every BatchNorm normalises with its batch's own
+    statistics meanwhile, so a later layer sees what it saw in training; use batches of about the
+    training size.
+
+    The variance is the biased one (divided by N): it is what flax uses to normalise, in training
+    too. PyTorch's running variance is larger by N / (N - 1).
+
+    Args:
+        net: the net.
+        variables: float or calibrated, not folded.
+        batches: model inputs: arrays [batch, ...], dicts with the key "image" (rows where "mask" is
+            0 are left out), or tuples of positional arguments.
+        **kwargs: further arguments of the model's call. Everything but BatchNorm runs as they say,
+            so dropout stays off without them.
+
+    Returns:
+        The variables with new `batch_stats`.
+
+    Raises:
+        ValueError: no batch, no BatchNorm, or a BatchNorm that is folded already.
+    """
+    variables = unfreeze(dict(variables))
+    if not variables.get("batch_stats"):
+        raise ValueError(
+            "variables has no 'batch_stats'; this net has no BatchNorm to re-estimate."
+        )
+    if _folded(variables.get("quant", {})):
+        raise ValueError("a BatchNorm of this net is folded; re-estimate first, then fold.")
+    seen: list[tuple[int, Tree]] = []
+    for batch in batches:
+        arguments = _arguments(batch)
+        count = arguments[0].shape[0]
+        if count:
+            stats = _batch_statistics(net, variables, arguments, tuple(sorted(kwargs.items())))
+            seen.append((count, jax.tree.map(lambda a: np.asarray(a, np.float64), stats)))
+    checks.at_least_one("batches", seen)
+    merged = _merged(seen)
+    stats = jax.tree.map(
+        lambda new, old: jax.numpy.asarray(new, old.dtype), merged, variables["batch_stats"]
+    )
+    return {**variables, "batch_stats": stats}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _batch_statistics(
+    net: QuantizedModel, variables: Any, arguments: tuple[Any, ...], kwargs: tuple[Any, ...]
+) -> Tree:
+    """Runs flax's BatchNorm in train mode with momentum 0: it stores the batch's own statistics."""
+    with nn.intercept_methods(_exact):
+        _, updated = net.apply(variables, *arguments, mutable=["batch_stats"], **dict(kwargs))
+    return updated["batch_stats"]
+
+
+def _exact(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    module = context.module
+    if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__":
+        return next_fun(*args, **kwargs)
+    before = module.momentum, module.use_running_average
+    # The bound module is a clone that belongs to this call; linen's own guard is for users.
+    object.__setattr__(module, "momentum", 0.0)
+    object.__setattr__(module, "use_running_average", None)
+    try:
+        return next_fun(*args[:1], **{**kwargs, "use_running_average": False})
+    finally:
+        object.__setattr__(module, "momentum", before[0])
+        object.__setattr__(module, "use_running_average", before[1])
+
+
+def _merged(seen: list[tuple[int, Tree]]) -> Tree:
+    """Merges trees of {"mean", "var"} by the law of total variance."""
+    if all(set(tree) == {"mean", "var"} for _, tree in seen):
+        total = sum(n for n, _ in seen)
+        mean = sum(n * t["mean"] for n, t in seen) / total
+        return {
+            "mean": mean,
+            "var": sum(n * (t["var"] + (t["mean"] - mean) ** 2) for n, t in seen) / total,
+        }
+    if not all(isinstance(value, Mapping) for value in seen[0][1].values()):
+        raise ValueError(
+            f"batch_stats holds {sorted(seen[0][1])} where a BatchNorm has mean and var; only "
+            "flax's own BatchNorm can be re-estimated."
+        )
+    return {key: _merged([(n, t[key]) for n, t in seen]) for key in seen[0][1]}
+
+
+def _arguments(batch: Any) -> tuple[Any, ...]:
+    """Returns a batch as the model's positional arguments, padding removed."""
+    if isinstance(batch, Mapping):
+        images = batch["image"]
+        if "mask" in batch:
+            images = images[np.asarray(batch["mask"]) > 0]
+        return (images,)
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+def _folded(tree: Any) -> bool:
+    return any(
+        key == "folded" or (isinstance(value, Mapping) and _folded(value))
+        for key, value in tree.items()
+    )

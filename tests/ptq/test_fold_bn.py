@@ -1,0 +1,137 @@
+"""Folding: what is folded, what is left alone, and that the function stays the same."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import small_nets
+
+from qkd_jax.numerics import Spec
+from qkd_jax.ptq import fold_bn
+from qkd_jax.quantize import Rule
+
+
+def folded_norms(variables):
+    quant = variables.get("quant", {})
+    return {path for path, value in quant.items() if "identity" in value.get("folded", {})}
+
+
+def relative(a, b):
+    return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max())
+
+
+def test_float_net_is_folded_exactly():
+    x = small_nets.images()
+    net, variables = small_nets.float_net(small_nets.Mixed(), x)
+    folded = fold_bn(net, variables, x)
+    assert folded_norms(folded) == set(small_nets.NORMS)
+    assert relative(net.apply(folded, x), net.apply(variables, x)) < 1e-5
+    # A layer with a bias of its own keeps it; one without gets one beside the quantizers.
+    assert "bias" not in folded["quant"].get("stem", {}).get("folded", {})
+    assert set(folded["quant"]["depthwise"]["folded"]) == {"bias"}
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("quantizer", ["lsq", "uniform", "qil"])
+def test_quantized_net_keeps_its_codes(granularity, quantizer):
+    x = small_nets.images()
+    rules = small_nets.rules(4, 4, granularity=granularity, quantizer=quantizer)
+    net, variables = small_nets.calibrated(small_nets.Mixed(), rules, x)
+    folded = fold_bn(net, variables, x)
+    assert folded_norms(folded) == set(small_nets.NORMS)
+    for layer in ("stem", "depthwise", "grouped", "dilated", "hidden"):
+        np.testing.assert_array_equal(
+            folded["params"][layer]["kernel"], variables["params"][layer]["kernel"]
+        )
+        assert folded["quant"][layer]["folded"]["multiplier"].shape == (
+            12 if layer == "hidden" else 8,
+        )
+    assert (folded["quant"]["stem"]["folded"]["multiplier"] < 0).any()
+    # Codes can flip where a sum lies on the border of two; none does here.
+    assert relative(jax.jit(net.apply)(folded, x), jax.jit(net.apply)(variables, x)) < 1e-5
+
+
+def test_folding_twice_changes_nothing_more():
+    x = small_nets.images()
+    net, variables = small_nets.calibrated(small_nets.Mixed(), small_nets.rules(4, 4), x)
+    once = fold_bn(net, variables, x)
+    twice = fold_bn(net, once, x)
+    assert jax.tree.structure(once) == jax.tree.structure(twice)
+    jax.tree.map(np.testing.assert_array_equal, once, twice)
+
+
+def test_an_input_only_rule_folds_into_the_float_kernel_and_weight_only_is_left():
+    x = small_nets.images()
+    for rule, count in (
+        (Rule("dilated|hidden", input=Spec(8, signed=False)), 5),
+        (Rule("dilated|hidden", weight=Spec(8)), 3),
+    ):
+        net, variables = small_nets.calibrated(small_nets.Mixed(), [rule], x)
+        folded = fold_bn(net, variables, x)
+        assert len(folded_norms(folded)) == count
+        assert relative(net.apply(folded, x), net.apply(variables, x)) < 1e-4
+
+
+class Shared(nn.Module):
+    """One convolution for two inputs, one BatchNorm for two convolutions, one behind a sum."""
+
+    @nn.compact
+    def __call__(self, x):
+        conv, norm = nn.Conv(4, (1, 1), name="twice"), nn.BatchNorm(True, name="shared_bn")
+        a = nn.BatchNorm(True, name="a_bn")(conv(x))
+        b = conv(x * 2)
+        c = norm(nn.Conv(4, (1, 1), name="c")(x)) + norm(nn.Conv(4, (1, 1), name="d")(x))
+        e = nn.Conv(4, (1, 1), name="read_twice")(x)
+        e = nn.BatchNorm(True, name="e_bn")(e) + e
+        return nn.BatchNorm(True, name="sum_bn")(a + b + c + e)
+
+
+def test_shared_layers_and_norms_are_left_alone():
+    x = small_nets.images()
+    net, variables = small_nets.float_net(Shared(), x)
+    folded = fold_bn(net, variables, x)
+    assert folded_norms(folded) == set()
+    jax.tree.map(np.testing.assert_array_equal, folded, variables)
+
+
+class Own(nn.Module):
+    """A norm that is not flax's: the graph looks the same, but nothing can switch it off."""
+
+    @nn.compact
+    def __call__(self, x):
+        mean = self.variable("batch_stats", "mean", lambda: np.zeros(x.shape[-1], np.float32)).value
+        return x - mean.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class WithOwn(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Own(name="own")(nn.Conv(4, (1, 1), name="conv")(x))
+
+
+class Transposed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.ConvTranspose(4, (3, 3), strides=(2, 2), name="up")(x)
+        x = nn.relu(nn.BatchNorm(True, name="up_bn")(x))
+        x = nn.DenseGeneral((2, 6), axis=(-2, -1), name="general")(x)
+        return nn.BatchNorm(True, name="general_bn")(x)
+
+
+def test_a_norm_of_another_class_is_left_alone():
+    x = small_nets.images()
+    net, variables = small_nets.float_net(WithOwn(), x)
+    assert folded_norms(fold_bn(net, variables, x)) == set()
+
+
+def test_layers_that_do_not_honour_folding_are_left_and_several_feature_axes_work():
+    x = small_nets.images()
+    net, variables = small_nets.float_net(Transposed(), x)
+    folded = fold_bn(net, variables, x)
+    assert folded_norms(folded) == {"general_bn"}
+    assert relative(net.apply(folded, x), net.apply(variables, x)) < 1e-5
+    rules = [Rule("general", weight=Spec(8, granularity="channel"), input=Spec(8, signed=False))]
+    net, variables = small_nets.calibrated(Transposed(), rules, x)
+    folded = fold_bn(net, variables, x)
+    assert folded_norms(folded) == {"general_bn"}
+    assert relative(net.apply(folded, x), net.apply(variables, x)) < 1e-5

@@ -1,0 +1,164 @@
+"""The graph: labels, inlining, unrolling, constants, dead code, and any batch size."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_nets
+
+from qkd_jax import graph
+
+
+def ops(traced):
+    return [node.op for node in traced.nodes]
+
+
+def named(name, function):
+    def call(*args):
+        return function(*args)
+
+    call.__name__ = name
+    return jax.jit(call)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    model, images = small_nets.Mixed(), small_nets.images()
+    variables = small_nets.trained_like(jax.eval_shape(model.init, jax.random.key(0), images))
+    return model, variables, images
+
+
+def test_leaves_carry_their_path_and_nodes_their_module(mixed):
+    model, variables, images = mixed
+    traced = graph.trace(model.apply, variables, images)
+    convs = [n for n in traced.nodes if n.op == "conv_general_dilated"]
+    assert [n.scope for n in convs] == ["stem", "depthwise", "grouped", "dilated"]
+    assert [traced.leaves[n.inputs[1]] for n in convs] == [
+        f"params/{n.scope}/kernel" for n in convs
+    ]
+
+
+def test_batch_norm_is_subtract_multiply_add_by_constants(mixed):
+    model, variables, images = mixed
+    traced = graph.trace(model.apply, variables, images)
+    inside = [n for n in traced.nodes if n.scope == "stem_bn"]
+    assert [n.op for n in inside] == ["sub", "mul", "add"]
+    gain = traced.constants[inside[1].inputs[1]]
+    var = variables["batch_stats"]["stem_bn"]["var"]
+    expected = variables["params"]["stem_bn"]["scale"] / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(gain.reshape(-1), expected, rtol=1e-6)
+    assert traced.sources[inside[1].inputs[1]] == {
+        "params/stem_bn/scale",
+        "batch_stats/stem_bn/var",
+    }
+
+
+def test_runs_like_the_model_at_the_traced_and_at_other_batch_sizes(mixed):
+    model, variables, images = mixed
+    traced = graph.trace(model.apply, variables, images, any_batch=True)
+    for batch in (1, 6, 13):
+        x = small_nets.images(batch, seed=batch)
+        np.testing.assert_allclose(traced.run(x), model.apply(variables, x), rtol=1e-5, atol=1e-6)
+
+
+def test_calls_are_inlined_and_scans_unrolled():
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.relu(nn.Dense(4, name="dense")(x)), x
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scan = nn.scan(
+                nn.remat(Body), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            )
+            x, seen = scan(name="layers")(x, None)
+            return jax.nn.softmax(x) + seen.sum(0)
+
+    x = jax.random.normal(jax.random.key(1), (5, 4))
+    model = Net()
+    variables = model.init(jax.random.key(0), x)
+    traced = graph.trace(model.apply, variables, x, any_batch=True)
+    assert ops(traced).count("dot_general") == 3
+    assert not graph.INLINED.intersection(ops(traced)) and "scan" not in ops(traced)
+    np.testing.assert_allclose(traced.run(x[:2]), model.apply(variables, x[:2]), rtol=1e-6)
+
+
+def test_reversed_scan_keeps_the_order_of_its_results():
+    def fn(variables, x):
+        carry, ys = jax.lax.scan(lambda c, w: (c + w, c * w), x, variables["w"], reverse=True)
+        return carry, ys
+
+    variables, x = {"w": jnp.arange(6.0).reshape(3, 2)}, jnp.ones((2,))
+    traced = graph.trace(fn, variables, x)
+    for got, wanted in zip(traced.run(x), fn(variables, x), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_markers_stay_one_node_even_on_constants():
+    def fn(variables, x):
+        w = named("quantizer:a/b:weight", lambda w, s: jnp.round(w / s) * s)(
+            variables["params"]["w"], variables["quant"]["s"]
+        )
+        x = named("skipped:a/b:input", jax.lax.optimization_barrier)(x)
+        return x @ w
+
+    variables = {"params": {"w": jnp.array([[0.4], [1.6]])}, "quant": {"s": jnp.float32(1)}}
+    x = jnp.ones((3, 2))
+    traced = graph.trace(fn, variables, x, any_batch=True)
+    assert ops(traced) == ["quantizer", "skipped", "dot_general"]
+    weight = traced.nodes[0]
+    assert (weight.params["path"], weight.params["operand"]) == ("a/b", "weight")
+    assert [traced.leaves[v] for v in weight.inputs] == ["params/w", "quant/s"]
+    np.testing.assert_array_equal(traced.constants[weight.outputs[0]], [[0], [2]])
+    np.testing.assert_array_equal(traced.run(x), fn(variables, x))
+
+
+def test_dead_code_and_unused_leaves_are_dropped():
+    def fn(variables, x):
+        _ = jnp.exp(x) @ variables["unused"]
+        return x + variables["used"]
+
+    variables = {"used": jnp.ones(()), "unused": jnp.ones((3, 3))}
+    traced = graph.trace(fn, variables, jnp.ones((2, 3)))
+    assert ops(traced) == ["add"]
+    assert list(traced.leaves.values()) == ["used"]
+
+
+def test_shapes_alone_are_enough_but_give_no_constants(mixed):
+    model, variables, images = mixed
+    shapes = jax.eval_shape(lambda: variables)
+    traced = graph.trace(model.apply, shapes, jax.ShapeDtypeStruct(images.shape, images.dtype))
+    assert ops(traced).count("conv_general_dilated") == 4
+    assert not set(traced.leaves) & set(traced.constants)
+    node = next(n for n in traced.nodes if n.op == "conv_general_dilated")
+    assert traced.shape(node.outputs[0]) == (6, 5, 6, 8)
+    assert traced.dtype(node.outputs[0]) == np.float32
+
+
+def test_producers_and_readers(mixed):
+    model, variables, images = mixed
+    traced = graph.trace(model.apply, variables, images)
+    stem = next(n for n in traced.nodes if n.scope == "stem")
+    bias = traced.sole_consumer(stem.outputs[0])
+    assert bias is not None and bias.op == "add"
+    assert traced.producer(stem.outputs[0]) is stem
+    assert traced.producer(traced.inputs[0]) is None
+    (result,) = traced.outputs
+    assert traced.sole_consumer(result) is None
+
+
+def test_a_batch_size_inside_the_numbers_is_refused():
+    with pytest.raises(ValueError, match="depends on the batch size"):
+        graph.trace(lambda v, x: x.mean(0) + v, jnp.ones(()), jnp.ones((4, 2)), any_batch=True)
+    with pytest.raises(ValueError, match="scan over the batch"):
+        graph.trace(
+            lambda v, x: jax.lax.scan(lambda c, row: (c + row, row), v, x)[0],
+            jnp.ones((2,)),
+            jnp.ones((4, 2)),
+            any_batch=True,
+        )
+    with pytest.raises(ValueError, match="one batch axis"):
+        graph.trace(lambda v, x: x + v, jnp.ones(()), jnp.ones(()), any_batch=True)
