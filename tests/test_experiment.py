@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from tiny_config import get_config
@@ -173,6 +172,7 @@ def test_a_run_that_goes_bad_says_where_and_keeps_its_checkpoint(tmp_path):
     config.stages.qat_only.learn.qat_only.ce.weight = 1e30
     with pytest.raises(NonFiniteError, match=r"stage 'qat_only', step \d of 8.*'qat_only', layer"):
         experiment.run(config, tmp_path, report=False, verbose=False)
+    assert experiment.main("run", config=config, workdir=tmp_path) == experiment.EXIT_NONFINITE
     saved = tree_of(tmp_path)
     assert saved.meta["stage"] == "qat_only" and saved.meta["stage_step"] == 0
     assert all(np.isfinite(leaf).all() for leaf in saved.tree.values())
@@ -200,6 +200,27 @@ def test_a_net_starts_from_a_file_or_another_run(finished, tmp_path):
         experiment.run(config, tmp_path / "b", report=False, verbose=False)
 
 
+def test_deploying_compares_the_files_with_the_trained_net(tmp_path, capsys):
+    config = get_config("deploy=true")
+    results = experiment.run(config, tmp_path, verbose=False)
+    row = results["rows"][-1]
+    assert row["integer"]["max_logit_difference"] < 1e-4
+    assert row["integer"]["argmax_agreement"] == 1.0
+    assert row["export"]["engine"] == "ONNX Runtime" and row["export"]["argmax_agreement"] > 0.9
+    names = {p.name for p in (tmp_path / "model").iterdir()}
+    assert {"student.onnx", "student_float.onnx", "student_integers.npz", "student.npz"} <= names
+    timings = json.loads((tmp_path / "timings.json").read_text())
+    assert {t["model"] for t in timings["latency"]} == {"student w4a4", "student float32"}
+    assert "<svg" in (tmp_path / "report.html").read_text()
+
+    (tmp_path / "model" / "student.onnx").unlink()
+    (tmp_path / "report.html").unlink()
+    assert experiment.main("export", config=None, workdir=tmp_path) == 0
+    assert (tmp_path / "model" / "student.onnx").exists()
+    assert experiment.main("report", config=None, workdir=tmp_path) == 0
+    assert (tmp_path / "report.html").exists() and "QKD" in capsys.readouterr().out
+
+
 def test_nested_is_the_inverse_of_flat():
     assert nested({"a/b": 1, "a/c/d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
 
@@ -208,16 +229,22 @@ def test_nested_is_the_inverse_of_flat():
 
 
 def launch(folder, *more, arg="steps=40,save_steps=2"):
+    """Starts a tiny run as a process; what it says goes into <folder>.txt."""
     command = [sys.executable, "launch.py", f"--config=tests/tiny_config.py:{arg}"]
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    return subprocess.Popen(
-        [*command, f"--workdir={folder}", *more],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # importing jax has set it for this process
+    with open(f"{folder}.txt", "a", encoding="utf-8") as said:
+        return subprocess.Popen(
+            [*command, f"--workdir={folder}", *more],
+            cwd=ROOT,
+            env=environment,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def said(folder):
+    return Path(f"{folder}.txt").read_text(encoding="utf-8")
 
 
 def wait_for(process, folder, count):
@@ -228,37 +255,37 @@ def wait_for(process, folder, count):
         if path.exists() and path.read_bytes().count(b"\n") >= count:
             return
         time.sleep(0.01)
-    raise AssertionError(process.communicate()[0])
+    process.kill()
+    raise AssertionError(f"ended or stuck before line {count}:\n{said(folder)}")
 
 
 def test_sigterm_saves_and_leaves_with_its_own_code(tmp_path):
-    process = launch(tmp_path, arg="steps=100000")
-    wait_for(process, tmp_path, 3)
+    folder = tmp_path / "run"
+    process = launch(folder, arg="steps=100000")
+    wait_for(process, folder, 3)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == experiment.EXIT_INTERRUPTED == 75, out
-    assert "the same command goes on" in out
-    saved = tree_of(tmp_path)
+    assert process.wait(timeout=120) == experiment.EXIT_INTERRUPTED == 75, said(folder)
+    assert "the same command goes on" in said(folder)
+    saved = tree_of(folder)
     assert saved.meta["stage"] == "pretrain_teacher" and saved.meta["stage_step"] > 0
 
 
 @pytest.mark.slow
 def test_killed_five_times_it_ends_with_the_same_bits(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = launch(whole)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
+    assert launch(whole).wait(timeout=300) == 0, said(whole)
     total = (whole / "metrics.jsonl").read_bytes().count(b"\n")
     rng = random.Random(0)
     for kill in range(5):
         process = launch(killed)
         wait_for(process, killed, round(total * (kill + 1) / 7))
-        time.sleep(rng.random())
+        time.sleep(0.2 * rng.random())
         process.kill()
-        process.communicate()
-    process = launch(killed)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    assert "going on from the checkpoint" in out
+        process.wait()
+    assert launch(killed).wait(timeout=300) == 0, said(killed)
+    assert said(killed).count("going on from the checkpoint") >= 4
     same(whole, killed)
-    assert jax.tree.all(jax.tree.map(np.array_equal, tree_of(whole).tree, tree_of(killed).tree))
+    before, after = tree_of(whole).tree, tree_of(killed).tree
+    assert before.keys() == after.keys()
+    for name, leaf in before.items():
+        np.testing.assert_array_equal(leaf, after[name], err_msg=name)

@@ -1,0 +1,237 @@
+"""Pieces that the configs share: arguments, optimizers, stages, and the frame around them.
+
+A config is data. `get_config(arg)` turns the structure arguments behind the colon
+(`--config=configs/qkd.py:data=digits,bits=w4a4`) into a locked `ConfigDict` whose every field is
+spelled in full, so that each can be overridden on the command line
+(`--config.stages.co_study.epochs=5`). No field is None: `ml_collections` cannot override a None,
+so "not set" is `""` for a name and 0 for a number.
+
+Nothing here imports jax or qkd_jax: a config loads in milliseconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+__all__ = [
+    "DATA",
+    "calibrate",
+    "ce",
+    "deploy",
+    "evaluate",
+    "frame",
+    "kd",
+    "net",
+    "parse_arg",
+    "recipe",
+    "reestimate_bn",
+    "sgd",
+    "train",
+]
+
+# What a data set brings with it: the sizes that a recipe needs. `train_examples=0` takes the whole
+# training split. The digits' 300 are the few-labels case, where a teacher has something to add.
+DATA: dict[str, dict[str, Any]] = {
+    "digits": dict(train_examples=300, batch_size=64, epochs=100, augment=("shift:1",)),
+    "synthetic": dict(train_examples=256, batch_size=32, epochs=4, augment=()),
+    "mnist": dict(train_examples=0, batch_size=128, epochs=10, augment=("shift:2",)),
+    "fashion_mnist": dict(
+        train_examples=0, batch_size=128, epochs=10, augment=("pad_crop:2", "flip")
+    ),
+    "cifar10": dict(train_examples=0, batch_size=128, epochs=200, augment=("pad_crop:4", "flip")),
+    "cifar100": dict(train_examples=0, batch_size=128, epochs=200, augment=("pad_crop:4", "flip")),
+}
+
+
+def recipe(data: str) -> dict[str, Any]:
+    """Returns the sizes for a data set; an unknown one gets CIFAR-10's (its name is checked later)."""
+    return DATA.get(data, DATA["cifar10"])
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """Parses the structure arguments of a config, `"k=v,k=v"`, typed by their defaults.
+
+    A bare key (`"reduce_range"`) switches a boolean on. Booleans take true/false, yes/no, on/off
+    and 1/0. The values of integers and floats are read by `int` and `float`.
+
+    Args:
+      arg: the text behind the colon of `--config=file.py:text`; None and "" mean no arguments.
+      **defaults: every key that the config knows, with its default; bool, int, float or str.
+
+    Returns:
+      A `ConfigDict` with the keys of `defaults`.
+
+    Raises:
+      ValueError: for an unknown key (with the nearest known one), a key given twice, a value that
+        its type cannot hold, or a bare key that is not a boolean.
+    """
+    values = dict(defaults)
+    given = set()
+    for item in filter(None, (part.strip() for part in (arg or "").split(","))):
+        key, has_value, text = (part.strip() for part in item.partition("="))
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"unknown config argument {key!r}; allowed: {', '.join(sorted(defaults))}.{hint} "
+                "Fields that are not structure are overridden as --config.<field>=<value>."
+            )
+        if key in given:
+            raise ValueError(f"config argument {key!r} is given twice in {arg!r}; keep one.")
+        given.add(key)
+        values[key] = _typed(key, text if has_value else None, defaults[key])
+    return ConfigDict(values)
+
+
+def _typed(key: str, text: str | None, default: Any) -> Any:
+    """Reads one argument's text as the type of its default."""
+    if isinstance(default, bool):
+        words = {"true": True, "yes": True, "on": True, "1": True}
+        words |= {"false": False, "no": False, "off": False, "0": False}
+        if text is None:
+            return True
+        if text.lower() not in words:
+            raise ValueError(f"config argument {key} is {text!r}; write true or false.")
+        return words[text.lower()]
+    if not text:
+        raise ValueError(f"config argument {key} has no value; write {key}={default!r}.")
+    if isinstance(default, int | float):
+        kind = type(default)
+        try:
+            return kind(text)
+        except ValueError:
+            wanted = "an integer" if kind is int else "a number"
+            raise ValueError(
+                f"config argument {key} is {text!r}; it must be {wanted}, for example "
+                f"{key}={default!r}."
+            ) from None
+    return text
+
+
+def frame(*, data: str, seed: int, train_examples: int = -1) -> ConfigDict:
+    """Returns the part that every experiment has; the config adds `nets`, `stages`, `schedule`.
+
+    Args:
+      data: a name in `qkd_jax.data.DATASETS`.
+      seed: the root seed: initial weights, the order of the data, augmentation, the subset drawn.
+      train_examples: labelled images to train on; 0 is all, -1 what `DATA` says for this set.
+    """
+    known = recipe(data)
+    config = ConfigDict()
+    config.seed = seed
+    config.data = dict(
+        name=data,
+        dir="",  # "": TFDS_DATA_DIR or TFDS's own default
+        train_examples=known["train_examples"] if train_examples < 0 else train_examples,
+        augment=known["augment"],
+    )
+    config.nets = {}
+    config.stages = {}
+    config.schedule = ()
+    config.eval_batch_size = 500
+    # 0 switches a periodic action off. Steps count inside a stage.
+    config.log = dict(every_steps=10, eval_every_steps=100, quant_every_steps=20)
+    config.checkpoint = dict(every_seconds=30.0, every_steps=0)
+    config.parallel = dict(mode="jit", devices=0)  # devices=0: all of them
+    return config
+
+
+def net(
+    model: str,
+    *,
+    width: int = 0,
+    rules: str = "float",
+    init_from: str = "",
+    reduce_range: bool = False,
+) -> dict[str, Any]:
+    """Returns the fields of one network.
+
+    Args:
+      model: a name in `qkd_jax.models.MODELS`.
+      width: channels of the first stage; 0 leaves the model's own default.
+      rules: a preset ("float", "w2a2", "w<k>a<k>", "ternary") or a tuple of rule dicts.
+      init_from: another net, copied as it is when this one first takes part; or "<run folder>#<net>",
+        or a flat .npz file; "" starts from random weights.
+      reduce_range: 7 bits for 8-bit weights, for x86 engines without VNNI.
+    """
+    return dict(
+        model=model, width=width, rules=rules, init_from=init_from, reduce_range=reduce_range
+    )
+
+
+def ce(weight: float = 1.0, *, label_smoothing: float = 0.0) -> dict[str, Any]:
+    """Returns the entry of a net that learns from labels."""
+    return dict(loss="ce", weight=weight, label_smoothing=label_smoothing)
+
+
+def kd(source: str, weight: float = 1.0, *, temperature: float = 2.0) -> dict[str, Any]:
+    """Returns the entry of a net that learns from the logits of the net `source`."""
+    return dict(loss="kd", source=source, weight=weight, temperature=temperature)
+
+
+def sgd(lr: float, *, weight_decay: float, continues: str = "", **fields: Any) -> dict[str, Any]:
+    """Returns SGD with Nesterov momentum 0.9 and a cosine for one net of a `train` stage.
+
+    `quant_lr` is the learning rate of what the quantizers learn; -1 follows `lr`. `warmup` and
+    `milestones` count steps, or below 1 fractions of the schedule. `clip_norm=0` does not clip.
+    `continues` names the stage whose optimizer and schedule run on over the joint length.
+    """
+    defaults = dict(
+        name="sgd",
+        lr=lr,
+        quant_lr=-1.0,
+        weight_decay=weight_decay,
+        momentum=0.9,
+        nesterov=True,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        schedule="cosine",
+        warmup=0.0,
+        final=0.0,
+        milestones=(),
+        decay_factor=0.1,
+        clip_norm=0.0,
+        continues=continues,
+    )
+    unknown = set(fields) - set(defaults)
+    if unknown:
+        raise ValueError(f"unknown optimizer fields {sorted(unknown)}; {sorted(defaults)}")
+    return {**defaults, **fields}
+
+
+def train(
+    *, learn: dict[str, Any], optim: dict[str, Any], epochs: float, batch_size: int
+) -> dict[str, Any]:
+    """Returns a `train` stage. `steps` above 0 decides its length instead of `epochs`."""
+    return dict(
+        kind="train", epochs=float(epochs), steps=0, batch_size=batch_size, learn=learn, optim=optim
+    )
+
+
+def calibrate(*nets: str) -> dict[str, Any]:
+    """Returns a `calibrate` stage; `observer=""` leaves the choice to each spec."""
+    return dict(kind="calibrate", nets=nets, examples=256, observer="")
+
+
+def reestimate_bn(*nets: str) -> dict[str, Any]:
+    """Returns a `reestimate_bn` stage: new running statistics, kept where they fit the training
+    images better (`keep="better"`) or in any case (`keep="always"`)."""
+    return dict(kind="reestimate_bn", nets=nets, keep="better")
+
+
+def evaluate(reference: str = "", **methods: str) -> dict[str, Any]:
+    """Returns an `evaluate` stage: `methods` names the row of the results table by net.
+
+    `reference` is the net with which agreement is counted; "" counts none.
+    """
+    # A ConfigDict sorts its keys, so the order of the rows is said apart.
+    return dict(kind="evaluate", nets=tuple(methods), methods=methods, reference=reference)
+
+
+def deploy(net: str) -> dict[str, Any]:
+    """Returns a `deploy` stage: integers, ONNX, agreement and latency of one net."""
+    return dict(kind="deploy", nets=(net,), latency_batches=(1, 64), latency_rounds=100, target="")

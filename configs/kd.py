@@ -1,0 +1,49 @@
+"""Knowledge distillation in float (Hinton et al. 2015, arXiv 1503.02531), with its control.
+
+python launch.py --config=configs/kd.py:temperature=4,kd_weight=0.9 --workdir=runs/kd
+"""
+
+from configs import common
+
+
+def get_config(arg=""):
+    """Returns the config; its arguments are the defaults below."""
+    args = common.parse_arg(
+        arg,
+        data="digits",
+        student="resnet8",
+        teacher="resnet8",
+        student_width=8,
+        teacher_width=16,
+        temperature=4.0,
+        kd_weight=0.9,
+        seed=0,
+        train_examples=-1,
+        epochs=0.0,
+    )
+    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
+    recipe = common.recipe(args.data)
+
+    def stage(net, **losses):
+        return common.train(
+            learn={net: losses},
+            optim={net: common.sgd(0.1, weight_decay=5e-4)},
+            epochs=args.epochs or recipe["epochs"],
+            batch_size=recipe["batch_size"],
+        )
+
+    config.nets.teacher = common.net(args.teacher, width=args.teacher_width)
+    config.nets.alone = common.net(args.student, width=args.student_width)
+    config.nets.student = common.net(args.student, width=args.student_width)
+    config.stages.teach = stage("teacher", ce=common.ce())
+    config.stages.alone = stage("alone", ce=common.ce())
+    config.stages.distil = stage(
+        "student",
+        ce=common.ce(1.0 - args.kd_weight),
+        kd=common.kd("teacher", args.kd_weight, temperature=args.temperature),
+    )
+    config.stages.evaluate = common.evaluate(
+        "teacher", teacher="labels", alone="labels", student="distilled"
+    )
+    config.schedule = ("teach", "alone", "distil", "evaluate")
+    return config.lock()

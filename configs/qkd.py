@@ -1,0 +1,105 @@
+"""QKD, quantization-aware knowledge distillation (Kim et al. 2019, arXiv 1911.12491), with controls.
+
+    python launch.py --config=configs/qkd.py --workdir=runs/qkd_digits
+    python launch.py --config=configs/qkd.py:data=fashion_mnist,student=resnet8,teacher=resnet20
+
+A float teacher and a float student are trained; the student is quantized and goes through the three
+phases: self-studying (labels alone), co-studying (teacher and student learn from each other),
+tutoring (the teacher frozen). Two controls start from the same float student and take as many
+student steps: QAT alone, and QAT with the fixed teacher.
+
+The recipe: SGD with one cosine over all three phases (15, 50 and 35 % of the steps), T = 2, unit
+weights, the teacher at a tenth of the student's rate, first and last layer at 8 bits.
+"""
+
+from configs import common
+
+
+def get_config(arg=""):
+    """Returns the config. Arguments: see `parse_arg` below; bits is w2a2, w4a4, ... or ternary."""
+    args = common.parse_arg(
+        arg,
+        data="digits",
+        student="resnet8",
+        teacher="resnet8",
+        student_width=8,
+        teacher_width=16,
+        bits="w2a2",
+        seed=0,
+        train_examples=-1,
+        epochs=0.0,
+        reduce_range=False,
+    )
+    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
+    recipe = common.recipe(args.data)
+    epochs = args.epochs or recipe["epochs"]
+    batch_size = recipe["batch_size"]
+
+    quantized = dict(
+        model=args.student,
+        width=args.student_width,
+        rules=args.bits,
+        reduce_range=args.reduce_range,
+    )
+    config.nets.teacher = common.net(args.teacher, width=args.teacher_width)
+    config.nets.student = common.net(**quantized)
+    config.nets.qat_only = common.net(**quantized, init_from="student")
+    config.nets.qat_fixed_teacher = common.net(**quantized, init_from="student")
+
+    def stage(share, learn, optim):
+        return common.train(learn=learn, optim=optim, epochs=share * epochs, batch_size=batch_size)
+
+    def of_float(net):
+        return stage(1.0, {net: dict(ce=common.ce())}, {net: common.sgd(0.1, weight_decay=5e-4)})
+
+    def low_bit(continues=""):
+        return common.sgd(0.05, weight_decay=1e-4, continues=continues)
+
+    def taught():
+        return dict(ce=common.ce(), kd=common.kd("teacher", temperature=2.0))
+
+    stages = config.stages
+    stages.pretrain_teacher = of_float("teacher")
+    stages.pretrain_student = of_float("student")
+    stages.evaluate_float = common.evaluate("teacher", teacher="float", student="float")
+    stages.calibrate = common.calibrate("student")
+    stages.qat_only = stage(1.0, dict(qat_only=dict(ce=common.ce())), dict(qat_only=low_bit()))
+    stages.qat_fixed_teacher = stage(
+        1.0, dict(qat_fixed_teacher=taught()), dict(qat_fixed_teacher=low_bit())
+    )
+    # The controls get what the student gets.
+    stages.reestimate_bn_controls = common.reestimate_bn("qat_only", "qat_fixed_teacher")
+    stages.evaluate_controls = common.evaluate(
+        "teacher", qat_only="QAT alone", qat_fixed_teacher="QAT, fixed teacher"
+    )
+    stages.self_study = stage(0.15, dict(student=dict(ce=common.ce())), dict(student=low_bit()))
+    stages.co_study = stage(
+        0.50,
+        dict(
+            student=taught(),
+            teacher=dict(ce=common.ce(), kd=common.kd("student", temperature=2.0)),
+        ),
+        dict(student=low_bit("self_study"), teacher=common.sgd(0.005, weight_decay=1e-4)),
+    )
+    stages.tutor = stage(0.35, dict(student=taught()), dict(student=low_bit("co_study")))
+    stages.reestimate_bn = common.reestimate_bn("student")
+    stages.evaluate = common.evaluate("teacher", student="QKD", teacher="after co-studying")
+    stages.deploy = common.deploy("student")
+
+    config.schedule = (
+        "pretrain_teacher",
+        "pretrain_student",
+        "evaluate_float",
+        "calibrate",
+        "qat_only",
+        "qat_fixed_teacher",
+        "reestimate_bn_controls",
+        "evaluate_controls",
+        "self_study",
+        "co_study",
+        "tutor",
+        "reestimate_bn",
+        "evaluate",
+        "deploy",
+    )
+    return config.lock()

@@ -1,0 +1,348 @@
+"""Walks a config's schedule of stages; the only orchestrator.
+
+    from qkd_jax import experiment
+    results = experiment.run(config, "runs/mine")
+
+settings    the config checked, the schedule laid out in steps
+run         what a run has in its hands, and how it is saved
+stages      the kinds of stages: STAGES
+deployment  the `deploy` stage: integers, ONNX, agreement, latency
+overview    `--mode=inspect`
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from qkd_jax import data
+from qkd_jax.data import DATASETS, NotPreparedError
+from qkd_jax.experiment import settings as reading
+from qkd_jax.experiment.overview import overview
+from qkd_jax.experiment.run import Run, write_net
+from qkd_jax.experiment.settings import Settings, Stage, resolve
+from qkd_jax.experiment.stages import STAGES, plan_stage
+from qkd_jax.training.checkpoint import Checkpoints
+from qkd_jax.training.loop import NonFiniteError, Preempted
+from qkd_jax.training.parallel import StepCache, enable_compilation_cache
+from qkd_jax.training.tracking import EXIT_INTERRUPTED, GracefulStop, RunFolder, tree_sha256
+
+__all__ = [
+    "EXIT_INTERRUPTED",
+    "EXIT_NONFINITE",
+    "STAGES",
+    "Run",
+    "Settings",
+    "Stage",
+    "evaluate",
+    "export",
+    "inspect",
+    "main",
+    "read",
+    "report",
+    "run",
+]
+
+EXIT_NONFINITE = 3
+
+# What may differ between a run folder and the command that goes on with it: none of it reaches a
+# number in results.json.
+FREE_FIELDS = ("checkpoint", "data.dir")
+
+
+def load_data(config: dict[str, Any]) -> data.Dataset:
+    """Loads the data set of a resolved config."""
+    fields = config["data"]
+    return data.load(
+        fields["name"],
+        data_dir=fields["dir"] or None,
+        train_examples=fields["train_examples"] or None,
+        seed=config["seed"],
+    )
+
+
+def read(config: Any, dataset: data.Dataset | None = None) -> Settings:
+    """Checks a config completely and lays out its schedule.
+
+    Args:
+        config: a `ConfigDict` or dict.
+        dataset: its data; without it the sizes are those that the set is known to have.
+
+    Raises:
+        ValueError: naming the field and the nearest valid choice.
+    """
+    plain = resolve(config)
+    name = plain["data"]["name"]
+    if name not in DATASETS:
+        raise data.checks.unknown("data set in config.data.name", name, DATASETS)
+    source = DATASETS[name]
+    if dataset is not None:
+        examples = len(dataset.train_images)
+    else:
+        examples = plain["data"]["train_examples"] or source.train_examples or _examples(plain)
+    found = reading.read(plain, STAGES, examples=examples, classes=source.num_classes)
+    for stage in found.stages:
+        if stage.trains:
+            plan_stage(found.nets, stage)
+    return found
+
+
+def _examples(config: dict[str, Any]) -> int:
+    """Size of a whole training split; a set that is not on this machine counts as 50,000."""
+    try:
+        return len(load_data(config).train_images)
+    except NotPreparedError:
+        return 50_000
+
+
+def run(config: Any, workdir: str, *, report: bool = True, verbose: bool = True) -> dict[str, Any]:
+    """Runs an experiment, or goes on with it where it was interrupted.
+
+    Args:
+        config: a `ConfigDict` or dict.
+        workdir: the run folder.
+        report: whether report.html is written at the end.
+        verbose: whether progress and the table are printed.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        ValueError: a mistake in the config; a folder that holds a run of another config.
+        NonFiniteError: a loss or gradient is not finite.
+        Preempted: SIGTERM came; everything is saved.
+    """
+    plain = resolve(config)
+    say = _printer(verbose)
+    with RunFolder(workdir) as folder:
+        folder.lock()
+        known = folder.check_config(plain, ignore=FREE_FIELDS)
+        done = folder.read_results() if known else None
+        if done is not None:
+            say(f"{workdir} holds the finished run of this config; nothing is left to do.")
+            _show(done, say)
+            if report and not (folder.path / "report.html").exists():
+                _write_report(folder, say)
+            return done
+        begin = time.perf_counter()
+        enable_compilation_cache()
+        dataset = load_data(plain)
+        settings = read(plain, dataset)
+        if not known:
+            folder.write_config(plain)
+        with Checkpoints(folder.checkpoints) as checkpoints, GracefulStop() as stop:
+            state = Run(
+                settings,
+                dataset,
+                folder,
+                checkpoints,
+                _steps(settings),
+                stopping=lambda: stop.requested,
+                verbose=verbose,
+            )
+            _resume(state, say)
+            folder.write_run(
+                seed=settings["seed"],
+                data={"name": dataset.name, "fingerprint": dataset.fingerprint},
+                resumed_from=state.step,
+            )
+            before = state.timings.get("seconds", 0.0)
+
+            def clock() -> None:
+                state.timings["seconds"] = before + time.perf_counter() - begin
+
+            try:
+                walk(state, clock)
+            finally:
+                clock()
+                folder.write_timings(state.timings)
+            checkpoints.wait()
+            results = _results(state, state.rows)
+            folder.write_run(
+                nets={name: {"sha256": tree_sha256(v)} for name, v in state.variables.items()}
+            )
+            folder.write_results(results)
+        if report:
+            _write_report(folder, say)
+        _show(results, say)
+    return results
+
+
+def _printer(verbose: bool) -> Callable[[str], None]:
+    return (lambda text: print(text, flush=True)) if verbose else (lambda text: None)
+
+
+def _steps(settings: Settings) -> StepCache:
+    fields = settings["parallel"]
+    devices = jax.devices()
+    if fields["devices"]:
+        reading.checks.integer_in("config.parallel.devices", fields["devices"], 1, len(devices))
+        devices = devices[: fields["devices"]]
+    return StepCache(mode=fields["mode"], devices=devices)
+
+
+def _resume(state: Run, say: Callable[[str], None]) -> None:
+    """Takes over the newest whole checkpoint, and cuts the log back to it."""
+    assert state.checkpoints is not None and state.folder is not None
+    saved = state.checkpoints.restore_latest(report=say)
+    if saved is None:
+        state.folder.truncate(0, lines=0)
+        return
+    state.load(saved)
+    state.folder.truncate(saved.step, lines=saved.meta["lines"])
+    where = "the end" if state.finished else f"stage {state.stage().name!r}"
+    at = f", step {state.stage_step} of {state.stage().steps}" if state.stage_step else ""
+    say(f"going on from the checkpoint of step {saved.step}: {where}{at}")
+
+
+def walk(state: Run, clock: Callable[[], None] = lambda: None) -> None:
+    """Walks what is left of the schedule; saves after every stage.
+
+    Raises:
+        NonFiniteError: from a training stage.
+        Preempted: the run was asked to stop.
+    """
+    while not state.finished:
+        stage = state.stage()
+        begin = time.perf_counter()
+        try:
+            for name in stage.nets:
+                state.bring_in(name)
+            STAGES[stage.kind](state, stage, **stage.fields)
+        finally:
+            state.add_times(stage.name, {"seconds": time.perf_counter() - begin})
+        state.stage_index, state.stage_step = state.stage_index + 1, 0
+        clock()
+        state.save()
+        if state.stopping() and not state.finished:
+            raise Preempted(f"before stage {state.stage().name!r}")
+
+
+def _open(workdir: str) -> tuple[RunFolder, Run]:
+    """Opens a run folder for the modes that read: settings, data and the newest checkpoint."""
+    folder = RunFolder(workdir, create=False)
+    plain = folder.read_config()
+    dataset = load_data(plain)
+    settings = read(plain, dataset)
+    state = Run(settings, dataset, None, None, _steps(settings))
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        saved = checkpoints.restore_latest()
+    if saved is None:
+        raise ValueError(
+            f"{workdir} has no checkpoint yet; run it: python launch.py --config=... "
+            f"--workdir={workdir}"
+        )
+    state.load(saved)
+    return folder, state
+
+
+def evaluate(workdir: str, *, verbose: bool = True) -> dict[str, Any]:
+    """Evaluates every net of a run folder's newest checkpoint on the test split, as it stands there."""
+    from qkd_jax.experiment.stages import row
+
+    enable_compilation_cache()
+    _, state = _open(workdir)
+    rows = [
+        row(state, name, "as it stands", state.evaluate(name).metrics) for name in state.variables
+    ]
+    results = _results(state, rows)
+    _show(results, _printer(verbose))
+    return results
+
+
+def export(workdir: str, *, verbose: bool = True) -> dict[str, Any]:
+    """Writes the deployable models of a run folder's newest checkpoint into `<workdir>/model`."""
+    enable_compilation_cache()
+    folder, state = _open(workdir)
+    state.folder, state.rows = folder, []
+    stages = [s for s in state.settings.stages if s.kind == "deploy"]
+    if not stages:
+        raise ValueError(f"the schedule of {workdir} has no deploy stage; add one to the config.")
+    for stage in stages:
+        missing = [name for name in stage.nets if name not in state.variables]
+        if missing:
+            raise ValueError(f"net {missing[0]!r} has not been trained yet in {workdir}.")
+        STAGES["deploy"](state, stage, **stage.fields)
+    results = _results(state, state.rows)
+    say = _printer(verbose)
+    _show(results, say)
+    say(f"written to {folder.model}")
+    return results
+
+
+def report(workdir: str, *, verbose: bool = True) -> None:
+    """Writes report.html of a run folder anew and prints the results table."""
+    folder = RunFolder(workdir, create=False)
+    folder.read_config()
+    say = _printer(verbose)
+    results = folder.read_results()
+    if results is not None:
+        _show(results, say)
+    _write_report(folder, say)
+
+
+def inspect(config: Any, *, verbose: bool = True) -> str:
+    """Returns (and prints) the schedule, every net's layers and the coverage; computes nothing."""
+    settings = read(config)
+    source = DATASETS[settings["data"]["name"]]
+    text = overview(settings, (1, *source.image_shape))
+    _printer(verbose)(text)
+    return text
+
+
+def _write_report(folder: RunFolder, say: Callable[[str], None]) -> None:
+    from qkd_jax import report as reports
+
+    say(f"report: {reports.write(folder.path)}")
+
+
+def _results(state: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What results.json holds."""
+    dataset = state.dataset
+    return {
+        "schema": 1,
+        "seed": state.settings["seed"],
+        "dataset": {
+            "name": dataset.name,
+            "train_examples": len(dataset.train_images),
+            "test_examples": len(dataset.test_images),
+        },
+        "rows": rows,
+    }
+
+
+def _show(results: dict[str, Any], say: Callable[[str], None]) -> None:
+    from rich.console import Console
+
+    from qkd_jax.report import table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with console.capture() as text:
+        console.print(table(results))
+    say(text.get())
+
+
+def main(mode: str, *, config: Any, workdir: str) -> int:
+    """Does what the command line asked for; returns the exit code.
+
+    Raises:
+        ValueError: a mistake of the user, whose message is all that needs to be shown.
+    """
+    try:
+        if mode == "run":
+            run(config, workdir)
+        elif mode == "inspect":
+            inspect(config)
+        else:
+            {"eval": evaluate, "export": export, "report": report}[mode](workdir)
+    except NonFiniteError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return EXIT_NONFINITE
+    except Preempted as error:
+        print(f"asked to stop, saved at {error}; the same command goes on.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0

@@ -1,0 +1,250 @@
+"""The `deploy` stage: one trained net becomes files that run elsewhere, and is compared with them.
+
+Into `<run folder>/model` go, for a net `student`:
+
+    student.npz            the trained variables, flat (`init_from` reads it)
+    student.onnx           the quantized net with QuantizeLinear / DequantizeLinear
+    student_float.onnx     the same architecture in float, for the latency beside it
+    student_integers.npz   packed integer weights, multipliers, biases
+    layers.json            bits and bytes of every layer
+    histograms.json        weights on the code grid, before and after
+
+The comparison is on logits over the whole test split: an engine whose sums saturate can give a
+higher accuracy and wrong logits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qkd_jax import checks, report
+from qkd_jax import deploy as shipping
+from qkd_jax.experiment.run import Run, read_net, write_net
+from qkd_jax.experiment.settings import Stage
+from qkd_jax.inspection import LayerInfo, layers
+from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.training.tracking import write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["compare", "deploy"]
+
+ENGINE = "ONNX Runtime"
+
+
+def deploy(
+    run: Run,
+    stage: Stage,
+    *,
+    nets: Sequence[str],
+    latency_batches: Sequence[int] = (1, 64),
+    latency_rounds: int = 100,
+    target: str = "",
+) -> None:
+    """Writes a net's deployable files and adds what they do to its row of the results.
+
+    `latency_rounds` runs of each engine and batch size are timed in turns; 0 times nothing.
+    `target="x86"` refuses layers whose 8-bit weights saturate on x86 without VNNI (train them with
+    `reduce_range`), `"host"` warns of them if this machine is one.
+    """
+    checks.integer_in(f"stages.{stage.name}.latency_rounds", latency_rounds, 0)
+    for name in nets:
+        if not run.variables[name].get("quant"):
+            raise ValueError(
+                f"stages.{stage.name}.nets has {name!r}, which is float: no calibrate stage has "
+                "named it; calibrate it before deploying it."
+            )
+        _deploy(run, name, latency_batches, latency_rounds, target)
+
+
+def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, target: str) -> None:
+    net, variables = run.nets[name], run.variables[name]
+    images = np.zeros(run.example.shape, np.float32)
+    folder = run.folder.model
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = run.evaluate(name)
+
+    write_net(folder / f"{name}.npz", variables)
+    integer = shipping.convert(net, variables, images)
+    np.savez(
+        folder / f"{name}_integers.npz", **{k: np.asarray(a) for k, a in integer.arrays.items()}
+    )
+    path, path_float = folder / f"{name}.onnx", folder / f"{name}_float.onnx"
+    written = shipping.to_onnx(net, variables, images, path, target=target or None)
+    before = _before(run, name)
+    shipping.to_onnx(net, before or _floats(variables), images, path_float)
+    session, session_float = shipping.onnx_session(path), shipping.onnx_session(path_float)
+
+    test = list(run.eval_batches("test"))
+    entry = _row(run, name, trained.metrics)
+    entry["export"] = {
+        "engine": ENGINE,
+        "bytes": written.bytes,
+        "saturating_layers": list(written.saturating),
+        **compare(_onnx(session), trained.logits, test),
+    }
+    entry["integer"] = {
+        "bytes": integer.nbytes,
+        "weight_bytes": integer.weight_bytes,
+        **compare(lambda x: shipping.integer_apply(integer, x), trained.logits, test),
+    }
+    infos = layers(net, variables, run.example, **run.apply_arguments(name))
+    write_json(folder / "layers.json", [_layer(info) for info in infos])
+    write_json(folder / "histograms.json", _histograms(net, variables, before, infos))
+    if rounds:
+        engines = {f"{name} {_widths(entry)}": session, f"{name} float32": session_float}
+        run.timings["latency"] = list(
+            latencies(
+                {label: _onnx(s) for label, s in engines.items()},
+                run.dataset.image_shape,
+                latency_batches,
+                rounds,
+            )
+        )
+
+
+def _row(run: Run, name: str, found: Mapping[str, float]) -> dict[str, Any]:
+    """The newest row of a net, or a new one where no stage has evaluated it."""
+    rows = [r for r in run.rows if r["net"] == name]
+    if not rows:
+        from qkd_jax.experiment.stages import row
+
+        run.rows.append(row(run, name, "exported", found))
+        return run.rows[-1]
+    return rows[-1]
+
+
+def _widths(row: Mapping[str, Any]) -> str:
+    return f"w{row['weight_bits']}a{row['activation_bits']}"
+
+
+def _floats(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in variables.items() if k != "quant"}
+
+
+def _before(run: Run, name: str) -> dict[str, Any] | None:
+    """The net's variables from before it was quantized, which its `calibrate` stage has kept."""
+    path = run.folder.model / f"{name}_float.npz"
+    return read_net(str(path)) if path.exists() else None
+
+
+def _onnx(session: Any) -> Callable[[Any], np.ndarray]:
+    """Images [batch, height, width, channels] to logits; the files take channels first."""
+    name = session.get_inputs()[0].name
+
+    def predict(images: Any) -> np.ndarray:
+        first = np.ascontiguousarray(np.moveaxis(np.asarray(images, np.float32), -1, 1))
+        return session.run(None, {name: first})[0]
+
+    return predict
+
+
+def compare(
+    predict: Callable[[Any], Any], trained: np.ndarray, batches: Iterable[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Compares an engine with the trained net.
+
+    Args:
+        predict: images [batch, ...] to logits.
+        trained: logits of the trained net, [examples, classes].
+        batches: the split, padded, with masks, in the order of `trained`.
+
+    Returns:
+        top1, argmax_agreement (share of examples), max_logit_difference.
+    """
+    logits, labels = [], []
+    for batch in batches:
+        logits.append(np.asarray(predict(batch["image"]))[batch["mask"]])
+        labels.append(batch["label"][batch["mask"]])
+    found, label = np.concatenate(logits), np.concatenate(labels)
+    guess = found.argmax(-1)
+    return {
+        "top1": float(np.mean(guess == label)),
+        "argmax_agreement": float(np.mean(guess == trained.argmax(-1))),
+        "max_logit_difference": float(np.max(np.abs(found - trained))),
+    }
+
+
+def latencies(
+    engines: Mapping[str, Callable[[Any], Any]],
+    image_shape: tuple[int, ...],
+    batch_sizes: Sequence[int],
+    rounds: int,
+) -> Iterable[dict[str, Any]]:
+    """Times engines in turns, so that a change of the machine's mood meets all of them.
+
+    Yields:
+        {"model", "engine", "batch", "median_ms", "min_ms", "rounds"}.
+    """
+    for batch in batch_sizes:
+        images = np.random.default_rng(0).normal(size=(batch, *image_shape)).astype(np.float32)
+        seconds: dict[str, list[float]] = {label: [] for label in engines}
+        for predict in engines.values():
+            for _ in range(3):
+                predict(images)
+        for _ in range(rounds):
+            for label, predict in engines.items():
+                begin = time.perf_counter()
+                predict(images)
+                seconds[label].append(time.perf_counter() - begin)
+        for label, values in seconds.items():
+            yield {
+                "model": label,
+                "engine": ENGINE,
+                "batch": int(batch),
+                "median_ms": 1e3 * float(np.median(values)),
+                "min_ms": 1e3 * min(values),
+                "rounds": rounds,
+            }
+
+
+def _layer(info: LayerInfo) -> dict[str, Any]:
+    spec = info.weight
+    return {
+        "path": info.path,
+        "kind": info.kind,
+        "shape": list(info.weight_shape),
+        "params": info.params,
+        "weight_bits": spec.bits if spec else None,
+        "input_bits": info.input.bits if info.input else None,
+        "bytes": -(-info.bits // 8),
+        "quantizer": spec.label if spec else None,
+    }
+
+
+def _histograms(
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
+    infos: Sequence[LayerInfo],
+) -> dict[str, Any]:
+    """Float weights and codes of every layer whose kernel is quantized."""
+    found = {}
+    for info in infos:
+        weight = _at(variables["params"], info.path, "kernel")
+        params = _at(variables["quant"], info.path, "weight_quantizer")
+        if info.weight is None or weight is None or params is None:
+            continue
+        quantizer = QUANTIZERS[info.weight.quantizer]
+        scale, _, _ = quantizer.integer_view(params, info.weight)
+        hat = np.asarray(quantizer.fake_quant(weight, params, info.weight))
+        found[info.path] = {
+            "weight": np.asarray(weight),
+            "codes": np.round(hat * (np.float32(1) / np.asarray(scale))),
+            "scale": np.asarray(scale),
+            "before": before and _at(before["params"], info.path, "kernel"),
+            "label": info.weight.label,
+        }
+    return report.weight_histograms(found)
+
+
+def _at(tree: Any, path: str, name: str) -> Any:
+    for key in [*path.split("/"), name]:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree

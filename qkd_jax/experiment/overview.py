@@ -1,0 +1,111 @@
+"""What `--mode=inspect` prints: schedule, layers, coverage. Shapes only; nothing is computed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from qkd_jax.experiment.settings import Settings
+from qkd_jax.experiment.stages import plan_stage
+from qkd_jax.inspection import coverage, layers
+from qkd_jax.quantize import QuantizedModel
+from qkd_jax.training.step import mode_arguments
+
+__all__ = ["overview"]
+
+WIDTH = 118
+
+
+def overview(settings: Settings, image_shape: tuple[int, ...]) -> str:
+    """Returns the text of `--mode=inspect`.
+
+    Args:
+        settings: the checked config.
+        image_shape: (1, height, width, channels).
+    """
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=WIDTH, no_color=True, highlight=False, markup=False)
+    console.print(_schedule(settings))
+    seen: dict[QuantizedModel, str] = {}
+    images = jax.ShapeDtypeStruct(image_shape, np.float32)
+    for name, net in settings.nets.items():
+        fields = settings["nets"][name]
+        start = fields.get("init_from") or "random weights"
+        console.print(f"\n{name}: {fields['model']}, starts from {start}", style="bold")
+        if net in seen:
+            console.print(f"  the same layers and rules as {seen[net]}")
+            continue
+        seen[net] = name
+        arguments = mode_arguments(net, False)
+        variables = jax.eval_shape(net.init, jax.random.key(0), images)
+        console.print(_layers(net, variables, images, arguments))
+        if net.rules:
+            console.print(str(coverage(net, variables, images, **arguments)))
+    return buffer.getvalue()
+
+
+def _schedule(settings: Settings) -> Table:
+    table = Table(title="schedule", title_justify="left")
+    for heading in ("", "stage", "kind", "steps", "nets", "what"):
+        table.add_column(heading, justify="right" if heading in ("", "steps") else "left")
+    for stage in settings.stages:
+        if stage.trains:
+            what = list(plan_stage(settings.nets, stage).describe())
+            what += [
+                f"{net}: continues {fields['continues']}"
+                for net, fields in stage.fields["optim"].items()
+                if fields.get("continues")
+            ]
+        else:
+            what = [
+                f"{key}={value!r}"
+                for key, value in stage.fields.items()
+                if key not in ("nets", "methods") and value != ""
+            ]
+        table.add_row(
+            str(stage.index + 1),
+            stage.name,
+            stage.kind,
+            str(stage.steps) if stage.trains else "",
+            ", ".join(stage.nets),
+            "\n".join(what),
+        )
+    trained = sum(stage.steps for stage in settings.stages if stage.trains)
+    table.add_row("", "", "", str(trained), "", "")
+    return table
+
+
+def _layers(
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    images: Any,
+    arguments: Mapping[str, bool],
+) -> Table:
+    table = Table()
+    for heading in ("layer", "kind", "weight shape", "parameters", "weight", "input", "bytes"):
+        right = heading in ("parameters", "bytes")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    params = stored = 0
+    for layer in layers(net, variables, images, **arguments):
+        table.add_row(
+            layer.path,
+            layer.kind,
+            "x".join(map(str, layer.weight_shape)),
+            f"{layer.params:,}",
+            layer.weight.label if layer.weight else "float32",
+            layer.input.label if layer.input else "float32",
+            f"{-(-layer.bits // 8):,}",
+        )
+        params, stored = params + layer.params, stored + layer.bits
+    total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables.get("params", {})))
+    rest = total - params
+    if rest:
+        table.add_row("(norms and others)", "", "", f"{rest:,}", "float32", "", f"{4 * rest:,}")
+    table.add_row("total", "", "", f"{total:,}", "", "", f"{-(-stored // 8) + 4 * rest:,}")
+    return table

@@ -1,0 +1,267 @@
+"""What a run has in its hands, and how it is saved: nets, optimizers, rows, and the place in the schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qkd_jax import checks, data, metrics
+from qkd_jax.data.dataset import Dataset
+from qkd_jax.experiment.settings import Settings, Stage, is_file
+from qkd_jax.quantize import QuantizedModel, load_float
+from qkd_jax.training.checkpoint import Checkpoints, Restored
+from qkd_jax.training.loop import Window
+from qkd_jax.training.parallel import StepCache
+from qkd_jax.training.state import stream_key
+from qkd_jax.training.step import eval_step, mode_arguments
+from qkd_jax.training.trees import flatten
+
+__all__ = ["Evaluation", "Run", "nested", "place", "read_net", "write_net"]
+
+Variables = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A net on a split: metrics as means, and the logits [examples, classes] in order."""
+
+    metrics: dict[str, float]
+    logits: np.ndarray
+
+
+@dataclasses.dataclass
+class Run:
+    """The state of an experiment between stages; stages read and change it.
+
+    Attributes:
+        settings: the checked config.
+        dataset: the data.
+        folder: the run folder, or None where nothing is written.
+        checkpoints: the checkpoints, or None where nothing is saved.
+        steps: the compiled steps, shared by all stages.
+        stopping: whether the run has been asked to stop.
+        verbose: whether progress is shown.
+        variables: {net: variables}; a net is there once it has taken part in a stage.
+        optimizers: {stage: {net: flat optimizer state}} of stages that go on or are continued.
+        rows: the results table so far; no times.
+        timings: everything that is a time.
+        stage_index: place in the schedule.
+        stage_step: steps of that stage that are done.
+        window: metrics since the last logged line, when a stage was interrupted.
+    """
+
+    settings: Settings
+    dataset: Dataset
+    folder: Any = None
+    checkpoints: Checkpoints | None = None
+    steps: StepCache = dataclasses.field(default_factory=StepCache)
+    stopping: Callable[[], bool] = lambda: False
+    verbose: bool = True
+    variables: dict[str, Variables] = dataclasses.field(default_factory=dict)
+    optimizers: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    timings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stage_index: int = 0
+    stage_step: int = 0
+    window: Window = dataclasses.field(default_factory=Window)
+
+    # --- nets ---------------------------------------------------------------------------------
+
+    @property
+    def nets(self) -> dict[str, QuantizedModel]:
+        """{net: quantized model}."""
+        return self.settings.nets
+
+    @property
+    def example(self) -> jax.ShapeDtypeStruct:
+        """Shape of one image as a batch of one."""
+        return jax.ShapeDtypeStruct((1, *self.dataset.image_shape), np.float32)
+
+    def bring_in(self, name: str) -> None:
+        """Makes the variables of a net that takes part for the first time."""
+        if name in self.variables:
+            return
+        source = self.settings["nets"][name].get("init_from", "")
+        net = self.nets[name]
+        if not source:
+            self.variables[name] = self._random(name)
+        elif is_file(source):
+            self.variables[name] = load_float(self._shapes(name), read_net(source))
+        else:
+            self.bring_in(source)
+            taken = self.variables[source]
+            if net == self.nets[source]:
+                self.variables[name] = jax.tree.map(np.asarray, taken)
+            else:  # another structure or other rules: the weights, which it must calibrate itself
+                self.variables[name] = load_float(self._shapes(name), taken)
+        self.variables[name] = place(self.variables[name])
+
+    def _random(self, name: str) -> Variables:
+        key = stream_key(self.settings["seed"], f"init/{name}")
+        images = np.zeros(self.example.shape, np.float32)
+        net = self.nets[name]
+        return jax.jit(net.init)(key, images)
+
+    def _shapes(self, name: str) -> Variables:
+        net = self.nets[name]
+        return jax.eval_shape(net.init, jax.random.key(0), self.example)
+
+    def put(self, name: str, variables: Mapping[str, Any]) -> None:
+        """Replaces a net's variables."""
+        self.variables[name] = place(dict(variables))
+
+    # --- data ---------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _eval_batches(self) -> dict[str, Sequence[Any]]:
+        size = self.settings["eval_batch_size"]
+        return {s: data.eval_batches(self.dataset, s, size) for s in ("train", "test")}
+
+    def eval_batches(self, split: str) -> Sequence[Any]:
+        """The batches of a split, in order, padded, with masks."""
+        return self._eval_batches[split]
+
+    def images(self, count: int, *, batch_size: int = 64) -> list[np.ndarray]:
+        """Batches of training images in a random order, without augmentation; none is padded."""
+        count = min(count or len(self.dataset.train_images), len(self.dataset.train_images))
+        batch_size = min(batch_size, count)
+        batches = data.train_batches(
+            self.dataset, batch_size=batch_size, seed=self.settings["seed"]
+        )
+        return [batches[k]["image"] for k in range(max(count // batch_size, 1))]
+
+    def evaluate(
+        self, name: str, split: str = "test", variables: Mapping[str, Any] | None = None
+    ) -> Evaluation:
+        """Evaluates a net on a split; one compilation for each structure of a net."""
+        compiled = eval_step(self.nets[name])
+        variables = place(self.variables[name] if variables is None else variables)
+        total: dict[str, float] | None = None
+        logits = []
+        for batch in self.eval_batches(split):
+            given = {k: batch[k] for k in ("image", "label", "mask")}
+            sums, out = jax.device_get(compiled(variables, given))
+            total = sums if total is None else metrics.add(total, sums)
+            logits.append(out[batch["mask"]])
+        assert total is not None
+        return Evaluation(metrics.finish(total), np.concatenate(logits))
+
+    def apply_arguments(self, name: str) -> dict[str, bool]:
+        """Arguments that put a net's model into evaluation mode."""
+        return mode_arguments(self.nets[name], False)
+
+    # --- saving -------------------------------------------------------------------------------
+
+    def stage(self) -> Stage:
+        """The stage that is running or comes next."""
+        return self.settings.stages[self.stage_index]
+
+    @property
+    def step(self) -> int:
+        """Global step: done stages and the steps done in this one."""
+        if self.stage_index == len(self.settings.stages):
+            return self.settings.total_steps
+        return self.stage().first + self.stage_step
+
+    def save(self, *, score: float | None = None, blocking: bool = False) -> None:
+        """Saves everything that matters."""
+        if self.checkpoints is None:
+            return
+        tree = {"nets": self.variables, "optimizers": self.optimizers}
+        meta = {
+            "stage": "" if self.finished else self.stage().name,
+            "stage_index": self.stage_index,
+            "stage_step": self.stage_step,
+            "window": dataclasses.asdict(self.window),
+            "rows": self.rows,
+            "timings": self.timings,
+            "lines": 0 if self.folder is None else self.folder.lines,
+        }
+        self.checkpoints.save(self.step, tree, meta, score=score, blocking=blocking)
+
+    def load(self, saved: Restored) -> None:
+        """Takes over what `save` wrote."""
+        tree = nested(saved.tree)
+        self.variables = {n: place(v) for n, v in tree.get("nets", {}).items()}
+        self.optimizers = {}
+        for name, leaf in saved.tree.items():
+            if name.startswith("optimizers/"):
+                _, stage, net, rest = name.split("/", 3)
+                self.optimizers.setdefault(stage, {}).setdefault(net, {})[rest] = leaf
+        self.stage_index = saved.meta["stage_index"]
+        self.stage_step = saved.meta["stage_step"]
+        self.window = Window(**saved.meta["window"])
+        self.rows = saved.meta["rows"]
+        self.timings = saved.meta["timings"]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole schedule is done."""
+        return self.stage_index == len(self.settings.stages)
+
+    def add_times(self, stage: str, times: Mapping[str, float]) -> None:
+        """Adds times of a stage. Seconds and steps of interrupted parts add up; rates are the last."""
+        entry = self.timings.setdefault("stages", {}).setdefault(stage, {})
+        for key, value in times.items():
+            adds = key == "steps" or key.endswith("seconds")
+            entry[key] = entry.get(key, 0) + value if adds else value
+
+    def log(self, stage: Stage, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Writes a line to metrics.jsonl at a step of a stage (counted from 1)."""
+        if self.folder is not None:
+            self.folder.log(stage.first + step, stage.name, split, values)
+
+
+def place(tree: Any) -> Any:
+    """Puts a tree on the first device, so that evaluation compiles once whoever made the arrays."""
+    return jax.device_put(tree, jax.local_devices()[0])
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {"a": {"b": leaf}} for {"a/b": leaf}."""
+    out: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *path, last = name.split("/")
+        node = out
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return out
+
+
+def read_net(source: str) -> Variables:
+    """Reads a net's variables from "<run folder>#<net>" or from a flat .npz file.
+
+    Raises:
+        ValueError: there is no such file, checkpoint or net.
+    """
+    path, _, name = source.partition("#")
+    if path.endswith(".npz"):
+        if not Path(path).is_file():
+            raise ValueError(f"init_from is {source!r}; there is no file {path}.")
+        with np.load(path) as file:
+            return nested({key: file[key] for key in file.files})
+    folder = Path(path) / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(
+            f"init_from is {source!r}; {folder} is not there. Give <run folder>#<net> of a run, or "
+            "a .npz file."
+        )
+    with Checkpoints(folder) as checkpoints:
+        saved = checkpoints.restore_latest()
+    nets = nested(saved.tree).get("nets", {}) if saved else {}
+    if name not in nets:
+        raise checks.unknown(f"net in init_from {source!r}", name, nets)
+    return nets[name]
+
+
+def write_net(path: Path, variables: Mapping[str, Any]) -> None:
+    """Writes a net's variables as a flat .npz file that `init_from` reads."""
+    flat = {name: np.asarray(leaf) for name, leaf in flatten(dict(variables)).items()}
+    np.savez(path, **flat)

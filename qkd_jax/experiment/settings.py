@@ -1,0 +1,361 @@
+"""Reading a config: every name checked against what exists, every length in steps.
+
+A config is a `ConfigDict` or a plain dict. `resolve` turns it into a plain dict that JSON holds
+(that is `config.json`), `read` checks it and lays out the schedule as `Stage`s. The fields of a stage
+are the keyword arguments of its function in `STAGES`, so a new kind of stage checks itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qkd_jax import checks, presets
+from qkd_jax.data import DATASETS
+from qkd_jax.models import MODELS, create
+from qkd_jax.quantize import QuantizedModel, quantize
+
+__all__ = ["Settings", "Stage", "build_net", "is_file", "read", "resolve"]
+
+# Everything a config may say outside of `nets`, `stages` and `schedule`, with its default.
+DEFAULTS: dict[str, Any] = {
+    "seed": 0,
+    "data": {"name": "digits", "dir": "", "train_examples": 0, "augment": ()},
+    "eval_batch_size": 500,
+    "log": {"every_steps": 10, "eval_every_steps": 0, "quant_every_steps": 0},
+    "checkpoint": {"every_seconds": 30.0, "every_steps": 0},
+    "parallel": {"mode": "jit", "devices": 0},
+}
+STRUCTURE = ("nets", "stages", "schedule")
+NET_FIELDS = ("model", "rules", "init_from", "reduce_range")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of the schedule.
+
+    Attributes:
+        name: its name in `stages`.
+        kind: a key of STAGES.
+        fields: its other fields, complete.
+        index: its place in the schedule.
+        first: global step at which it starts. A stage that does not train counts as one step, so
+            that every checkpoint has a number of its own.
+        steps: its length in global steps.
+        nets: the nets that take part, in order.
+        starts: {net: position in its schedule of the learning rate} for nets that learn.
+        horizons: {net: joint length of that schedule}, over all stages that continue it.
+        keeps: nets whose optimizer a later stage continues.
+    """
+
+    name: str
+    kind: str
+    fields: dict[str, Any]
+    index: int
+    first: int
+    steps: int
+    nets: tuple[str, ...]
+    starts: dict[str, int] = dataclasses.field(default_factory=dict)
+    horizons: dict[str, int] = dataclasses.field(default_factory=dict)
+    keeps: tuple[str, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a `train` stage."""
+        return self.kind == "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A checked config: the plain dict, the quantized models, the stages in order."""
+
+    config: dict[str, Any]
+    nets: dict[str, QuantizedModel]
+    stages: tuple[Stage, ...]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.config[key]
+
+    @property
+    def total_steps(self) -> int:
+        """Global steps of the whole schedule."""
+        return sum(stage.steps for stage in self.stages)
+
+
+def resolve(config: Any) -> dict[str, Any]:
+    """Returns a config as a plain dict with defaults filled in; equal configs give equal dicts.
+
+    Raises:
+        ValueError: a value that JSON cannot hold.
+    """
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"config is {type(config).__name__}; it must be a ConfigDict or a dict, such as "
+            "get_config() returns."
+        )
+    try:
+        plain = json.loads(json.dumps(config, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the config holds something that is not plain data ({error}); use numbers, text, "
+            "booleans, tuples and dicts."
+        ) from None
+    for key in plain:
+        if key not in DEFAULTS and key not in STRUCTURE:
+            raise checks.unknown("field config", key, [*DEFAULTS, *STRUCTURE])
+    for key in STRUCTURE:
+        if key not in plain:
+            raise ValueError(f"config.{key} is missing; see configs/qkd.py for its form.")
+    for key, default in DEFAULTS.items():
+        plain[key] = _filled(f"config.{key}", plain.get(key), default)
+    return plain
+
+
+def _filled(where: str, given: Any, default: Any) -> Any:
+    if not isinstance(default, Mapping):
+        return default if given is None else given
+    for key in given or {}:
+        if key not in default:
+            raise checks.unknown(f"field {where}", key, default)
+    return {**json.loads(json.dumps(default)), **(given or {})}
+
+
+def read(
+    config: Any, kinds: Mapping[str, Callable[..., Any]], *, examples: int, classes: int
+) -> Settings:
+    """Checks a config and lays out its schedule.
+
+    Args:
+        config: a `ConfigDict` or dict.
+        kinds: STAGES.
+        examples: number of training examples, which turns epochs into steps.
+        classes: number of classes of the data set.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: naming the field, what is allowed, and the nearest valid name.
+    """
+    plain = resolve(config)
+    checks.one_of("config.data.name", plain["data"]["name"], DATASETS)
+    checks.integer_in("config.seed", plain["seed"], 0, 2**32 - 1)
+    checks.integer_in("config.eval_batch_size", plain["eval_batch_size"], 1)
+    checks.at_least_one("config.nets", plain["nets"])
+    nets = {
+        name: build_net(name, fields, plain["nets"], classes)
+        for name, fields in plain["nets"].items()
+    }
+    stages = _schedule(plain, kinds, examples)
+    for stage in stages:
+        for net in stage.nets:
+            if net not in nets:
+                raise checks.unknown(f"net in stages.{stage.name}", net, nets)
+    # A ConfigDict sorts its keys; people want the nets in the order in which they take part.
+    order = dict.fromkeys([*(net for stage in stages for net in stage.nets), *nets])
+    return Settings(plain, {net: nets[net] for net in order}, stages)
+
+
+def is_file(init_from: str) -> bool:
+    """Whether `init_from` means a file or run folder instead of a net."""
+    return os.sep in init_from or "#" in init_from or init_from.endswith(".npz")
+
+
+def build_net(
+    name: str, fields: Mapping[str, Any], nets: Mapping[str, Any], classes: int
+) -> QuantizedModel:
+    """Builds the quantized model of one entry of `nets`.
+
+    Fields other than `model`, `rules`, `init_from` and `reduce_range` go to the model; a 0 leaves
+    the model's own default.
+
+    Raises:
+        ValueError: an unknown model, argument of the model, preset or net to start from.
+    """
+    where = f"nets.{name}"
+    if "model" not in fields:
+        raise ValueError(f"{where}.model is missing; allowed: {', '.join(sorted(MODELS))}.")
+    arguments = {k: v for k, v in fields.items() if k not in NET_FIELDS and v != 0}
+    source = fields.get("init_from", "")
+    if source and not is_file(source):
+        if source not in nets:
+            raise checks.unknown(f"net in {where}.init_from", source, nets)
+        if source == name:
+            raise ValueError(f"{where}.init_from is the net itself; name another, or ''.")
+    try:
+        rules = presets.rules(
+            fields.get("rules", "float"), reduce_range=bool(fields.get("reduce_range", False))
+        )
+        return quantize(create(fields["model"], classes, **arguments), rules)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _schedule(
+    plain: Mapping[str, Any], kinds: Mapping[str, Callable[..., Any]], examples: int
+) -> tuple[Stage, ...]:
+    schedule, table = plain["schedule"], plain["stages"]
+    if isinstance(schedule, str) or any("," in str(name) for name in schedule):
+        given = schedule if isinstance(schedule, str) else ",".join(schedule)
+        names = ", ".join(repr(n.strip()) for n in given.split(","))
+        raise ValueError(
+            f"config.schedule is one string, {given!r}; a tuple on the command line is written "
+            f'--config.schedule="({names},)".'
+        )
+    checks.at_least_one("config.schedule", schedule)
+    for place, name in enumerate(schedule):
+        if name not in table:
+            raise checks.unknown("stage in config.schedule", name, table)
+        if name in schedule[:place]:
+            raise ValueError(
+                f"config.schedule names {name!r} twice; give the second one a name of its own in "
+                "config.stages."
+            )
+    for name in table:  # stages that are not scheduled are checked too: they are one edit away
+        _check_fields(name, table[name], kinds)
+    stages: list[Stage] = []
+    first, epochs = 0, {}
+    for index, name in enumerate(schedule):
+        fields = dict(table[name])
+        kind = fields.pop("kind")
+        fields = {**_stage_fields(kinds[kind])[1], **fields}
+        done = {s.name: s for s in stages}
+        steps, starts = 1, {}
+        if kind == "train":
+            _check_chain(name, fields, done, schedule)
+            steps, epochs[name] = _steps(name, fields, done, epochs, examples)
+            for net in fields["learn"]:
+                before = _continues(fields, net)
+                starts[net] = done[before].starts[net] + done[before].steps if before else 0
+        stages.append(Stage(name, kind, fields, index, first, steps, nets_of(kind, fields), starts))
+        first += steps
+    return _with_horizons(stages)
+
+
+def _continues(fields: Mapping[str, Any], net: str) -> str:
+    return fields["optim"].get(net, {}).get("continues") or ""
+
+
+def _check_chain(
+    name: str, fields: Mapping[str, Any], done: Mapping[str, Stage], schedule: list[str]
+) -> None:
+    for net in fields["learn"]:
+        before = _continues(fields, net)
+        where = f"stages.{name}.optim.{net}.continues"
+        if not before:
+            continue
+        if before not in done:
+            late = " (it comes later in the schedule)" if before in schedule else ""
+            raise ValueError(
+                f"{where} is {before!r}{late}; it must be an earlier train stage: "
+                f"{', '.join(s.name for s in done.values() if s.trains) or '(none)'}."
+                f"{checks.nearest(before, done)}"
+            )
+        if not done[before].trains or net not in done[before].fields["learn"]:
+            raise ValueError(
+                f"{where} is {before!r}, but net {net!r} does not learn there, so there is no "
+                "optimizer to carry on; name a stage in which it learns, or ''."
+            )
+        for other in done.values():
+            if other.trains and _continues(other.fields, net) == before:
+                raise ValueError(
+                    f"{where} is {before!r}, which stage {other.name!r} continues already; two "
+                    f"stages cannot share one schedule. Continue {other.name!r} instead, or start "
+                    "anew with ''."
+                )
+
+
+def _steps(
+    name: str,
+    fields: Mapping[str, Any],
+    done: Mapping[str, Stage],
+    epochs: Mapping[str, tuple[float, int]],
+    examples: int,
+) -> tuple[int, tuple[float, int]]:
+    """Length of a train stage, and (epochs, steps) to its end since its chain began.
+
+    Rounding is done on the whole chain, so that 15 + 50 + 35 % of a control's epochs take exactly
+    the control's steps.
+    """
+    checks.integer_in(f"stages.{name}.batch_size", fields["batch_size"], 1)
+    checks.integer_in(f"stages.{name}.steps", fields["steps"], 0)
+    checks.in_range(f"stages.{name}.epochs", fields["epochs"], 0, 1e9)
+    before = next((b for net in fields["learn"] if (b := _continues(fields, net))), "")
+    past, start = epochs[before] if before else (0.0, 0)
+    if fields["steps"]:
+        end = start + fields["steps"]
+        return fields["steps"], (end * fields["batch_size"] / examples, end)
+    end = round((past + fields["epochs"]) * examples / fields["batch_size"])
+    steps = end - start
+    if steps < 1:
+        raise ValueError(
+            f"stages.{name} has epochs={fields['epochs']} and steps=0: no step at all; give it "
+            "epochs or steps, or take it out of the schedule."
+        )
+    return steps, (past + fields["epochs"], end)
+
+
+def _with_horizons(stages: list[Stage]) -> tuple[Stage, ...]:
+    out = []
+    for stage in stages:
+        horizons, keeps = {}, []
+        for net in stage.starts:
+            last = stage
+            while later := next(
+                (s for s in stages if s.trains and _continues_in(s, net) == last.name), None
+            ):
+                last = later
+            horizons[net] = last.starts[net] + last.steps
+            if last is not stage:
+                keeps.append(net)
+        out.append(dataclasses.replace(stage, horizons=horizons, keeps=tuple(keeps)))
+    return tuple(out)
+
+
+def _continues_in(stage: Stage, net: str) -> str:
+    return _continues(stage.fields, net) if net in stage.fields["learn"] else ""
+
+
+def nets_of(kind: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Nets that take part: those that learn or teach, else `nets` and `reference`."""
+    if kind == "train":
+        sources = [
+            row["source"]
+            for table in fields["learn"].values()
+            for row in table.values()
+            if row.get("source")
+        ]
+        return tuple(dict.fromkeys([*fields["learn"], *sources]))
+    return tuple(dict.fromkeys([*fields["nets"], *filter(None, [fields.get("reference")])]))
+
+
+def _stage_fields(function: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
+    """(all fields, defaults) of a kind of stage: the keyword arguments of its function."""
+    parameters = [
+        p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
+    ]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return [p.name for p in parameters], defaults
+
+
+def _check_fields(
+    name: str, fields: Mapping[str, Any], kinds: Mapping[str, Callable[..., Any]]
+) -> None:
+    where = f"stages.{name}"
+    if "kind" not in fields:
+        raise ValueError(f"{where}.kind is missing; allowed: {', '.join(kinds)}.")
+    if fields["kind"] not in kinds:
+        raise checks.unknown(f"kind in {where}", fields["kind"], kinds)
+    known, defaults = _stage_fields(kinds[fields["kind"]])
+    for key in fields:
+        if key != "kind" and key not in known:
+            raise checks.unknown(f"field of {where}", key, known)
+    for key in known:
+        if key not in fields and key not in defaults:
+            raise ValueError(f"{where}.{key} is missing; a {fields['kind']!r} stage needs it.")

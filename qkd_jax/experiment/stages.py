@@ -1,0 +1,320 @@
+"""The kinds of stages: each takes a run and changes its variables, its rows, or both.
+
+`STAGES[kind](run, stage, **fields)`. The keyword arguments are the fields that a config may give; one
+without a default must be given, `nets` (or `learn`) says which nets take part. Add a kind as a
+function and a line in `STAGES`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from qkd_jax import checks, data, metrics, ptq
+from qkd_jax.calibration import calibrate as calibrate_net
+from qkd_jax.experiment.deployment import deploy
+from qkd_jax.experiment.run import Run, write_net
+from qkd_jax.experiment.settings import Stage
+from qkd_jax.inspection import layers, size
+from qkd_jax.training.loop import Hooks, Window, run_steps
+from qkd_jax.training.optim import init_optimizer
+from qkd_jax.training.plan import Plan, plan_step
+from qkd_jax.training.progress import Progress
+from qkd_jax.training.state import (
+    TrainState,
+    frozen_variables,
+    net_variables,
+    optimizer_states,
+    split,
+    start_state,
+)
+from qkd_jax.training.trees import flatten, unflatten_like
+
+__all__ = ["STAGES", "plan_stage"]
+
+
+def plan_stage(nets: Mapping[str, Any], stage: Stage) -> Plan:
+    """Plans the step of a `train` stage; the config's "not set" (0, -1, "") becomes a default."""
+    optim = {}
+    for net, fields in stage.fields["optim"].items():
+        fields = dict(fields)
+        if fields.get("quant_lr", 0.0) is not None and fields.get("quant_lr", 0.0) < 0:
+            fields["quant_lr"] = None
+        if not fields.get("clip_norm"):
+            fields["clip_norm"] = None
+        optim[net] = fields
+    try:
+        return plan_step(nets, stage.fields["learn"], optim, horizon=stage.horizons)
+    except ValueError as error:
+        raise ValueError(f"stages.{stage.name}: {error}") from error
+
+
+def train(
+    run: Run,
+    stage: Stage,
+    *,
+    learn: Mapping[str, Any],
+    optim: Mapping[str, Any],
+    epochs: float = 0.0,
+    steps: int = 0,
+    batch_size: int = 128,
+) -> None:
+    """Trains the nets of `learn`; goes on where the stage was interrupted.
+
+    All arms of an experiment see the same batches: the order of the data follows the step in the
+    chain of stages that continue one another, so QKD's phases see what its controls see.
+    """
+    del learn, optim, epochs, steps  # `stage` holds them in the form that the plan reads
+    plan = plan_stage(run.nets, stage)
+    compiled = run.steps.get(plan)
+    done = run.stage_step
+    saved = _optimizers(run, stage, plan)
+    state = start_state(plan, run.variables, step=run.step, seed=run.settings["seed"], opt=saved)
+    start = max(stage.starts.values())
+    batches = data.train_batches(
+        run.dataset,
+        batch_size=batch_size,
+        seed=run.settings["seed"],
+        augment=run.settings["data"]["augment"],
+    ).iter(start + done, start + stage.steps)
+    with Progress(stage.name, stage.steps, batch_size, start=done, enabled=run.verbose) as progress:
+        try:
+            state = run_steps(
+                compiled,
+                plan,
+                state,
+                frozen_variables(plan, run.variables),
+                batches,
+                _hooks(run, stage, plan),
+                progress,
+                done=done,
+                steps=stage.steps,
+                window=run.window,
+            )
+        finally:
+            run.add_times(stage.name, progress.summary())
+    _take(run, stage, plan, state, stage.steps, Window())
+    # The optimizer travels on only if a later stage continues it.
+    kept = {net: run.optimizers[stage.name][net] for net in stage.keeps}
+    del run.optimizers[stage.name]
+    if kept:
+        run.optimizers[stage.name] = kept
+
+
+def _optimizers(run: Run, stage: Stage, plan: Plan) -> dict[str, Any]:
+    """Optimizer states to go on with: this stage's own when interrupted, else the continued one's."""
+    found = {}
+    for net in plan.learners:
+        if run.stage_step:
+            flat = run.optimizers[stage.name][net]
+        elif net in plan.continues:
+            # Taken out: nobody else can continue it, and the checkpoint need not carry it on.
+            flat = run.optimizers[plan.continues[net]].pop(net)
+        else:
+            continue
+        learned, _ = split(run.variables[net])
+        fresh = jax.eval_shape(
+            lambda tree, net=net: init_optimizer(plan.structure.optim[plan.slots[net]], tree),
+            learned,
+        )
+        found[net] = unflatten_like(flat, fresh)
+    return found
+
+
+def _take(run: Run, stage: Stage, plan: Plan, state: TrainState, step: int, window: Window) -> None:
+    """Takes the state of a stage over into the run."""
+    for net, variables in net_variables(plan, state).items():
+        run.put(net, variables)
+    run.optimizers[stage.name] = {
+        net: flatten(opt) for net, opt in optimizer_states(plan, state).items()
+    }
+    run.stage_step, run.window = step, window
+
+
+def _hooks(run: Run, stage: Stage, plan: Plan) -> Hooks:
+    every = run.settings["log"]
+    eval_every, quant_every = every["eval_every_steps"], every["quant_every_steps"]
+    save_steps = run.settings["checkpoint"]["every_steps"]
+    save_seconds = run.settings["checkpoint"]["every_seconds"]
+    best = {"top1": -1.0, "step": -1, "last": time.monotonic()}
+
+    def at(step: int, interval: int) -> bool:
+        return bool(interval) and (step % interval == 0 or step == stage.steps)
+
+    def log(step: int, values: dict[str, float]) -> None:
+        run.log(stage, step, "train", values)
+
+    def look(step: int, state: TrainState) -> None:
+        nets = net_variables(plan, state)
+        if at(step, quant_every):
+            paths = quantizer_means(nets)
+            if paths:
+                run.log(stage, step, "quant", paths)
+        if at(step, eval_every):
+            found = {net: run.evaluate(net, variables=v).metrics for net, v in nets.items()}
+            values = {f"{n}/{k}": v for n, m in found.items() for k, v in m.items() if k != "count"}
+            run.log(stage, step, "test", values)
+            top1 = found[plan.learners[0]]["top1"]
+            if top1 > best["top1"]:
+                best.update(top1=top1, step=step)
+
+    def save_at(step: int) -> bool:
+        if step == stage.steps:
+            return False  # the end of the stage saves
+        late = bool(save_seconds) and time.monotonic() - best["last"] >= save_seconds
+        return late or (bool(save_steps) and step % save_steps == 0)
+
+    def save(step: int, state: TrainState, window: Window) -> None:
+        _take(run, stage, plan, state, step, window)
+        # Later stages rank above earlier ones: the best is the best of the newest stage.
+        score = stage.index + best["top1"] if best["step"] == step else None
+        run.save(score=score)
+        best["last"] = time.monotonic()
+
+    return Hooks(
+        log=log,
+        look=look,
+        look_at=lambda step: at(step, eval_every) or at(step, quant_every),
+        save=save,
+        save_at=save_at,
+        stop=run.stopping,
+        log_every=every["every_steps"],
+    )
+
+
+def quantizer_means(nets: Mapping[str, Any]) -> dict[str, float]:
+    """{"<net>/<layer>/<quantizer>/<parameter>": mean} of everything that quantizers own."""
+    quant = {net: v["quant"] for net, v in nets.items() if v.get("quant")}
+    flat = flatten(jax.device_get(quant))
+    return {name: float(np.mean(value)) for name, value in flat.items()}
+
+
+def calibrate(
+    run: Run, stage: Stage, *, nets: Sequence[str], examples: int = 256, observer: str = ""
+) -> None:
+    """Gives each net the `quant` collection from training images; from here on it is quantized."""
+    checks.integer_in(f"stages.{stage.name}.examples", examples, 0)
+    batches = run.images(examples, batch_size=256)
+    for name in nets:
+        if run.folder is not None:  # the report shows the weights before and after
+            run.folder.model.mkdir(parents=True, exist_ok=True)
+            floats = {k: v for k, v in run.variables[name].items() if k != "quant"}
+            write_net(run.folder.model / f"{name}_float.npz", floats)
+        run.put(
+            name,
+            calibrate_net(
+                run.nets[name],
+                run.variables[name],
+                batches,
+                observer=observer or None,
+                **run.apply_arguments(name),
+            ),
+        )
+        run.log(stage, 1, "quant", quantizer_means({name: run.variables[name]}))
+
+
+def reestimate_bn(
+    run: Run, stage: Stage, *, nets: Sequence[str], examples: int = 0, keep: str = "better"
+) -> None:
+    """Re-estimates BatchNorm's running statistics on training images.
+
+    `keep="better"` takes them only where they lower the cross-entropy on the training split: it
+    helps some arms and hurts others, and the test split must not decide. `keep="always"` does not
+    ask.
+    """
+    checks.one_of(f"stages.{stage.name}.keep", keep, ("better", "always"))
+    batches = run.images(examples, batch_size=256)
+    for name in nets:
+        before, old = run.variables[name], run.evaluate(name, "train").metrics["loss"]
+        new = ptq.reestimate_batch_norm(run.nets[name], before, batches)
+        found = run.evaluate(name, "train", new).metrics["loss"]
+        kept = keep == "always" or found < old
+        if kept:
+            run.put(name, new)
+        run.log(
+            stage,
+            1,
+            "train_split",
+            {f"{name}/loss_before": old, f"{name}/loss_after": found, f"{name}/kept": float(kept)},
+        )
+
+
+def evaluate(
+    run: Run, stage: Stage, *, nets: Sequence[str], methods: Mapping[str, str], reference: str = ""
+) -> None:
+    """Adds a row to the results for each net: quality on the test split, agreement, and size.
+
+    `methods` gives the row's method by net; `reference` is the net with whose argmax agreement is
+    counted, as it stands now.
+    """
+    for name in methods:
+        if name not in nets:
+            raise checks.unknown(f"net in stages.{stage.name}.methods", name, nets)
+    found = {
+        name: run.evaluate(name) for name in dict.fromkeys([*nets, *filter(None, [reference])])
+    }
+    for name in nets:
+        run.rows.append(
+            row(
+                run,
+                name,
+                methods.get(name, stage.name),
+                found[name].metrics,
+                stage=stage.name,
+                agreement=agreement(found[name].logits, found[reference].logits)
+                if reference not in ("", name)
+                else None,
+                agreement_with=reference or None,
+            )
+        )
+        run.log(stage, 1, "test", {f"{name}/{k}": v for k, v in found[name].metrics.items()})
+
+
+def agreement(logits: np.ndarray, others: np.ndarray) -> float:
+    """Share of examples on which two nets have the same argmax."""
+    return metrics.finish(jax.device_get(_agreement(logits, others)))["agree"]
+
+
+_agreement = jax.jit(metrics.agreement)
+
+
+def row(
+    run: Run, name: str, method: str, found: Mapping[str, float], **more: Any
+) -> dict[str, Any]:
+    """One row of results.json: no times in it."""
+    net, variables = run.nets[name], run.variables[name]
+    arguments = run.apply_arguments(name)
+    sizes = size(net, variables, run.example, **arguments)
+    weight_bits, activation_bits = 32, 32
+    if variables.get("quant"):
+        # A net is called by its lowest widths; the first and the last layer have more.
+        found_layers = layers(net, variables, run.example, **arguments)
+        weight_bits = min(x.weight.bits if x.weight else 32 for x in found_layers)
+        activation_bits = min(x.input.bits if x.input else 32 for x in found_layers)
+    return {
+        "net": name,
+        "method": method,
+        "model": run.settings["nets"][name]["model"],
+        "top1": found["top1"],
+        "top5": found["top5"],
+        "loss": found["loss"],
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "params": sizes.params,
+        "weight_bytes": sizes.bytes,
+        "seed": run.settings["seed"],
+        **more,
+    }
+
+
+STAGES: dict[str, Callable[..., None]] = {
+    "train": train,
+    "calibrate": calibrate,
+    "reestimate_bn": reestimate_bn,
+    "evaluate": evaluate,
+    "deploy": deploy,
+}

@@ -1,0 +1,127 @@
+"""Named sets of rules, and the reading of rules from plain data.
+
+A config says `rules="w2a2"` or gives a tuple of rule dicts:
+
+    ({"pattern": "stem", "weight": {"bits": 8}, "input": {"bits": 8, "symmetric": False}}, ...)
+
+Add a preset as one entry of PRESETS: a function from no arguments to such a tuple, or the tuple.
+`w<k>a<k>` is understood for any widths, listed or not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qkd_jax import checks
+from qkd_jax.quantize import Rule, Spec
+
+__all__ = ["PRESETS", "low_bit", "rules"]
+
+RuleDicts = tuple[Mapping[str, Any], ...]
+
+
+def low_bit(weight_bits: int, input_bits: int, *, ternary: bool = False) -> RuleDicts:
+    """Rules of low-bit training: LSQ everywhere, the first and the last layer at 8 bits.
+
+    The net's own input has both signs and a fixed distribution, so it is affine and not learned;
+    every other input follows a ReLU and is unsigned. Steps are per tensor, as in the recipe.
+
+    Args:
+      weight_bits: bits of the inner layers' weights.
+      input_bits: bits of the inner layers' inputs.
+      ternary: weights in {-1, 0, 1} times the step: 2 bits, narrow range.
+    """
+    inner = dict(bits=weight_bits, quantizer="lsq")
+    if ternary:
+        inner["narrow_range"] = True
+    # Not from the range: an 8-bit step whose outermost weights sit on the last code is pushed by 127
+    # times their gradient, and ran away within ten steps of distillation.
+    end = dict(bits=8, quantizer="lsq")
+    return (
+        dict(pattern="stem|dense1", weight=end, input=dict(bits=8, signed=False, symmetric=False)),
+        dict(pattern="head", weight=end, input=dict(bits=8, quantizer="lsq", signed=False)),
+        dict(
+            pattern=".*",
+            weight=inner,
+            input=dict(bits=input_bits, quantizer="lsq", signed=False),
+        ),
+    )
+
+
+PRESETS: dict[str, RuleDicts] = {
+    "float": (),
+    "w8a8": low_bit(8, 8),
+    "w4a4": low_bit(4, 4),
+    "w3a3": low_bit(3, 3),
+    "w2a2": low_bit(2, 2),
+    "ternary": low_bit(2, 2, ternary=True),
+}
+
+
+def rules(
+    given: str | Iterable[Mapping[str, Any]], *, reduce_range: bool = False
+) -> tuple[Rule, ...]:
+    """Builds rules from a preset's name or from rule dicts.
+
+    Args:
+      given: a name in PRESETS, "w<k>a<k>", or dicts with the fields of `Rule`, whose `weight`,
+        `input` and `output` are dicts with the fields of `Spec`.
+      reduce_range: give 8-bit weights 7 bits. x86 engines without VNNI add pairs of products in
+        16 bits, which saturate with 8-bit weights: a wrong result without a warning.
+
+    Returns:
+      The rules, in order.
+
+    Raises:
+      ValueError: an unknown preset, field or value.
+    """
+    if isinstance(given, str):
+        given = _preset(given)
+    return tuple(_rule(place, fields, reduce_range) for place, fields in enumerate(given))
+
+
+def _preset(name: str) -> RuleDicts:
+    if name in PRESETS:
+        return PRESETS[name]
+    widths = re.fullmatch(r"w(\d+)a(\d+)", name)
+    if widths is None:
+        raise checks.unknown("rules preset", name, [*PRESETS, "w<k>a<k>"])
+    bits = [int(w) for w in widths.groups()]
+    for operand, value in zip(("weight", "input"), bits, strict=True):
+        checks.integer_in(f"{operand} bits of rules {name!r}", value, 2, 8)
+    return low_bit(*bits)
+
+
+def _rule(place: int, fields: Mapping[str, Any], reduce_range: bool) -> Rule:
+    where = f"rules[{place}]"
+    if not isinstance(fields, Mapping):
+        raise ValueError(
+            f"{where} is {fields!r}; it must be a dict such as "
+            "{'pattern': 'stem', 'weight': {'bits': 8}}."
+        )
+    known = [f.name for f in dataclasses.fields(Rule)]
+    for key in fields:
+        if key not in known:
+            raise checks.unknown(f"field of {where}", key, known)
+    if "pattern" not in fields:
+        raise ValueError(f"{where} has no pattern; add a regular expression for whole layer paths.")
+    specs = {k: _spec(f"{where}.{k}", v) for k, v in fields.items() if k != "pattern" and v}
+    if reduce_range and "weight" in specs and specs["weight"].bits == 8:
+        specs["weight"] = dataclasses.replace(specs["weight"], bits=7)
+    return Rule(fields["pattern"], **specs)
+
+
+def _spec(where: str, fields: Mapping[str, Any]) -> Spec:
+    known = [f.name for f in dataclasses.fields(Spec)]
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where} has no field {key!r}; it has {', '.join(known)}.{hint}")
+    if "bits" not in fields:
+        raise ValueError(f"{where} has no bits; add bits=<1 to 16>.")
+    return Spec(**fields)
