@@ -47,7 +47,7 @@ DATA: dict[str, dict[str, Any]] = {
 
 
 def recipe(data: str) -> dict[str, Any]:
-    """Returns the sizes for a data set; an unknown one gets CIFAR-10's (its name is checked later)."""
+    """Returns the sizes for a data set; one that is not listed gets CIFAR-10's."""
     return DATA.get(data, DATA["cifar10"])
 
 
@@ -153,8 +153,8 @@ def net(
       model: a name in `qkd_jax.models.MODELS`.
       width: channels of the first stage; 0 leaves the model's own default.
       rules: a preset ("float", "w2a2", "w<k>a<k>", "ternary") or a tuple of rule dicts.
-      init_from: another net, copied as it is when this one first takes part; or "<run folder>#<net>",
-        or a flat .npz file; "" starts from random weights.
+      init_from: another net, copied as it is when this one first takes part, a net of another run
+        ("<run folder>#<net>") or a flat .npz file; "" starts from random weights.
       reduce_range: 7 bits for 8-bit weights, for x86 engines without VNNI.
     """
     return dict(

@@ -1,4 +1,4 @@
-"""QKD, quantization-aware knowledge distillation (Kim et al. 2019, arXiv 1911.12491), with controls.
+"""QKD (Kim et al. 2019, arXiv 1911.12491): quantization and distillation together, with controls.
 
     python launch.py --config=configs/qkd.py --workdir=runs/qkd_digits
     python launch.py --config=configs/qkd.py:data=fashion_mnist,student=resnet8,teacher=resnet20

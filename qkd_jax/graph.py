@@ -287,7 +287,10 @@ def _marker(abstract: Any) -> int:
         )
     taken = {d for a in jax.tree.leaves(abstract[0]) for d in a.shape}
     taken |= {d for a in jax.tree.leaves(abstract[1]) for d in a.shape[1:]}
-    return next(p for p in PRIMES if all(d % p or not d for d in taken))
+    free = [p for p in PRIMES if all(d % p or not d for d in taken)]
+    if not free:
+        raise ValueError(f"every one of {PRIMES} divides a dimension; trace without any_batch.")
+    return free[0]
 
 
 def _rebatched(value: Any, traced: int | None, batch: int | None) -> Any:

@@ -38,8 +38,8 @@ def low_bit(weight_bits: int, input_bits: int, *, ternary: bool = False) -> Rule
     inner = dict(bits=weight_bits, quantizer="lsq")
     if ternary:
         inner["narrow_range"] = True
-    # Not from the range: an 8-bit step whose outermost weights sit on the last code is pushed by 127
-    # times their gradient, and ran away within ten steps of distillation.
+    # Not from the range: an 8-bit step whose outermost weights sit on the last code is pushed by
+    # 127 times their gradient, and ran away within ten steps of distillation.
     end = dict(bits=8, quantizer="lsq")
     return (
         dict(pattern="stem|dense1", weight=end, input=dict(bits=8, signed=False, symmetric=False)),

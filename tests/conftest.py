@@ -8,6 +8,6 @@ flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4".strip()
 
-import jax
+import jax  # noqa: E402  (after the flags above)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

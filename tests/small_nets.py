@@ -1,10 +1,13 @@
 """Small linen nets, none of the package's own, and variables that look trained."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, quantize
 
@@ -79,7 +82,20 @@ def float_net(model, example, rules=(), seed=0):
 
 def calibrated(model, rules, example, seed=0):
     """Returns a quantized net and its variables."""
-    from qkd_jax.calibration import calibrate
-
     net, variables = float_net(model, example, rules, seed)
     return net, calibrate(net, variables, [example], observer="minmax")
+
+
+CASES = {
+    "w8a8": rules(8, 8, quantizer="uniform", granularity="tensor"),
+    "w4a4": rules(4, 4),
+    "w2a2": rules(2, 2, ends=7),
+    "qil": rules(3, 5, quantizer="qil", granularity="tensor"),
+}
+
+
+@functools.lru_cache
+def case(name):
+    """Returns (net, variables, images) of `Mixed` with the rules of a case; do not change them."""
+    example = images(32)
+    return *calibrated(Mixed(), CASES[name], example), example

@@ -67,7 +67,7 @@ def test_loss():
 
 
 def test_model():
-    tiny = run(block("Add a model"), __name__="tiny")["Tiny"]
+    tiny = run(block("Add a model"), __name__=__name__)["Tiny"]
     images = jnp.ones((2, 8, 8, 1))
     variables = tiny(num_classes=5).init(jax.random.key(0), images)
     assert tiny(num_classes=5).apply(variables, images).shape == (2, 5)

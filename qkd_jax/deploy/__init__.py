@@ -5,9 +5,10 @@ engine for it, `latency` times engines side by side. A new kind of file is a mod
 function `(net, variables, images, path, **options)`.
 """
 
-from qkd_jax.deploy.integers import IntegerModel, LayerSize, convert, integer_apply
+from qkd_jax.deploy.integers import convert, integer_apply
 from qkd_jax.deploy.latency import latency
 from qkd_jax.deploy.onnx import OnnxFile, has_vnni, onnx_session, to_onnx
+from qkd_jax.deploy.program import IntegerModel, LayerSize
 
 __all__ = [
     "IntegerModel",

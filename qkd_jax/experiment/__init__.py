@@ -23,7 +23,7 @@ from qkd_jax import data
 from qkd_jax.data import DATASETS, NotPreparedError
 from qkd_jax.experiment import settings as reading
 from qkd_jax.experiment.overview import overview
-from qkd_jax.experiment.run import Run, write_net
+from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Settings, Stage, resolve
 from qkd_jax.experiment.stages import STAGES, plan_stage
 from qkd_jax.training.checkpoint import Checkpoints
@@ -169,6 +169,7 @@ def run(config: Any, workdir: str, *, report: bool = True, verbose: bool = True)
         if report:
             _write_report(folder, say)
         _show(results, say)
+        say(_times(state.timings))
     return results
 
 
@@ -241,7 +242,7 @@ def _open(workdir: str) -> tuple[RunFolder, Run]:
 
 
 def evaluate(workdir: str, *, verbose: bool = True) -> dict[str, Any]:
-    """Evaluates every net of a run folder's newest checkpoint on the test split, as it stands there."""
+    """Evaluates every net of a run folder's newest checkpoint on the test split."""
     from qkd_jax.experiment.stages import row
 
     enable_compilation_cache()
@@ -324,6 +325,25 @@ def _show(results: dict[str, Any], say: Callable[[str], None]) -> None:
     with console.capture() as text:
         console.print(table(results))
     say(text.get())
+
+
+def _times(timings: dict[str, Any]) -> str:
+    """Where the seconds went, and the latencies, as text."""
+    stages = timings.get("stages", {}).values()
+    steps, first = (
+        sum(stage.get(key, 0.0) for stage in stages)
+        for key in ("train_seconds", "first_step_seconds")
+    )
+    lines = [
+        f"{timings['seconds']:.0f} s: {steps:.0f} s of training steps, {first:.0f} s of first "
+        "steps (compilation)"
+    ]
+    for entry in timings.get("latency", ()):
+        lines.append(
+            f"{entry['model']} on {entry['engine']}, batch {entry['batch']}: "
+            f"{entry['median_ms']:.3f} ms (median of {entry['rounds']})"
+        )
+    return "\n".join(lines)
 
 
 def main(mode: str, *, config: Any, workdir: str) -> int:

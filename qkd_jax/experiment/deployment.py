@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks, report
@@ -26,7 +28,6 @@ from qkd_jax import deploy as shipping
 from qkd_jax.experiment.run import Run, read_net, write_net
 from qkd_jax.experiment.settings import Stage
 from qkd_jax.inspection import LayerInfo, layers
-from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantizers import QUANTIZERS
 from qkd_jax.training.tracking import write_json
 
@@ -72,9 +73,8 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
 
     write_net(folder / f"{name}.npz", variables)
     integer = shipping.convert(net, variables, images)
-    np.savez(
-        folder / f"{name}_integers.npz", **{k: np.asarray(a) for k, a in integer.arrays.items()}
-    )
+    packed: dict[str, Any] = {key: np.asarray(array) for key, array in integer.arrays.items()}
+    np.savez(folder / f"{name}_integers.npz", **packed)
     path, path_float = folder / f"{name}.onnx", folder / f"{name}_float.onnx"
     written = shipping.to_onnx(net, variables, images, path, target=target or None)
     before = _before(run, name)
@@ -96,7 +96,7 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
     }
     infos = layers(net, variables, run.example, **run.apply_arguments(name))
     write_json(folder / "layers.json", [_layer(info) for info in infos])
-    write_json(folder / "histograms.json", _histograms(net, variables, before, infos))
+    write_json(folder / "histograms.json", _histograms(variables, before, infos))
     if rounds:
         engines = {f"{name} {_widths(entry)}": session, f"{name} float32": session_float}
         run.timings["latency"] = list(
@@ -219,29 +219,38 @@ def _layer(info: LayerInfo) -> dict[str, Any]:
 
 
 def _histograms(
-    net: QuantizedModel,
-    variables: Mapping[str, Any],
-    before: Mapping[str, Any] | None,
-    infos: Sequence[LayerInfo],
+    variables: Mapping[str, Any], before: Mapping[str, Any] | None, infos: Sequence[LayerInfo]
 ) -> dict[str, Any]:
     """Float weights and codes of every layer whose kernel is quantized."""
-    found = {}
-    for info in infos:
-        weight = _at(variables["params"], info.path, "kernel")
-        params = _at(variables["quant"], info.path, "weight_quantizer")
-        if info.weight is None or weight is None or params is None:
-            continue
-        quantizer = QUANTIZERS[info.weight.quantizer]
-        scale, _, _ = quantizer.integer_view(params, info.weight)
-        hat = np.asarray(quantizer.fake_quant(weight, params, info.weight))
-        found[info.path] = {
-            "weight": np.asarray(weight),
-            "codes": np.round(hat * (np.float32(1) / np.asarray(scale))),
-            "scale": np.asarray(scale),
-            "before": before and _at(before["params"], info.path, "kernel"),
-            "label": info.weight.label,
+    specs = {info.path: info.weight for info in infos if info.weight is not None}
+    given = {
+        path: (kernel, params)
+        for path in specs
+        if (kernel := _at(variables["params"], path, "kernel")) is not None
+        and (params := _at(variables["quant"], path, "weight_quantizer")) is not None
+    }
+
+    @jax.jit  # all layers in one program: one by one, each shape would compile ten
+    def quantized(given: Any) -> Any:
+        found = {}
+        for path, (kernel, params) in given.items():
+            quantizer, spec = QUANTIZERS[specs[path].quantizer], specs[path]
+            scale, _, _ = quantizer.integer_view(params, spec)
+            hat = quantizer.fake_quant(kernel, params, spec)
+            found[path] = {"codes": jnp.round(hat * (1 / scale)), "scale": scale}
+        return found
+
+    return report.weight_histograms(
+        {
+            path: {
+                **values,
+                "weight": np.asarray(given[path][0]),
+                "before": before and _at(before["params"], path, "kernel"),
+                "label": specs[path].label,
+            }
+            for path, values in jax.device_get(quantized(given)).items()
         }
-    return report.weight_histograms(found)
+    )
 
 
 def _at(tree: Any, path: str, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a run has in its hands, and how it is saved: nets, optimizers, rows, and the place in the schedule."""
+"""What a run has in its hands, and how it is saved: nets, optimizers, rows, its place."""
 
 from __future__ import annotations
 
@@ -105,8 +105,9 @@ class Run:
     def _random(self, name: str) -> Variables:
         key = stream_key(self.settings["seed"], f"init/{name}")
         images = np.zeros(self.example.shape, np.float32)
-        net = self.nets[name]
-        return jax.jit(net.init)(key, images)
+        # It runs once: on CPU, optimizing the random number generators costs 7 s and gains nothing.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        return jax.jit(self.nets[name].init, compiler_options=options)(key, images)
 
     def _shapes(self, name: str) -> Variables:
         net = self.nets[name]
@@ -141,12 +142,12 @@ class Run:
     ) -> Evaluation:
         """Evaluates a net on a split; one compilation for each structure of a net."""
         compiled = eval_step(self.nets[name])
-        variables = place(self.variables[name] if variables is None else variables)
+        placed = place(self.variables[name] if variables is None else variables)
         total: dict[str, float] | None = None
         logits = []
         for batch in self.eval_batches(split):
             given = {k: batch[k] for k in ("image", "label", "mask")}
-            sums, out = jax.device_get(compiled(variables, given))
+            sums, out = jax.device_get(compiled(placed, given))
             total = sums if total is None else metrics.add(total, sums)
             logits.append(out[batch["mask"]])
         assert total is not None
@@ -206,7 +207,7 @@ class Run:
         return self.stage_index == len(self.settings.stages)
 
     def add_times(self, stage: str, times: Mapping[str, float]) -> None:
-        """Adds times of a stage. Seconds and steps of interrupted parts add up; rates are the last."""
+        """Adds times of a stage: seconds and steps of interrupted parts add up; rates are new."""
         entry = self.timings.setdefault("stages", {}).setdefault(stage, {})
         for key, value in times.items():
             adds = key == "steps" or key.endswith("seconds")
@@ -263,5 +264,5 @@ def read_net(source: str) -> Variables:
 
 def write_net(path: Path, variables: Mapping[str, Any]) -> None:
     """Writes a net's variables as a flat .npz file that `init_from` reads."""
-    flat = {name: np.asarray(leaf) for name, leaf in flatten(dict(variables)).items()}
+    flat: dict[str, Any] = {n: np.asarray(leaf) for n, leaf in flatten(dict(variables)).items()}
     np.savez(path, **flat)

@@ -1,8 +1,8 @@
 """Reading a config: every name checked against what exists, every length in steps.
 
 A config is a `ConfigDict` or a plain dict. `resolve` turns it into a plain dict that JSON holds
-(that is `config.json`), `read` checks it and lays out the schedule as `Stage`s. The fields of a stage
-are the keyword arguments of its function in `STAGES`, so a new kind of stage checks itself.
+(that is `config.json`), `read` checks it and lays out the schedule as `Stage`s. The fields of a
+stage are the keyword arguments of its function in `STAGES`, so a new kind of stage checks itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The kinds of stages: each takes a run and changes its variables, its rows, or both.
 
-`STAGES[kind](run, stage, **fields)`. The keyword arguments are the fields that a config may give; one
-without a default must be given, `nets` (or `learn`) says which nets take part. Add a kind as a
+`STAGES[kind](run, stage, **fields)`. The keyword arguments are the fields that a config may give;
+one without a default must be given, `nets` (or `learn`) says which nets take part. Add a kind as a
 function and a line in `STAGES`.
 """
 
@@ -106,7 +106,7 @@ def train(
 
 
 def _optimizers(run: Run, stage: Stage, plan: Plan) -> dict[str, Any]:
-    """Optimizer states to go on with: this stage's own when interrupted, else the continued one's."""
+    """Optimizer states to go on with: the stage's own if interrupted, else the continued one's."""
     found = {}
     for net in plan.learners:
         if run.stage_step:

@@ -1,7 +1,7 @@
 """The training loop. There is one, and every stage that trains runs in it.
 
-The device never waits for a metric: the metrics of step k-1 are read after step k has been handed to
-it. A batch is a function of its number, so the loop starts anywhere. What happens at intervals
+The device never waits for a metric: the metrics of step k-1 are read after step k has been handed
+to it. A batch is a function of its number, so the loop starts anywhere. What happens at intervals
 (logging, evaluation, saving) comes in as plain functions and never changes the state, so when it
 happens cannot change the result.
 """
@@ -28,7 +28,7 @@ Named = dict[str, dict[str, float]]
 
 
 class NonFiniteError(Exception):
-    """A loss, gradient or statistic is not finite; the message says in which stage, step, net and layer."""
+    """A loss, gradient or statistic is not finite; the message names stage, step, net and layer."""
 
 
 class Preempted(Exception):

@@ -1,5 +1,7 @@
 """ONNX files: valid, without needless nodes, and the same logits on ONNX Runtime."""
 
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -52,22 +54,14 @@ def test_float_net_with_any_batch_size(tmp_path, opset):
     assert model.opset_import[0].version == opset
 
 
-@pytest.mark.parametrize(
-    "name, rules, tolerance",
-    [
-        ("w8a8", small_nets.rules(8, 8, quantizer="uniform"), 0.02),
-        ("w4a4", small_nets.rules(4, 4, granularity="tensor"), 0.05),
-        ("w2a2", small_nets.rules(2, 2), 0.05),
-        ("qil", small_nets.rules(4, 4, quantizer="qil"), 0.05),
-    ],
-)
-def test_quantized_net(tmp_path, name, rules, tolerance):
-    images = small_nets.images(64)
-    net, variables = small_nets.calibrated(small_nets.Mixed(), rules, images)
-    path = tmp_path / f"{name}.onnx"
+@pytest.mark.parametrize("case", small_nets.CASES)
+def test_quantized_net(tmp_path, case):
+    net, variables, images = small_nets.case(case)
+    path = tmp_path / "m.onnx"
     written, difference, agreement = compare(net, variables, images, path)
     assert agreement == 1
-    assert difference < tolerance
+    # At 8 bits the engine rounds biases and sums; below, no code is near enough to a border.
+    assert difference < (0.02 if case == "w8a8" else 1e-5)
     assert "Transpose" not in written.operations
     model = onnx.load(path)
     stored = {i.name: i for i in model.graph.initializer}
@@ -77,8 +71,9 @@ def test_quantized_net(tmp_path, name, rules, tolerance):
     assert sum(len(w.raw_data) for w in weights) == kernels
 
 
-def test_resnet_has_no_transpose_and_an_eighth_of_a_float_file(tmp_path):
-    images = jax.random.normal(jax.random.key(2), (32, 12, 12, 3))
+@pytest.mark.slow
+def test_resnet_has_no_transpose_and_a_small_file(tmp_path):
+    images = jax.random.normal(jax.random.key(2), (32, 8, 8, 3))
     model = MODELS["resnet8"](num_classes=10, width=16, shortcut="pad")
     float_file, difference, _ = compare(
         *small_nets.float_net(model, images), images, tmp_path / "f.onnx"
@@ -243,16 +238,15 @@ def test_vnni_is_read_from_the_flags(tmp_path):
     assert not has_vnni(tmp_path / "none")
 
 
-def test_openvino_reads_the_file(tmp_path):
+def test_openvino_reads_the_file(tmp_path, monkeypatch):
+    # Its telemetry forks this process, which JAX's threads do not survive for sure.
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
     openvino = pytest.importorskip("openvino")
-    images = small_nets.images(16)
-    net, variables = small_nets.calibrated(
-        small_nets.Mixed(), small_nets.rules(7, 8, ends=7), images
-    )
+    net, variables, images = small_nets.case("w2a2")
     path = tmp_path / "m.onnx"
     to_onnx(net, variables, images, path)
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = compiled(np.moveaxis(np.asarray(images), -1, 1))[0]
     wanted = np.asarray(net.apply(variables, images))
     assert (found.argmax(-1) == wanted.argmax(-1)).all()
-    assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
+    assert np.abs(found - wanted).max() < 1e-3 * np.abs(wanted).max()

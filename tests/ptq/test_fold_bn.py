@@ -31,12 +31,9 @@ def test_float_net_is_folded_exactly():
     assert set(folded["quant"]["depthwise"]["folded"]) == {"bias"}
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
-@pytest.mark.parametrize("quantizer", ["lsq", "uniform", "qil"])
-def test_quantized_net_keeps_its_codes(granularity, quantizer):
-    x = small_nets.images()
-    rules = small_nets.rules(4, 4, granularity=granularity, quantizer=quantizer)
-    net, variables = small_nets.calibrated(small_nets.Mixed(), rules, x)
+@pytest.mark.parametrize("case", small_nets.CASES)
+def test_quantized_net_keeps_its_codes(case):
+    net, variables, x = small_nets.case(case)
     folded = fold_bn(net, variables, x)
     assert folded_norms(folded) == set(small_nets.NORMS)
     for layer in ("stem", "depthwise", "grouped", "dilated", "hidden"):
@@ -52,8 +49,7 @@ def test_quantized_net_keeps_its_codes(granularity, quantizer):
 
 
 def test_folding_twice_changes_nothing_more():
-    x = small_nets.images()
-    net, variables = small_nets.calibrated(small_nets.Mixed(), small_nets.rules(4, 4), x)
+    net, variables, x = small_nets.case("w4a4")
     once = fold_bn(net, variables, x)
     twice = fold_bn(net, once, x)
     assert jax.tree.structure(once) == jax.tree.structure(twice)

@@ -1,0 +1,221 @@
+"""The integer model: its arrays, its program, and how the program runs.
+
+A program is a list of steps. Quantizers turn activations into centred codes, products run on codes
+and are scaled by one multiplier per output channel, and everything between (bias, ReLU, sums,
+pooling) is a node of the net's graph, in float32. `integers.convert` writes programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax import graph as graphs
+from qkd_jax.deploy.pack import unpack
+from qkd_jax.graph import Node
+from qkd_jax.numerics import IntFormat, Spec
+from qkd_jax.quantizers import QUANTIZERS
+
+__all__ = [
+    "FLOAT32_EXACT",
+    "IntegerModel",
+    "LayerSize",
+    "Multiply",
+    "Program",
+    "Quantize",
+    "Weight",
+    "fresh",
+    "run",
+]
+
+FLOAT32_EXACT = 2**24
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantize:
+    """Step: a tensor to its grid, as a float (`hat`) and as centred codes."""
+
+    name: str
+    spec: Spec
+    params: tuple[tuple[str, str], ...]  # parameter -> key in the arrays
+    input: int
+    hat: int
+    codes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """Step: packed codes to centred codes and, for readers other than products, to a float."""
+
+    key: str
+    shape: tuple[int, ...]
+    format: IntFormat
+    zero_point: str | None
+    scale: str
+    hat: int
+    codes: int
+    dtype: np.dtype  # of the float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Multiply:
+    """Step: an integer product and its multiplier."""
+
+    path: str
+    node: Node
+    inputs: tuple[int, int]  # centred codes
+    narrow: bool  # both fit int8
+    bound: int
+    multiplier: str
+    output: int
+    dtype: np.dtype  # of the net's own product
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSize:
+    """Bytes of one layer's weight, packed and as float32."""
+
+    path: str
+    format: str
+    shape: tuple[int, ...]
+    bytes: int
+    float_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """What an `IntegerModel` runs. It holds no arrays; it is compared by identity."""
+
+    steps: tuple[Any, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    arrays: dict[int, str]  # value -> key in the arrays
+    numbers: dict[int, np.ndarray]  # scalars of the model's code
+    batch: int | None
+    out_tree: Any
+    layers: tuple[LayerSize, ...]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["program"]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class IntegerModel:
+    """A converted net: a pytree of its arrays.
+
+    Attributes:
+        arrays: `<layer>/weight` packed codes, `<layer>/multiplier`, biases and the quantizers'
+            parameters. No quantized weight has a float copy.
+        program: static.
+    """
+
+    arrays: dict[str, jax.Array]
+    program: Program
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(a.size * a.dtype.itemsize for a in self.arrays.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return sum(layer.bytes for layer in self.program.layers)
+
+    def report(self) -> str:
+        """Returns a table of the weights: format, shape, and bytes beside those of float32."""
+        rows = [("layer", "format", "shape", "bytes", "float32")]
+        for layer in self.program.layers:
+            shape = "x".join(map(str, layer.shape))
+            sizes = (f"{layer.bytes:,}", f"{layer.float_bytes:,}")
+            rows.append((layer.path, layer.format, shape, *sizes))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+        lines.append(
+            f"weights {self.weight_bytes:,} bytes, with multipliers, biases and steps "
+            f"{self.nbytes:,}"
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def run(integer: IntegerModel, images: Any, capture: bool, formulation: str) -> Any:
+    """Runs a program; see `integers.integer_apply`."""
+    program, arrays = integer.program, integer.arrays
+    env: dict[int, Any] = dict(program.numbers)
+    env.update((v, arrays[key]) for v, key in program.arrays.items())
+    flat = jax.tree.leaves(images)
+    env.update(zip(program.inputs, flat, strict=True))
+    captured: dict[str, Any] = {}
+    for step in program.steps:
+        if isinstance(step, Quantize):
+            codes = _quantize(step, env, arrays)
+            captured[fresh(captured, step.name)] = codes
+        elif isinstance(step, Weight):
+            codes = unpack(arrays[step.key], step.shape, step.format)
+            if step.zero_point is not None:
+                codes = codes.astype(jnp.int32) - arrays[step.zero_point].astype(jnp.int32)
+            env[step.codes] = codes
+            if step.scale:
+                hat = codes.astype(jnp.float32) * arrays[step.scale]
+                env[step.hat] = hat.astype(step.dtype)
+        elif isinstance(step, Multiply):
+            env[step.output] = _multiply(step, env, arrays, formulation)
+        else:
+            values = [env[v] for v in step.inputs]
+            results = graphs.execute(step, values, program.batch, flat[0].shape[0])
+            env.update(zip(step.outputs, results, strict=True))
+    out = jax.tree.unflatten(program.out_tree, [env[v] for v in program.outputs])
+    return (out, captured) if capture else out
+
+
+def _quantize(step: Quantize, env: dict[int, Any], arrays: Mapping[str, Any]) -> jax.Array:
+    """Writes x_hat and centred codes; returns the codes as the format numbers them."""
+    params = {name: arrays[key] for name, key in step.params}
+    quantizer = QUANTIZERS[step.spec.quantizer]
+    hat = quantizer.fake_quant(env[step.input], params, step.spec)
+    scale, zero_point, _ = quantizer.integer_view(params, step.spec)
+    # x_hat gives back its code exactly, whatever a quantizer does before it rounds; and so the
+    # operations are those of the trained net. XLA fuses the two.
+    centred = jnp.round(hat * (1 / scale))
+    env[step.hat], env[step.codes] = hat, centred
+    return (centred + zero_point).astype(jnp.int32)
+
+
+def _multiply(
+    step: Multiply, env: dict[int, Any], arrays: Mapping[str, Any], formulation: str
+) -> jax.Array:
+    lhs, rhs = (env[v] for v in step.inputs)
+    exact = step.bound <= FLOAT32_EXACT
+    if formulation == "float32" and not exact:
+        raise ValueError(
+            f"the sums of layer {step.path!r} reach {step.bound:,}, and float32 is exact up to "
+            f"{FLOAT32_EXACT:,}; use formulation='int32' or 'auto'."
+        )
+    if formulation == "auto":
+        formulation = "float32" if exact and jax.default_backend() == "cpu" else "int32"
+    params = dict(step.node.params)
+    if formulation == "float32":
+        params["preferred_element_type"] = jnp.dtype(jnp.float32)
+        params["precision"] = (jax.lax.Precision.HIGHEST,) * 2
+        operand = jnp.float32
+    else:
+        params["preferred_element_type"] = jnp.dtype(jnp.int32)
+        params["precision"] = None
+        operand = jnp.int8 if step.narrow else jnp.int32
+    sums = step.node.primitive.bind(lhs.astype(operand), rhs.astype(operand), **params)
+    return (sums.astype(jnp.float32) * arrays[step.multiplier]).astype(step.dtype)
+
+
+def fresh(taken: Mapping[str, Any], name: str) -> str:
+    """Returns `name`, or `name#2` and so on where it is taken."""
+    count = 1
+    while (unique := name if count == 1 else f"{name}#{count}") in taken:
+        count += 1
+    return unique
