@@ -41,9 +41,10 @@ def calibrate(
     Args:
       net: the net; its rules say what is quantized, by which quantizer.
       variables: its float variables. An old `quant` collection is replaced.
-      batches: an iterable of model inputs: arrays [batch, ...], dicts with the key "image", or
-        tuples of positional arguments. Batches of one shape compile once. A second pass is made
-        for observers that need one, so all batches are held in memory.
+      batches: an iterable of model inputs: arrays [batch, ...], dicts with the key "image" (and
+        "mask", which leaves out padding), or tuples of positional arguments. Batches of one shape
+        compile once. A second pass is made for observers that need one, so all batches are held
+        in memory.
       observer: a key of `OBSERVERS` for every quantizer, or None: what each spec says, else each
         quantizer's own initialisation (LSQ's from the mean magnitude, the others' from the range).
       **kwargs: further arguments of the model's call, such as `train=False`.
@@ -119,7 +120,9 @@ def _arguments(batch: Any) -> tuple[Any, ...]:
                 f"a batch has the keys {sorted(batch)}; a dict needs 'image', or give a tuple of "
                 "the model's arguments."
             )
-        return (np.asarray(batch["image"]),)
+        image = np.asarray(batch["image"])
+        # A padded last batch: what the mask leaves out was never seen by the net.
+        return (image[np.asarray(batch["mask"]) > 0] if "mask" in batch else image,)
     return tuple(batch) if isinstance(batch, tuple) else (batch,)
 
 
@@ -161,11 +164,19 @@ def _observe(net, floats, inputs, kwargs, specs, task, known=None) -> dict[tuple
 
     def run(states, arguments, record):
         frame = Frame(specs, mode="observe", observe=record)
-        with nn.intercept_methods(frame):
-            _, mutated = net.model.apply(
-                _joined(floats, states), *arguments, mutable=["params"], **kwargs
-            )
-        return _split(mutated["params"])
+        variables = _joined(floats, states)
+        try:
+            with nn.intercept_methods(frame):
+                _, out = net.model.apply(variables, *arguments, mutable=["params"], **kwargs)
+        except ValueError as error:
+            if not any(word in str(error) for word in ("broadcasted variable", "out_axes")):
+                raise
+            raise ValueError(
+                "a quantized layer shares its parameters over the steps of nn.scan or nn.vmap (as "
+                "nn.RNN's cells do), where statistics can't be kept. Leave it in float with a rule "
+                f"without specs before the others, or unroll the loop. ({error})"
+            ) from error
+        return _split(out["params"])
 
     def start(found, path, operand, x, spec, axes):
         shape = tuple(n if i in axes else 1 for i, n in enumerate(x.shape)) if axes else ()

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 
 from qkd_jax import graph
-from qkd_jax.interception import Frame
+from qkd_jax.interception import Frame, LayerUse
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantizers import QUANTIZERS
 
 __all__ = ["Coverage", "Covered", "LayerInfo", "Size", "coverage", "layers", "size"]
 
@@ -84,6 +85,18 @@ def _count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+def _scales(spec: Spec, params: Any, use: LayerUse) -> int:
+    """How many float32 numbers a weight's scales (and zero points) are, measured or planned."""
+    if params is not None:
+        view = QUANTIZERS[spec.quantizer].integer_view
+        count = math.prod(jax.eval_shape(lambda p: view(p, spec)[0], params).shape)
+    elif spec.granularity == "channel":
+        count = math.prod(use.shapes["weight"][axis] for axis in use.channels["weight"])
+    else:
+        count = 1
+    return count if spec.symmetric else 2 * count
+
+
 def layers(
     net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
 ) -> list[LayerInfo]:
@@ -107,7 +120,7 @@ def layers(
         table = _count({k: v for k, v in params.items() if k in _TABLES})
         bits = 32 * _count(params)
         if weight is not None:
-            scales = _count(quant.get("weight_quantizer", {})) or 1
+            scales = _scales(weight, quant.get("weight_quantizer"), use)
             bits += table * (weight.bits - 32) + 32 * scales
         found.append(
             LayerInfo(
@@ -196,6 +209,7 @@ _LAYOUT = frozenset(
         "broadcast_in_dim",
         "convert_element_type",
         "copy",
+        "reduce_sum",
     )
 )
 
@@ -220,12 +234,13 @@ def coverage(
     traced = graph.trace(
         lambda v, x: net.trace_apply(v, x, **kwargs), variables, images, evaluate=False
     )
+    examples = jax.tree.leaves(images)[0].shape[0]
     found = []
     for node in traced.nodes:
         if node.op not in ("dot_general", "conv_general_dilated"):
             continue
         marks = [_mark(traced, value) for value in node.inputs[:2]]
-        found.append(_covered(net, traced, node, marks))
+        found.append(_covered(net, traced, node, marks, examples))
     return Coverage(tuple(found), bool(variables.get("quant")))
 
 
@@ -240,7 +255,7 @@ def _mark(traced: graph.Graph, value: int) -> graph.Node | None:
     return None
 
 
-def _covered(net, traced, node, marks) -> Covered:
+def _covered(net, traced, node, marks, examples) -> Covered:
     bits = {"input": 32, "weight": 32}
     path = node.scope
     for mark in marks:
@@ -257,14 +272,16 @@ def _covered(net, traced, node, marks) -> Covered:
         status = "input only" if bits["weight"] == 32 else "weight only"
     else:
         status = "MISSED" if any(m is None for m in marks) else "skipped"
-    return Covered(path, node.op, _macs(traced, node), status, (bits["weight"], bits["input"]))
+    return Covered(
+        path, node.op, _macs(traced, node, examples), status, (bits["weight"], bits["input"])
+    )
 
 
-def _macs(traced: graph.Graph, node: graph.Node) -> int:
-    out = math.prod(traced.shape(node.outputs[0])[1:])
+def _macs(traced: graph.Graph, node: graph.Node, examples: int) -> int:
+    out = math.prod(traced.shape(node.outputs[0]))
     lhs, rhs = (traced.shape(v) for v in node.inputs[:2])
     if node.op == "dot_general":
         (summed, _), _ = node.params["dimension_numbers"]
-        return out * math.prod(lhs[i] for i in summed)
+        return out * math.prod(lhs[i] for i in summed) // examples
     numbers = node.params["dimension_numbers"]
-    return out * math.prod(rhs) // rhs[numbers.rhs_spec[0]]
+    return out * math.prod(rhs) // rhs[numbers.rhs_spec[0]] // examples

@@ -146,7 +146,7 @@ class Frame:
             described = describe(lhs, rhs, *args, base=base, **kwargs)
             use = self._use(path, kind)
             use.channels["weight"] = described.weight_channels
-            x_hat, x_view = self._operand(module, None, path, "input", lhs, batch_axes=(0,))
+            x_hat, x_view = self._operand(module, None, path, "input", lhs, batch_axes=_batch(lhs))
             w_hat, w_view = self._operand(
                 module, None, path, "weight", rhs, channels=described.weight_channels
             )
@@ -195,8 +195,8 @@ class Frame:
         def einsum(equation, lhs, rhs):
             described = products.einsum_product(equation, lhs, rhs)
             self._use(layer, "attention")
-            x_hat, x_view = self._operand(module, sub, layer, "input", lhs, batch_axes=(0,))
-            y_hat, y_view = self._operand(module, sub, layer, "other", rhs, batch_axes=(0,))
+            x_hat, x_view = self._operand(module, sub, layer, "input", lhs, batch_axes=_batch(lhs))
+            y_hat, y_view = self._operand(module, sub, layer, "other", rhs, batch_axes=_batch(rhs))
             if x_view is None or y_view is None or self.mode == "trace":
                 return described.fn(x_hat, y_hat)
             return products.quantized_product(described, x_hat, y_hat, x_view, y_view)
@@ -228,14 +228,19 @@ class Frame:
             w_hat, w_view = self._operand(module, None, path, "weight", w, channels=channels)
             if x is None:
                 return (w_hat,)
-            x_hat, x_view = self._operand(module, None, path, "input", x, batch_axes=(0,))
+            x_hat, x_view = self._operand(module, None, path, "input", x, batch_axes=_batch(x))
             if x_view is None or w_view is None or self.mode == "trace":
                 return (x_hat, w_hat) if isinstance(module, nn.Embed) else (x_hat, w_hat, bias)
             x_scale, w_scale = (lax.stop_gradient(view[0]) for view in (x_view, w_view))
             scaling["multiplier"] = described.scale_in_output(
                 x_scale, described.lhs_out
             ) * described.scale_in_output(w_scale, described.rhs_out)
-            codes = _straight_codes(x_hat, x_scale), _straight_codes(w_hat, w_scale)
+            sums = products.sum_dtype(x_hat.dtype, x_view[1], w_view[1])
+            scaling["dtype"] = x_hat.dtype
+            codes = (
+                _straight_codes(x_hat.astype(sums), x_scale),
+                _straight_codes(w_hat.astype(sums), w_scale),
+            )
             if isinstance(module, nn.Embed):
                 return codes
             if bias is not None:
@@ -246,9 +251,9 @@ class Frame:
         with _fields(module, promote_dtype=_Promote(quantized, promote)):
             out = next_fun(*args, **kwargs)
         if "multiplier" in scaling:
-            out = (out * scaling["multiplier"]).astype(out.dtype)
+            out = (out * _fit(scaling["multiplier"], out)).astype(scaling["dtype"])
         if "bias" in scaling:
-            out = out + scaling["bias"]
+            out = out + _fit(scaling["bias"], out)
         return out
 
     def _output(self, module, path, out):
@@ -259,7 +264,7 @@ class Frame:
                 f"a rule gives module {path!r} an `output` spec, but it returns "
                 f"{type(out).__name__}; `output` needs a module that returns one float array."
             )
-        return self._operand(module, None, path, "output", out, batch_axes=(0,))[0]
+        return self._operand(module, None, path, "output", out, batch_axes=_batch(out))[0]
 
     # -- one operand -------------------------------------------------------------------------
 
@@ -318,13 +323,23 @@ class Frame:
 @jax.custom_jvp
 def _straight_codes(x_hat: jax.Array, scale: jax.Array) -> jax.Array:
     """Centred codes of a tensor on its grid, with the derivative 1 / scale."""
-    return jnp.round(x_hat * (1 / scale)).astype(x_hat.dtype)
+    return products.codes_of(x_hat, scale, x_hat.dtype)
 
 
 @_straight_codes.defjvp
 def _straight_codes_jvp(primals, tangents):
     x_hat, scale = primals
     return _straight_codes(x_hat, scale), (tangents[0] * (1 / scale)).astype(x_hat.dtype)
+
+
+def _batch(x: jax.Array) -> tuple[int, ...]:
+    """Axes that count examples: the first, unless the layer is called on one example's features."""
+    return (0,) if x.ndim > 1 else ()
+
+
+def _fit(a: jax.Array, out: jax.Array) -> jax.Array:
+    """Takes off leading axes of size 1 that a layer's unbatched output does not have."""
+    return jnp.reshape(a, a.shape[a.ndim - out.ndim :]) if jnp.ndim(a) > out.ndim else a
 
 
 def _none(lhs, rhs):

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import string
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,39 +138,60 @@ def code_dtype(format: IntFormat, zero_point: bool) -> Any:
     return np.int8 if widest <= 127 else np.int16 if widest <= 32767 else np.int32
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(product, x_dtype, w_dtype, x_hat, w_hat, x_scale, w_scale, multiplier):
-    codes_x, codes_w = _codes(x_hat, x_scale), _codes(w_hat, w_scale)
-    return _scaled(product, codes_x, codes_w, multiplier, x_hat.dtype)
+def sum_dtype(dtype: Any, *formats: IntFormat) -> Any:
+    """The dtype in which sums of codes are formed for operands of `dtype`.
+
+    float16 overflows on unscaled sums, and bfloat16 holds no code above 8 bits: both widen.
+    """
+    if dtype == jnp.bfloat16 and all(f.bits <= 8 for f in formats):
+        return dtype
+    return jnp.promote_types(dtype, jnp.float32)
 
 
-def _codes(x_hat, scale):
-    return jnp.round(x_hat * (1 / scale)).astype(x_hat.dtype)
+class _Static(NamedTuple):
+    """What a compiled product is keyed by: the product, and the dtypes of its four stages."""
+
+    product: Product
+    kept_x: Any  # codes between the passes
+    kept_w: Any
+    sums: Any
+    operands: Any
+    out: Any
 
 
-def _scaled(product, codes_x, codes_w, multiplier, dtype):
-    return (product.fn(codes_x, codes_w) * multiplier).astype(dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(static, x_hat, w_hat, x_scale, w_scale, multiplier):
+    return _forward(static, x_hat, w_hat, x_scale, w_scale, multiplier)[0]
 
 
-def _product_fwd(product, x_dtype, w_dtype, x_hat, w_hat, x_scale, w_scale, multiplier):
-    codes_x, codes_w = _codes(x_hat, x_scale), _codes(w_hat, w_scale)
-    out = _scaled(product, codes_x, codes_w, multiplier, x_hat.dtype)
+def codes_of(x_hat: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """Centred codes of a tensor on its grid, exactly."""
+    return jnp.round(x_hat * (1 / scale)).astype(dtype)
+
+
+def _forward(static, x_hat, w_hat, x_scale, w_scale, multiplier):
+    codes_x = codes_of(x_hat, x_scale, static.sums)
+    codes_w = codes_of(w_hat, w_scale, static.sums)
+    out = (static.product.fn(codes_x, codes_w) * multiplier).astype(static.out)
     # Residuals: codes in their own width (a quarter of float32 or less), and two small scales.
-    return out, (codes_x.astype(x_dtype), codes_w.astype(w_dtype), x_scale, w_scale, multiplier)
+    kept = codes_x.astype(static.kept_x), codes_w.astype(static.kept_w)
+    return out, (*kept, x_scale, w_scale, multiplier)
 
 
-def _product_bwd(product, x_dtype, w_dtype, residuals, grad):
+def _backward(static, residuals, grad):
     codes_x, codes_w, x_scale, w_scale, multiplier = residuals
-    dtype = grad.dtype
-    # The derivative is that of product(x_hat, w_hat); scales multiply the weight-sized side.
-    x, w = codes_x.astype(dtype), (codes_w.astype(jnp.float32) * w_scale).astype(dtype)
-    grad_x = jax.vjp(lambda a: product.fn(a, w), x)[1](grad)[0]
-    grad_w = jax.vjp(lambda b: product.fn(x, b), w)[1](grad)[0] * x_scale
+    # The derivative is that of product(x_hat, w_hat); scales multiply the weight-sized side, where
+    # the sums' dtype has room for unscaled codes.
+    grad = grad.astype(static.sums)
+    x = codes_x.astype(static.sums)
+    w = (codes_w.astype(jnp.float32) * w_scale).astype(static.sums)
+    grad_x = jax.vjp(lambda a: static.product.fn(a, w), x)[1](grad)[0]
+    grad_w = jax.vjp(lambda b: static.product.fn(x, b), w)[1](grad)[0] * x_scale
     zeros = jax.tree.map(jnp.zeros_like, (x_scale, w_scale, multiplier))
-    return (grad_x, grad_w.astype(dtype), *zeros)
+    return (grad_x.astype(static.operands), grad_w.astype(static.operands), *zeros)
 
 
-_product.defvjp(_product_fwd, _product_bwd)
+_product.defvjp(_forward, _backward)
 
 
 def quantized_product(
@@ -197,7 +218,7 @@ def quantized_product(
       multiplier: replaces `s_x * s_w` in the output (batch normalization folded in), or None.
 
     Returns:
-      The product in the operands' dtype.
+      The product, in the dtype that `product.fn` gives the operands.
     """
     (x_scale, x_format, x_affine), (w_scale, w_format, w_affine) = x_view, w_view
     if multiplier is None:
@@ -207,10 +228,16 @@ def quantized_product(
     elif jnp.ndim(multiplier) not in (0, product.ndim):
         multiplier = jnp.reshape(multiplier, (1,) * (product.ndim - 1) + (-1,))
     stop = lax.stop_gradient
-    return _product(
+    static = _Static(
         product,
         code_dtype(x_format, x_affine),
         code_dtype(w_format, w_affine),
+        sum_dtype(x_hat.dtype, x_format, w_format),
+        x_hat.dtype,
+        jax.eval_shape(product.fn, x_hat, w_hat).dtype,
+    )
+    return _product(
+        static,
         x_hat,
         w_hat,
         stop(x_scale),

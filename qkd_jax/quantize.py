@@ -151,6 +151,13 @@ class QuantizedModel:
     def check_rules(self, paths: Iterable[str]) -> None:
         """Raises ValueError for a rule that no path matches."""
         paths = sorted(paths)
+        for path in paths:
+            taken = [name for name in path.split("/") if is_ours(name)]
+            if taken:
+                raise ValueError(
+                    f"the model names a module {taken[0]!r} (at {path!r}); quantizers keep their "
+                    "variables under that name. Rename the module."
+                )
         for place, rule in enumerate(self.rules):
             if not any(re.fullmatch(rule.pattern, path) for path in paths):
                 shown = ", ".join(repr(p) for p in paths if p)

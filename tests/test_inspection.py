@@ -90,10 +90,9 @@ def test_sizes_counted_by_hand(net):
     others = 4 + 6 + (6 * 5 + 5) + 35 + 21 + (3 * 2 + 2)
     assert floats.params == conv + weight_only + others
     assert floats.bytes == floats.float_bytes == 4 * floats.params
-    # 2-bit kernels, float32 for the rest, and a float32 scale for each of 4 and 6 channels. The
-    # scale and the (unused) zero point of a uniform quantizer are both counted.
+    # 2-bit kernels, float32 for the rest, and a float32 scale for each of 4 and 6 channels.
     quantized = size(net, calibrate(net, variables, [x]), x)
-    bits = 2 * (conv + weight_only) + 32 * (others + 2 * (4 + 6))
+    bits = 2 * (conv + weight_only) + 32 * (others + 4 + 6)
     assert quantized.bytes == bits // 8
 
 
@@ -105,3 +104,12 @@ def test_layers_in_order_of_running(net):
     ]  # fmt: skip
     assert found[0].weight == W and found[0].input == A and found[1].input is None
     assert found[0].params == 27 * 4 + 4 and not found[0].calibrated
+    assert found[0].bits == 2 * 27 * 4 + 32 * (4 + 4)  # planned: a scale for each channel
+
+
+def test_einsums_over_a_batch_axis_and_over_a_summed_one():
+    x = jnp.ones((1, 3, 4)) * jnp.arange(4.0)[None, None]
+    for equation, shape, macs in (("bhd,hde->bhe", (3, 4, 5), 60), ("abc,cd->ad", (4, 5), 20)):
+        net = quantize(nn.Einsum(shape, equation, use_bias=False), [Rule(".*", weight=W, input=A)])
+        (found,) = coverage(net, net.init(KEY, x), x).products
+        assert (found.status, found.macs) == ("quantized", macs)

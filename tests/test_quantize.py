@@ -43,7 +43,7 @@ def rounded(x, bits, axes=None, affine=False):
 
 def calibrated(model, x, rules=ALL, **kwargs):
     net = quantize(model, rules)
-    variables = net.init(KEY, x, **kwargs)
+    variables = net.init(KEY, x)
     return net, calibrate(net, variables, [x], **kwargs)
 
 
@@ -277,6 +277,68 @@ def test_a_scanned_layer_has_a_scale_for_every_step_of_the_scan():
         y = np.maximum(codes @ rounded(kernels[i], 4, (1,)), 0)
     got = net.apply(variables, x)
     assert np.mean(np.abs(got - y) > 1e-4 * np.abs(y).max()) < 0.05
+
+
+@pytest.mark.parametrize("observer", ["minmax", "ema", "mse"])
+@pytest.mark.parametrize("model", [Scanned(), Mapped()])
+def test_every_observer_sees_each_lifted_layer_apart(model, observer):
+    x = images(3, 6)
+    _, variables = calibrated(model, x, observer=observer)
+    name = "block" if isinstance(model, Scanned) else "blocks"
+    quant = variables["quant"][name]["dense"]["weight_quantizer"]
+    kernels = variables["params"][name]["dense"]["kernel"]
+    alone = quantize(nn.Dense(kernels.shape[-1]), ALL)
+    for i, kernel in enumerate(kernels):
+        params = {"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1])}
+        want = calibrate(alone, {"params": params}, [x], observer=observer)["quant"]
+        np.testing.assert_allclose(quant["scale"][i], want["weight_quantizer"]["scale"], rtol=1e-6)
+
+
+def test_parameters_shared_over_a_scan_are_refused_with_the_repair():
+    x = images(2, 3, 6)
+    net = quantize(nn.RNN(nn.SimpleCell(4)), ALL)
+    with pytest.raises(ValueError, match=r"shares its parameters.*rule without specs"):
+        calibrate(net, net.init(KEY, x), [x])
+    rest = quantize(nn.RNN(nn.SimpleCell(4)), [Rule("cell.*"), Rule(".*", weight=W4)])
+    assert rest.apply(rest.init(KEY, x), x).shape == (2, 3, 4)
+
+
+def test_float16_sums_do_not_overflow():
+    x = nn.relu(images(2, 512) * 4).astype(jnp.float16)
+    rules = [Rule(".*", weight=Spec(8), input=Spec(8, signed=False))]
+    net, variables = calibrated(nn.Dense(8, dtype=jnp.float16), x, rules)
+    out = net.apply(variables, x)
+    assert out.dtype == jnp.float16
+    floats = nn.Dense(8).apply({"params": variables["params"]}, x.astype(jnp.float32))
+    np.testing.assert_allclose(out.astype(jnp.float32), floats, atol=0.1)
+    grads = jax.grad(lambda p: net.apply({**variables, "params": p}, x).sum())(variables["params"])
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_an_unbatched_call_is_one_example():
+    x = images(5, 6)
+    net, variables = calibrated(
+        nn.Dense(4), x, [Rule(".*", weight=Spec(4), input=Spec(4, quantizer="lsq"))]
+    )
+    step = lambda v, f: jax.grad(lambda q: jnp.sum(f({**v, "quant": q}) ** 2))(v["quant"])[
+        "input_quantizer"
+    ]["step"]
+    batched = step(variables, lambda v: net.apply(v, x))
+    mapped = step(variables, lambda v: jax.vmap(lambda a: net.apply(v, a))(x))
+    np.testing.assert_allclose(batched, mapped, rtol=1e-5)
+    one, spatial = images(4, 4, 3), nn.ConvTranspose(5, (3, 3))
+    net, variables = calibrated(spatial, one)
+    assert net.apply(variables, one).shape == (4, 4, 5)
+
+
+def test_reserved_names_are_refused():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="folded")(x)
+
+    with pytest.raises(ValueError, match=r"'folded'.*Rename the module"):
+        quantize(Net(), ALL).init(KEY, images(2, 3))
 
 
 def test_remat_and_plain_give_the_same_values_and_gradients():

@@ -29,7 +29,8 @@ class Spec:
         symmetric: False adds a zero point.
         narrow_range: whether the lowest signed code is left out. None takes True for signed
             symmetric specs of 8 bits and more, where one code in 256 buys exact BatchNorm folding
-            and integer kernels that negate freely, and False elsewhere.
+            and integer kernels that negate freely, and of `qil`, whose grid is symmetric; False
+            elsewhere.
         granularity: "tensor" (one scale), "channel" (one per output channel), or a group size.
         observer: a key of `qkd_jax.observers.OBSERVERS` that finds the range from calibration
             data, or None for the quantizer's own initial value.
@@ -79,7 +80,9 @@ class Spec:
         """The codes' format, with `narrow_range=None` resolved."""
         narrow = self.narrow_range
         if narrow is None:
-            narrow = self.signed and self.symmetric and self.bits >= 8
+            # A trainable interval (QIL) is symmetric about zero at any width.
+            wide = self.bits >= 8 or self.quantizer == "qil"
+            narrow = self.signed and self.symmetric and wide
         return IntFormat(self.bits, self.signed, narrow)
 
     @property

@@ -32,10 +32,13 @@ def _fractions() -> jax.Array:
 
 
 def init(shape: Sequence[int], spec: Spec) -> State:
-    """The state before any data: `loss` [candidates, *shape] 0, `lo` +inf, `hi` -inf."""
+    """The state before any data: `loss` [*shape, candidates] 0, `lo` +inf, `hi` -inf.
+
+    The candidates lie last: a lifted layer (`nn.scan`, `nn.vmap`) stacks its states in front.
+    """
     del spec
     hi = jnp.full(shape, -jnp.inf, jnp.float32)
-    return {"lo": -hi, "hi": hi, "loss": jnp.zeros((CANDIDATES, *shape), jnp.float32)}
+    return {"lo": -hi, "hi": hi, "loss": jnp.zeros((*shape, CANDIDATES), jnp.float32)}
 
 
 def update(
@@ -77,7 +80,7 @@ def update(
         return jnp.sum(gap**POWER, axis=axes, keepdims=bool(channel_axes))
 
     # One candidate at a time: all at once would hold a hundred copies of the activations.
-    loss = jax.lax.map(error, _fractions())
+    loss = jnp.moveaxis(jax.lax.map(error, _fractions()), 0, -1)
     if axis_name is not None:
         loss = jax.lax.psum(loss, axis_name)
     dtype = state["loss"].dtype
@@ -96,5 +99,5 @@ def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """
     del spec
     numerics.check_data(state["lo"], state["hi"], empty=state["lo"] > state["hi"])
-    best = _fractions()[jnp.argmin(state["loss"], axis=0)]
+    best = _fractions()[jnp.argmin(state["loss"], axis=-1)]
     return state["lo"] * best, state["hi"] * best

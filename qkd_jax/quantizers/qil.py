@@ -44,10 +44,6 @@ def check(spec: Spec) -> None:
         )
 
 
-def _format(spec: Spec) -> IntFormat:
-    return IntFormat(spec.bits, signed=spec.signed, narrow_range=spec.signed)
-
-
 def _interval(center: jax.Array, half_width: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The interval's lower end and half width, with the lower end kept at 0 or above.
 
@@ -81,7 +77,7 @@ def init(stats: Stats, spec: Spec) -> Params:
     check(spec)
     numerics.check_sign(stats.lo, spec.format)
     amax = jnp.maximum(-stats.lo, stats.hi) if spec.signed else jnp.maximum(stats.hi, 0)
-    half = jnp.where(amax == 0, jnp.full_like(amax, _format(spec).qmax), amax) / 2
+    half = jnp.where(amax == 0, jnp.full_like(amax, spec.format.qmax), amax) / 2
     half = jnp.maximum(half, MIN_HALF_WIDTH)
     return {"center": half, "half_width": half}
 
@@ -89,10 +85,10 @@ def init(stats: Stats, spec: Spec) -> Params:
 def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
     """What a code means: ((center + half_width) / q, 0, format), x_hat = code * scale.
 
-    The signed format is narrow whatever `spec.format` says: 2-bit weights are ternary.
+    The signed format is narrow: 2-bit weights are ternary.
     """
     low, half = _interval(params["center"], params["half_width"])
-    format = _format(spec)
+    format = spec.format
     scale = jax.lax.stop_gradient(_scale(low, half, format))
     return scale, jnp.zeros_like(scale), format
 
@@ -148,7 +144,7 @@ def fake_quant(
     """
     numerics.check_operand(x, params, ("center", "half_width"))
     center, half_width = params["center"], params["half_width"]
-    format = _format(spec)
+    format = spec.format
     batch = {axis % x.ndim for axis in batch_axes}
     elements = math.prod(size for i, size in enumerate(x.shape) if i not in batch)
     factor = 1 / math.sqrt(max(elements / center.size, 1) * format.qmax)
