@@ -153,8 +153,10 @@ def net(
       model: a name in `qkd_jax.models.MODELS`.
       width: channels of the first stage; 0 leaves the model's own default.
       rules: a preset ("float", "w2a2", "w<k>a<k>", "ternary") or a tuple of rule dicts.
-      init_from: another net, copied as it is when this one first takes part, a net of another run
-        ("<run folder>#<net>") or a flat .npz file; "" starts from random weights.
+      init_from: another net of this config, copied when this one first takes part (with its
+        quantizers where model and rules are the same, else its weights alone); a net of another run
+        ("<run folder>#<net>") or a flat .npz file, whose weights are taken and whose quantizers are
+        not, so calibrate it; "" starts from random weights.
       reduce_range: 7 bits for 8-bit weights, for x86 engines without VNNI.
     """
     return dict(

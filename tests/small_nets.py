@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec
@@ -92,6 +93,8 @@ CASES = {
     "w2a2": rules(2, 2, ends=7),
     "qil": rules(3, 5, quantizer="qil", granularity="tensor"),
 }
+# Each case compiles a net of its own: one runs with the fast tests, the others with the slow ones.
+ONE_FAST = ["w2a2", *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c != "w2a2")]
 
 
 @functools.lru_cache

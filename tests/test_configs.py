@@ -108,6 +108,21 @@ def test_phases_share_one_schedule():
     assert found["co_study"].horizons["teacher"] == found["co_study"].steps
 
 
+def test_the_students_chain_decides_the_order_of_the_data():
+    found = {s.name: s for s in experiment.read(qkd.get_config()).stages}
+    assert found["co_study"].data_start == found["self_study"].steps
+    assert found["tutor"].data_start == found["self_study"].steps + found["co_study"].steps
+    assert found["qat_only"].data_start == 0
+
+
+def test_every_row_is_compared_with_the_teacher_of_one_moment():
+    config = qkd.get_config()
+    references = {s.reference for s in config.stages.values() if s.kind == "evaluate"}
+    assert references == {"teacher_before"}
+    learning = [s.learn for s in config.stages.values() if s.kind == "train"]
+    assert not any("teacher_before" in learn for learn in learning)
+
+
 # --- names -------------------------------------------------------------------------------------
 
 
@@ -156,6 +171,41 @@ def changed(**changes):
         ("stages__tutor__optim__student__continues", "co_studdy", "Did you mean 'co_study'"),
         ("stages__tutor__optim__student__continues", "pretrain_teacher", "does not learn there"),
         ("stages__tutor__optim__student__continues", "self_study", "continues already"),
+        ("stages__calibrate__observer", "minmx", "Did you mean 'minmax'"),
+        ("stages__calibrate__examples", -1, "at least 0"),
+        ("stages__calibrate__nets", ["teacher"], "whose rules are float"),
+        ("stages__reestimate_bn__keep", "beter", "Did you mean 'better'"),
+        ("stages__reestimate_bn__examples", 0.5, "at least 0"),
+        ("stages__evaluate__methods", {"studnt": "QKD"}, "Did you mean 'student'"),
+        ("stages__deploy__target", "x87", "Did you mean 'x86'"),
+        ("stages__deploy__latency_rounds", -1, "at least 0"),
+        ("stages__deploy__latency_batches", [1, 0], r"latency_batches\[1\] is 0"),
+        ("stages__deploy__latency_batches", 64, r"such as \(1, 64\)"),
+        ("stages__deploy__nets", ["teacher"], "whose rules are float"),
+        ("parallel__mode", "pmp", "Did you mean 'pmap'"),
+        ("parallel__devices", 1000, "devices is 1000"),
+        ("data__augment", ["shft:1"], "config.data.augment.*Did you mean 'shift'"),
+        ("data__augment", "shift:1", "give a tuple"),
+        ("data__train_examples", 5000, "train_examples of 'digits' is 5000"),
+        ("data__train_examples", -1, "train_examples of 'digits' is -1"),
+        ("data", 3, "config.data is 3; it must be a dict"),
+        ("log__every_steps", -1, "config.log.every_steps is -1"),
+        ("log__eval_every_steps", 0.5, "config.log.eval_every_steps"),
+        ("checkpoint__every_seconds", -1.0, "config.checkpoint.every_seconds"),
+        ("checkpoint__every_steps", -1, "config.checkpoint.every_steps"),
+        ("nets__student__width", -8, "nets.student.width is -8"),
+        ("nets__student", "resnet8", "nets.student is 'resnet8'; it must be a dict"),
+        ("nets__student__rules", [{"pattern": "hed"}], r"nets.student: rules\[0\].*'head'"),
+        ("nets__student__init_from", "student", "in a circle, student -> student"),
+        ("nets__student__init_from", "qat_only", "circle, .*qat_only -> student|student -> qat"),
+        ("stages__tutor", 3, "stages.tutor is 3; it must be a dict"),
+        ("stages__tutor__learn__student", "ce", "learn.student is 'ce'; it must be a dict"),
+        ("stages__tutor__learn__student__ce", 1.0, "student.ce is 1.0; it must be a dict"),
+        ("stages__tutor__optim__student", None, "optim.student is None; it must be a dict"),
+        ("stages__tutor__optim__student__lr", 0.0, "lr is 0.0; it must be greater than 0"),
+        ("stages__tutor__optim__student__momentum", 1.0, "momentum is 1: "),
+        ("stages__tutor__optim__student__b1", 1.5, "b1 is 1.5"),
+        ("stages__co_study__optim__teacher__continues", "pretrain_teacher", "different places"),
     ],
 )
 def test_wrong_names_are_answered_with_the_nearest(path, value, message):

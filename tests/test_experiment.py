@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -49,11 +50,14 @@ def test_a_run_ends_with_a_row_per_net_and_method(finished):
         ("student", "float"),
         ("qat_only", "QAT alone"),
         ("student", "QKD"),
+        ("teacher", "after co-studying"),
     ]
     for row in rows:
         assert 0 <= row["top1"] <= row["top5"] <= 1 and math.isfinite(row["loss"])
-        assert (row["agreement"] is None) == (row["net"] == "teacher")
-    assert [r["weight_bits"] for r in rows] == [32, 32, 4, 4]
+        assert row["agreement_with"] == "teacher_before" and 0 <= row["agreement"] <= 1
+    assert rows[0]["agreement"] == 1.0  # the copy is of this moment
+    assert [r["student_steps"] for r in rows] == [8, 8, 8, 8, 12]
+    assert [r["weight_bits"] for r in rows] == [32, 32, 4, 4, 32]
     assert rows[1]["weight_bytes"] == 4 * rows[1]["params"] > rows[3]["weight_bytes"]
     assert results["dataset"]["train_examples"] == 96
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
@@ -66,7 +70,7 @@ def test_a_run_folder_is_the_record(finished):
     assert {"config.json", "run.json", "metrics.jsonl", "results.json", "timings.json"} <= names
     start = json.loads((folder / "run.json").read_text())["starts"][0]
     assert start["seed"] == 0 and len(start["data"]["fingerprint"]) == 64
-    assert set(start["nets"]) == {"teacher", "student", "qat_only"}
+    assert set(start["nets"]) == {"teacher", "teacher_before", "student", "qat_only"}
     stages = json.loads((folder / "timings.json").read_text())["stages"]
     assert set(stages) == set(get_config().schedule)
     rows = lines(folder)
@@ -102,12 +106,22 @@ def test_another_config_is_refused_with_the_differing_fields(finished):
     experiment.run(config, folder, report=False, verbose=False)
 
 
+def test_a_mistake_leaves_no_folder_behind(tmp_path):
+    config = get_config()
+    config.nets.student.rules = "w4a"
+    with pytest.raises(ValueError, match="Did you mean 'w4a4'"):
+        experiment.run(config, tmp_path / "run", verbose=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_eval_and_report_need_the_folder_alone(finished, capsys):
     folder, results = finished
     found = experiment.evaluate(folder, verbose=False)
     rows = {r["net"]: r for r in found["rows"]}
-    assert rows["student"]["top1"] == results["rows"][-1]["top1"]
-    assert rows["student"]["loss"] == results["rows"][-1]["loss"]
+    for key in ("top1", "loss", "student_steps"):
+        assert rows["student"][key] == results["rows"][-2][key]
+    # The reference is still what the float teacher was, which the teacher no longer is.
+    assert rows["teacher_before"]["loss"] == results["rows"][0]["loss"] != rows["teacher"]["loss"]
     with pytest.raises(ValueError, match="no deploy stage"):
         experiment.export(folder)
     with pytest.raises(ValueError, match="does not exist"):
@@ -133,7 +147,7 @@ class StopAt:
         return self.left < 0
 
 
-@pytest.mark.parametrize("stop", [0, 5, 8, 26, 33])
+@pytest.mark.parametrize("stop", [0, 5, 26, 33])
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, stop):
     folder, _ = finished
     monkeypatch.setattr(experiment, "GracefulStop", lambda: StopAt(stop))
@@ -198,12 +212,55 @@ def test_a_net_starts_from_a_file_or_another_run(finished, tmp_path):
     config.nets.qat_only.init_from = f"{folder}#studnt"
     with pytest.raises(ValueError, match="Did you mean 'student'"):
         experiment.run(config, tmp_path / "b", report=False, verbose=False)
+    config.nets.qat_only.init_from = str(tmp_path / "nothing.npz")
+    with pytest.raises(ValueError, match=r"nets.qat_only.init_from: .*there is no file"):
+        experiment.inspect(config, verbose=False)
+    assert not (tmp_path / "b").exists()
+
+
+def test_images_are_cut_without_losing_any(finished):
+    folder, _ = finished
+    _, state = experiment._open(folder)
+    for count, batch_size, sizes in [
+        (0, 64, [48, 48]),
+        (0, 40, [32, 32, 32]),
+        (95, 40, [32, 32, 31]),
+        (7, 40, [7]),
+        (1000, 96, [96]),
+    ]:
+        assert [len(b) for b in state.images(count, batch_size=batch_size)] == sizes
+    whole = np.concatenate(state.images(0, batch_size=40))
+    images = state.dataset.normalize(state.dataset.train_images)
+    assert sorted(x.tobytes() for x in whole) == sorted(x.tobytes() for x in images)
+
+
+def test_equal_nets_with_unequal_steps_are_warned_of(tmp_path, capsys):
+    assert "WARNING" not in experiment.inspect(get_config(), verbose=False)
+    config = get_config()
+    config.stages.co_study.steps = 5
+    warning = "different numbers of steps.*: student 9, qat_only 8"
+    assert re.search(warning, " ".join(experiment.inspect(config, verbose=False).split()))
+    config.schedule = ("calibrate", "qat_only", "self_study")
+    experiment.run(config, tmp_path, report=False)
+    assert "student 2, qat_only 8" in capsys.readouterr().out
+
+
+def test_an_old_report_is_written_anew(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    page = folder / "report.html"
+    page.write_text("old")
+    os.utime(page, (0, 0))
+    experiment.run(get_config(), folder, verbose=False)
+    written = page.read_text()
+    assert "same argmax as teacher_before" in written and ">steps<" in written
+    experiment.run(get_config(), folder, verbose=False)
+    assert page.read_text() == written and not list(folder.glob(".*.tmp"))
 
 
 def test_deploying_compares_the_files_with_the_trained_net(tmp_path, capsys):
     config = get_config("deploy=true")
     results = experiment.run(config, tmp_path, verbose=False)
-    row = results["rows"][-1]
+    row = results["rows"][-2]
     assert row["integer"]["max_logit_difference"] < 1e-4
     assert row["integer"]["argmax_agreement"] == 1.0
     assert row["export"]["engine"] == "ONNX Runtime" and row["export"]["argmax_agreement"] > 0.9

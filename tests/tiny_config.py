@@ -15,6 +15,7 @@ def get_config(arg=""):
 
     tiny = dict(model="mlp", hidden=(12, 12), batch_norm=True)
     config.nets.teacher = dict(tiny, hidden=(24,))
+    config.nets.teacher_before = dict(config.nets.teacher, init_from="teacher")
     config.nets.student = dict(tiny, rules="w4a4", init_from="")
     config.nets.qat_only = dict(tiny, rules="w4a4", init_from="student")
 
@@ -39,7 +40,7 @@ def get_config(arg=""):
     stages = config.stages
     stages.pretrain_teacher = stage(steps, teacher=ce)
     stages.pretrain_student = stage(steps, student=ce)
-    stages.evaluate_float = common.evaluate("teacher", teacher="float", student="float")
+    stages.evaluate_float = common.evaluate("teacher_before", teacher="float", student="float")
     stages.calibrate = common.calibrate("student")
     stages.qat_only = stage(steps, qat_only=ce)
     stages.self_study = stage(steps // 4, student=ce)
@@ -51,7 +52,9 @@ def get_config(arg=""):
     )
     stages.tutor = stage(steps // 4, student=taught, continues="co_study")
     stages.reestimate_bn = common.reestimate_bn("student")
-    stages.evaluate = common.evaluate("teacher", qat_only="QAT alone", student="QKD")
+    stages.evaluate = common.evaluate(
+        "teacher_before", qat_only="QAT alone", student="QKD", teacher="after co-studying"
+    )
     stages.deploy = common.deploy("student")
     stages.deploy.latency_rounds = 2
     config.schedule = (

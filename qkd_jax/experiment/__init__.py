@@ -4,6 +4,7 @@
     results = experiment.run(config, "runs/mine")
 
 settings    the config checked, the schedule laid out in steps
+values      the checks of what is neither a net nor a stage
 run         what a run has in its hands, and how it is saved
 stages      the kinds of stages: STAGES
 deployment  the `deploy` stage: integers, ONNX, agreement, latency
@@ -15,6 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,12 +25,14 @@ from qkd_jax import data
 from qkd_jax.data import DATASETS, NotPreparedError
 from qkd_jax.experiment import settings as reading
 from qkd_jax.experiment.overview import overview
-from qkd_jax.experiment.run import Run
-from qkd_jax.experiment.settings import Settings, Stage, resolve
-from qkd_jax.experiment.stages import STAGES, plan_stage
+from qkd_jax.experiment.run import Run, read_net
+from qkd_jax.experiment.settings import Settings, Stage, is_file, resolve, shapes
+from qkd_jax.experiment.stages import CHECKS, STAGES
+from qkd_jax.quantize import load_float
 from qkd_jax.training.checkpoint import Checkpoints
 from qkd_jax.training.loop import NonFiniteError, Preempted
 from qkd_jax.training.parallel import StepCache, enable_compilation_cache
+from qkd_jax.training.step import mode_arguments
 from qkd_jax.training.tracking import EXIT_INTERRUPTED, GracefulStop, RunFolder, tree_sha256
 
 __all__ = [
@@ -80,26 +84,43 @@ def read(config: Any, dataset: data.Dataset | None = None) -> Settings:
     if name not in DATASETS:
         raise data.checks.unknown("data set in config.data.name", name, DATASETS)
     source = DATASETS[name]
-    if dataset is not None:
-        examples = len(dataset.train_images)
-    else:
-        examples = plain["data"]["train_examples"] or source.train_examples or _examples(plain)
+    examples = _examples(plain) if dataset is None else len(dataset.train_images)
     found = reading.read(plain, STAGES, examples=examples, classes=source.num_classes)
+    for name, net in found.nets.items():
+        try:
+            mode_arguments(net, False)
+            shapes(net, (1, *source.image_shape))
+        except ValueError as error:
+            raise ValueError(f"nets.{name}: {error}") from error
     for stage in found.stages:
-        if stage.trains:
-            plan_stage(found.nets, stage)
+        if stage.kind in CHECKS:
+            CHECKS[stage.kind](found.nets, stage)
     return found
 
 
 def _examples(config: dict[str, Any]) -> int:
-    """Size of a whole training split; a set that is not on this machine counts as 50,000."""
+    """Size of the training split; one that is not on this machine counts as 50,000."""
     try:
         return len(load_data(config).train_images)
     except NotPreparedError:
-        return 50_000
+        return config["data"]["train_examples"] or 50_000
 
 
-def run(config: Any, workdir: str, *, report: bool = True, verbose: bool = True) -> dict[str, Any]:
+def _check_files(settings: Settings) -> None:
+    """Reads what nets start from outside of this run; later runs of the folder do not need it."""
+    source = DATASETS[settings["data"]["name"]]
+    for name, net in settings.nets.items():
+        init_from = settings["nets"][name].get("init_from")
+        if init_from and is_file(init_from):
+            try:
+                load_float(shapes(net, (1, *source.image_shape)), read_net(init_from))
+            except ValueError as error:
+                raise ValueError(f"nets.{name}.init_from: {error}") from error
+
+
+def run(
+    config: Any, workdir: str | Path, *, report: bool = True, verbose: bool = True
+) -> dict[str, Any]:
     """Runs an experiment, or goes on with it where it was interrupted.
 
     Args:
@@ -118,6 +139,10 @@ def run(config: Any, workdir: str, *, report: bool = True, verbose: bool = True)
     """
     plain = resolve(config)
     say = _printer(verbose)
+    dataset = None
+    if not Path(workdir).exists():  # a mistake in the config leaves no folder behind
+        dataset = load_data(plain)
+        _check_files(read(plain, dataset))
     with RunFolder(workdir) as folder:
         folder.lock()
         known = folder.check_config(plain, ignore=FREE_FIELDS)
@@ -125,15 +150,18 @@ def run(config: Any, workdir: str, *, report: bool = True, verbose: bool = True)
         if done is not None:
             say(f"{workdir} holds the finished run of this config; nothing is left to do.")
             _show(done, say)
-            if report and not (folder.path / "report.html").exists():
+            if report and _is_older(folder.path / "report.html", folder.path / "results.json"):
                 _write_report(folder, say)
             return done
         begin = time.perf_counter()
         enable_compilation_cache()
-        dataset = load_data(plain)
+        dataset = dataset or load_data(plain)
         settings = read(plain, dataset)
         if not known:
+            _check_files(settings)
             folder.write_config(plain)
+        for warning in settings.warnings():
+            say(warning)
         with Checkpoints(folder.checkpoints) as checkpoints, GracefulStop() as stop:
             state = Run(
                 settings,
@@ -180,10 +208,7 @@ def _printer(verbose: bool) -> Callable[[str], None]:
 def _steps(settings: Settings) -> StepCache:
     fields = settings["parallel"]
     devices = jax.devices()
-    if fields["devices"]:
-        reading.checks.integer_in("config.parallel.devices", fields["devices"], 1, len(devices))
-        devices = devices[: fields["devices"]]
-    return StepCache(mode=fields["mode"], devices=devices)
+    return StepCache(mode=fields["mode"], devices=devices[: fields["devices"] or None])
 
 
 def _resume(state: Run, say: Callable[[str], None]) -> None:
@@ -223,7 +248,7 @@ def walk(state: Run, clock: Callable[[], None] = lambda: None) -> None:
             raise Preempted(f"before stage {state.stage().name!r}")
 
 
-def _open(workdir: str) -> tuple[RunFolder, Run]:
+def _open(workdir: str | Path) -> tuple[RunFolder, Run]:
     """Opens a run folder for the modes that read: settings, data and the newest checkpoint."""
     folder = RunFolder(workdir, create=False)
     plain = folder.read_config()
@@ -241,7 +266,7 @@ def _open(workdir: str) -> tuple[RunFolder, Run]:
     return folder, state
 
 
-def evaluate(workdir: str, *, verbose: bool = True) -> dict[str, Any]:
+def evaluate(workdir: str | Path, *, verbose: bool = True) -> dict[str, Any]:
     """Evaluates every net of a run folder's newest checkpoint on the test split."""
     from qkd_jax.experiment.stages import row
 
@@ -255,7 +280,7 @@ def evaluate(workdir: str, *, verbose: bool = True) -> dict[str, Any]:
     return results
 
 
-def export(workdir: str, *, verbose: bool = True) -> dict[str, Any]:
+def export(workdir: str | Path, *, verbose: bool = True) -> dict[str, Any]:
     """Writes the deployable models of a run folder's newest checkpoint into `<workdir>/model`."""
     enable_compilation_cache()
     folder, state = _open(workdir)
@@ -275,7 +300,7 @@ def export(workdir: str, *, verbose: bool = True) -> dict[str, Any]:
     return results
 
 
-def report(workdir: str, *, verbose: bool = True) -> None:
+def report(workdir: str | Path, *, verbose: bool = True) -> None:
     """Writes report.html of a run folder anew and prints the results table."""
     folder = RunFolder(workdir, create=False)
     folder.read_config()
@@ -289,10 +314,16 @@ def report(workdir: str, *, verbose: bool = True) -> None:
 def inspect(config: Any, *, verbose: bool = True) -> str:
     """Returns (and prints) the schedule, every net's layers and the coverage; computes nothing."""
     settings = read(config)
+    _check_files(settings)
     source = DATASETS[settings["data"]["name"]]
     text = overview(settings, (1, *source.image_shape))
     _printer(verbose)(text)
     return text
+
+
+def _is_older(path: Path, other: Path) -> bool:
+    """Whether a file is missing or older than another."""
+    return not path.exists() or path.stat().st_mtime_ns < other.stat().st_mtime_ns
 
 
 def _write_report(folder: RunFolder, say: Callable[[str], None]) -> None:
@@ -346,7 +377,7 @@ def _times(timings: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(mode: str, *, config: Any, workdir: str) -> int:
+def main(mode: str, *, config: Any, workdir: str | Path) -> int:
     """Does what the command line asked for; returns the exit code.
 
     Raises:

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkd_jax import checks, report
 from qkd_jax import deploy as shipping
+from qkd_jax import report
 from qkd_jax.experiment.run import Run, read_net, write_net
 from qkd_jax.experiment.settings import Stage
 from qkd_jax.inspection import LayerInfo, layers
@@ -54,7 +54,6 @@ def deploy(
     `target="x86"` refuses layers whose 8-bit weights saturate on x86 without VNNI (train them with
     `reduce_range`), `"host"` warns of them if this machine is one.
     """
-    checks.integer_in(f"stages.{stage.name}.latency_rounds", latency_rounds, 0)
     for name in nets:
         if not run.variables[name].get("quant"):
             raise ValueError(

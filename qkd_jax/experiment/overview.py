@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from qkd_jax.experiment.settings import Settings
+from qkd_jax.experiment.settings import Settings, shapes
 from qkd_jax.experiment.stages import plan_stage
 from qkd_jax.inspection import coverage, layers
 from qkd_jax.quantize import QuantizedModel
@@ -32,6 +32,8 @@ def overview(settings: Settings, image_shape: tuple[int, ...]) -> str:
     buffer = io.StringIO()
     console = Console(file=buffer, width=WIDTH, no_color=True, highlight=False, markup=False)
     console.print(_schedule(settings))
+    for warning in settings.warnings():
+        console.print(warning)
     seen: dict[QuantizedModel, str] = {}
     images = jax.ShapeDtypeStruct(image_shape, np.float32)
     for name, net in settings.nets.items():
@@ -43,7 +45,7 @@ def overview(settings: Settings, image_shape: tuple[int, ...]) -> str:
             continue
         seen[net] = name
         arguments = mode_arguments(net, False)
-        variables = jax.eval_shape(net.init, jax.random.key(0), images)
+        variables = shapes(net, image_shape)
         console.print(_layers(net, variables, images, arguments))
         if net.rules:
             console.print(str(coverage(net, variables, images, **arguments)))

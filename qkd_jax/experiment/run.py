@@ -13,7 +13,7 @@ import numpy as np
 
 from qkd_jax import checks, data, metrics
 from qkd_jax.data.dataset import Dataset
-from qkd_jax.experiment.settings import Settings, Stage, is_file
+from qkd_jax.experiment.settings import Settings, Stage, is_file, shapes
 from qkd_jax.quantize import QuantizedModel, load_float
 from qkd_jax.training.checkpoint import Checkpoints, Restored
 from qkd_jax.training.loop import Window
@@ -110,8 +110,11 @@ class Run:
         return jax.jit(self.nets[name].init, compiler_options=options)(key, images)
 
     def _shapes(self, name: str) -> Variables:
-        net = self.nets[name]
-        return jax.eval_shape(net.init, jax.random.key(0), self.example)
+        return shapes(self.nets[name], self.example.shape)
+
+    def student_steps(self, name: str) -> int:
+        """Steps that a net has learned so far, counted from its quantization."""
+        return self.settings.student_steps(name, self.step)
 
     def put(self, name: str, variables: Mapping[str, Any]) -> None:
         """Replaces a net's variables."""
@@ -129,13 +132,19 @@ class Run:
         return self._eval_batches[split]
 
     def images(self, count: int, *, batch_size: int = 64) -> list[np.ndarray]:
-        """Batches of training images in a random order, without augmentation; none is padded."""
-        count = min(count or len(self.dataset.train_images), len(self.dataset.train_images))
-        batch_size = min(batch_size, count)
-        batches = data.train_batches(
-            self.dataset, batch_size=batch_size, seed=self.settings["seed"]
-        )
-        return [batches[k]["image"] for k in range(max(count // batch_size, 1))]
+        """Training images in a random order, without augmentation, in near-equal batches.
+
+        All `count` of them (0: the whole split) are there, none is padded, no batch is larger than
+        `batch_size`, and the sizes of two batches differ by one at most: two programs compile.
+        """
+        total = len(self.dataset.train_images)
+        count = min(count or total, total)
+        seed = self.settings["seed"]
+        order = data.train_batches(self.dataset, batch_size=count, seed=seed).indices(0)
+        return [
+            self.dataset.normalize(self.dataset.train_images[index])
+            for index in np.array_split(order, -(-count // batch_size))
+        ]
 
     def evaluate(
         self, name: str, split: str = "test", variables: Mapping[str, Any] | None = None

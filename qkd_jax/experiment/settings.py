@@ -8,18 +8,22 @@ stage are the keyword arguments of its function in `STAGES`, so a new kind of st
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 from qkd_jax import checks, presets
-from qkd_jax.data import DATASETS
+from qkd_jax.experiment.values import check_frame, check_origins, check_tables, mapping
 from qkd_jax.models import MODELS, create
 from qkd_jax.quantize import QuantizedModel, quantize
 
-__all__ = ["Settings", "Stage", "build_net", "is_file", "read", "resolve"]
+__all__ = ["Settings", "Stage", "build_net", "is_file", "read", "resolve", "shapes"]
 
 # Everything a config may say outside of `nets`, `stages` and `schedule`, with its default.
 DEFAULTS: dict[str, Any] = {
@@ -50,6 +54,8 @@ class Stage:
         starts: {net: position in its schedule of the learning rate} for nets that learn.
         horizons: {net: joint length of that schedule}, over all stages that continue it.
         keeps: nets whose optimizer a later stage continues.
+        data_start: step of the data order at which it starts: where the stages end that it
+            continues.
     """
 
     name: str
@@ -62,6 +68,7 @@ class Stage:
     starts: dict[str, int] = dataclasses.field(default_factory=dict)
     horizons: dict[str, int] = dataclasses.field(default_factory=dict)
     keeps: tuple[str, ...] = ()
+    data_start: int = 0
 
     @property
     def trains(self) -> bool:
@@ -84,6 +91,35 @@ class Settings:
     def total_steps(self) -> int:
         """Global steps of the whole schedule."""
         return sum(stage.steps for stage in self.stages)
+
+    def student_steps(self, net: str, step: int | None = None) -> int:
+        """Steps that a net has learned since it was last calibrated (or made) up to a global step.
+
+        What a fair comparison of methods holds equal; None counts the whole schedule.
+        """
+        count, end = 0, self.total_steps if step is None else step
+        for stage in self.stages:
+            if stage.first >= end:
+                break
+            if stage.kind == "calibrate" and net in stage.nets:
+                count = 0
+            elif net in stage.starts:
+                count += min(stage.steps, end - stage.first)
+        return count
+
+    def warnings(self) -> list[str]:
+        """What a reader of the results must know: equal nets that learn for unequal steps."""
+        equals: dict[QuantizedModel, dict[str, int]] = {}
+        for name, net in self.nets.items():
+            if steps := self.student_steps(name):
+                equals.setdefault(net, {})[name] = steps
+        return [
+            "WARNING: these nets have the same model and rules but learn for different numbers of "
+            f"steps, so their rows do not compare methods alone: "
+            f"{', '.join(f'{name} {steps:,}' for name, steps in found.items())}"
+            for found in equals.values()
+            if len(set(found.values())) > 1
+        ]
 
 
 def resolve(config: Any) -> dict[str, Any]:
@@ -120,10 +156,11 @@ def resolve(config: Any) -> dict[str, Any]:
 def _filled(where: str, given: Any, default: Any) -> Any:
     if not isinstance(default, Mapping):
         return default if given is None else given
-    for key in given or {}:
+    given = mapping(where, {} if given is None else given, default)
+    for key in given:
         if key not in default:
             raise checks.unknown(f"field {where}", key, default)
-    return {**json.loads(json.dumps(default)), **(given or {})}
+    return {**json.loads(json.dumps(default)), **given}
 
 
 def read(
@@ -144,14 +181,12 @@ def read(
         ValueError: naming the field, what is allowed, and the nearest valid name.
     """
     plain = resolve(config)
-    checks.one_of("config.data.name", plain["data"]["name"], DATASETS)
-    checks.integer_in("config.seed", plain["seed"], 0, 2**32 - 1)
-    checks.integer_in("config.eval_batch_size", plain["eval_batch_size"], 1)
-    checks.at_least_one("config.nets", plain["nets"])
+    check_frame(plain)
     nets = {
         name: build_net(name, fields, plain["nets"], classes)
         for name, fields in plain["nets"].items()
     }
+    check_origins(plain["nets"])
     stages = _schedule(plain, kinds, examples)
     for stage in stages:
         for net in stage.nets:
@@ -160,6 +195,17 @@ def read(
     # A ConfigDict sorts its keys; people want the nets in the order in which they take part.
     order = dict.fromkeys([*(net for stage in stages for net in stage.nets), *nets])
     return Settings(plain, {net: nets[net] for net in order}, stages)
+
+
+@functools.lru_cache(maxsize=64)
+def shapes(net: QuantizedModel, image_shape: tuple[int, ...]) -> Any:
+    """Shapes of a net's float variables for images [1, height, width, channels].
+
+    Raises:
+        ValueError: a rule matches no layer.
+    """
+    images = jax.ShapeDtypeStruct(image_shape, np.float32)
+    return jax.eval_shape(net.init, jax.random.key(0), images)
 
 
 def is_file(init_from: str) -> bool:
@@ -179,15 +225,14 @@ def build_net(
         ValueError: an unknown model, argument of the model, preset or net to start from.
     """
     where = f"nets.{name}"
+    mapping(where, fields, {"model": "resnet8", "rules": "w4a4"})
+    checks.integer_in(f"{where}.width", fields.get("width", 0), 0)
     if "model" not in fields:
         raise ValueError(f"{where}.model is missing; allowed: {', '.join(sorted(MODELS))}.")
     arguments = {k: v for k, v in fields.items() if k not in NET_FIELDS and v != 0}
     source = fields.get("init_from", "")
-    if source and not is_file(source):
-        if source not in nets:
-            raise checks.unknown(f"net in {where}.init_from", source, nets)
-        if source == name:
-            raise ValueError(f"{where}.init_from is the net itself; name another, or ''.")
+    if source and not is_file(source) and source not in nets:
+        raise checks.unknown(f"net in {where}.init_from", source, nets)
     try:
         rules = presets.rules(
             fields.get("rules", "float"), reduce_range=bool(fields.get("reduce_range", False))
@@ -226,14 +271,18 @@ def _schedule(
         kind = fields.pop("kind")
         fields = {**_stage_fields(kinds[kind])[1], **fields}
         done = {s.name: s for s in stages}
-        steps, starts = 1, {}
+        steps, starts, data_start = 1, {}, 0
         if kind == "train":
             _check_chain(name, fields, done, schedule)
             steps, epochs[name] = _steps(name, fields, done, epochs, examples)
             for net in fields["learn"]:
                 before = _continues(fields, net)
                 starts[net] = done[before].starts[net] + done[before].steps if before else 0
-        stages.append(Stage(name, kind, fields, index, first, steps, nets_of(kind, fields), starts))
+            data_start = _data_start(name, fields, starts)
+        nets = nets_of(kind, fields)
+        stages.append(
+            Stage(name, kind, fields, index, first, steps, nets, starts, data_start=data_start)
+        )
         first += steps
     return _with_horizons(stages)
 
@@ -269,6 +318,19 @@ def _check_chain(
                     f"stages cannot share one schedule. Continue {other.name!r} instead, or start "
                     "anew with ''."
                 )
+
+
+def _data_start(name: str, fields: Mapping[str, Any], starts: Mapping[str, int]) -> int:
+    """Where a stage goes on in the order of the data: one place for all nets that continue."""
+    going_on = {net: starts[net] for net in starts if _continues(fields, net)}
+    if len(set(going_on.values())) > 1:
+        places = ", ".join(f"{net} at step {start}" for net, start in going_on.items())
+        raise ValueError(
+            f"stages.{name} continues schedules that stand at different places ({places}), so the "
+            "order of the data has no one place to go on from; let all but one of these nets start "
+            "anew with continues=''."
+        )
+    return next(iter(going_on.values()), 0)
 
 
 def _steps(
@@ -348,6 +410,7 @@ def _check_fields(
     name: str, fields: Mapping[str, Any], kinds: Mapping[str, Callable[..., Any]]
 ) -> None:
     where = f"stages.{name}"
+    mapping(where, fields, {"kind": "train"})
     if "kind" not in fields:
         raise ValueError(f"{where}.kind is missing; allowed: {', '.join(kinds)}.")
     if fields["kind"] not in kinds:
@@ -359,3 +422,5 @@ def _check_fields(
     for key in known:
         if key not in fields and key not in defaults:
             raise ValueError(f"{where}.{key} is missing; a {fields['kind']!r} stage needs it.")
+    if fields["kind"] == "train":
+        check_tables(where, fields)

@@ -1,8 +1,9 @@
 """The kinds of stages: each takes a run and changes its variables, its rows, or both.
 
 `STAGES[kind](run, stage, **fields)`. The keyword arguments are the fields that a config may give;
-one without a default must be given, `nets` (or `learn`) says which nets take part. Add a kind as a
-function and a line in `STAGES`.
+one without a default must be given, `nets` (or `learn`) says which nets take part. `CHECKS[kind]
+(nets, stage)` refuses wrong values before anything runs. Add a kind as a function and a line in
+`STAGES`, and its check in `CHECKS`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import numpy as np
 
 from qkd_jax import checks, data, metrics, ptq
 from qkd_jax.calibration import calibrate as calibrate_net
+from qkd_jax.deploy.onnx import TARGETS
 from qkd_jax.experiment.deployment import deploy
 from qkd_jax.experiment.run import Run, write_net
 from qkd_jax.experiment.settings import Stage
 from qkd_jax.inspection import layers, size
+from qkd_jax.observers import OBSERVERS
 from qkd_jax.training.loop import Hooks, Window, run_steps
 from qkd_jax.training.optim import init_optimizer
 from qkd_jax.training.plan import Plan, plan_step
@@ -34,7 +37,7 @@ from qkd_jax.training.state import (
 )
 from qkd_jax.training.trees import flatten, unflatten_like
 
-__all__ = ["STAGES", "plan_stage"]
+__all__ = ["CHECKS", "STAGES", "plan_stage"]
 
 
 def plan_stage(nets: Mapping[str, Any], stage: Stage) -> Plan:
@@ -74,7 +77,7 @@ def train(
     done = run.stage_step
     saved = _optimizers(run, stage, plan)
     state = start_state(plan, run.variables, step=run.step, seed=run.settings["seed"], opt=saved)
-    start = max(stage.starts.values())
+    start = stage.data_start
     batches = data.train_batches(
         run.dataset,
         batch_size=batch_size,
@@ -197,7 +200,6 @@ def calibrate(
     run: Run, stage: Stage, *, nets: Sequence[str], examples: int = 256, observer: str = ""
 ) -> None:
     """Gives each net the `quant` collection from training images; from here on it is quantized."""
-    checks.integer_in(f"stages.{stage.name}.examples", examples, 0)
     batches = run.images(examples, batch_size=256)
     for name in nets:
         if run.folder is not None:  # the report shows the weights before and after
@@ -217,6 +219,24 @@ def calibrate(
         run.log(stage, 1, "quant", quantizer_means({name: run.variables[name]}))
 
 
+def check_calibrate(nets: Mapping[str, Any], stage: Stage) -> None:
+    """Checks the fields of a `calibrate` stage."""
+    where = f"stages.{stage.name}"
+    checks.integer_in(f"{where}.examples", stage.fields["examples"], 0)
+    checks.one_of(f"{where}.observer", stage.fields["observer"], ("", *OBSERVERS))
+    check_rules(nets, stage)
+
+
+def check_rules(nets: Mapping[str, Any], stage: Stage) -> None:
+    """Refuses nets without rules where a stage is about quantizers."""
+    for name in stage.nets:
+        if not nets[name].rules:
+            raise ValueError(
+                f"stages.{stage.name}.nets has {name!r}, whose rules are float; give it others "
+                f"(nets.{name}.rules='w4a4'), or take it out of the stage."
+            )
+
+
 def reestimate_bn(
     run: Run, stage: Stage, *, nets: Sequence[str], examples: int = 0, keep: str = "better"
 ) -> None:
@@ -224,11 +244,10 @@ def reestimate_bn(
 
     `keep="better"` takes them only where they lower the cross-entropy on the training split: it
     helps some arms and hurts others, and the test split must not decide. `keep="always"` does not
-    ask.
+    ask. Batches are those of the net's last training stage: BatchNorm's inputs depend on them.
     """
-    checks.one_of(f"stages.{stage.name}.keep", keep, ("better", "always"))
-    batches = run.images(examples, batch_size=256)
     for name in nets:
+        batches = run.images(examples, batch_size=_train_batch_size(run, name))
         before, old = run.variables[name], run.evaluate(name, "train").metrics["loss"]
         new = ptq.reestimate_batch_norm(run.nets[name], before, batches)
         found = run.evaluate(name, "train", new).metrics["loss"]
@@ -243,6 +262,18 @@ def reestimate_bn(
         )
 
 
+def _train_batch_size(run: Run, name: str) -> int:
+    done = run.settings.stages[: run.stage_index]
+    sizes = [stage.fields["batch_size"] for stage in done if name in stage.starts]
+    return sizes[-1] if sizes else 64
+
+
+def check_reestimate_bn(nets: Mapping[str, Any], stage: Stage) -> None:
+    """Checks the fields of a `reestimate_bn` stage."""
+    checks.integer_in(f"stages.{stage.name}.examples", stage.fields["examples"], 0)
+    checks.one_of(f"stages.{stage.name}.keep", stage.fields["keep"], ("better", "always"))
+
+
 def evaluate(
     run: Run, stage: Stage, *, nets: Sequence[str], methods: Mapping[str, str], reference: str = ""
 ) -> None:
@@ -251,9 +282,6 @@ def evaluate(
     `methods` gives the row's method by net; `reference` is the net with whose argmax agreement is
     counted, as it stands now.
     """
-    for name in methods:
-        if name not in nets:
-            raise checks.unknown(f"net in stages.{stage.name}.methods", name, nets)
     found = {
         name: run.evaluate(name) for name in dict.fromkeys([*nets, *filter(None, [reference])])
     }
@@ -272,6 +300,27 @@ def evaluate(
             )
         )
         run.log(stage, 1, "test", {f"{name}/{k}": v for k, v in found[name].metrics.items()})
+
+
+def check_evaluate(nets: Mapping[str, Any], stage: Stage) -> None:
+    """Checks the fields of an `evaluate` stage."""
+    for name in stage.fields["methods"]:
+        if name not in stage.fields["nets"]:
+            where = f"net in stages.{stage.name}.methods"
+            raise checks.unknown(where, name, stage.fields["nets"])
+
+
+def check_deploy(nets: Mapping[str, Any], stage: Stage) -> None:
+    """Checks the fields of a `deploy` stage."""
+    where, fields = f"stages.{stage.name}", stage.fields
+    checks.one_of(f"{where}.target", fields["target"], ("", *filter(None, TARGETS)))
+    checks.integer_in(f"{where}.latency_rounds", fields["latency_rounds"], 0)
+    batches = fields["latency_batches"]
+    if not isinstance(batches, list | tuple):
+        raise ValueError(f"{where}.latency_batches is {batches!r}; give a tuple, such as (1, 64).")
+    for place, size_of_batch in enumerate(batches):
+        checks.integer_in(f"{where}.latency_batches[{place}]", size_of_batch, 1)
+    check_rules(nets, stage)
 
 
 def agreement(logits: np.ndarray, others: np.ndarray) -> float:
@@ -304,6 +353,7 @@ def row(
         "loss": found["loss"],
         "weight_bits": weight_bits,
         "activation_bits": activation_bits,
+        "student_steps": run.student_steps(name),
         "params": sizes.params,
         "weight_bytes": sizes.bytes,
         "seed": run.settings["seed"],
@@ -317,4 +367,12 @@ STAGES: dict[str, Callable[..., None]] = {
     "reestimate_bn": reestimate_bn,
     "evaluate": evaluate,
     "deploy": deploy,
+}
+
+CHECKS: dict[str, Callable[[Mapping[str, Any], Stage], Any]] = {
+    "train": plan_stage,
+    "calibrate": check_calibrate,
+    "reestimate_bn": check_reestimate_bn,
+    "evaluate": check_evaluate,
+    "deploy": check_deploy,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -22,7 +23,7 @@ from qkd_jax.report.page import (
     page,
     record_table,
 )
-from qkd_jax.report.table import columns, count, percent
+from qkd_jax.report.table import columns, count, percent, reference
 from qkd_jax.training.tracking import read_json, read_metrics
 
 __all__ = ["render", "write"]
@@ -34,7 +35,12 @@ def _headline(rows: Sequence[Mapping[str, Any]], examples: int | None) -> str:
     parts = [html_table([(heading, right) for heading, right, _ in shown], body)]
     if any(row.get("agreement") is not None for row in rows):
         parts.append(
-            '<p class="quiet">Agreement: test images with the same argmax as the teacher.</p>'
+            '<p class="quiet">Agreement: test images with the same argmax as '
+            f"{escape(reference(rows))}.</p>"
+        )
+    if any(row.get("student_steps") is not None for row in rows):
+        parts.append(
+            '<p class="quiet">Steps: in which the net learned, counted from its quantization.</p>'
         )
     known = [row["top1"] for row in rows if row.get("top1") is not None]
     if examples and known:
@@ -290,7 +296,7 @@ def _subtitle(rows: Sequence[Mapping[str, Any]], dataset: Mapping[str, Any]) -> 
 
 
 def write(workdir: str | Path) -> Path:
-    """Writes `report.html` of a run folder and returns its path.
+    """Writes `report.html` of a run folder and returns its path; a reader sees the old or the new.
 
     Args:
         workdir: a run folder; any of its files may be missing.
@@ -304,5 +310,7 @@ def write(workdir: str | Path) -> Path:
             f"workdir is {str(workdir)!r}, which is not a folder; give the --workdir of a run."
         )
     path = folder / "report.html"
-    path.write_text(render(folder), encoding="utf-8")
+    temporary = folder / ".report.html.tmp"
+    temporary.write_text(render(folder), encoding="utf-8")
+    os.replace(temporary, path)
     return path

@@ -9,10 +9,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["columns", "count", "number", "percent", "table"]
+__all__ = ["columns", "count", "number", "percent", "reference", "table"]
 
 Row = Mapping[str, Any]
 NONE = "-"
+# Headings that are not broken at their space on a narrow terminal.
+NARROW = {"cross-entropy": "cross-\nentropy", "agreement %": "agree-\nment %"}
 
 
 def percent(value: Any, digits: int = 2) -> str:
@@ -51,7 +53,7 @@ def _export(key: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
 def columns(rows: Sequence[Row]) -> list[tuple[str, bool, Callable[[Row], str]]]:
     """Returns (heading, right-aligned, row -> text) of the columns that these rows need.
 
-    Columns of the exported model and of agreement are there only if some row has them.
+    Columns of the exported model, of steps and of agreement are there only if some row has them.
     """
     found: list[tuple[str, bool, Callable[[Row], str]]] = [
         ("net", False, lambda row: str(row.get("net", NONE))),
@@ -61,6 +63,8 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, bool, Callable[[Row], str]]]
         ("bits W/A", True, _bits),
         ("weight bytes", True, lambda row: count(row.get("weight_bytes"))),
     ]
+    if any(row.get("student_steps") is not None for row in rows):
+        found.append(("steps", True, lambda row: count(row.get("student_steps"))))
     if any(row.get("agreement") is not None for row in rows):
         agreement = lambda row: percent(row.get("agreement"))
         found.append(("agreement %", True, agreement))
@@ -78,6 +82,16 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, bool, Callable[[Row], str]]]
     return found
 
 
+def reference(rows: Sequence[Row]) -> str:
+    """Returns the net (or nets) with which these rows count agreement."""
+    found = dict.fromkeys(
+        str(row.get("agreement_with") or "the teacher")
+        for row in rows
+        if row.get("agreement") is not None
+    )
+    return " or ".join(found)
+
+
 def _caption(results: Mapping[str, Any]) -> str:
     """The data set, and a line for each exported net: as columns they do not fit 80 characters."""
     dataset = results.get("dataset") or {}
@@ -86,7 +100,7 @@ def _caption(results: Mapping[str, Any]) -> str:
     if examples:
         lines.append(f"{int(examples):,} test images")
     if any(row.get("agreement") is not None for row in results.get("rows") or []):
-        lines.append("agreement: same argmax as the teacher")
+        lines.append(f"agreement: same argmax as {reference(results['rows'])}")
     lines = [", ".join(lines)] if lines else []
     for row in results.get("rows") or []:
         export = row.get("export")
@@ -116,9 +130,15 @@ def table(results: Mapping[str, Any]) -> Table:
         padding=(0, 1, 0, 0),
     )
     shown = columns([{**row, "export": None} for row in rows])
+    longest = max((len(str(row.get("net", NONE))) for row in rows), default=1)
     for heading, right, _ in shown:
-        lines = heading.replace(" ", "\n", 1).replace("cross-", "cross-\n") if right else heading
-        made.add_column(lines, justify="right" if right else "left", overflow="fold")
+        lines = NARROW.get(heading, heading.replace(" ", "\n", 1)) if right else heading
+        made.add_column(
+            lines,
+            justify="right" if right else "left",
+            overflow="fold",
+            no_wrap=heading == "net" and longest <= 20,  # methods wrap better
+        )
     for row in rows:
         made.add_row(*(Text(text(row)) for _, _, text in shown))
     return made

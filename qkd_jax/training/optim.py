@@ -159,7 +159,12 @@ def plan_optimizer(
         given["clip_norm"] = math.inf
     for key in ("lr", "quant_lr", "weight_decay"):
         checks.in_range(f"{where}.{key}", given[key], 0.0, 1e6)
-    for key in ("momentum", "b1", "b2", "final", "decay_factor"):
+    checks.positive(f"{where}.lr", given["lr"])
+    for key in ("momentum", "b1", "b2"):
+        checks.in_range(f"{where}.{key}", given[key], 0.0, 1.0)
+        if given[key] == 1:
+            raise ValueError(f"{where}.{key} is 1: an average that forgets nothing; use below 1.")
+    for key in ("final", "decay_factor"):
         checks.in_range(f"{where}.{key}", given[key], 0.0, 1.0)
     for key in ("eps", "clip_norm"):
         checks.in_range(f"{where}.{key}", given[key], 0.0, math.inf)

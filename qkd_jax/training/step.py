@@ -38,17 +38,31 @@ Metrics = dict[str, Any]
 Step = Callable[..., tuple[TrainState, Metrics]]
 
 
+# Other names for the mode: a model with one of them would run in its default mode throughout.
+FOREIGN_MODES = ("training", "is_training", "is_train", "inference", "testing")
+
+
 @functools.lru_cache(maxsize=256)
 def _mode_argument(model_class: type) -> str | None:
     """Name of the argument by which a model is told that it trains, or None."""
     names = inspect.signature(model_class.__call__).parameters
-    return next((n for n in ("train", "deterministic") if n in names), None)
+    known = next((n for n in ("train", "deterministic") if n in names), None)
+    foreign = next((n for n in FOREIGN_MODES if n in names), None)
+    if known is None and foreign is not None:
+        raise ValueError(
+            f"{model_class.__name__}.__call__ takes {foreign!r}, which nothing sets here; rename "
+            "it to `train` (True while training) or `deterministic` (False while training)."
+        )
+    return known
 
 
 def mode_arguments(module: Any, train: bool) -> dict[str, bool]:
     """Keyword arguments that put a model into training or evaluation mode.
 
     A model may take `train`, linen's `deterministic`, or neither.
+
+    Raises:
+        ValueError: it takes another name for the mode, such as `training`.
     """
     name = _mode_argument(type(module.model))
     return {} if name is None else {name: train if name == "train" else not train}

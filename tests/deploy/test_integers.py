@@ -47,7 +47,7 @@ def differing(a, b):
 
 @pytest.mark.parametrize(
     "case",
-    ["w4a4", "w2a2", *(pytest.param(c, marks=pytest.mark.slow) for c in ("w8a8", "qil"))],
+    small_nets.ONE_FAST,
 )
 def test_every_code_is_that_of_the_fake_quantized_net(case):
     net, variables, example = small_nets.case(case)

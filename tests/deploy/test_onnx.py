@@ -54,7 +54,7 @@ def test_float_net_with_any_batch_size(tmp_path, opset):
     assert model.opset_import[0].version == opset
 
 
-@pytest.mark.parametrize("case", small_nets.CASES)
+@pytest.mark.parametrize("case", small_nets.ONE_FAST)
 def test_quantized_net(tmp_path, case):
     net, variables, images = small_nets.case(case)
     path = tmp_path / "m.onnx"

@@ -109,7 +109,9 @@ def test_wrong_images_are_named(name):
         shapes(model, np.zeros((2, *IMAGE), np.uint8))
 
 
-@every
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "mlp")) for n in MODELS]
+)
 def test_trains_and_evaluates(name):
     skip_unless_small(name)
     model, images = models.create(name, 3), batch()

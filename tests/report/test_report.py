@@ -50,11 +50,12 @@ def text_of(page: str) -> list[str]:
 
 def test_the_table_on_a_narrow_terminal():
     text = printed(made_up.results())
-    for cell in ("97.13", "310,000", "32/32", "2/2", "0.1874", "QKD", "qat_only", "96.00"):
+    for cell in ("97.13", "310,000", "32/32", "2/2", "0.1874", "QKD", "qat_only", "96.00", "400"):
         assert cell in text, cell
     assert "…" not in text
     assert "1,497 test images" in text
     squeezed = " ".join(text.split())
+    assert "agreement: same argmax as teacher_before" in squeezed
     assert "student on ONNX Runtime: top-1 95.06 %, same argmax as trained 100.00 %" in squeezed
     assert "3.1e-06" in squeezed
 

@@ -21,6 +21,7 @@ from qkd_jax.training import (
     plan_step,
     start_state,
 )
+from qkd_jax.training.step import mode_arguments
 
 # One step of this moves every parameter by minus its gradient.
 PLAIN = {"lr": 1.0, "momentum": 0.0, "schedule": "constant"}
@@ -387,3 +388,18 @@ def test_plan_describes_itself():
         "teacher <- 1 ce(label_smoothing=0)",
         "teacher <- 1 kd(temperature=2) from student",
     ]
+
+
+def test_a_mode_by_another_name_is_refused():
+    class Foreign(nn.Module):
+        @nn.compact
+        def __call__(self, images, training=False):
+            return nn.Dense(4)(images.reshape(images.shape[0], -1))
+
+    class Both(Foreign):
+        def __call__(self, images, train=False, training=False):
+            return images
+
+    with pytest.raises(ValueError, match=r"takes 'training', which nothing sets.*`train`"):
+        mode_arguments(quantize(Foreign()), False)
+    assert mode_arguments(quantize(Both()), True) == {"train": True}

@@ -1,0 +1,69 @@
+"""Values of a config that are neither a net's nor a stage's own, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from qkd_jax import checks
+from qkd_jax.data import DATASETS, augment
+from qkd_jax.training.parallel import MODES
+
+__all__ = ["check_frame", "check_origins", "check_tables", "mapping"]
+
+
+def mapping(where: str, value: Any, example: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a value that must be a dict; `example` is one for the message."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} is {value!r}; it must be a dict, such as {dict(example)!r}.")
+    return value
+
+
+def check_frame(plain: Mapping[str, Any]) -> None:
+    """Checks what is neither a net nor a stage."""
+    checks.one_of("config.data.name", plain["data"]["name"], DATASETS)
+    checks.integer_in("config.data.train_examples", plain["data"]["train_examples"], 0)
+    try:
+        augment.parse(plain["data"]["augment"])
+    except ValueError as error:
+        raise ValueError(f"config.data.augment: {error}") from error
+    checks.integer_in("config.seed", plain["seed"], 0, 2**32 - 1)
+    checks.integer_in("config.eval_batch_size", plain["eval_batch_size"], 1)
+    for key, value in plain["log"].items():
+        checks.integer_in(f"config.log.{key}", value, 0)
+    every = plain["checkpoint"]
+    checks.in_range("config.checkpoint.every_seconds", every["every_seconds"], 0, float("inf"))
+    checks.integer_in("config.checkpoint.every_steps", every["every_steps"], 0)
+    checks.one_of("config.parallel.mode", plain["parallel"]["mode"], MODES)
+    devices = plain["parallel"]["devices"]
+    checks.integer_in("config.parallel.devices", devices, 0, len(jax.devices()))
+    for key in ("nets", "stages"):
+        mapping(f"config.{key}", plain[key], {"<name>": {}})
+        checks.at_least_one(f"config.{key}", plain[key])
+
+
+def check_origins(nets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses nets that start from one another in a circle."""
+    for name in nets:
+        chain = [name]
+        while (source := nets[chain[-1]].get("init_from", "")) in nets:
+            if source in chain:
+                circle = " -> ".join([*chain[chain.index(source) :], source])
+                raise ValueError(
+                    f"nets.{source}.init_from goes in a circle, {circle}; let one of these nets "
+                    "start from '' (random weights) or a file."
+                )
+            chain.append(source)
+
+
+def check_tables(where: str, fields: Mapping[str, Any]) -> None:
+    """Refuses anything but dicts where `learn` and `optim` of a train stage hold dicts."""
+    row = {"loss": "ce", "weight": 1.0}
+    for net, terms in mapping(f"{where}.learn", fields["learn"], {"<net>": {"ce": row}}).items():
+        for label, term in mapping(f"{where}.learn.{net}", terms, {"ce": row}).items():
+            mapping(f"{where}.learn.{net}.{label}", term, row)
+    rates = {"name": "sgd", "lr": 0.05}
+    for net, numbers in mapping(f"{where}.optim", fields["optim"], {"<net>": rates}).items():
+        mapping(f"{where}.optim.{net}", numbers, rates)
