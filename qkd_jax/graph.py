@@ -214,13 +214,15 @@ def trace(
             whose numbers (not only shapes) depend on the batch size.
     """
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), (variables, args))
-    marker = _marker(abstract) if any_batch else None
-    if marker is not None:
-        moved = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct((marker, *a.shape[1:]), a.dtype), abstract[1]
-        )
-        abstract = (abstract[0], moved)
-    closed, out_shape = jax.make_jaxpr(lambda v, a: fn(v, *a), return_shape=True)(*abstract)
+    make = jax.make_jaxpr(lambda v, a: fn(v, *a), return_shape=True)
+    marker: int | None = None
+    if any_batch:
+        marker, other = _markers(abstract)
+        closed, out_shape = make(abstract[0], _with_batch(abstract[1], marker))
+        again, _ = make(abstract[0], _with_batch(abstract[1], other))
+        _same_numbers(closed.jaxpr, again.jaxpr)
+    else:
+        closed, out_shape = make(*abstract)
 
     builder = _Builder(marker)
     paths = jax.tree_util.tree_flatten_with_path(variables)[0]
@@ -278,8 +280,42 @@ def path_name(path: Sequence[Any]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def _marker(abstract: Any) -> int:
-    """Returns a prime batch size that no dimension of variables and arguments is a multiple of."""
+def _with_batch(args: Any, batch: int) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype), args)
+
+
+def _same_numbers(first: Any, second: Any) -> None:
+    """Raises ValueError where two traces at different batch sizes hold different numbers."""
+    for one, two in zip(first.eqns, second.eqns, strict=False):
+        pairs = zip(one.invars, two.invars, strict=False)
+        numbers = [
+            (a.val, b.val)
+            for a, b in pairs
+            if isinstance(a, core.Literal) and isinstance(b, core.Literal)
+        ]
+        if one.primitive != two.primitive or any(
+            not np.array_equal(a, b, equal_nan=np.issubdtype(np.result_type(a), np.inexact))
+            for a, b in numbers
+        ):
+            scope = str(one.source_info.name_stack) or "the root module"
+            raise ValueError(
+                f"a number in {scope!r} depends on the batch size; such a model cannot run at "
+                "another one. Compute it from the data (a mean instead of a sum over n), or take "
+                "the batch size out of the forward pass."
+            )
+        for a, b in zip(_bodies(one), _bodies(two), strict=False):
+            _same_numbers(a, b)
+
+
+def _bodies(equation: Any) -> list[Any]:
+    """The jaxprs inside an equation: of a call, a loop, a branch."""
+    values = equation.params.values()
+    closed = [v.jaxpr for v in values if isinstance(v, core.ClosedJaxpr)]
+    return closed + [v for v in values if isinstance(v, core.Jaxpr)]
+
+
+def _markers(abstract: Any) -> tuple[int, int]:
+    """Returns two prime batch sizes that no dimension of variables or arguments divides by."""
     sizes = [a.shape[:1] for a in jax.tree.leaves(abstract[1])]
     if not sizes or len(set(sizes)) != 1 or not sizes[0]:
         raise ValueError(
@@ -288,9 +324,9 @@ def _marker(abstract: Any) -> int:
     taken = {d for a in jax.tree.leaves(abstract[0]) for d in a.shape}
     taken |= {d for a in jax.tree.leaves(abstract[1]) for d in a.shape[1:]}
     free = [p for p in PRIMES if all(d % p or not d for d in taken)]
-    if not free:
-        raise ValueError(f"every one of {PRIMES} divides a dimension; trace without any_batch.")
-    return free[0]
+    if len(free) < 2:
+        raise ValueError(f"most of {PRIMES} divide a dimension; trace without any_batch.")
+    return free[0], free[1]
 
 
 def _rebatched(value: Any, traced: int | None, batch: int | None) -> Any:

@@ -162,3 +162,11 @@ def test_a_batch_size_inside_the_numbers_is_refused():
         )
     with pytest.raises(ValueError, match="one batch axis"):
         graph.trace(lambda v, x: x + v, jnp.ones(()), jnp.ones(()), any_batch=True)
+
+
+def test_a_number_that_is_derived_from_the_batch_size_is_refused():
+    def mean(variables, x):
+        return x * variables["w"] * (1.0 / x.shape[0])
+
+    with pytest.raises(ValueError, match="depends on the batch size"):
+        graph.trace(mean, {"w": jnp.ones(())}, jnp.ones((4, 3)), any_batch=True)

@@ -33,7 +33,9 @@ def directory() -> pathlib.Path:
 def key(folder: pathlib.Path) -> str:
     """Returns the SHA-256 (hex) of the names and contents of the files in `folder`."""
     digest = hashlib.sha256(LAYOUT.encode())
-    for path in sorted(folder.iterdir()):
+    # What file browsers and notebooks leave behind is not part of the data.
+    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    for path in sorted(files):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.name}\0{content}\n".encode())

@@ -175,7 +175,9 @@ def _reshape(export: Export, node: Node, x: Tensor) -> Tensor:
     ones = [a for a, n in enumerate(x.shape) if n == 1]
     if tuple(n for n in x.shape if n != 1) == shape:
         return _dropped(export, node, x, ones)
-    first = x.perm and x.perm[0] == 0 and x.shape[0] == shape[0] == -1
+    # Both first axes may print as -1 and yet be (batch * T) and batch: the graph's sizes decide.
+    sizes = [export.graph.shape(v)[:1] for v in (node.inputs[0], node.outputs[0])]
+    first = x.perm and x.perm[0] == 0 and x.shape[0] == shape[0] == -1 and sizes[0] == sizes[1]
     if first and len(shape) == 2 and x.order is None:
         index = np.arange(math.prod(x.shape[1:])).reshape(x.shape[1:])
         index = index.transpose([a - 1 for a in x.perm[1:]]).reshape(-1)

@@ -83,7 +83,9 @@ def _chains(traced: TracedNet) -> list[_Chain]:
         source = _kernel_path(graph, weight.marker)
         alone = paths.count(product.path) == 1 and readers.get(source) == [weight.marker]
         plain = source == f"params/{product.path}/kernel" and not weight.moves
-        scalable = product.quantized or (plain and not weight.quantized)
+        # A layer that is folded already has its gain in the stored multiplier, which is not traced.
+        fresh = product.path not in traced.multipliers
+        scalable = fresh and (product.quantized or (plain and not weight.quantized))
         if alone and scalable and (chain := _walk(traced, product, readers)):
             chains.append(chain)
     return chains

@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qkd_jax import checks
+
 __all__ = ["collect", "markdown", "paired_interval"]
 
 MEASURES = {"top1": ("top-1 %", 100.0, 2), "loss": ("cross-entropy", 1.0, 3)}
@@ -92,6 +94,10 @@ def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], *, against: str = 
             cells.append(f"{statistics.fmean(values):.{digits}f} +- {spread:.{digits}f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     anchors = [name for name in rows if name.endswith(f": {against}")] if against else []
+    if against and not anchors:
+        raise checks.unknown("method", against, [name.split(": ", 1)[1] for name in rows])
+    if seeds < 2:
+        anchors = []  # no interval without a spread
     for anchor in anchors:
         lines += ["", f"Paired differences, {anchor} minus the row, mean [95 % t interval]:", ""]
         lines += [

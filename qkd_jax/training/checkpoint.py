@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -38,6 +39,7 @@ from qkd_jax.training.trees import _digest, flatten, host_array, key_impl, unfla
 __all__ = ["Checkpoints", "Restored", "flatten", "unflatten_like"]
 
 _FORMAT = 1
+_NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 _LARGE = 1 << 20
 _PACKED = "packed"
 
@@ -237,12 +239,13 @@ class Checkpoints:
                 "lists and dicts only. Put arrays into the tree."
             ) from error
         usable = score is not None and math.isfinite(score)
+        kept = float(score) if usable else None
         record = {
             "format": _FORMAT,
             "step": int(step),
             "meta": json.loads(text),
-            "score": float(score) if usable else None,
-            "sha256": _digest(arrays, impls, f"{step} {text}"),
+            "score": kept,
+            "sha256": _digest(arrays, impls, f"{step} {kept!r} {text}"),
             "index": index,
         }
         self.wait()
@@ -391,8 +394,11 @@ class Checkpoints:
                 step, args=self._args.Composite(tree=self._args.StandardRestore())
             )["tree"]
             arrays, impls = _unpack(stored, record["index"])
-            digest = _digest(arrays, impls, f"{step} {_canonical(record['meta'])}")
+            facts = f"{step} {record.get('score')!r} {_canonical(record['meta'])}"
+            digest = _digest(arrays, impls, facts)
         except Exception as error:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_DAMAGE:
+                raise  # the machine's trouble, not the file's: a good step must not be set aside
             # Orbax and TensorStore raise many types for missing, cut and undecodable files.
             reason = f"{type(error).__name__}: {_first_line(error)}"
             raise _Damaged(f"its arrays cannot be read ({reason})") from error

@@ -2,13 +2,15 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_nets
 
+from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec
 from qkd_jax.ptq import fold_bn
-from qkd_jax.quantize import Rule
+from qkd_jax.quantize import Rule, quantize
 
 
 def folded_norms(variables):
@@ -131,3 +133,23 @@ def test_layers_that_do_not_honour_folding_are_left_and_several_feature_axes_wor
     folded = fold_bn(net, variables, x)
     assert folded_norms(folded) == {"general_bn"}
     assert relative(net.apply(folded, x), net.apply(variables, x)) < 1e-5
+
+
+def test_two_norms_behind_a_biased_layer_keep_both_gains_whenever_folded():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(4, name="dense")(x)
+            x = nn.BatchNorm(use_running_average=True, name="bn1")(x)
+            return nn.BatchNorm(use_running_average=True, name="bn2")(x)
+
+    x = jax.random.normal(jax.random.key(0), (8, 5))
+    net = quantize(Net(), [Rule("dense", weight=Spec(4), input=Spec(8))])
+    variables = calibrate(net, net.init(jax.random.key(1), x), [x])
+    variables["params"]["dense"]["bias"] = jnp.arange(4.0)
+    for i, name in enumerate(("bn1", "bn2")):
+        variables["batch_stats"][name] = {"mean": jnp.arange(4.0), "var": jnp.arange(4.0) + 2 + i}
+    want = net.apply(variables, x)
+    once = fold_bn(net, variables, x)
+    for folded in (once, fold_bn(net, once, x)):
+        np.testing.assert_allclose(net.apply(folded, x), want, rtol=1e-5, atol=1e-5)
