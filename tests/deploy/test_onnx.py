@@ -250,3 +250,25 @@ def test_openvino_reads_the_file(tmp_path, monkeypatch):
     wanted = np.asarray(net.apply(variables, images))
     assert (found.argmax(-1) == wanted.argmax(-1)).all()
     assert np.abs(found - wanted).max() < 1e-3 * np.abs(wanted).max()
+
+
+def test_axes_merged_with_the_batch_come_apart_again(tmp_path):
+    class Tokens(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.softmax(nn.Dense(4, name="a")(x).reshape(-1, 4))
+            return nn.Dense(3, name="b")(y.reshape(x.shape[0], 20))
+
+    x = jax.random.normal(jax.random.key(0), (6, 5, 4))
+    rules = [Rule(".*", weight=Spec(4), input=Spec(8))]
+    net, variables = small_nets.calibrated(Tokens(), rules, x)
+    _, difference, agreement = compare(net, variables, x, tmp_path / "m.onnx")
+    assert agreement == 1 and difference < 0.02
+
+
+def test_weight_only_layers_run_at_full_accuracy(tmp_path):
+    x = jax.random.normal(jax.random.key(0), (16, 32))
+    rules = [Rule(".*", weight=Spec(4, granularity="channel"))]
+    net, variables = small_nets.calibrated(nn.Dense(8), rules, x)
+    _, difference, _ = compare(net, variables, x, tmp_path / "m.onnx")
+    assert difference < 1e-5
