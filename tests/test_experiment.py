@@ -147,7 +147,9 @@ class StopAt:
         return self.left < 0
 
 
-@pytest.mark.parametrize("stop", [0, 5, 26, 33])
+@pytest.mark.parametrize(
+    "stop", [5, 26, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (0, 33))]
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, stop):
     folder, _ = finished
     monkeypatch.setattr(experiment, "GracefulStop", lambda: StopAt(stop))

@@ -153,8 +153,8 @@ def test_dense_general_with_two_output_axes_has_a_scale_for_each():
     np.testing.assert_allclose(net.apply(variables, x), want, rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
+@pytest.mark.parametrize("groups", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("padding", ["SAME", pytest.param("CIRCULAR", marks=pytest.mark.slow)])
 def test_convolution_against_numpy(groups, padding):
     x = images(2, 5, 5, 4)
     model = nn.Conv(
@@ -170,7 +170,7 @@ def test_convolution_against_numpy(groups, padding):
 
 
 @pytest.mark.parametrize("transpose_kernel", [False, True])
-@pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
+@pytest.mark.parametrize("padding", ["SAME", pytest.param("CIRCULAR", marks=pytest.mark.slow)])
 def test_transposed_convolution(transpose_kernel, padding):
     x = images(2, 4, 4, 3)
     model = nn.ConvTranspose(
@@ -280,7 +280,7 @@ def test_a_scanned_layer_has_a_scale_for_every_step_of_the_scan():
 
 
 @pytest.mark.parametrize("observer", ["minmax", "ema", "mse"])
-@pytest.mark.parametrize("model", [Scanned(), Mapped()])
+@pytest.mark.parametrize("model", [Scanned(), pytest.param(Mapped(), marks=pytest.mark.slow)])
 def test_every_observer_sees_each_lifted_layer_apart(model, observer):
     x = images(3, 6)
     _, variables = calibrated(model, x, observer=observer)

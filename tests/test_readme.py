@@ -18,6 +18,7 @@ def blocks(path: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.M | re.S)
 
 
+@pytest.mark.slow
 def test_library_example(tmp_path, monkeypatch, capsys):
     (example,) = blocks(ROOT / "README.md")
     monkeypatch.chdir(tmp_path)

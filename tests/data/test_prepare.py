@@ -237,6 +237,7 @@ def test_digits_are_a_tfds_data_set(tmp_path):
     assert "CC BY 4.0" in records.dataset_info.citation
 
 
+@pytest.mark.slow
 def test_four_processes_prepare_at_once(tmp_path):
     program = (
         "from qkd_jax import data; import sys;"

@@ -98,6 +98,7 @@ class Other(nn.Module):
         return nn.Dense(3, name="affine")(x)
 
 
+@pytest.mark.slow
 def test_unusual_layers():
     both = Spec(8, symmetric=False)
     rules = [

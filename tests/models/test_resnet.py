@@ -168,6 +168,7 @@ def test_batch_norm_settings(net):
     np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * stem.var((0, 1, 2)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_axis_name_gives_the_statistics_of_the_whole_batch():
     images = np.random.default_rng(1).standard_normal((4, 4, 4, 1)).astype(np.float32)
     model = models.create("resnet8", 3, width=2)

@@ -285,6 +285,15 @@ def test_a_bar_on_a_terminal():
     assert "3/3" in text and "loss 0.2500" in text and "steps/s" in text
 
 
+@pytest.fixture
+def default_interrupt():
+    # A shell starts background jobs with SIGINT ignored, and then a second one does nothing.
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, found)
+
+
+@pytest.mark.usefixtures("default_interrupt")
 def test_the_first_signal_asks_and_the_second_acts():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with GracefulStop() as stop:
