@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks
+from qkd_jax.numerics.logits import prepare_logits
 
 __all__ = ["add", "agreement", "classification", "finish"]
 
@@ -55,7 +56,7 @@ def classification(
       An example with a NaN among its logits is wrong for top-1 and top-5 and makes `loss` NaN. So
       does a label outside [0, classes), which cannot be checked while tracing.
     """
-    logits, mask = _prepare("logits", logits, where)
+    logits, mask = prepare_logits("logits", logits, where)
     labels = jnp.asarray(labels)
     checks.class_labels("labels", labels, logits)
     batch, classes = logits.shape
@@ -102,8 +103,8 @@ def agreement(
     Raises:
       ValueError: for shapes that differ or are not [batch, classes].
     """
-    logits, mask = _prepare("logits", logits, where)
-    other, _ = _prepare("other_logits", other_logits, None)
+    logits, mask = prepare_logits("logits", logits, where)
+    other, _ = prepare_logits("other_logits", other_logits, None)
     checks.same_shape(logits=logits, other_logits=other)
     ordered = ~jnp.any(jnp.isnan(logits) | jnp.isnan(other), axis=-1)
     same = jnp.argmax(logits, axis=-1) == jnp.argmax(other, axis=-1)
@@ -148,20 +149,6 @@ def finish(sums: Mapping[str, Any]) -> dict[str, float]:
     if count == 0:
         raise ValueError("sums has count 0; evaluate at least one example that `where` keeps.")
     return {k: v if k == "count" else v / count for k, v in values.items()}
-
-
-def _prepare(
-    name: str, logits: jax.Array, where: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Checks logits and mask; returns the logits in float32 or wider and the mask as booleans."""
-    logits = jnp.asarray(logits)
-    checks.rank(name, logits, 2, "[batch, classes]")
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    if where is None:
-        return logits, None
-    where = jnp.asarray(where)
-    checks.vector("where", where, logits.shape[0], f"one entry per row of {name} {logits.shape}")
-    return logits, where != 0
 
 
 def _total(values: jax.Array, mask: jax.Array | None) -> jax.Array:

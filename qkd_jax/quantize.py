@@ -144,10 +144,6 @@ class QuantizedModel:
         rule = _first_match(self.rules, path)
         return None if rule is None else getattr(rule, "input" if operand == "other" else operand)
 
-    def has_rule(self, path: str) -> bool:
-        """Whether any rule matches `path`, be it to leave it in float."""
-        return _first_match(self.rules, path) is not None
-
     def check_rules(self, paths: Iterable[str]) -> None:
         """Raises ValueError for a rule that no path matches."""
         paths = sorted(paths)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qkd_jax import checks
+from qkd_jax.numerics.logits import prepare_logits
 
 __all__ = ["ce", "dml", "kd", "logit_regression"]
 
@@ -52,7 +53,7 @@ def ce(
     Reference:
       Szegedy et al., 2015, arXiv 1512.00567, section 7 (label smoothing).
     """
-    logits, mask = _prepare("logits", logits, where)
+    logits, mask = prepare_logits("logits", logits, where)
     labels = jnp.asarray(labels)
     checks.class_labels("labels", labels, logits)
     checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0)
@@ -195,26 +196,12 @@ def _kl(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
     return jnp.sum(target * gap, axis=-1)
 
 
-def _prepare(
-    name: str, logits: jax.Array, where: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Checks logits and mask; returns the logits in float32 or wider and the mask as booleans."""
-    logits = jnp.asarray(logits)
-    checks.rank(name, logits, 2, "[batch, classes]")
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    if where is None:
-        return logits, None
-    where = jnp.asarray(where)
-    checks.vector("where", where, logits.shape[0], f"one entry per row of {name} {logits.shape}")
-    return logits, where != 0
-
-
 def _prepare_pair(
     student_logits: jax.Array, teacher_logits: jax.Array, where: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Checks both logits; returns them masked, in one dtype, the teacher's without gradient."""
-    student, mask = _prepare("student_logits", student_logits, where)
-    teacher, _ = _prepare("teacher_logits", teacher_logits, None)
+    student, mask = prepare_logits("student_logits", student_logits, where)
+    teacher, _ = prepare_logits("teacher_logits", teacher_logits, None)
     checks.same_shape(student_logits=student, teacher_logits=teacher)
     dtype = jnp.promote_types(student.dtype, teacher.dtype)
     teacher = jax.lax.stop_gradient(teacher)
