@@ -8,7 +8,7 @@ are observed at once, on float activations.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ from qkd_jax import checks
 from qkd_jax.interception import OPERANDS, Frame
 from qkd_jax.numerics import Spec, stats
 from qkd_jax.observers import OBSERVERS
-from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize import QuantizedModel, join_quant
 from qkd_jax.quantizers import QUANTIZERS
 
 __all__ = ["calibrate"]
@@ -34,19 +34,25 @@ def calibrate(
     batches: Iterable[Any],
     *,
     observer: str | None = None,
+    operands: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Tree:
     """Gives a net the `quant` collection: from then on it is quantized.
 
     Args:
       net: the net; its rules say what is quantized, by which quantizer.
-      variables: its float variables. An old `quant` collection is replaced.
+      variables: its float variables. Old quantizers are replaced; what `fold_bn` left for float
+        layers stays.
       batches: an iterable of model inputs: arrays [batch, ...], dicts with the key "image" (and
         "mask", which leaves out padding), or tuples of positional arguments. Batches of one shape
         compile once. A second pass is made for observers that need one, so all batches are held
         in memory.
       observer: a key of `OBSERVERS` for every quantizer, or None: what each spec says, else each
         quantizer's own initialisation (LSQ's from the mean magnitude, the others' from the range).
+        Dynamic operands need none and are left out.
+      operands: which of "weight", "input", "other" and "output" to calibrate; None means all. With
+        some of them, the quantizers of the others stay as they are and act while these are
+        observed: weights first and inputs later, say, or inputs anew on quantized weights.
       **kwargs: further arguments of the model's call, such as `train=False`.
 
     Returns:
@@ -54,7 +60,8 @@ def calibrate(
 
     Raises:
       ValueError: no batch; no layer quantized; non-finite data; an operand with negative values
-        under an unsigned symmetric spec; an unknown observer. The message names the layer.
+        under an unsigned symmetric spec; an unknown observer or operand; variables whose
+        BatchNorms were folded into quantized layers. The message names the layer.
     """
     if observer is not None and observer not in OBSERVERS:
         raise checks.unknown("observer", observer, OBSERVERS)
@@ -63,28 +70,35 @@ def calibrate(
     inputs = [_arguments(batch) for batch in batches]
     if not inputs:
         raise ValueError("batches is empty; give at least one batch of real inputs.")
+    chosen = OPERANDS if operands is None else _chosen(operands)
     specs = _Specs(net, observer)
     floats = {name: value for name, value in variables.items() if name != "quant"}
+    kept = _kept(variables.get("quant", {}), chosen, "")
+    start = {**floats, "quant": kept} if kept else floats
 
-    first = _observe(net, floats, inputs, kwargs, specs, _Moments())
+    first = _observe(net, start, inputs, kwargs, specs, chosen, _Moments())
     if not first:
         net.check_rules(_paths(net, floats, inputs[0], kwargs))
         raise ValueError(
             "no operand of this net is quantized: none of its rules gives a layer it uses a "
-            "weight, input or output spec. `coverage` lists what the rules reach."
+            f"{' or '.join(chosen)} spec. `coverage` lists what the rules reach."
         )
     measured = {key: _named(key, stats.finish, found["sums"]) for key, found in first.items()}
     searching = {key for key in first if OBSERVERS[specs.observer(*key)].NEEDS_STATS}
     second: dict[tuple[str, str], Tree] = {}
     if searching:
         known = {key: measured[key] for key in searching}
-        second = _observe(net, floats, inputs, kwargs, specs, _Search(searching), known)
+        second = _observe(net, start, inputs, kwargs, specs, chosen, _Search(searching), known)
 
-    quant: Tree = {}
+    quant: Tree = _copied(kept)
     for key, moments in measured.items():
         path, operand = key
         spec = specs(path, operand)
         assert spec is not None
+        if spec.dynamic:
+            # Nothing is kept but that the operand is quantized from now on.
+            _put(quant, path, f"{operand}_quantizer", {"dynamic": np.float32(1)})
+            continue
         _check_sign(path, operand, spec, moments)
         state = second[key]["observer"] if key in searching else first[key]["observer"]
         lo, hi = _named(key, OBSERVERS[specs.observer(path, operand)].range, state, spec)
@@ -101,7 +115,7 @@ class _Specs:
 
     def __call__(self, path: str, operand: str) -> Spec | None:
         spec = self.net.spec_of(path, operand)
-        if spec is None or self.override is None:
+        if spec is None or self.override is None or spec.dynamic:
             return spec
         return dataclasses.replace(spec, observer=self.override)
 
@@ -111,6 +125,41 @@ class _Specs:
         if name not in OBSERVERS:
             raise checks.unknown(f"observer of {operand} of {path!r}", name, OBSERVERS)
         return name
+
+
+def _chosen(operands: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(operands, str) or not operands:
+        raise ValueError(
+            f"operands is {operands!r}; give a list of names, such as ('weight',): any of "
+            f"{', '.join(OPERANDS)}."
+        )
+    for operand in operands:
+        if operand not in OPERANDS:
+            raise checks.unknown("operand", operand, OPERANDS)
+    return tuple(operands)
+
+
+def _kept(quant: Mapping[str, Any], replaced: Sequence[str], path: str) -> Tree:
+    """What stays of a `quant` tree: folded float layers, and quantizers that are not replaced."""
+    kept: Tree = {}
+    for key, value in quant.items():
+        if key == "folded" and "multiplier" in value:
+            raise ValueError(
+                f"layer {path!r} has a BatchNorm folded into its output multiplier, which holds "
+                "for its old scales alone; calibrate the variables from before `fold_bn`, or fold "
+                "the float net first."
+            )
+        if key.removesuffix("_quantizer") in replaced and key.endswith("_quantizer"):
+            continue
+        if key == "folded" or key.endswith("_quantizer"):
+            kept[key] = value
+        elif inner := _kept(value, replaced, f"{path}/{key}".lstrip("/")):
+            kept[key] = inner
+    return kept
+
+
+def _copied(tree: Any) -> Any:
+    return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def _arguments(batch: Any) -> tuple[Any, ...]:
@@ -159,15 +208,18 @@ class _Search:
         return {"observer": new, "stats": found["stats"]}
 
 
-def _observe(net, floats, inputs, kwargs, specs, task, known=None) -> dict[tuple[str, str], Tree]:
-    """Runs the float net over all inputs; each operand's state lies at its quantizer's place."""
+def _observe(
+    net, variables, inputs, kwargs, specs, chosen, task, known=None
+) -> dict[tuple[str, str], Tree]:
+    """Runs the net over all inputs; each operand's state lies at its quantizer's place."""
+    variables = join_quant(variables)
 
     def run(states, arguments, record):
-        frame = Frame(specs, mode="observe", observe=record)
-        variables = _joined(floats, states)
+        frame = Frame(specs, mode="observe", observe=record, observed=chosen)
+        given = _joined(variables, states)
         try:
             with nn.intercept_methods(frame):
-                _, out = net.model.apply(variables, *arguments, mutable=["params"], **kwargs)
+                _, out = net.model.apply(given, *arguments, mutable=["params"], **kwargs)
         except ValueError as error:
             if not any(word in str(error) for word in ("broadcasted variable", "out_axes")):
                 raise

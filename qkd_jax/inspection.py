@@ -87,13 +87,19 @@ def _count(tree: Any) -> int:
 
 def _scales(spec: Spec, params: Any, use: LayerUse) -> int:
     """How many float32 numbers a weight's scales (and zero points) are, measured or planned."""
-    if params is not None:
+    if params is not None and not spec.dynamic:
         view = QUANTIZERS[spec.quantizer].integer_view
-        count = math.prod(jax.eval_shape(lambda p: view(p, spec)[0], params).shape)
-    elif spec.granularity == "channel":
-        count = math.prod(use.shapes["weight"][axis] for axis in use.channels["weight"])
-    else:
+        scale = jax.eval_shape(lambda p: (view(p, spec) or (None,))[0], params)
+        if scale is None:
+            return _count(params)
+        count = math.prod(scale.shape)
+    elif spec.granularity == "tensor":
         count = 1
+    else:
+        shape = use.shapes["weight"]
+        count = math.prod(shape[axis] for axis in use.channels["weight"])
+        if isinstance(spec.granularity, int):
+            count *= shape[use.group_axis] // spec.granularity
     return count if spec.symmetric else 2 * count
 
 

@@ -30,10 +30,13 @@ from flax.linen.linear import _Conv
 from jax import lax
 
 from qkd_jax import product as products
-from qkd_jax.numerics import Spec
-from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.numerics import Spec, stats
+from qkd_jax.quantizers import QUANTIZERS, live
 
-__all__ = ["OPERANDS", "Frame", "LayerUse", "is_ours", "marker"]
+__all__ = ["OPERANDS", "ROUNDING", "Frame", "LayerUse", "is_ours", "marker", "split_groups"]
+
+ROUNDING = "rounding"
+"""Name of the random stream of stochastic rounding, in the `rngs` of `apply`."""
 
 OPERANDS = ("weight", "input", "other", "output")
 """`other` is the second operand of a product of two activations (attention)."""
@@ -51,6 +54,7 @@ class LayerUse:
     kind: str
     shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     channels: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    group_axis: int = -1  # of the weight
 
 
 def marker(name: str, function: Callable[..., Any], x: jax.Array, *params: jax.Array) -> jax.Array:
@@ -68,8 +72,33 @@ def _unchanged(x: jax.Array, *_: jax.Array) -> jax.Array:
     return lax.optimization_barrier(x)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where an operand lies in its product, as far as its quantizer must know.
+
+    Attributes:
+        channels: axes with a scale of their own under granularity "channel".
+        rows: the same under "token".
+        group_axis: the axis that groups cut, or None where there are none.
+    """
+
+    channels: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+    group_axis: int | None = None
+
+
 class Frame:
-    """One application of a quantized model."""
+    """One application of a quantized model.
+
+    Args:
+        spec_of: (path, operand) -> Spec or None.
+        mode: "apply", "observe" or "trace".
+        axis_name: the mapped axis over which batch normalization reduces.
+        observe: in mode "observe", (found, path, operand, x, spec, channel axes) -> new state.
+        watch: in mode "apply", called as watch(path, operand, x, x_hat, spec, params) for every
+            quantized operand, where it is quantized (so inside the trace).
+        observed: in mode "observe", the operands to observe; others are quantized if calibrated.
+    """
 
     def __init__(
         self,
@@ -78,11 +107,15 @@ class Frame:
         mode: str = "apply",
         axis_name: str | None = None,
         observe: Callable[..., dict[str, Any]] | None = None,
+        observed: tuple[str, ...] = OPERANDS,
+        watch: Callable[..., None] | None = None,
     ):
         self.spec_of = spec_of
         self.mode = mode
         self.axis_name = axis_name
         self.observe = observe
+        self.observed = observed
+        self.watch = watch
         self.seen: dict[str, LayerUse] = {}
         self.modules: set[str] = set()
         self._active: dict[object, tuple[int, str]] = {}
@@ -146,10 +179,11 @@ class Frame:
             described = describe(lhs, rhs, *args, base=base, **kwargs)
             use = self._use(path, kind)
             use.channels["weight"] = described.weight_channels
-            x_hat, x_view = self._operand(module, None, path, "input", lhs, batch_axes=_batch(lhs))
-            w_hat, w_view = self._operand(
-                module, None, path, "weight", rhs, channels=described.weight_channels
+            use.group_axis = -1 if described.group_axis is None else described.group_axis
+            x_hat, x_view = self._operand(
+                module, None, path, "input", lhs, _left(described), batch_axes=_batch(lhs)
             )
+            w_hat, w_view = self._operand(module, None, path, "weight", rhs, _right(described))
             folded = self._variables(module, None, "folded") or {}
             if x_view is None or w_view is None or self.mode == "trace":
                 out = described.fn(x_hat, w_hat)
@@ -195,8 +229,14 @@ class Frame:
         def einsum(equation, lhs, rhs):
             described = products.einsum_product(equation, lhs, rhs)
             self._use(layer, "attention")
-            x_hat, x_view = self._operand(module, sub, layer, "input", lhs, batch_axes=_batch(lhs))
-            y_hat, y_view = self._operand(module, sub, layer, "other", rhs, batch_axes=_batch(rhs))
+            x_hat, x_view = self._operand(
+                module, sub, layer, "input", lhs, _left(described), batch_axes=_batch(lhs)
+            )
+            # "token" means a row of either operand: what the product sums over shares a scale.
+            other = _Place(rows=described.weight_channels)
+            y_hat, y_view = self._operand(
+                module, sub, layer, "other", rhs, other, batch_axes=_batch(rhs)
+            )
             if x_view is None or y_view is None or self.mode == "trace":
                 return described.fn(x_hat, y_hat)
             return products.quantized_product(described, x_hat, y_hat, x_view, y_view)
@@ -222,13 +262,15 @@ class Frame:
             else:
                 x, w, bias = arrays
             described, kind = _describe(module, args, kwargs, x, w)
-            channels = described.weight_channels
             use = self._use(path, kind)
-            use.channels["weight"] = channels
-            w_hat, w_view = self._operand(module, None, path, "weight", w, channels=channels)
+            use.channels["weight"] = described.weight_channels
+            use.group_axis = -1 if described.group_axis is None else described.group_axis
+            w_hat, w_view = self._operand(module, None, path, "weight", w, _right(described))
             if x is None:
                 return (w_hat,)
-            x_hat, x_view = self._operand(module, None, path, "input", x, batch_axes=_batch(x))
+            x_hat, x_view = self._operand(
+                module, None, path, "input", x, _left(described), batch_axes=_batch(x)
+            )
             if x_view is None or w_view is None or self.mode == "trace":
                 return (x_hat, w_hat) if isinstance(module, nn.Embed) else (x_hat, w_hat, bias)
             x_scale, w_scale = (lax.stop_gradient(view[0]) for view in (x_view, w_view))
@@ -264,7 +306,9 @@ class Frame:
                 f"a rule gives module {path!r} an `output` spec, but it returns "
                 f"{type(out).__name__}; `output` needs a module that returns one float array."
             )
-        return self._operand(module, None, path, "output", out, batch_axes=_batch(out))[0]
+        # A module's output has no product here: its rows are what its last axis is a vector of.
+        place = _Place(rows=tuple(range(out.ndim - 1)))
+        return self._operand(module, None, path, "output", out, place, batch_axes=_batch(out))[0]
 
     # -- one operand -------------------------------------------------------------------------
 
@@ -280,8 +324,12 @@ class Frame:
             return module.scope.get_variable("params", name)
         return (module.scope.get_variable("params", sub) or {}).get(name)
 
-    def _operand(self, module, sub, path, operand, x, *, channels=(), batch_axes=()):
-        """Returns (x_hat, view): view is (scale, format, has a zero point), or None for float."""
+    def _operand(self, module, sub, path, operand, x, place, *, batch_axes=()):
+        """Returns (x_hat, view): view is (scale, format, has a zero point), or None.
+
+        None means that the product runs on x_hat: the operand is float, its grid is not uniform, or
+        its scale varies along an axis that is summed over.
+        """
         if path in self.seen:
             self.seen[path].shapes[operand] = tuple(x.shape)
         spec = self.spec_of(path, operand)
@@ -289,7 +337,15 @@ class Frame:
             if self.mode == "trace" and operand != "output":
                 x = marker(f"skipped:{path}:{operand}", _unchanged, x)
             return x, None
-        quantizer, name = QUANTIZERS[spec.quantizer], f"{operand}_quantizer"
+        name = f"{operand}_quantizer"
+        axes, group = _sharing(spec, place, path, operand, x)
+        if self.mode == "observe" and operand in self.observed:
+            found = self._variables(module, sub, f"{operand}_observed")
+            assert self.observe is not None
+            seen = x if group is None else split_groups(x, *group)
+            observed = self.observe(found, path, operand, seen, spec, axes)
+            self._write(module, sub, f"{operand}_observed", observed)
+            return x, None
         params = self._variables(module, sub, name)
         if self.mode == "trace":
             label = f"quantizer:{path}:{operand}"
@@ -298,26 +354,77 @@ class Frame:
             keys = sorted(params)
 
             def fake_quant(x, *leaves):
-                return quantizer.fake_quant(x, dict(zip(keys, leaves, strict=True)), spec)
+                given = dict(zip(keys, leaves, strict=True))
+                return _quantized(x, given, spec, axes, group)[0]
 
             return marker(label, fake_quant, x, *(params[k] for k in keys)), None
-        if self.mode == "observe":
-            axes = channels if spec.granularity == "channel" else ()
-            found = self._variables(module, sub, f"{operand}_observed")
-            assert self.observe is not None
-            observed = self.observe(found, path, operand, x, spec, axes)
-            self._write(module, sub, f"{operand}_observed", observed)
-            return x, None
         if params is None:
             return x, None
-        x_hat = quantizer.fake_quant(x, params, spec, batch_axes=batch_axes)
-        scale, _, format = quantizer.integer_view(params, spec)
+        key = None
+        if spec.rounding == "stochastic" and module.scope.has_rng(ROUNDING):
+            key = module.make_rng(ROUNDING)
+        x_hat, params = _quantized(x, params, spec, axes, group, batch_axes=batch_axes, key=key)
+        if self.watch is not None:
+            self.watch(path, operand, x, x_hat, spec, params)
+        view = None if group else QUANTIZERS[spec.quantizer].integer_view(params, spec)
+        if view is None:
+            return x_hat, None
+        scale, _, format = view
         return x_hat, (scale, format, not spec.symmetric)
 
     def _write(self, module, sub, name, value) -> None:
         if sub is not None:
             name, value = sub, {**(module.scope.get_variable("params", sub) or {}), name: value}
         module.scope.put_variable("params", name, value)
+
+
+def split_groups(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Cuts an axis into [..., groups, size, ...]."""
+    return jnp.reshape(x, (*x.shape[:axis], -1, size, *x.shape[axis + 1 :]))
+
+
+def _sharing(spec, place, path, operand, x):
+    """Returns (axes with parameters of their own, (axis, size) of groups or None)."""
+    if spec.granularity in ("tensor", "channel", "token", "example"):
+        axes = dict(tensor=(), channel=place.channels, token=place.rows, example=_batch(x))
+        return axes[spec.granularity], None
+    size, axis = int(spec.granularity), place.group_axis
+    if axis is None:
+        raise ValueError(
+            f"{operand} of layer {path!r} has granularity={size}, but nothing of it is summed over "
+            "(a table that is looked up). Use granularity='channel'."
+        )
+    if x.shape[axis] % size:
+        fitting = [n for n in range(1, x.shape[axis] + 1) if x.shape[axis] % n == 0]
+        raise ValueError(
+            f"{operand} of layer {path!r} has granularity={size}, which does not divide its "
+            f"contraction axis of {x.shape[axis]} (axis {axis} of {tuple(x.shape)}). Use one of "
+            f"{', '.join(map(str, fitting))}, or 'channel'."
+        )
+    kept = [a if a < axis else a + 1 for a in place.channels]
+    return tuple(sorted([*kept, axis])), (axis, size)
+
+
+def _quantized(x, params, spec, axes, group, *, batch_axes=(), key=None):
+    """Returns (x_hat, the parameters as they are for x); groups are cut and joined again."""
+    quantizer, cut = QUANTIZERS[spec.quantizer], x
+    if group is not None:
+        cut = split_groups(x, *group)
+    if spec.dynamic:
+        sums = stats.measure(lax.stop_gradient(cut), channel_axes=axes)
+        params = jax.tree.map(lax.stop_gradient, quantizer.init(stats.finish(sums), spec))
+    params = live(cut, params, spec)
+    x_hat = quantizer.fake_quant(cut, params, spec, batch_axes=batch_axes, key=key)
+    return jnp.reshape(x_hat, x.shape), params
+
+
+def _left(described: products.Product) -> _Place:
+    return _Place(rows=described.rows)
+
+
+def _right(described: products.Product) -> _Place:
+    channels = described.weight_channels
+    return _Place(channels=channels, rows=channels, group_axis=described.group_axis)
 
 
 @jax.custom_jvp

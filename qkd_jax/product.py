@@ -50,6 +50,17 @@ class Product:
         """Axes of the right operand along which a scale may vary."""
         return tuple(i for i, out in enumerate(self.rhs_out) if out is not None)
 
+    @property
+    def group_axis(self) -> int | None:
+        """The axis of the right operand that groups cut: the last one that is summed over."""
+        summed = [i for i, out in enumerate(self.rhs_out) if out is None]
+        return summed[-1] if summed else None
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Axes of the left operand along which a scale may vary: one scale per row ("token")."""
+        return tuple(i for i, out in enumerate(self.lhs_out) if out is not None)
+
     def scale_in_output(self, scale: jax.Array, axes: Axes) -> jax.Array:
         """Reshapes an operand's scale (scalar, or 1 on every summed axis) to the output's rank."""
         if jnp.ndim(scale) == 0:
@@ -186,7 +197,10 @@ def _backward(static, residuals, grad):
     x = codes_x.astype(static.sums)
     w = (codes_w.astype(jnp.float32) * w_scale).astype(static.sums)
     grad_x = jax.vjp(lambda a: static.product.fn(a, w), x)[1](grad)[0]
-    grad_w = jax.vjp(lambda b: static.product.fn(x, b), w)[1](grad)[0] * x_scale
+    after = x_scale
+    if jnp.size(x_scale) > 1:  # a scale per row can't wait until the rows are summed
+        x, after = (codes_x.astype(jnp.float32) * x_scale).astype(static.sums), 1
+    grad_w = jax.vjp(lambda b: static.product.fn(x, b), w)[1](grad)[0] * after
     zeros = jax.tree.map(jnp.zeros_like, (x_scale, w_scale, multiplier))
     return (grad_x.astype(static.operands), grad_w.astype(static.operands), *zeros)
 

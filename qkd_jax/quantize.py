@@ -25,7 +25,8 @@ from flax.core import unfreeze
 from qkd_jax import checks
 from qkd_jax.interception import Frame, is_ours
 from qkd_jax.numerics import Spec
-from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.observers import OBSERVERS
+from qkd_jax.quantizers import QUANTIZERS, check
 
 __all__ = ["QuantizedModel", "Rule", "Spec", "join_quant", "load_float", "quantize", "split_quant"]
 
@@ -66,18 +67,23 @@ class Rule:
                 raise ValueError(f"{where} is {spec!r}; it must be a Spec or None.")
             if spec.quantizer not in QUANTIZERS:
                 raise checks.unknown(f"quantizer of {where}", spec.quantizer, QUANTIZERS)
-            QUANTIZERS[spec.quantizer].check(spec)
-            if spec.granularity not in ("tensor", "channel"):
-                raise ValueError(
-                    f"{where} has granularity {spec.granularity!r}; groups are not there yet: use "
-                    "'tensor' or 'channel'."
-                )
-            if operand != "weight" and spec.granularity != "tensor":
-                raise ValueError(
-                    f"{where} has granularity 'channel'; an {operand} is quantized per tensor, for "
-                    "a scale that varies along the contraction can't be taken out of an integer "
-                    "product. Use granularity='tensor'."
-                )
+            observer = OBSERVERS.get(spec.observer or "")
+            check(spec, observer_options=getattr(observer, "OPTIONS", ()))
+            _check_granularity(where, operand, spec)
+
+
+def _check_granularity(where: str, operand: str, spec: Spec) -> None:
+    if operand == "weight" and spec.granularity in ("token", "example"):
+        raise ValueError(
+            f"{where} has granularity {spec.granularity!r}, which is for inputs. Use 'tensor', "
+            "'channel' or a group size."
+        )
+    if operand != "weight" and spec.granularity not in ("tensor", "token", "example"):
+        raise ValueError(
+            f"{where} has granularity {spec.granularity!r}; an {operand} is quantized per tensor, "
+            "for a scale that varies along the contraction can't be taken out of an integer "
+            "product. Use granularity='tensor', or 'token' or 'example' with dynamic=True."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +115,7 @@ class QuantizedModel:
         *args: Any,
         mutable: Any = False,
         axis_name: str | None = None,
+        watch: Callable[..., None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Applies the model, its calibrated layers quantized.
@@ -118,14 +125,15 @@ class QuantizedModel:
           *args: what the module takes.
           mutable: collections to return, as in linen.
           axis_name: the axis of `pmap` or `shard_map` over which batch normalization reduces.
-          **kwargs: `rngs`, `method`, `capture_intermediates`, and what the module takes.
+          watch: called as watch(path, operand, x, x_hat, spec, params) for each quantized operand.
+          **kwargs: `rngs` (the stream "rounding" feeds stochastic rounding), `method`,
+            `capture_intermediates`, and what the module takes.
 
         Returns:
           The module's output, or (output, mutated collections) where `mutable` is given.
         """
-        return self._apply(
-            Frame(self.spec_of, axis_name=axis_name), variables, *args, mutable=mutable, **kwargs
-        )
+        frame = Frame(self.spec_of, axis_name=axis_name, watch=watch)
+        return self._apply(frame, variables, *args, mutable=mutable, **kwargs)
 
     def trace_apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Applies with every quantizer as one named jaxpr equation: what `graph.trace` reads."""

@@ -426,7 +426,9 @@ def test_bfloat16_runs_and_stays_bfloat16():
         (lambda: Rule("(", weight=W4), "not a regular expression"),
         (lambda: Rule(".*", weight=Spec(4, quantizer="lqs")), "Did you mean 'lsq'"),
         (lambda: Rule(".*", weight=4), "must be a Spec"),
-        (lambda: Rule(".*", weight=Spec(4, granularity=32)), "groups are not there yet"),
+        (lambda: Rule(".*", weight=Spec(4, granularity="token", dynamic=True)), "is for inputs"),
+        (lambda: Rule(".*", input=Spec(4, granularity=32)), "per tensor"),
+        (lambda: Rule(".*", weight=Spec(4, options={"x": 1})), "it has none"),
         (lambda: Rule(".*", input=Spec(4, granularity="channel")), "per tensor"),
     ],
 )

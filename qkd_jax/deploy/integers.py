@@ -196,6 +196,7 @@ class _Converter:
         return name
 
     def quantize(self, node: Node) -> None:
+        view(self.traced, node)  # raises for what has no codes that are known beforehand
         path, operand = node.params["path"], node.params["operand"]
         params = quantizer_params(self.traced, node)
         keys = tuple(

@@ -28,7 +28,7 @@ from qkd_jax import report
 from qkd_jax.experiment.run import Run, read_net, write_net
 from qkd_jax.experiment.settings import Stage
 from qkd_jax.inspection import LayerInfo, layers
-from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.quantizers import QUANTIZERS, live
 from qkd_jax.training.tracking import write_json
 
 if TYPE_CHECKING:
@@ -227,6 +227,7 @@ def _histograms(
         for path in specs
         if (kernel := _at(variables["params"], path, "kernel")) is not None
         and (params := _at(variables["quant"], path, "weight_quantizer")) is not None
+        and _has_codes(specs[path], params)
     }
 
     @jax.jit  # all layers in one program: one by one, each shape would compile ten
@@ -234,6 +235,7 @@ def _histograms(
         found = {}
         for path, (kernel, params) in given.items():
             quantizer, spec = QUANTIZERS[specs[path].quantizer], specs[path]
+            params = live(kernel, params, spec)
             scale, _, _ = quantizer.integer_view(params, spec)
             hat = quantizer.fake_quant(kernel, params, spec)
             found[path] = {"codes": jnp.round(hat * (1 / scale)), "scale": scale}
@@ -256,3 +258,10 @@ def _at(tree: Any, path: str, name: str) -> Any:
     for key in [*path.split("/"), name]:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree
+
+
+def _has_codes(spec: Any, params: Any) -> bool:
+    """Whether a weight is integer codes with a scale that its layer stores."""
+    if spec.dynamic or isinstance(spec.granularity, int):
+        return False
+    return QUANTIZERS[spec.quantizer].integer_view(params, spec) is not None

@@ -13,11 +13,30 @@ from qkd_jax.numerics.mapping import (
     check_sign,
     decode,
     encode,
+    power_of_two_above,
     range_parameters,
     symmetric_scale,
 )
-from qkd_jax.numerics.rounding import at_least, compute_dtype, match_cotangent, round_ste
-from qkd_jax.numerics.spec import GRANULARITIES, MASKS, Spec
+from qkd_jax.numerics.rounding import (
+    STRENGTHS,
+    at_least,
+    compute_dtype,
+    gradient_scale,
+    match_cotangent,
+    round_codes,
+    round_ste,
+    through_rounding,
+)
+from qkd_jax.numerics.spec import (
+    BACKWARDS,
+    GRANULARITIES,
+    MASKS,
+    ROUNDINGS,
+    SCALINGS,
+    Spec,
+    refuse_fields,
+    refuse_one_bit,
+)
 from qkd_jax.numerics.stats import (
     Stats,
     Sums,
@@ -30,10 +49,14 @@ from qkd_jax.numerics.stats import (
 )
 
 __all__ = [
+    "BACKWARDS",
     "GRANULARITIES",
     "MASKS",
     "MAX_BITS",
     "MIN_SCALE",
+    "ROUNDINGS",
+    "SCALINGS",
+    "STRENGTHS",
     "IntFormat",
     "Spec",
     "Stats",
@@ -48,11 +71,17 @@ __all__ = [
     "empty",
     "encode",
     "finish",
+    "gradient_scale",
     "match_cotangent",
     "measure",
     "merge",
+    "power_of_two_above",
     "range_parameters",
     "reduced_axes",
+    "refuse_fields",
+    "refuse_one_bit",
+    "round_codes",
     "round_ste",
     "symmetric_scale",
+    "through_rounding",
 ]

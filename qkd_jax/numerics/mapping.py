@@ -3,8 +3,9 @@
     code  = clip(round(x * (1 / scale)) + zero_point, qmin, qmax)
     x_hat = (code - zero_point) * scale
 
-Rounding is half to even. The reciprocal is written out: XLA compiles a division by a broadcast
-scale to it anyway, and only so do compiled code, eager code and a NumPy twin give the same codes.
+Rounding is half to even unless a spec says otherwise. The reciprocal is written out: XLA compiles a
+division by a broadcast scale to it anyway, and only so do compiled code, eager code and a NumPy
+twin give the same codes.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qkd_jax import checks
 from qkd_jax.numerics.formats import IntFormat
-from qkd_jax.numerics.rounding import compute_dtype
-from qkd_jax.numerics.spec import Spec
+from qkd_jax.numerics.rounding import compute_dtype, round_codes
+from qkd_jax.numerics.spec import SCALINGS, Spec
 
 __all__ = [
     "MIN_SCALE",
@@ -26,6 +28,7 @@ __all__ = [
     "check_sign",
     "decode",
     "encode",
+    "power_of_two_above",
     "range_parameters",
     "symmetric_scale",
 ]
@@ -35,13 +38,21 @@ __all__ = [
 MIN_SCALE = 1e-12
 
 
-def _guard(scale: jax.Array) -> jax.Array:
+def _guarded(scale: jax.Array, power_of_two: bool) -> jax.Array:
     """Replaces the scale of an all-zero range by 1, and keeps others at MIN_SCALE or above.
 
     At scale 1 a channel that was dead when it was calibrated encodes to zero and still lets
     gradients through when it wakes up; at a tiny scale it would be saturated for good.
     """
-    return jnp.where(scale == 0, jnp.ones_like(scale), jnp.maximum(scale, MIN_SCALE))
+    scale = jnp.where(scale == 0, jnp.ones_like(scale), jnp.maximum(scale, MIN_SCALE))
+    return power_of_two_above(scale) if power_of_two else scale
+
+
+def power_of_two_above(scale: jax.Array) -> jax.Array:
+    """The smallest power of two that is not below a positive scale, exactly."""
+    mantissa, exponent = jnp.frexp(scale)
+    # frexp's mantissa lies in [1/2, 1): 1/2 is a power of two already.
+    return jnp.ldexp(jnp.ones_like(scale), exponent - (mantissa == 0.5).astype(exponent.dtype))
 
 
 def _float(x: jax.Array) -> jax.Array:
@@ -62,17 +73,28 @@ def check_sign(lo: jax.Array, format: IntFormat) -> None:
         )
 
 
-def symmetric_scale(lo: jax.Array, hi: jax.Array, format: IntFormat) -> jax.Array:
-    """The smallest scale at which a symmetric grid clips nothing in [lo, hi].
+def symmetric_scale(
+    lo: jax.Array,
+    hi: jax.Array,
+    format: IntFormat,
+    *,
+    scaling: str = "cover",
+    power_of_two: bool = False,
+) -> jax.Array:
+    """The scale of a symmetric grid over [lo, hi].
 
-    scale = max(lo / qmin, hi / qmax), and hi / qmax for an unsigned format. On a narrow grid this
-    is max|x| / qmax. Other tools use max|x| / qmax on the full grid too, which wastes qmin when
-    the data lean to the negative side, or max|x| / (qmax + 1/2), which clips the largest value.
+    - "cover": max(lo / qmin, hi / qmax), hi / qmax for an unsigned format: the smallest scale that
+      clips nothing. On a narrow grid this is "qmax".
+    - "qmax": max|x| / qmax on the full grid too, which wastes the lowest code.
+    - "qmax_half": max|x| / (qmax + 1/2): the largest value is clipped by up to half a step, and
+      the other ones have a finer grid.
 
     Args:
         lo: lower end of the range, any shape.
         hi: upper end, of the same shape.
         format: the codes.
+        scaling: one of the three conventions in use.
+        power_of_two: round the scale up to a power of two; then nothing more is clipped.
 
     Returns:
         The scale, in input units per code; 1 where the range is all zero.
@@ -88,14 +110,19 @@ def symmetric_scale(lo: jax.Array, hi: jax.Array, format: IntFormat) -> jax.Arra
         )
     check_sign(lo, format)
     lo, hi = _float(lo), _float(hi)
-    scale = jnp.maximum(hi, 0) / format.qmax
-    if format.signed:
-        scale = jnp.maximum(scale, jnp.minimum(lo, 0) / format.qmin)
-    return _guard(scale)
+    if scaling != "cover":
+        checks.one_of("scaling", scaling, SCALINGS)
+        amax = jnp.maximum(jnp.maximum(hi, 0), -jnp.minimum(lo, 0))
+        scale = amax / (format.qmax + (0.5 if scaling == "qmax_half" else 0))
+    else:
+        scale = jnp.maximum(hi, 0) / format.qmax
+        if format.signed:
+            scale = jnp.maximum(scale, jnp.minimum(lo, 0) / format.qmin)
+    return _guarded(scale, power_of_two)
 
 
 def affine_parameters(
-    lo: jax.Array, hi: jax.Array, format: IntFormat
+    lo: jax.Array, hi: jax.Array, format: IntFormat, *, power_of_two: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """The scale and zero point that spread the codes over [lo, hi].
 
@@ -109,7 +136,7 @@ def affine_parameters(
     """
     lo, hi = jnp.minimum(_float(lo), 0), jnp.maximum(_float(hi), 0)
     width = (hi - lo) / (format.qmax - format.qmin)
-    scale = _guard(width)
+    scale = _guarded(width, power_of_two)
     zero_point = jnp.clip(jnp.round(format.qmin - lo * (1 / scale)), format.qmin, format.qmax)
     nearest = jnp.full_like(zero_point, min(max(0, format.qmin), format.qmax))
     return scale, jnp.where(width == 0, nearest, zero_point)
@@ -118,21 +145,31 @@ def affine_parameters(
 def range_parameters(lo: jax.Array, hi: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """(scale, zero_point) of a range: symmetric (zero point 0) or affine, as the spec says."""
     if not spec.symmetric:
-        return affine_parameters(lo, hi, spec.format)
-    scale = symmetric_scale(lo, hi, spec.format)
+        return affine_parameters(lo, hi, spec.format, power_of_two=spec.power_of_two)
+    scale = symmetric_scale(
+        lo, hi, spec.format, scaling=spec.scaling, power_of_two=spec.power_of_two
+    )
     return scale, jnp.zeros_like(scale)
 
 
 def encode(
-    x: jax.Array, scale: jax.Array, zero_point: jax.Array | float, format: IntFormat
+    x: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | float,
+    format: IntFormat,
+    *,
+    rounding: str = "even",
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """Real numbers to codes: clip(round(x * (1 / scale)) + zero_point, qmin, qmax).
+
+    `rounding` and `key` are those of `numerics.round_codes`.
 
     Returns:
         Codes as floats (float32, or float64 for float64 input), integer-valued and not centred.
         NaN stays NaN; +-inf saturates.
     """
-    codes = jnp.round(_float(x) * (1 / scale)) + zero_point
+    codes = round_codes(_float(x) * (1 / scale), rounding, key) + zero_point
     return jnp.clip(codes, format.qmin, format.qmax)
 
 

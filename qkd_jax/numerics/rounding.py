@@ -8,12 +8,29 @@ none. So quantizers write their backward pass out with a mask, and these are its
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["at_least", "compute_dtype", "match_cotangent", "round_ste"]
+if TYPE_CHECKING:
+    from qkd_jax.numerics.spec import Spec
+
+__all__ = [
+    "STRENGTHS",
+    "at_least",
+    "compute_dtype",
+    "gradient_scale",
+    "match_cotangent",
+    "round_codes",
+    "round_ste",
+    "through_rounding",
+]
+
+STRENGTHS = {"ewgs": 1e-3, "dsq": 0.2, "sigmoid": 5.0}
+"""Default strength of each surrogate of the gradient of rounding."""
 
 
 def compute_dtype(x: Any) -> jnp.dtype:
@@ -28,6 +45,91 @@ def round_ste(x: jax.Array) -> jax.Array:
 
 
 round_ste.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
+
+
+def round_codes(u: jax.Array, rounding: str = "even", key: jax.Array | None = None) -> jax.Array:
+    """Rounds numbers in code units to integers.
+
+    Args:
+        u: any shape.
+        rounding: "even" (half to even), "away" (half away from zero), "floor", or "stochastic"
+            (floor(u + U), U uniform on [0, 1): right in the mean).
+        key: randomness of "stochastic"; without one (evaluation) it rounds half to even.
+    """
+    if rounding == "floor":
+        return jnp.floor(u)
+    if rounding == "away":
+        # Not floor(|u| + 1/2): the sum rounds, and the float below 1/2 would become 1.
+        whole = jnp.trunc(u)
+        return whole + jnp.sign(u) * (jnp.abs(u - whole) >= 0.5)
+    if rounding == "stochastic" and key is not None:
+        # The fraction decides, not floor(u + U): that sum rounds where u is large.
+        below = jnp.floor(u)
+        return below + (jax.random.uniform(key, u.shape, u.dtype) < u - below)
+    return jnp.round(u)
+
+
+def gradient_scale(
+    shape: Sequence[int], count: int, qmax: int, *, batch_axes: Sequence[int] = ()
+) -> float:
+    """LSQ's factor 1 / sqrt(N qmax) on the gradient of a quantizer's parameter.
+
+    N is the number of elements that share a parameter: weights of the tensor, channel or group,
+    features of one example for activations. Batch axes are left out, so the training result does
+    not depend on how a batch is cut over devices. Esser et al., 2019 (arXiv 1902.08153, section
+    2.2).
+
+    Args:
+        shape: of the quantized tensor.
+        count: number of parameters that share it.
+        qmax: the highest code.
+        batch_axes: axes of `shape` that count examples.
+    """
+    batch = {axis % len(shape) for axis in batch_axes}
+    elements = math.prod(size for i, size in enumerate(shape) if i not in batch)
+    return 1 / math.sqrt(max(elements / count, 1) * qmax)
+
+
+def through_rounding(
+    g: jax.Array,
+    u: jax.Array,
+    spec: Spec,
+    *,
+    strength: jax.Array | float | None = None,
+) -> jax.Array:
+    """The gradient with respect to `u` of `round(u)`, given that of its result.
+
+        ste      g
+        ewgs     g * (1 + delta * sign(g) * (u - round(u)) / (levels - 1))
+        dsq      g * s k / 2 * (1 - tanh(k f)^2),  k = log(2 / alpha - 1),  s = 1 / (1 - alpha)
+        sigmoid  g * T sigma(T f) (1 - sigma(T f)) / (2 sigma(T / 2) - 1)
+
+    with f = u - floor(u) - 1/2, the place in the cell between two codes. The last two are the
+    slopes of a smoothed staircase that meets the true one in every code, so that they integrate to
+    1 over a cell; alpha -> 0 and T -> inf concentrate them on the thresholds. Straight-through
+    estimation: Bengio et al., 2013 (arXiv 1308.3432). EWGS: Lee et al., 2021 (arXiv 2104.00903, eq.
+    4, where u spans [0, 1]). DSQ: Gong et al., 2019 (arXiv 1908.05033, eq. 3 to 7). Sigmoids: Yang
+    et al., 2019 (arXiv 1911.09464, eq. 6).
+
+    Args:
+        g: gradient of the loss by the rounded codes (in any unit; for "ewgs" its sign matters).
+        u: what was rounded, in code units, like `g`.
+        spec: `backward`, `strength`, and the number of levels.
+        strength: in place of the spec's: a number or an array that broadcasts.
+    """
+    if spec.backward == "ste":
+        return g
+    if strength is None:
+        strength = spec.strength if spec.strength is not None else STRENGTHS[spec.backward]
+    if spec.backward == "ewgs":
+        distance = (u - jnp.round(u)) / (spec.format.levels - 1)
+        return g * (1 + strength * jnp.sign(g) * distance)
+    place = u - jnp.floor(u) - 0.5
+    if spec.backward == "dsq":
+        k = jnp.log(2 / strength - 1)
+        return g * (0.5 * k / (1 - strength) * (1 - jnp.square(jnp.tanh(k * place))))
+    soft = jax.nn.sigmoid(strength * place)
+    return g * (strength * soft * (1 - soft) / (2 * jax.nn.sigmoid(strength / 2) - 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

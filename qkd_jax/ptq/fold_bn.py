@@ -23,7 +23,15 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax.graph import Graph, Node
-from qkd_jax.ptq.products import Product, TracedNet, products, scale_in_output, trace_net, view
+from qkd_jax.ptq.products import (
+    Product,
+    TracedNet,
+    has_codes,
+    products,
+    scale_in_output,
+    trace_net,
+    view,
+)
 from qkd_jax.quantize import QuantizedModel
 
 __all__ = ["fold_bn"]
@@ -50,7 +58,8 @@ def fold_bn(
 
     Left as it is: a BatchNorm that reads anything else (a sum, a pooled map, a quantized output),
     one that several layers or calls share, a layer that runs more than once, and a layer whose
-    weight alone is quantized.
+    product does not run on codes of scales known beforehand (weight alone quantized, dynamic
+    ranges, groups, grids that are not uniform).
 
     Args:
         net: the net.
@@ -85,7 +94,8 @@ def _chains(traced: TracedNet) -> list[_Chain]:
         plain = source == f"params/{product.path}/kernel" and not weight.moves
         # A layer that is folded already has its gain in the stored multiplier, which is not traced.
         fresh = product.path not in traced.multipliers
-        scalable = fresh and (product.quantized or (plain and not weight.quantized))
+        codes = all(has_codes(traced, operand) for operand in product.operands)
+        scalable = fresh and (codes or (plain and not weight.quantized))
         if alone and scalable and (chain := _walk(traced, product, readers)):
             chains.append(chain)
     return chains
@@ -181,7 +191,7 @@ def _kernel_path(graph: Graph, marker: Node) -> str:
 def _fold(traced: TracedNet, variables: dict[str, Any], chain: _Chain) -> dict[str, Any]:
     product, path = chain.product, chain.product.path
     layer: dict[str, Any] = {}
-    if product.quantized:
+    if all(has_codes(traced, operand) for operand in product.operands):
         scales = []
         for side, operand in enumerate(product.operands):
             assert operand.marker is not None

@@ -167,12 +167,57 @@ def quantizer_params(traced: TracedNet, marker: Node) -> dict[str, np.ndarray]:
     return dict(zip(sorted(tree), values, strict=True))
 
 
+def has_codes(traced: TracedNet, operand: Operand) -> bool:
+    """Whether an operand is integer codes times a scale that can be taken out of its product.
+
+    False for float operands, for grids that are not uniform (floating point, code books), for
+    groups, whose scale varies along the sum, and for ranges that are found at run time.
+    """
+    if not operand.quantized or operand.marker is None:
+        return False
+    spec = traced.spec(operand.marker)
+    return not (spec.dynamic or isinstance(spec.granularity, int)) and (
+        _integer_view(traced, operand.marker) is not None
+    )
+
+
 def view(traced: TracedNet, marker: Node) -> tuple[np.ndarray, np.ndarray, IntFormat]:
-    """Returns (scale, zero_point, format) of a calibrated quantizer node."""
+    """Returns (scale, zero_point, format) of a calibrated quantizer node.
+
+    Raises:
+        ValueError: its values are not integer codes times one scale known beforehand.
+    """
     spec = traced.spec(marker)
-    params = quantizer_params(traced, marker)
-    scale, zero_point, format = QUANTIZERS[spec.quantizer].integer_view(params, spec)
+    where = f"{marker.params['operand']} of layer {marker.params['path']!r} ({spec.label})"
+    if spec.dynamic:
+        raise ValueError(
+            f"{where} finds its range at run time, and the integer path works with scales that are "
+            "known beforehand. Use dynamic=False and calibrate."
+        )
+    if isinstance(spec.granularity, int):
+        raise ValueError(
+            f"{where} has scales that vary along its product's sum, and the integer path scales "
+            "sums once. Use granularity='channel'."
+        )
+    found = _integer_view(traced, marker)
+    if found is None:
+        raise ValueError(
+            f"{where} lies on a grid that is not uniform, so it has no integer codes to compute "
+            "with. Use a uniform quantizer, such as 'lsq' or 'uniform'."
+        )
+    scale, zero_point, format = found
     return np.asarray(scale), np.asarray(zero_point), format
+
+
+def _integer_view(traced: TracedNet, marker: Node) -> Any:
+    spec = traced.spec(marker)
+    params: Any = quantizer_params(traced, marker)
+    quantizer = QUANTIZERS[spec.quantizer]
+    if hasattr(quantizer, "live"):
+        if marker.inputs[0] not in traced.graph.constants:
+            return None  # parameters that depend on activations are known at run time only
+        params = quantizer.live(traced.graph.constants[marker.inputs[0]], params, spec)
+    return quantizer.integer_view(params, spec)
 
 
 def scale_in_output(product: Product, side: int, scale: np.ndarray) -> np.ndarray:

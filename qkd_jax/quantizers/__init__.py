@@ -3,10 +3,12 @@
 - `check(spec)` raises ValueError for a spec that makes no sense for the quantizer;
 - `init(stats, spec) -> params` makes the parameters, a flat dict of arrays, shaped like the
   statistics;
-- `fake_quant(x, params, spec, *, batch_axes=()) -> x_hat` rounds to the grid, with a closed-form
-  backward pass;
+- `fake_quant(x, params, spec, *, batch_axes=(), key=None) -> x_hat` rounds to the grid, with a
+  closed-form backward pass; `key` is the randomness of stochastic rounding;
 - `integer_view(params, spec) -> (scale, zero_point, format)` says what the codes mean:
-  x_hat is exactly (code - zero_point) * scale;
+  x_hat is exactly (code - zero_point) * scale. None for a grid that is not uniform;
+- `live(x, params, spec) -> params`, only where parameters are a function of the tensor itself: the
+  parameters as they are for `x`, to hand to the other functions;
 - `pre_affine(params, spec) -> (gain, offset)`, only where the codes are those of
   gain * x + offset instead of x.
 
@@ -14,13 +16,17 @@ To add one, write the file and name it in `QUANTIZERS`: the tests in
 `tests/quantizers/test_every_quantizer.py` run over that dict.
 """
 
+from collections.abc import Iterable, Mapping
 from types import ModuleType
+from typing import Any
+
+import jax
 
 from qkd_jax import checks
 from qkd_jax.numerics import Spec
 from qkd_jax.quantizers import lsq, qil, uniform
 
-__all__ = ["QUANTIZERS", "check", "lsq", "qil", "uniform"]
+__all__ = ["QUANTIZERS", "check", "live", "lsq", "qil", "uniform"]
 
 QUANTIZERS: dict[str, ModuleType] = {
     "uniform": uniform,
@@ -29,8 +35,28 @@ QUANTIZERS: dict[str, ModuleType] = {
 }
 
 
-def check(spec: Spec) -> None:
-    """Raises ValueError for an unknown quantizer, or a spec that its quantizer refuses."""
+def check(spec: Spec, *, observer_options: Iterable[str] = ()) -> None:
+    """Raises ValueError for an unknown quantizer or option, or a spec that its quantizer refuses.
+
+    Args:
+        spec: the spec.
+        observer_options: options that the spec's observer knows.
+    """
     if spec.quantizer not in QUANTIZERS:
         raise checks.unknown("quantizer", spec.quantizer, QUANTIZERS)
-    QUANTIZERS[spec.quantizer].check(spec)
+    module = QUANTIZERS[spec.quantizer]
+    known = [*getattr(module, "OPTIONS", {}), *observer_options]
+    for name, _ in spec.options:
+        if not known:
+            raise ValueError(
+                f"quantizer {spec.quantizer!r} came with the option {name!r}; it has none. Drop it."
+            )
+        if name not in known:
+            raise checks.unknown(f"option of quantizer {spec.quantizer!r}", name, known)
+    module.check(spec)
+
+
+def live(x: jax.Array, params: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """The parameters as they are for `x`: those given, unless they depend on the tensor itself."""
+    module = QUANTIZERS[spec.quantizer]
+    return module.live(x, params, spec) if hasattr(module, "live") else dict(params)

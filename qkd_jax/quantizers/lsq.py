@@ -83,7 +83,12 @@ def gradient_scale(
 
 
 def fake_quant(
-    x: jax.Array, params: Params, spec: Spec, *, batch_axes: Sequence[int] = ()
+    x: jax.Array,
+    params: Params,
+    spec: Spec,
+    *,
+    batch_axes: Sequence[int] = (),
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """Rounds `x` to the learned grid.
 
@@ -99,6 +104,7 @@ def fake_quant(
             and its gradient is the one there, so that an optimizer can bring it back.
         spec: static.
         batch_axes: axes of `x` that count examples; () for weights.
+        key: randomness of stochastic rounding; None rounds half to even.
 
     Returns:
         x_hat, like `x`. NaN stays NaN, +-inf saturates.

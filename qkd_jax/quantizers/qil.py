@@ -105,7 +105,12 @@ def pre_affine(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
 
 
 def fake_quant(
-    x: jax.Array, params: Params, spec: Spec, *, batch_axes: Sequence[int] = ()
+    x: jax.Array,
+    params: Params,
+    spec: Spec,
+    *,
+    batch_axes: Sequence[int] = (),
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """Rounds `x` to the interval's grid: pruned below it, saturated above it.
 
@@ -127,6 +132,7 @@ def fake_quant(
             if it were not.
         spec: static.
         batch_axes: axes of `x` that count examples; () for weights.
+        key: randomness of stochastic rounding; None rounds half to even.
 
     Returns:
         x_hat, like `x`. NaN stays NaN, +-inf saturates.

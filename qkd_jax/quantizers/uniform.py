@@ -21,7 +21,8 @@ Params = dict[str, jax.Array]
 
 
 def check(spec: Spec) -> None:
-    """Accepts every spec: symmetric and affine, all masks."""
+    """Accepts every spec whose grid has a positive code."""
+    numerics.refuse_one_bit(spec)
 
 
 def init(stats: Stats, spec: Spec) -> Params:
@@ -44,7 +45,12 @@ def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntF
 
 
 def fake_quant(
-    x: jax.Array, params: Params, spec: Spec, *, batch_axes: Sequence[int] = ()
+    x: jax.Array,
+    params: Params,
+    spec: Spec,
+    *,
+    batch_axes: Sequence[int] = (),
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """Rounds `x` to the grid.
 
@@ -59,11 +65,14 @@ def fake_quant(
     - "strict": n < x / s + z < p. Zero on the ends too, as in the LSQ paper.
     - "none": everywhere, also for clipped values, as in TensorFlow's quantizers without range.
 
+    Inside the grid `spec.backward` may shape it further (`numerics.through_rounding`).
+
     Args:
         x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
         params: of `init`; () or broadcasting against `x`.
         spec: static.
         batch_axes: unused here; part of the interface.
+        key: randomness of stochastic rounding; None rounds half to even in its place.
 
     Returns:
         x_hat, like `x`. NaN stays NaN, +-inf saturates.
@@ -73,19 +82,21 @@ def fake_quant(
     """
     del batch_axes
     numerics.check_operand(x, params, ("scale", "zero_point"))
-    return _fake_quant(x, params["scale"], params["zero_point"], spec)
+    return _fake_quant(x, params["scale"], params["zero_point"], key, spec)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _fake_quant(x: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: Spec) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _fake_quant(
+    x: jax.Array, scale: jax.Array, zero_point: jax.Array, key: jax.Array | None, spec: Spec
+) -> jax.Array:
     step = jnp.maximum(scale, numerics.MIN_SCALE)
-    codes = numerics.encode(x, step, zero_point, spec.format)
+    codes = numerics.encode(x, step, zero_point, spec.format, rounding=spec.rounding, key=key)
     return numerics.decode(codes, step, zero_point).astype(x.dtype)
 
 
-def _forward(x, scale, zero_point, spec):
+def _forward(x, scale, zero_point, key, spec):
     # Only the input and the parameters are kept: codes are cheaper to recompute than to store.
-    return _fake_quant(x, scale, zero_point, spec), (x, scale, zero_point)
+    return _fake_quant(x, scale, zero_point, key, spec), (x, scale, zero_point)
 
 
 def _backward(spec, residuals, g):
@@ -93,14 +104,21 @@ def _backward(spec, residuals, g):
     n, p = spec.format.qmin, spec.format.qmax
     u = x.astype(numerics.compute_dtype(x)) * (1 / jnp.maximum(scale, numerics.MIN_SCALE))
     if spec.mask == "none":
-        dx = g
+        inside = None
     elif spec.mask == "strict":
-        u = u + zero_point
-        dx = jnp.where((n < u) & (u < p), g, jnp.zeros_like(g))
+        inside = (n < u + zero_point) & (u + zero_point < p)
     else:
-        u = jnp.round(u) + zero_point
-        dx = jnp.where((n <= u) & (u <= p), g, jnp.zeros_like(g))
-    return numerics.match_cotangent(dx, x), jnp.zeros_like(scale), jnp.zeros_like(zero_point)
+        codes = numerics.round_codes(u, spec.rounding) + zero_point
+        inside = (n <= codes) & (codes <= p)
+    dx = g
+    if spec.backward != "ste":
+        # Where no mask stops it, a clipped value's gradient is that of the end it is clipped to.
+        clipped = jnp.clip(u, n - zero_point, p - zero_point)
+        dx = numerics.through_rounding(g.astype(u.dtype), clipped, spec).astype(g.dtype)
+    if inside is not None:
+        dx = jnp.where(inside, dx, jnp.zeros_like(dx))
+    zeros = (jnp.zeros_like(scale), jnp.zeros_like(zero_point))
+    return numerics.match_cotangent(dx, x), *zeros, None
 
 
 _fake_quant.defvjp(_forward, _backward)

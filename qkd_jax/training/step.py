@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qkd_jax.interception import ROUNDING
 from qkd_jax.losses import LOSSES
 from qkd_jax.metrics import classification
 from qkd_jax.training import optim
@@ -84,7 +85,7 @@ def forward(
         variables: Its variables.
         images: [batch, height, width, channels] float32.
         train: Training mode: batch statistics are used and updated.
-        rngs: Keys of the model's own random streams (dropout).
+        rngs: Keys of the random streams: the model's own (dropout), and stochastic rounding's.
         axis_name: The mapped axis under pmap, else None.
 
     Returns:
@@ -159,6 +160,8 @@ def total_loss(
     """
     images, labels = batch["image"], batch["label"]
     mask = None if "mask" not in batch else batch["mask"].astype(bool)
+    # Weights are rounded alike on all devices, so the key of rounding does not know of them.
+    rounding_key = step_key(state.seed, ROUNDING, state.step)
     key = step_key(state.seed, "dropout", state.step)
     if axis_name is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
@@ -171,7 +174,10 @@ def total_loss(
             join(learned[slot], carried[slot]),
             images,
             train=True,
-            rngs={"dropout": jax.random.fold_in(key, index)},
+            rngs={
+                "dropout": jax.random.fold_in(key, index),
+                ROUNDING: jax.random.fold_in(rounding_key, index),
+            },
             axis_name=axis_name,
         )
     for slot, module in structure.teachers:

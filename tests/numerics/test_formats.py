@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from qkd_jax import quantizers
 from qkd_jax.numerics import IntFormat, Spec
 
 
@@ -59,7 +60,7 @@ def test_one_bit_specs():
     assert Spec(1, signed=False).format.levels == 2
     assert Spec(1, symmetric=False).format.qmin == -1
     with pytest.raises(ValueError, match=r"that grid is \{-1, 0\}.*bits=2"):
-        Spec(1)
+        quantizers.check(Spec(1))
 
 
 @pytest.mark.parametrize(
