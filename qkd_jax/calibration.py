@@ -97,7 +97,8 @@ def calibrate(
         assert spec is not None
         if spec.dynamic:
             # Nothing is kept but that the operand is quantized from now on.
-            _put(quant, path, f"{operand}_quantizer", {"dynamic": np.float32(1)})
+            mark = jax.numpy.ones_like(moments.count)  # one for each step of a scanned layer
+            _put(quant, path, f"{operand}_quantizer", {"dynamic": mark})
             continue
         _check_sign(path, operand, spec, moments)
         state = second[key]["observer"] if key in searching else first[key]["observer"]

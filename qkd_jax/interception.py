@@ -343,7 +343,9 @@ class Frame:
             found = self._variables(module, sub, f"{operand}_observed")
             assert self.observe is not None
             seen = x if group is None else split_groups(x, *group)
-            observed = self.observe(found, path, operand, seen, spec, axes)
+            # Of a dynamic operand nothing is kept but that it is quantized.
+            kept = () if spec.dynamic else axes
+            observed = self.observe(found, path, operand, seen, spec, kept)
             self._write(module, sub, f"{operand}_observed", observed)
             return x, None
         params = self._variables(module, sub, name)
@@ -363,7 +365,18 @@ class Frame:
         key = None
         if spec.rounding == "stochastic" and module.scope.has_rng(ROUNDING):
             key = module.make_rng(ROUNDING)
-        x_hat, params = _quantized(x, params, spec, axes, group, batch_axes=batch_axes, key=key)
+        # A range over all examples is one over all devices; other ranges lie within an example.
+        shared = operand != "weight" and spec.granularity == "tensor"
+        x_hat, params = _quantized(
+            x,
+            params,
+            spec,
+            axes,
+            group,
+            batch_axes=batch_axes,
+            key=key,
+            axis_name=self.axis_name if shared else None,
+        )
         if self.watch is not None:
             self.watch(path, operand, x, x_hat, spec, params)
         view = None if group else QUANTIZERS[spec.quantizer].integer_view(params, spec)
@@ -405,13 +418,13 @@ def _sharing(spec, place, path, operand, x):
     return tuple(sorted([*kept, axis])), (axis, size)
 
 
-def _quantized(x, params, spec, axes, group, *, batch_axes=(), key=None):
+def _quantized(x, params, spec, axes, group, *, batch_axes=(), key=None, axis_name=None):
     """Returns (x_hat, the parameters as they are for x); groups are cut and joined again."""
     quantizer, cut = QUANTIZERS[spec.quantizer], x
     if group is not None:
         cut = split_groups(x, *group)
     if spec.dynamic:
-        sums = stats.measure(lax.stop_gradient(cut), channel_axes=axes)
+        sums = stats.measure(lax.stop_gradient(cut), channel_axes=axes, axis_name=axis_name)
         params = jax.tree.map(lax.stop_gradient, quantizer.init(stats.finish(sums), spec))
     params = live(cut, params, spec)
     x_hat = quantizer.fake_quant(cut, params, spec, batch_axes=batch_axes, key=key)
