@@ -309,3 +309,16 @@ def test_dynamic_attention_and_lifted_layers(granularity):
         assert np.linalg.norm(a - b) <= 0.1 * np.linalg.norm(b) + 1e-3
     assert "8 MISSED" not in str(qk.coverage(net, variables, x))
     assert not qk.coverage(net, variables, x).missed
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
+def test_a_bad_scale_is_refused_before_anything_is_shipped(bad):
+    rule = qk.Rule("conv|dense", weight=Spec(4), input=Spec(4))
+    net, floats, images = made(rule)
+    variables = qk.calibrate(net, floats, [images])
+    variables["quant"]["dense"]["weight_quantizer"]["scale"] = jnp.float32(bad)
+    with pytest.raises(ValueError, match=r"scale.* holds .*greater than 0. Calibrate again"):
+        net.apply(variables, images)
+    if not bad <= 0:  # what is too small counts as the smallest scale
+        with pytest.raises(ValueError, match=r"weight of layer 'dense'.*holds (nan|inf)"):
+            qk.convert(net, variables, images)

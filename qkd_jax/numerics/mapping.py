@@ -25,6 +25,7 @@ __all__ = [
     "MIN_SCALE",
     "affine_parameters",
     "check_operand",
+    "check_scale",
     "check_sign",
     "decode",
     "encode",
@@ -176,6 +177,19 @@ def encode(
 def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | float) -> jax.Array:
     """Codes to real numbers: (codes - zero_point) * scale."""
     return (codes - zero_point) * scale
+
+
+def check_scale(name: str, scale: jax.Array) -> None:
+    """Raises ValueError for a scale that is known to be NaN, infinite, zero or negative."""
+    if isinstance(scale, jax.core.Tracer):
+        return
+    values = np.asarray(scale)
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        bad = values[~(np.isfinite(values) & (values > 0))].reshape(-1)[0]
+        raise ValueError(
+            f"{name} holds {bad}; a scale must be finite and greater than 0. Calibrate again on "
+            "finite data; `calibrate` gives all-zero tensors the scale 1."
+        )
 
 
 def check_operand(x: jax.Array, params: Mapping[str, jax.Array], names: Sequence[str]) -> None:

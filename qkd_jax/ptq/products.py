@@ -16,7 +16,7 @@ from flax.core import unfreeze
 
 from qkd_jax import graph as graphs
 from qkd_jax.graph import Graph, Node
-from qkd_jax.numerics import IntFormat, Spec
+from qkd_jax.numerics import IntFormat, Spec, check_scale
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantizers import QUANTIZERS
 
@@ -185,7 +185,8 @@ def view(traced: TracedNet, marker: Node) -> tuple[np.ndarray, np.ndarray, IntFo
     """Returns (scale, zero_point, format) of a calibrated quantizer node.
 
     Raises:
-        ValueError: its values are not integer codes times one scale known beforehand.
+        ValueError: its values are not integer codes times one scale known beforehand, or the
+            scale is NaN, infinite, zero or negative.
     """
     spec = traced.spec(marker)
     where = f"{marker.params['operand']} of layer {marker.params['path']!r} ({spec.label})"
@@ -206,6 +207,7 @@ def view(traced: TracedNet, marker: Node) -> tuple[np.ndarray, np.ndarray, IntFo
             "with. Use a uniform quantizer, such as 'lsq' or 'uniform'."
         )
     scale, zero_point, format = found
+    check_scale(f"the scale of {where}", scale)
     return np.asarray(scale), np.asarray(zero_point), format
 
 

@@ -78,10 +78,12 @@ def fake_quant(
         x_hat, like `x`. NaN stays NaN, +-inf saturates.
 
     Raises:
-        ValueError: parameters that do not fit `x`.
+        ValueError: parameters that do not fit `x`; a scale that is NaN, zero or negative (outside
+            `jit`, where values are known).
     """
     del batch_axes
     numerics.check_operand(x, params, ("scale", "zero_point"))
+    numerics.check_scale("params['scale']", params["scale"])
     return _fake_quant(x, params["scale"], params["zero_point"], key, spec)
 
 
