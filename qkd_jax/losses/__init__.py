@@ -2,7 +2,7 @@
 
 `LOSSES` maps the names used in a config's `learn` table to functions; `qkd_jax.losses.kd` and
 `LOSSES["kd"]` are the same object. To add a loss, write the function in the file of its family
-(`response.py` for what compares logits), import it here and give it a line in `LOSSES`: the
+(`response.py` for what compares logits, `decoupled.py` for what splits off the labelled class), import it here and give it a line in `LOSSES`: the
 tests in `tests/losses/test_losses.py` are parametrised over the table and read the signature.
 
 Signature rules that the training step relies on:
@@ -24,13 +24,28 @@ from collections.abc import Callable
 
 import jax
 
-from qkd_jax.losses.response import ce, dml, kd, logit_regression
+from qkd_jax.losses.decoupled import dkd, nkd
+from qkd_jax.losses.response import ce, dml, hard_target, kd, logit_regression, lskd
 
 LOSSES: dict[str, Callable[..., jax.Array]] = {
     "ce": ce,
     "kd": kd,
     "logit_regression": logit_regression,
     "dml": dml,
+    "hard_target": hard_target,
+    "lskd": lskd,
+    "dkd": dkd,
+    "nkd": nkd,
 }
 
-__all__ = ["LOSSES", "ce", "dml", "kd", "logit_regression"]
+__all__ = [
+    "LOSSES",
+    "ce",
+    "dkd",
+    "dml",
+    "hard_target",
+    "kd",
+    "logit_regression",
+    "lskd",
+    "nkd",
+]

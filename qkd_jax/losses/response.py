@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qkd_jax import checks
-from qkd_jax.numerics.logits import prepare_logits
+from qkd_jax.numerics.logits import keep, prepare_logits, prepare_pair, standardized
 
-__all__ = ["ce", "dml", "kd", "logit_regression"]
+__all__ = ["ce", "dml", "hard_target", "kd", "logit_regression", "lskd"]
 
 
 def ce(
@@ -58,7 +58,7 @@ def ce(
     checks.class_labels("labels", labels, logits)
     checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0)
 
-    log_p = jax.nn.log_softmax(_keep(logits, mask))
+    log_p = jax.nn.log_softmax(keep(logits, mask))
     # A comparison instead of a gather: its gradient is a product, not a scatter, and a label that
     # is out of range hits no class instead of wrapping around.
     hit = labels.astype(jnp.int32)[:, None] == jnp.arange(logits.shape[1])[None, :]
@@ -68,7 +68,7 @@ def ce(
         smoothing = jnp.asarray(label_smoothing, logits.dtype)
         loss = (1 - smoothing) * loss - smoothing * jnp.mean(log_p, axis=-1)
     loss = jnp.where(jnp.any(hit, axis=-1), loss, jnp.nan)
-    return _keep(loss, mask)
+    return keep(loss, mask)
 
 
 def kd(
@@ -76,6 +76,7 @@ def kd(
     teacher_logits: jax.Array,
     *,
     temperature: ArrayLike = 4.0,
+    standardize: bool = False,
     where: jax.Array | None = None,
 ) -> jax.Array:
     """Knowledge distillation: the KL divergence of softened class distributions.
@@ -91,6 +92,7 @@ def kd(
       student_logits: [batch, classes], floating; the net that learns.
       teacher_logits: [batch, classes], floating; no gradient flows into it.
       temperature: T, unitless, above 0; a Python number or a scalar array.
+      standardize: take the logits' z-scores first (`lskd`).
       where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
@@ -108,9 +110,80 @@ def kd(
       Hinton, Vinyals, Dean, 2015, arXiv 1503.02531, section 2.
     """
     checks.number("temperature", temperature, low=0.0, low_allowed=False)
-    student, teacher, mask = _prepare_pair(student_logits, teacher_logits, where)
+    student, teacher, mask = prepare_pair(student_logits, teacher_logits, where)
+    if standardize:
+        student, teacher = standardized(student), standardized(teacher)
     t = jnp.asarray(temperature, student.dtype)
-    return _keep(t * t * _kl(teacher / t, student / t), mask)
+    return keep(t * t * _kl(teacher / t, student / t), mask)
+
+
+def lskd(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    temperature: ArrayLike = 2.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Distillation of standardized logits: `kd` on z-scores.
+
+    With Z(z) = (z - mean_k z) / (std_k z + 1e-7), the standard deviation over classes unbiased:
+
+        L = T^2 KL(softmax(Z(z_teacher) / T) || softmax(Z(z_student) / T))
+
+    The student has to match the order and the shape of the teacher's logits, not their size. `kd`
+    and `dkd` take `standardize=True` for the same.
+
+    Args:
+      student_logits: [batch, classes], floating; the net that learns.
+      teacher_logits: [batch, classes], floating; no gradient flows into it.
+      temperature: T, the paper's base temperature, above 0.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 where the z-scores are equal. The authors weight it by 9, beside
+      0.1 times the cross-entropy.
+
+    Raises:
+      ValueError: for shapes that differ or are not [batch, classes], or a temperature not above 0.
+
+    Reference:
+      Sun et al., 2024, arXiv 2403.01427, algorithm 1.
+    """
+    return kd(
+        student_logits, teacher_logits, temperature=temperature, standardize=True, where=where
+    )
+
+
+def hard_target(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Hard-prediction transfer: cross-entropy with the class that the teacher predicts.
+
+        L = -log p_student[argmax z_teacher]
+
+    What is left of distillation when the teacher's soft labels are taken away: beside `kd` it shows
+    what they carry. Of equal logits the first class counts.
+
+    Args:
+      student_logits: [batch, classes], floating; the net that learns.
+      teacher_logits: [batch, classes], floating; no gradient flows into it.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider.
+
+    Raises:
+      ValueError: for shapes that differ or are not [batch, classes].
+
+    Reference:
+      The limit T -> 0 of Hinton, Vinyals, Dean, 2015 (arXiv 1503.02531); "hard-label distillation"
+      in Touvron et al., 2020 (arXiv 2012.12877), equation 3.
+    """
+    student, teacher, mask = prepare_pair(student_logits, teacher_logits, where)
+    return ce(student, jnp.argmax(teacher, axis=-1), where=mask)
 
 
 def logit_regression(
@@ -145,8 +218,8 @@ def logit_regression(
     Reference:
       Ba, Caruana, 2014, arXiv 1312.6184, the L2 loss on logits.
     """
-    student, teacher, mask = _prepare_pair(student_logits, teacher_logits, where)
-    return _keep(0.5 * jnp.sum(jnp.square(student - teacher), axis=-1), mask)
+    student, teacher, mask = prepare_pair(student_logits, teacher_logits, where)
+    return keep(0.5 * jnp.sum(jnp.square(student - teacher), axis=-1), mask)
 
 
 def dml(
@@ -181,8 +254,8 @@ def dml(
       Zhang, Xiang, Hospedales, Lu, 2017, arXiv 1706.00384: the mimicry loss of
       two nets, and its mean over the peers in a larger cohort.
     """
-    student, teacher, mask = _prepare_pair(student_logits, teacher_logits, where)
-    return _keep(_kl(teacher, student), mask)
+    student, teacher, mask = prepare_pair(student_logits, teacher_logits, where)
+    return keep(_kl(teacher, student), mask)
 
 
 def _kl(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
@@ -194,26 +267,3 @@ def _kl(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
     # infinite log-probability (a class masked with -inf in both nets) does not become NaN.
     gap = jnp.where(target > 0, log_target - log_p, 0.0)
     return jnp.sum(target * gap, axis=-1)
-
-
-def _prepare_pair(
-    student_logits: jax.Array, teacher_logits: jax.Array, where: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Checks both logits; returns them masked, in one dtype, the teacher's without gradient."""
-    student, mask = prepare_logits("student_logits", student_logits, where)
-    teacher, _ = prepare_logits("teacher_logits", teacher_logits, None)
-    checks.same_shape(student_logits=student, teacher_logits=teacher)
-    dtype = jnp.promote_types(student.dtype, teacher.dtype)
-    teacher = jax.lax.stop_gradient(teacher)
-    return _keep(student.astype(dtype), mask), _keep(teacher.astype(dtype), mask), mask
-
-
-def _keep(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Returns `x` with the masked-out rows set to 0.
-
-    Applied to the inputs as well as to the result: a NaN in a row that only the result leaves out
-    would still reach the gradient as 0 * NaN.
-    """
-    if mask is None:
-        return x
-    return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, 0.0)

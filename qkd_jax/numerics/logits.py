@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from qkd_jax import checks
 
-__all__ = ["prepare_logits"]
+__all__ = ["keep", "prepare_logits", "prepare_pair", "standardized"]
 
 
 def prepare_logits(
@@ -22,3 +22,40 @@ def prepare_logits(
     where = jnp.asarray(where)
     checks.vector("where", where, logits.shape[0], f"one entry per row of {name} {logits.shape}")
     return logits, where != 0
+
+
+def prepare_pair(
+    student_logits: jax.Array, teacher_logits: jax.Array, where: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Checks both logits; returns them masked, in one dtype, the teacher's without gradient."""
+    student, mask = prepare_logits("student_logits", student_logits, where)
+    teacher, _ = prepare_logits("teacher_logits", teacher_logits, None)
+    checks.same_shape(student_logits=student, teacher_logits=teacher)
+    dtype = jnp.promote_types(student.dtype, teacher.dtype)
+    teacher = jax.lax.stop_gradient(teacher)
+    return keep(student.astype(dtype), mask), keep(teacher.astype(dtype), mask), mask
+
+
+def keep(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Returns `x` with the masked-out rows set to 0.
+
+    Applied to the inputs as well as to the result: a NaN in a row that only the result leaves out
+    would still reach the gradient as 0 * NaN.
+    """
+    if mask is None:
+        return x
+    return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, 0.0)
+
+
+def standardized(logits: jax.Array) -> jax.Array:
+    """Returns the z-scores of each row of [batch, classes]: (z - mean) / (std + 1e-7).
+
+    The standard deviation is the unbiased one (divided by classes - 1), as in the code of Sun et
+    al., 2024 (arXiv 2403.01427).
+    """
+    centred = logits - jnp.mean(logits, axis=-1, keepdims=True)
+    total = jnp.sum(jnp.square(centred), axis=-1, keepdims=True)
+    # The root has no gradient at 0: a row of equal logits gets 0, and no gradient, instead of NaN.
+    some = total > 0
+    std = jnp.sqrt(jnp.where(some, total, 1) / max(logits.shape[-1] - 1, 1))
+    return jnp.where(some, centred / (std + 1e-7), 0)

@@ -51,6 +51,59 @@ def logit_regression(student, teacher, labels):
     return 0.5 * F.mse_loss(student, teacher, reduction="none").sum(-1)
 
 
+def standardized(z):
+    return (z - z.mean(-1, keepdim=True)) / (z.std(-1, keepdim=True) + 1e-7)
+
+
+def lskd(temperature):
+    def loss(student, teacher, labels):
+        return kd(temperature)(standardized(student), standardized(teacher), labels)
+
+    return loss
+
+
+def hard_target(student, teacher, labels):
+    return F.cross_entropy(student, teacher.argmax(-1), reduction="none")
+
+
+def others(z, labels):
+    """The logits without the labelled one, [batch, classes - 1]."""
+    return torch.stack([torch.cat([row[:y], row[y + 1 :]]) for row, y in zip(z, labels)])
+
+
+def dkd(alpha, beta, temperature, standardize=False):
+    def loss(student, teacher, labels):
+        if standardize:
+            student, teacher = standardized(student), standardized(teacher)
+
+        def pair(z):
+            own = F.softmax(z / temperature, dim=-1).gather(1, labels[:, None])
+            return torch.cat([own, 1 - own], dim=-1)
+
+        def divergence(p, q):
+            return (p * (p.log() - q.log())).sum(-1)
+
+        target = divergence(pair(teacher), pair(student))
+        rest = divergence(
+            F.softmax(others(teacher, labels) / temperature, dim=-1),
+            F.softmax(others(student, labels) / temperature, dim=-1),
+        )
+        return temperature**2 * (alpha * target + beta * rest)
+
+    return loss
+
+
+def nkd(gamma, temperature):
+    def loss(student, teacher, labels):
+        own_t = F.softmax(teacher, dim=-1).gather(1, labels[:, None])[:, 0]
+        own_s = F.log_softmax(student, dim=-1).gather(1, labels[:, None])[:, 0]
+        q_t = F.softmax(others(teacher, labels) / temperature, dim=-1)
+        q_s = F.log_softmax(others(student, labels) / temperature, dim=-1)
+        return -own_t * own_s - gamma * temperature**2 * (q_t * q_s).sum(-1)
+
+    return loss
+
+
 # Result keys are "<loss>|<hyper-parameter>=<value>|<inputs>|value" (or "gradient"); the test
 # parses them and calls the loss of that name.
 CASES = {
@@ -61,6 +114,14 @@ CASES = {
     "kd|temperature=2": kd(2.0),
     "logit_regression|": logit_regression,
     "dml|": kd(1.0),
+    "hard_target|": hard_target,
+    "lskd|": lskd(2.0),
+    "lskd|temperature=4": lskd(4.0),
+    "dkd|": dkd(1.0, 8.0, 4.0),
+    "dkd|alpha=2,beta=0.5,temperature=1": dkd(2.0, 0.5, 1.0),
+    "dkd|standardize=1": dkd(1.0, 8.0, 4.0, standardize=True),
+    "nkd|": nkd(1.5, 1.0),
+    "nkd|gamma=3.5,temperature=3": nkd(3.5, 3.0),
 }
 
 

@@ -1,5 +1,6 @@
 """Response losses against closed forms, published golden numbers and PyTorch's values."""
 
+import inspect
 from pathlib import Path
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkd_jax.losses import LOSSES, ce, dml, kd, logit_regression
+from qkd_jax.losses import LOSSES, ce, dkd, dml, hard_target, kd, logit_regression, lskd, nkd
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "losses.npz"))
 STUDENT = GOLDEN["golden|student_logits"]
@@ -31,11 +32,28 @@ def test_golden_inputs_are_the_formula():
 def test_golden_numbers():
     np.testing.assert_allclose(jnp.mean(kd(STUDENT, TEACHER, temperature=4.0)), 1.2777909, 1e-5)
     np.testing.assert_allclose(jnp.mean(dml(STUDENT, TEACHER)), 0.9625223, 1e-5)
+    np.testing.assert_allclose(jnp.mean(lskd(STUDENT, TEACHER)), 0.6169003, 1e-5)
+    np.testing.assert_allclose(jnp.mean(dkd(STUDENT, TEACHER, LABELS)), 10.8895696, 1e-5)
+    for gamma, temperature, wanted in ((1.5, 1.0, 4.5404987), (3.5, 3.0, 71.7755972)):
+        value = nkd(STUDENT, TEACHER, LABELS, gamma=gamma, temperature=temperature)
+        np.testing.assert_allclose(jnp.mean(value), wanted, 1e-5)
+
+
+def test_dkd_with_the_right_beta_is_kd():
+    p = softmax(TEACHER / 4)[np.arange(8), LABELS]
+    for row, share in enumerate(p):
+        found = dkd(STUDENT, TEACHER, LABELS, beta=float(1 - share))[row]
+        np.testing.assert_allclose(found, kd(STUDENT, TEACHER)[row], rtol=1e-5)
+
+
+def test_hard_target_is_the_limit_of_a_cold_teacher():
+    cold = -(softmax(TEACHER / 1e-3) * np.log(softmax(STUDENT))).sum(-1)
+    np.testing.assert_allclose(hard_target(STUDENT, TEACHER), cold, rtol=1e-5)
 
 
 def test_golden_file_covers_every_response_loss():
     covered = {key.split("|")[0] for key in GOLDEN if key.endswith("|value")}
-    assert covered == {"ce", "kd", "logit_regression", "dml"}
+    assert covered == set(LOSSES)
 
 
 @pytest.mark.parametrize("key", [k.removesuffix("|value") for k in GOLDEN if k.endswith("|value")])
@@ -43,10 +61,11 @@ def test_values_and_gradients_equal_pytorch(key):
     name, hyper, inputs = key.split("|")
     keywords = {k: float(v) for k, v in (h.split("=") for h in hyper.split(",") if h)}
     student = GOLDEN[f"{inputs}|student_logits"]
-    other = GOLDEN[f"{inputs}|{'labels' if name == 'ce' else 'teacher_logits'}"]
+    positional = list(inspect.signature(LOSSES[name]).parameters)[1:3]
+    others = [GOLDEN[f"{inputs}|{p}"] for p in positional if p in ("labels", "teacher_logits")]
 
     def total(z):
-        value = LOSSES[name](z, other, **keywords)
+        value = LOSSES[name](z, *others, **keywords)
         return jnp.sum(value), value
 
     gradient, value = jax.grad(total, has_aux=True)(student)
