@@ -2,8 +2,9 @@
 
 `LOSSES` maps the names used in a config's `learn` table to functions; `qkd_jax.losses.kd` and
 `LOSSES["kd"]` are the same object. To add a loss, write the function in the file of its family
-(`response.py` for what compares logits, `decoupled.py` for what splits off the labelled class), import it here and give it a line in `LOSSES`: the
-tests in `tests/losses/test_losses.py` are parametrised over the table and read the signature.
+(`response.py` for what compares logits, `decoupled.py` for what splits off the labelled class),
+import it here and give it a line in `LOSSES`: the tests in `tests/losses/test_losses.py` are
+parametrised over the table and read the signature.
 
 Signature rules that the training step relies on:
 

@@ -68,7 +68,9 @@ def hard_target(student, teacher, labels):
 
 def others(z, labels):
     """The logits without the labelled one, [batch, classes - 1]."""
-    return torch.stack([torch.cat([row[:y], row[y + 1 :]]) for row, y in zip(z, labels)])
+    return torch.stack(
+        [torch.cat([row[:y], row[y + 1 :]]) for row, y in zip(z, labels, strict=True)]
+    )
 
 
 def dkd(alpha, beta, temperature, standardize=False):
