@@ -5,7 +5,8 @@ A config says `rules="w2a2"` or gives a tuple of rule dicts:
     ({"pattern": "stem", "weight": {"bits": 8}, "input": {"bits": 8, "symmetric": False}}, ...)
 
 Add a preset as one entry of PRESETS: a function from no arguments to such a tuple, or the tuple.
-`w<k>a<k>` is understood for any widths, listed or not.
+`w<k>a<k>` is understood for any widths, listed or not, and `w<k>a<k>:<quantizer>` for any key of
+PAIRS.
 """
 
 from __future__ import annotations
@@ -19,13 +20,34 @@ from typing import Any
 from qkd_jax import checks
 from qkd_jax.quantize import Rule, Spec
 
-__all__ = ["PRESETS", "low_bit", "rules"]
+__all__ = ["PAIRS", "PRESETS", "low_bit", "rules"]
 
 RuleDicts = tuple[Mapping[str, Any], ...]
 
 
-def low_bit(weight_bits: int, input_bits: int, *, ternary: bool = False) -> RuleDicts:
-    """Rules of low-bit training: LSQ everywhere, the first and the last layer at 8 bits.
+# How each quantizer is used for a net: fields of the inner layers' weights, and of their inputs.
+# PACT has no weights of its own and takes DoReFa's, as in its paper; the one- and two-bit weight
+# quantizers leave the inputs to LSQ.
+PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "uniform": (dict(quantizer="uniform", observer="mse"), dict(quantizer="uniform")),
+    "lsq": (dict(quantizer="lsq"), dict(quantizer="lsq")),
+    "lsq_plus": (dict(quantizer="lsq_plus"), dict(quantizer="lsq_plus", symmetric=False)),
+    "tqt": (dict(quantizer="tqt"), dict(quantizer="tqt")),
+    "pact": (dict(quantizer="dorefa"), dict(quantizer="pact")),
+    "dorefa": (dict(quantizer="dorefa"), dict(quantizer="dorefa")),
+    "ewgs": (dict(quantizer="ewgs"), dict(quantizer="ewgs")),
+    "dsq": (dict(quantizer="dsq"), dict(quantizer="dsq")),
+    "sigmoid": (dict(quantizer="sigmoid"), dict(quantizer="sigmoid")),
+    "qil": (dict(quantizer="qil"), dict(quantizer="qil")),
+    "binary": (dict(quantizer="binary"), dict(quantizer="lsq")),
+    "ternary": (dict(quantizer="ternary"), dict(quantizer="lsq")),
+}
+
+
+def low_bit(
+    weight_bits: int, input_bits: int, *, quantizer: str = "lsq", ternary: bool = False
+) -> RuleDicts:
+    """Rules of low-bit training: one quantizer everywhere, the first and last layer LSQ at 8 bits.
 
     The net's own input has both signs and a fixed distribution, so it is affine and not learned;
     every other input follows a ReLU and is unsigned. Steps are per tensor, as in the recipe.
@@ -33,9 +55,13 @@ def low_bit(weight_bits: int, input_bits: int, *, ternary: bool = False) -> Rule
     Args:
       weight_bits: bits of the inner layers' weights.
       input_bits: bits of the inner layers' inputs.
+      quantizer: a key of PAIRS.
       ternary: weights in {-1, 0, 1} times the step: 2 bits, narrow range.
     """
-    inner = dict(bits=weight_bits, quantizer="lsq")
+    if quantizer not in PAIRS:
+        raise checks.unknown("quantizer of a rules preset", quantizer, PAIRS)
+    weight, inputs = PAIRS[quantizer]
+    inner = dict(bits=weight_bits, **weight)
     if ternary:
         inner["narrow_range"] = True
     # Not from the range: an 8-bit step whose outermost weights sit on the last code is pushed by
@@ -44,11 +70,7 @@ def low_bit(weight_bits: int, input_bits: int, *, ternary: bool = False) -> Rule
     return (
         dict(pattern="stem|dense1", weight=end, input=dict(bits=8, signed=False, symmetric=False)),
         dict(pattern="head", weight=end, input=dict(bits=8, quantizer="lsq", signed=False)),
-        dict(
-            pattern=".*",
-            weight=inner,
-            input=dict(bits=input_bits, quantizer="lsq", signed=False),
-        ),
+        dict(pattern=".*", weight=inner, input=dict(bits=input_bits, signed=False, **inputs)),
     )
 
 
@@ -87,13 +109,14 @@ def rules(
 def _preset(name: str) -> RuleDicts:
     if name in PRESETS:
         return PRESETS[name]
-    widths = re.fullmatch(r"w(\d+)a(\d+)", name)
+    widths = re.fullmatch(r"w(\d+)a(\d+)(?::(\w+))?", name)
     if widths is None:
-        raise checks.unknown("rules preset", name, [*PRESETS, "w<k>a<k>"])
-    bits = [int(w) for w in widths.groups()]
+        raise checks.unknown("rules preset", name, [*PRESETS, "w<k>a<k>", "w<k>a<k>:<quantizer>"])
+    bits = [int(w) for w in widths.groups()[:2]]
+    fewest = 1 if widths[3] in ("binary", "dorefa", "ewgs") else 2
     for operand, value in zip(("weight", "input"), bits, strict=True):
-        checks.integer_in(f"{operand} bits of rules {name!r}", value, 2, 8)
-    return low_bit(*bits)
+        checks.integer_in(f"{operand} bits of rules {name!r}", value, fewest, 8)
+    return low_bit(*bits, quantizer=widths[3] or "lsq")
 
 
 def _rule(place: int, fields: Mapping[str, Any], reduce_range: bool) -> Rule:

@@ -16,6 +16,7 @@ from qkd_jax.numerics.mapping import (
     encode,
     power_of_two_above,
     range_parameters,
+    shared_axes,
     symmetric_scale,
 )
 from qkd_jax.numerics.rounding import (
@@ -38,6 +39,7 @@ from qkd_jax.numerics.spec import (
     refuse_fields,
     refuse_one_bit,
 )
+from qkd_jax.numerics.staircase import snapped_zero_point, staircase
 from qkd_jax.numerics.stats import (
     Stats,
     Sums,
@@ -84,6 +86,9 @@ __all__ = [
     "refuse_one_bit",
     "round_codes",
     "round_ste",
+    "shared_axes",
+    "snapped_zero_point",
+    "staircase",
     "symmetric_scale",
     "through_rounding",
 ]

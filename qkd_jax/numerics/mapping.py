@@ -31,6 +31,7 @@ __all__ = [
     "encode",
     "power_of_two_above",
     "range_parameters",
+    "shared_axes",
     "symmetric_scale",
 ]
 
@@ -190,6 +191,13 @@ def check_scale(name: str, scale: jax.Array) -> None:
             f"{name} holds {bad}; a scale must be finite and greater than 0. Calibrate again on "
             "finite data; `calibrate` gives all-zero tensors the scale 1."
         )
+
+
+def shared_axes(x: jax.Array, param: jax.Array) -> tuple[int, ...]:
+    """The axes of `x` that share an entry of a parameter which broadcasts against it."""
+    if param.ndim == 0:
+        return tuple(range(x.ndim))
+    return tuple(i for i in range(x.ndim) if param.shape[i] == 1)
 
 
 def check_operand(x: jax.Array, params: Mapping[str, jax.Array], names: Sequence[str]) -> None:

@@ -24,14 +24,52 @@ import jax
 
 from qkd_jax import checks
 from qkd_jax.numerics import Spec
-from qkd_jax.quantizers import lsq, qil, uniform
+from qkd_jax.quantizers import (
+    binary,
+    dorefa,
+    dsq,
+    ewgs,
+    lsq,
+    lsq_plus,
+    pact,
+    qil,
+    sigmoid,
+    ternary,
+    tqt,
+    uniform,
+)
 
-__all__ = ["QUANTIZERS", "check", "live", "lsq", "qil", "uniform"]
+__all__ = [
+    "QUANTIZERS",
+    "binary",
+    "check",
+    "dorefa",
+    "dsq",
+    "ewgs",
+    "live",
+    "lsq",
+    "lsq_plus",
+    "pact",
+    "qil",
+    "sigmoid",
+    "ternary",
+    "tqt",
+    "uniform",
+]
 
 QUANTIZERS: dict[str, ModuleType] = {
     "uniform": uniform,
     "lsq": lsq,
+    "lsq_plus": lsq_plus,
+    "tqt": tqt,
+    "pact": pact,
+    "dorefa": dorefa,
+    "ewgs": ewgs,
+    "dsq": dsq,
+    "sigmoid": sigmoid,
     "qil": qil,
+    "binary": binary,
+    "ternary": ternary,
 }
 
 

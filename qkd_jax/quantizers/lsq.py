@@ -1,6 +1,7 @@
 """LSQ: learned step size quantization (Esser et al., 2019, arXiv 1902.08153).
 
-The step is a parameter, trained with the network by the gradient of the quantization error.
+The step is a parameter, trained with the network by the gradient of the quantization error. With
+the option `learn_bits` the number of bits is one too.
 """
 
 from __future__ import annotations
@@ -15,22 +16,30 @@ import jax.numpy as jnp
 from qkd_jax import numerics
 from qkd_jax.numerics import IntFormat, Spec, Stats
 
-__all__ = ["check", "fake_quant", "gradient_scale", "init", "integer_view"]
+__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view", "used_bits"]
 
 Params = dict[str, jax.Array]
 
+OPTIONS = {"learn_bits": False}
+
 
 def check(spec: Spec) -> None:
-    """Raises ValueError for an affine spec or a mask: the paper fixes both."""
+    """Raises ValueError for an affine spec, a mask, or fields that learning the bits excludes."""
     if not spec.symmetric:
         raise ValueError(
             "quantizer 'lsq' came with symmetric=False; LSQ has a step and no zero point. "
-            "Use symmetric=True, or quantizer='uniform' for an affine grid."
+            "Use symmetric=True, quantizer='lsq_plus' for a learned offset, or "
+            "quantizer='uniform' for an affine grid."
         )
     if spec.mask is not None:
         raise ValueError(
             f"quantizer 'lsq' came with mask={spec.mask!r}; its gradient is fixed by the paper. "
             "Leave mask=None, or use quantizer='uniform'."
+        )
+    numerics.refuse_one_bit(spec)
+    if spec.option("learn_bits", False):
+        numerics.refuse_fields(
+            spec, because="bits are learned", rounding="even", backward="ste", dynamic=False
         )
 
 
@@ -38,48 +47,46 @@ def init(stats: Stats, spec: Spec) -> Params:
     """The first step: 2 E|x| / sqrt(p) (section 2.1), or the observer's range.
 
     With `spec.observer` named, the step is that of the range [stats.lo, stats.hi] instead
-    (`numerics.symmetric_scale`). The paper's value suits few bits: it clips much of the range at 2
-    and uses a small part of the grid at 8. All-zero data give step 1.
+    (`numerics.range_parameters`). The paper's value suits few bits: it clips much of the range at 2
+    and uses a small part of the grid at 8. All-zero data give step 1. Learned bits start at
+    `spec.bits`.
 
     Returns:
-        `step`, float32, of the statistics' shape, in input units per code.
+        `step` (and `bits`), float32, of the statistics' shape; the step in input units per code.
 
     Raises:
         ValueError: an unsigned spec and data known to be negative.
     """
     check(spec)
     if spec.observer is not None:
-        return {"step": numerics.symmetric_scale(stats.lo, stats.hi, spec.format)}
-    numerics.check_sign(stats.lo, spec.format)
-    step = 2 * stats.abs_mean / math.sqrt(spec.format.qmax)
-    step = jnp.where(step == 0, jnp.ones_like(step), jnp.maximum(step, numerics.MIN_SCALE))
-    return {"step": step}
+        step, _ = numerics.range_parameters(stats.lo, stats.hi, spec)
+    else:
+        numerics.check_sign(stats.lo, spec.format)
+        step = 2 * stats.abs_mean / math.sqrt(spec.format.qmax)
+        step = jnp.where(step == 0, jnp.ones_like(step), jnp.maximum(step, numerics.MIN_SCALE))
+        if spec.power_of_two:
+            step = numerics.power_of_two_above(step)
+    if not spec.option("learn_bits", False):
+        return {"step": step}
+    return {"step": step, "bits": jnp.full_like(step, spec.bits)}
 
 
 def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
-    """What a code means: (step, 0, format), x_hat = code * step."""
+    """What a code means: (step, 0, format), x_hat = code * step.
+
+    With learned bits the format is that of `spec.bits`, their upper bound.
+    """
     step = numerics.at_least(params["step"], numerics.MIN_SCALE)
     return step, jnp.zeros_like(step), spec.format
 
 
-def gradient_scale(
-    shape: Sequence[int], steps: int, spec: Spec, *, batch_axes: Sequence[int] = ()
-) -> float:
-    """The factor 1 / sqrt(N p) on the step's gradient (section 2.2).
+def used_bits(params: Params, spec: Spec) -> jax.Array:
+    """The bits that learned bits stand for: rounded, between the fewest possible and `spec.bits`.
 
-    N is the number of elements that share a step: weights of the tensor or of the channel, features
-    of one example for activations. Batch axes are left out, so the training result does not depend
-    on how a batch is cut over devices.
-
-    Args:
-        shape: of the quantized tensor.
-        steps: number of steps.
-        spec: gives p.
-        batch_axes: axes of `shape` that count examples.
+    The gradient passes as if they were not rounded.
     """
-    batch = {axis % len(shape) for axis in batch_axes}
-    elements = math.prod(size for i, size in enumerate(shape) if i not in batch)
-    return 1 / math.sqrt(max(elements / steps, 1) * spec.format.qmax)
+    fewest = 1 + int(spec.signed)
+    return numerics.round_ste(jnp.clip(params["bits"], fewest, spec.bits))
 
 
 def fake_quant(
@@ -96,12 +103,20 @@ def fake_quant(
         dx = g * [n < u < p]
         ds = gs * sum g * (round(u) - u  if n < u < p,  n  if u <= n,  p  if u >= p)
 
-    with gs = 1 / sqrt(N p) (`gradient_scale`). Sections 2.1 to 2.3 of the paper.
+    with gs = 1 / sqrt(N p) (`numerics.gradient_scale`). Sections 2.1 to 2.3 of the paper.
+
+    Learned bits b make n = -2^(b-1), p = 2^(b-1) - 1 (unsigned: 0 and 2^b - 1) of the rounded b,
+    with the gradient that the clipped elements have through n and p:
+
+        db = gs * sum g * s * (ln 2 * 2^(b-1) above,  -ln 2 * 2^(b-1) below,  0 inside)
+
+    They shrink under a penalty on the size (`training.regularizers`), after Uhlich et al., 2019
+    (arXiv 1905.11452), who learn the step and the range instead and get b from both.
 
     Args:
         x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: `step`, () or broadcasting against `x`. A step below MIN_SCALE counts as MIN_SCALE,
-            and its gradient is the one there, so that an optimizer can bring it back.
+        params: `step` (and `bits`), () or broadcasting against `x`. A step below MIN_SCALE counts
+            as MIN_SCALE, and its gradient is the one there, so that an optimizer can bring it back.
         spec: static.
         batch_axes: axes of `x` that count examples; () for weights.
         key: randomness of stochastic rounding; None rounds half to even.
@@ -114,35 +129,54 @@ def fake_quant(
 
     Note:
         The paper has one step per tensor; with one per channel, N counts the weights of a channel.
+        `spec.backward` other than "ste" shapes dx and, with it, ds (`numerics.staircase`).
     """
-    numerics.check_operand(x, params, ("step",))
+    learn_bits = spec.option("learn_bits", False)
+    numerics.check_operand(x, params, ("step", "bits") if learn_bits else ("step",))
     step = params["step"]
-    factor = gradient_scale(x.shape, step.size, spec, batch_axes=batch_axes)
-    return _fake_quant(x, step, spec.format, factor)
+    factor = numerics.gradient_scale(x.shape, step.size, spec.format.qmax, batch_axes=batch_axes)
+    if not learn_bits:
+        return numerics.staircase(x, step, spec, factor=factor, key=key)
+    return _learned_bits(x, step, used_bits(params, spec), spec, factor)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _fake_quant(x: jax.Array, step: jax.Array, format: IntFormat, factor: float) -> jax.Array:
+def _ends(bits: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (n, p, 2^(bits - signed)) of a number of bits."""
+    power = jnp.exp2(bits - int(spec.signed))
+    low = spec.format.narrow_range - power if spec.signed else jnp.zeros_like(power)
+    return low, power - 1, power
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _learned_bits(
+    x: jax.Array, step: jax.Array, bits: jax.Array, spec: Spec, factor: float
+) -> jax.Array:
     step = jnp.maximum(step, numerics.MIN_SCALE)
-    codes = numerics.encode(x, step, 0, format)
-    return numerics.decode(codes, step, 0).astype(x.dtype)
+    low, high, _ = _ends(bits, spec)
+    u = x.astype(numerics.compute_dtype(x)) * (1 / step)
+    return (jnp.clip(jnp.round(u), low, high) * step).astype(x.dtype)
 
 
-def _forward(x, step, format, factor):
-    # Only the input and the step are kept: codes are cheaper to recompute than to store.
-    return _fake_quant(x, step, format, factor), (x, step)
+def _forward(x, step, bits, spec, factor):
+    return _learned_bits(x, step, bits, spec, factor), (x, step, bits)
 
 
-def _backward(format, factor, residuals, g):
-    x, step = residuals
-    n, p = format.qmin, format.qmax
-    u = x.astype(numerics.compute_dtype(x)) * (1 / jnp.maximum(step, numerics.MIN_SCALE))
-    inside = (n < u) & (u < p)
+def _backward(spec, factor, residuals, g):
+    x, step, bits = residuals
+    s = jnp.maximum(step, numerics.MIN_SCALE)
+    low, high, power = _ends(bits, spec)
+    u = x.astype(numerics.compute_dtype(x)) * (1 / s)
+    inside = (low < u) & (u < high)
     dx = jnp.where(inside, g, jnp.zeros_like(g))
-    # Outside, u clips to n or p. A NaN is outside and stays one, so a bad step is noticed.
-    slope = jnp.where(inside, jnp.round(u) - u, jnp.clip(u, n, p))
-    dstep = numerics.match_cotangent(g.astype(u.dtype) * slope, step) * factor
-    return numerics.match_cotangent(dx, x), dstep.astype(step.dtype)
+    wide = g.astype(u.dtype)
+    dstep = wide * jnp.where(inside, jnp.round(u) - u, jnp.clip(u, low, high))
+    end = jnp.where(u >= high, power, -power if spec.signed else 0)
+    dbits = wide * jnp.where(inside, 0, s * math.log(2) * end)
+    return (
+        numerics.match_cotangent(dx, x),
+        (numerics.match_cotangent(dstep, step) * factor).astype(step.dtype),
+        (numerics.match_cotangent(dbits, bits) * factor).astype(bits.dtype),
+    )
 
 
-_fake_quant.defvjp(_forward, _backward)
+_learned_bits.defvjp(_forward, _backward)

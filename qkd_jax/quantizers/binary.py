@@ -1,0 +1,140 @@
+"""Binary weights: the sign, times the mean magnitude (Rastegari et al., 2016, arXiv 1603.05279).
+
+XNOR-Net. With the option `static` the magnitude is the calibrated one: for activations, whose mean
+must not depend on the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import numerics
+from qkd_jax.numerics import IntFormat, Spec, Stats
+
+__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view", "live"]
+
+Params = dict[str, jax.Array]
+
+OPTIONS = {"static": False}
+
+
+def check(spec: Spec) -> None:
+    """Raises ValueError for other bits than 1, an unsigned or affine spec, or a free choice."""
+    if spec.bits != 1:
+        raise ValueError(
+            f"quantizer 'binary' came with bits={spec.bits}; its codes are -1 and 1. Use "
+            "bits=1, or quantizer='lsq' for more."
+        )
+    numerics.refuse_fields(
+        spec,
+        because="its codes and its magnitude are the paper's",
+        signed=True,
+        symmetric=True,
+        mask=None,
+        rounding="even",
+        backward="ste",
+        power_of_two=False,
+        scaling="cover",
+    )
+
+
+def init(stats: Stats, spec: Spec) -> Params:
+    """The magnitude E|x|: `alpha`, float32, of the statistics' shape; see `live`."""
+    check(spec)
+    return {"alpha": _positive(stats.abs_mean)}
+
+
+def _positive(alpha: jax.Array) -> jax.Array:
+    return jnp.where(alpha == 0, jnp.ones_like(alpha), jnp.maximum(alpha, numerics.MIN_SCALE))
+
+
+def live(x: jax.Array, params: Params, spec: Spec) -> Params:
+    """The magnitude of this tensor, E|x| over what shares it (equation 6), without gradient."""
+    if spec.option("static", False):
+        return params
+    size = jnp.abs(jax.lax.stop_gradient(x).astype(numerics.compute_dtype(x)))
+    alpha = jnp.mean(size, axis=numerics.shared_axes(x, params["alpha"]))
+    return {"alpha": _positive(jnp.reshape(alpha, params["alpha"].shape))}
+
+
+def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
+    """What a code means: (alpha, 0, a 2-bit narrow format), codes -1 and 1: one bit each."""
+    alpha = jnp.maximum(params["alpha"], numerics.MIN_SCALE)
+    return alpha, jnp.zeros_like(alpha), IntFormat(2, True, True)
+
+
+def fake_quant(
+    x: jax.Array,
+    params: Params,
+    spec: Spec,
+    *,
+    batch_axes: Sequence[int] = (),
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """The sign of `x`, times its mean magnitude; the sign of 0 is 1.
+
+        alpha = E|x|;  x_hat = alpha sign(x)
+        dx = alpha g [|x| <= 1] + sign(x) / n * sum g sign(x)
+
+    n elements share alpha. The first term is the straight-through estimate of the sign, the second
+    the derivative through alpha. With `static`, alpha is a parameter: no second term in dx, and
+    d alpha = gs * sum g sign(x), gs = 1 / sqrt(N).
+
+    Args:
+        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
+        params: of `init`; () or broadcasting against `x`.
+        spec: static.
+        batch_axes: axes of `x` that count examples; () for weights.
+        key: unused; part of the interface.
+
+    Returns:
+        x_hat, like `x`. NaN stays NaN, +-inf saturates.
+
+    Raises:
+        ValueError: parameters that do not fit `x`.
+
+    Note:
+        The paper prints dx_i = g_i (1 / n + alpha [|x_i| <= 1]): the second term with the sum's
+        other elements left out.
+    """
+    numerics.check_operand(x, params, ("alpha",))
+    alpha = live(x, params, spec)["alpha"]
+    factor = numerics.gradient_scale(x.shape, alpha.size, 1, batch_axes=batch_axes)
+    return _fake_quant(x, alpha, spec, factor)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _fake_quant(x, alpha, spec, factor):
+    del spec, factor
+    wide = x.astype(numerics.compute_dtype(x))
+    return (_sign(wide) * alpha).astype(x.dtype)
+
+
+def _sign(x: jax.Array) -> jax.Array:
+    """1 for 0 and above, -1 below, NaN for NaN."""
+    return jnp.where(x >= 0, 1.0, jnp.where(jnp.isnan(x), x, -1.0))
+
+
+def _forward(x, alpha, spec, factor):
+    return _fake_quant(x, alpha, spec, factor), (x, alpha)
+
+
+def _backward(spec, factor, residuals, g):
+    x, alpha = residuals
+    wide, gain = x.astype(numerics.compute_dtype(x)), g.astype(numerics.compute_dtype(x))
+    sign = _sign(wide)
+    dx = jnp.where(jnp.abs(wide) <= 1, alpha * gain, 0)
+    pull = numerics.match_cotangent(gain * sign, alpha)
+    if spec.option("static", False):
+        dalpha = pull * factor
+    else:
+        dx = dx + sign * (pull * (alpha.size / x.size))
+        dalpha = jnp.zeros_like(alpha)
+    return numerics.match_cotangent(dx.astype(g.dtype), x), dalpha.astype(alpha.dtype)
+
+
+_fake_quant.defvjp(_forward, _backward)

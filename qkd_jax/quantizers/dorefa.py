@@ -1,0 +1,196 @@
+"""DoReFa: low-bit weights, activations, gradients (Zhou et al., 2016, arXiv 1606.06160)."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import numerics
+from qkd_jax.numerics import IntFormat, Spec, Stats
+
+__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view", "live"]
+
+Params = dict[str, jax.Array]
+
+OPTIONS = {"gradient_bits": 0, "restore": True}
+
+
+def check(spec: Spec) -> None:
+    """Raises ValueError for an affine spec, a mask, or a gradient width out of range."""
+    numerics.refuse_fields(
+        spec,
+        because="its grid is fixed by the paper",
+        symmetric=True,
+        mask=None,
+        scaling="cover",
+        power_of_two=False,
+    )
+    bits = spec.option("gradient_bits", 0)
+    if bits and (spec.signed or not 1 <= bits <= 8):
+        raise ValueError(
+            f"option gradient_bits of quantizer 'dorefa' is {bits} with signed={spec.signed}; it "
+            "belongs to unsigned specs (activations, whose gradients it rounds) and is 1 to 8, or "
+            "0 for float gradients."
+        )
+
+
+def init(stats: Stats, spec: Spec) -> Params:
+    """What the weights' grid depends on: the largest tanh|w|, or E|w| for 1 bit; see `live`.
+
+    Returns:
+        `bound` float32, of the statistics' shape; for activations the 1 that they are clipped to.
+
+    Raises:
+        ValueError: an unsigned spec and data known to be negative.
+    """
+    check(spec)
+    numerics.check_sign(stats.lo, spec.format)
+    if not spec.signed:
+        return {"bound": jnp.ones_like(stats.hi)}
+    if spec.bits == 1:
+        return {"bound": _positive(stats.abs_mean)}
+    return {"bound": _positive(jnp.tanh(jnp.maximum(-stats.lo, stats.hi)))}
+
+
+def _positive(bound: jax.Array) -> jax.Array:
+    return jnp.where(bound == 0, jnp.ones_like(bound), jnp.maximum(bound, numerics.MIN_SCALE))
+
+
+def live(x: jax.Array, params: Params, spec: Spec) -> Params:
+    """The grid of these weights: M = max tanh|w|, or E|w| for 1 bit, without gradient."""
+    if not spec.signed:
+        return params
+    shared = numerics.shared_axes(x, params["bound"])
+    size = jax.lax.stop_gradient(jnp.abs(x.astype(numerics.compute_dtype(x))))
+    if spec.bits == 1:
+        bound = jnp.mean(size, axis=shared)
+    else:
+        bound = jnp.tanh(jnp.max(size, axis=shared))
+    return {"bound": _positive(jnp.reshape(bound, params["bound"].shape))}
+
+
+def _levels(spec: Spec) -> int:
+    return 2**spec.bits - 1
+
+
+def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
+    """What a code means, x_hat = code * scale.
+
+    Activations: (1 / L, 0, format) with L = 2^b - 1. Weights have the odd codes -L, -L + 2, .. L:
+    zero lies between two of them, and b bits of information take a format of b + 1.
+    """
+    scale = params["bound"] if spec.option("restore", True) else jnp.ones_like(params["bound"])
+    if spec.signed and spec.bits == 1:
+        scale = params["bound"]
+    scale = jnp.maximum(scale * (1 / _levels(spec)), numerics.MIN_SCALE)
+    format = IntFormat(spec.bits + 1, True, True) if spec.signed else spec.format
+    return scale, jnp.zeros_like(scale), format
+
+
+def fake_quant(
+    x: jax.Array,
+    params: Params,
+    spec: Spec,
+    *,
+    batch_axes: Sequence[int] = (),
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Rounds weights (signed) or activations (unsigned) as the paper does.
+
+    Weights, with t = tanh(w), M = max|t| and L = 2^b - 1:
+
+        w_hat = M (2 round(L (t / (2 M) + 1/2)) / L - 1);  dw = g (1 - t^2)
+        1 bit: w_hat = E|w| sign(w);  dw = g
+
+    Activations: x_hat = round(L clip(x, 0, 1)) / L;  dx = g * [0 < x < 1].
+
+    With the option `gradient_bits` k the gradient that passes an activation is rounded too, per
+    example, with K = 2^k - 1, m = max|g| and N uniform on [-1/2, 1/2) / K from `key` (0 without):
+
+        g_hat = 2 m (round(K (g / (2 m) + 1/2 + N)) / K - 1/2)
+
+    Equations 5, 8, 9, 11 and 12 of the paper.
+
+    Args:
+        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
+        params: of `init`; () or broadcasting against `x`.
+        spec: static.
+        batch_axes: axes of `x` that count examples; () for weights.
+        key: randomness of stochastic rounding; None rounds half to even.
+
+    Returns:
+        x_hat, like `x`. NaN stays NaN, +-inf saturates.
+
+    Raises:
+        ValueError: parameters that do not fit `x`.
+
+    Note:
+        The paper's weights lie in [-1, 1] and need a BatchNorm behind; times M (of which no
+        gradient is taken) they keep their size, so that the layer stays a drop-in. The option
+        `restore=False` is the paper's. Its code differentiates M as well.
+    """
+    numerics.check_operand(x, params, ("bound",))
+    return _fake_quant(x, live(x, params, spec)["bound"], key, spec, tuple(batch_axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _fake_quant(x, bound, key, spec, batch_axes):
+    del batch_axes
+    scale, _, _ = integer_view({"bound": bound}, spec)
+    wide = x.astype(numerics.compute_dtype(x))
+    levels = _levels(spec)
+    if not spec.signed:
+        codes = numerics.encode(x, scale, 0, spec.format, rounding=spec.rounding, key=key)
+    elif spec.bits == 1:
+        codes = jnp.where(wide >= 0, 1.0, jnp.where(jnp.isnan(wide), wide, -1.0))
+    else:
+        u = levels * (jnp.tanh(wide) * (1 / (2 * bound)) + 0.5)
+        codes = 2 * jnp.clip(numerics.round_codes(u, spec.rounding, key), 0, levels) - levels
+    return (codes * scale).astype(x.dtype)
+
+
+def _forward(x, bound, key, spec, batch_axes):
+    return _fake_quant(x, bound, key, spec, batch_axes), (x, bound, key)
+
+
+def _backward(spec, batch_axes, residuals, g):
+    x, bound, key = residuals
+    wide, gain = x.astype(numerics.compute_dtype(x)), g.astype(numerics.compute_dtype(x))
+    levels = _levels(spec)
+    if not spec.signed:
+        if spec.option("gradient_bits", 0):
+            gain = _rounded_gradient(gain, spec.option("gradient_bits", 0), batch_axes, key)
+        through = numerics.through_rounding(gain, jnp.clip(wide, 0, 1) * levels, spec)
+        dx = jnp.where((0 < wide) & (wide < 1), through, 0)
+    elif spec.bits == 1:
+        dx = gain
+    else:
+        t = jnp.tanh(wide)
+        u = levels * (t * (1 / (2 * bound)) + 0.5)
+        dx = numerics.through_rounding(gain, u, spec) * (1 - t * t)
+        if not spec.option("restore", True):
+            dx = dx / bound
+    return numerics.match_cotangent(dx.astype(g.dtype), x), jnp.zeros_like(bound), None
+
+
+def _rounded_gradient(g: jax.Array, bits: int, batch_axes: Sequence[int], key: Any) -> jax.Array:
+    """The k-bit gradient of equation 12, one scale per example."""
+    axes = tuple(i for i in range(g.ndim) if i not in {a % g.ndim for a in batch_axes})
+    top = jnp.max(jnp.abs(g), axis=axes, keepdims=True)
+    top = jnp.where(top > 0, top, 1)
+    steps = 2**bits - 1
+    noise = 0.0
+    if key is not None:
+        # Apart from the key of the forward rounding, of which it must be independent.
+        fresh = jax.random.fold_in(key, zlib.crc32(b"gradient"))
+        noise = jax.random.uniform(fresh, g.shape, g.dtype, -0.5, 0.5)
+    codes = jnp.clip(jnp.round(steps * (g / (2 * top) + 0.5) + noise), 0, steps)
+    return 2 * top * (codes / steps - 0.5)
+
+
+_fake_quant.defvjp(_forward, _backward)

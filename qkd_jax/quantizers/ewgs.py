@@ -1,0 +1,191 @@
+"""EWGS: gradients scaled element by element (Lee et al., 2021, arXiv 2104.00903)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import numerics
+from qkd_jax.numerics import IntFormat, Spec, Stats
+
+__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view", "pre_affine"]
+
+Params = dict[str, jax.Array]
+
+OPTIONS = {"delta": 1e-3}
+# The narrowest interval, as for QIL: the slope inside is of the order of 1 / (upper - lower).
+MIN_WIDTH = 1e-6
+
+
+def check(spec: Spec) -> None:
+    """Raises ValueError for an affine spec, a mask, or another gradient than its own."""
+    numerics.refuse_fields(
+        spec,
+        because="its interval and its gradient are its own",
+        symmetric=True,
+        mask=None,
+        backward="ste",
+        scaling="cover",
+        power_of_two=False,
+    )
+
+
+def init(stats: Stats, spec: Spec) -> Params:
+    """The first interval: -3 sigma to 3 sigma for weights, the range for activations.
+
+    The paper's upper end for activations is 3 sigma of the Gaussian before a ReLU, whose half has
+    the standard deviation sigma sqrt(1 - 2 / pi): 3 std / sqrt(1 - 2 / pi); taken where it is below
+    the largest value. `gain`, the size of the output, starts at the interval's end.
+
+    Returns:
+        `lower`, `upper` and `gain`, float32, of the statistics' shape, in input units.
+
+    Raises:
+        ValueError: an unsigned spec and data known to be negative.
+    """
+    check(spec)
+    numerics.check_sign(stats.lo, spec.format)
+    ones = jnp.ones_like(stats.hi)
+    if spec.signed:
+        upper = jnp.where(stats.std > 0, 3 * stats.std, jnp.abs(stats.mean))
+        upper = jnp.where(upper == 0, ones, jnp.maximum(upper, MIN_WIDTH))
+        return {"lower": -upper, "upper": upper, "gain": upper}
+    upper = jnp.minimum(stats.hi, 3 * stats.std / (1 - 2 / jnp.pi) ** 0.5)
+    upper = jnp.where(upper > 0, upper, stats.hi)
+    upper = jnp.where(upper == 0, ones, jnp.maximum(upper, MIN_WIDTH))
+    return {"lower": jnp.zeros_like(upper), "upper": upper, "gain": upper}
+
+
+def _levels(spec: Spec) -> int:
+    return 2**spec.bits - 1
+
+
+def _scale(gain: jax.Array, spec: Spec) -> jax.Array:
+    return jnp.maximum(jnp.abs(gain) * (1 / _levels(spec)), numerics.MIN_SCALE)
+
+
+def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
+    """What a code means: (|gain| / L, 0, format), x_hat = code * scale, L = 2^b - 1.
+
+    Weights have the odd codes -L, -L + 2, .. L, which take a format of b + 1 bits.
+    """
+    scale = _scale(params["gain"], spec)
+    format = IntFormat(spec.bits + 1, True, True) if spec.signed else spec.format
+    return scale, jnp.zeros_like(scale), format
+
+
+def pre_affine(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
+    """(gain, offset) such that the codes of an unsigned `x` are those of gain * x + offset.
+
+    Raises:
+        ValueError: a signed spec, whose odd codes no such map gives.
+    """
+    if spec.signed:
+        raise ValueError(
+            "quantizer 'ewgs' with signed=True has odd codes, which rounding a scaled input does "
+            "not give. Quantize this input with signed=False, or with quantizer='lsq'."
+        )
+    width = jnp.maximum(params["upper"] - params["lower"], MIN_WIDTH)
+    slope = jnp.abs(params["gain"]) * (1 / width)
+    return slope, -params["lower"] * slope
+
+
+def _place(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
+    """X's place in the interval: 0 at its lower end, 1 at its upper one."""
+    width = jnp.maximum(upper - lower, MIN_WIDTH)
+    return (x.astype(numerics.compute_dtype(x)) - lower) * (1 / width)
+
+
+def fake_quant(
+    x: jax.Array,
+    params: Params,
+    spec: Spec,
+    *,
+    batch_axes: Sequence[int] = (),
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Rounds inside a learned interval, and scales gradients by the distance to the code.
+
+        t = (x - l) / (u - l);  xn = clip(t, 0, 1);  xq = round(L xn) / L,  L = 2^b - 1
+        weights: x_hat = |gain| (2 xq - 1);   activations: x_hat = |gain| xq
+        g_xn = g_xq (1 + delta sign(g_xq) (xn - xq))
+        dx = g_xn [0 < t < 1] / (u - l);  dl = sum g_xn [..] (t - 1) / (u - l)
+        du = -sum g_xn [..] t / (u - l);  dgain = sum g x_hat / gain
+
+    An element that would move towards its code anyway is pushed a little harder, one that would
+    leave it a little less. Equations 1 to 4 of the paper. delta=0 is the straight-through estimate.
+
+    Args:
+        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
+        params: of `init`; () or broadcasting against `x`.
+        spec: static.
+        batch_axes: axes of `x` that count examples; () for weights.
+        key: randomness of stochastic rounding; None rounds half to even.
+
+    Returns:
+        x_hat, like `x`. NaN stays NaN, +-inf saturates.
+
+    Raises:
+        ValueError: parameters that do not fit `x`.
+
+    Note:
+        The paper multiplies a layer's output by one learned |alpha|; here each operand has a
+        `gain`, whose product that is. delta is fixed (the option `delta`, 1e-3 as in the paper's
+        simple mode); the paper also refreshes it from the Hessian's trace. The gradients of l, u
+        and gain are multiplied by LSQ's gs = 1 / sqrt(N L), where the paper trains them at a rate
+        of their own.
+    """
+    numerics.check_operand(x, params, ("lower", "upper", "gain"))
+    factor = numerics.gradient_scale(
+        x.shape, params["upper"].size, _levels(spec), batch_axes=batch_axes
+    )
+    ends = params["lower"], params["upper"], params["gain"]
+    return _fake_quant(x, *ends, key, spec, factor)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _fake_quant(x, lower, upper, gain, key, spec, factor):
+    del factor
+    levels = _levels(spec)
+    codes = numerics.round_codes(levels * _place(x, lower, upper), spec.rounding, key)
+    codes = jnp.clip(codes, 0, levels)
+    if spec.signed:
+        codes = 2 * codes - levels
+    return (codes * _scale(gain, spec)).astype(x.dtype)
+
+
+def _forward(x, lower, upper, gain, key, spec, factor):
+    return _fake_quant(x, lower, upper, gain, key, spec, factor), (x, lower, upper, gain)
+
+
+def _backward(spec, factor, residuals, g):
+    x, lower, upper, gain = residuals
+    levels = _levels(spec)
+    t = _place(x, lower, upper)
+    inside = (t > 0) & (t < 1)
+    normal = jnp.clip(t, 0, 1)
+    rounded = jnp.round(levels * normal) / levels
+    wide = g.astype(t.dtype)
+    out = 2 * rounded - 1 if spec.signed else rounded
+    g_rounded = wide * (jnp.abs(gain) * (1 + int(spec.signed)))
+    delta = spec.option("delta", OPTIONS["delta"])
+    g_normal = g_rounded * (1 + delta * jnp.sign(g_rounded) * (normal - rounded))
+    dx = jnp.where(inside, g_normal, 0) * (1 / jnp.maximum(upper - lower, MIN_WIDTH))
+    lever = jnp.where(inside, t, 0)
+
+    def reduced(cotangent, param):
+        return (numerics.match_cotangent(cotangent, param) * factor).astype(param.dtype)
+
+    return (
+        numerics.match_cotangent(dx.astype(g.dtype), x),
+        reduced(dx * (lever - 1), lower),
+        reduced(-dx * lever, upper),
+        reduced(wide * out * jnp.sign(gain), gain),
+        None,
+    )
+
+
+_fake_quant.defvjp(_forward, _backward)

@@ -1,0 +1,104 @@
+"""LSQ+: a learned step and a learned offset (Bhalgat et al., 2020, arXiv 2004.09576)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import numerics
+from qkd_jax.numerics import IntFormat, Spec, Stats
+
+__all__ = ["check", "fake_quant", "init", "integer_view"]
+
+Params = dict[str, jax.Array]
+
+
+def check(spec: Spec) -> None:
+    """Raises ValueError for a mask: the paper fixes it."""
+    numerics.refuse_fields(spec, because="its gradient is fixed by the paper", mask=None)
+    numerics.refuse_one_bit(spec)
+
+
+def init(stats: Stats, spec: Spec) -> Params:
+    """The first step and offset (section 3.2).
+
+    Symmetric (weights): step = max(|mu - 3 sigma|, |mu + 3 sigma|) / 2^(b-1), no offset. Affine
+    (inputs): step = (hi - lo) / (p - n), offset = lo - n * step. The paper then minimises the
+    squared error of inputs over both; here `observer="mse"` does that, and with any observer named
+    both come from its range. All-zero data give step 1.
+
+    Returns:
+        `step`, and `offset` where affine, float32, of the statistics' shape.
+
+    Raises:
+        ValueError: an unsigned symmetric spec and data known to be negative.
+    """
+    check(spec)
+    if not spec.symmetric:
+        step, zero_point = numerics.affine_parameters(
+            stats.lo, stats.hi, spec.format, power_of_two=spec.power_of_two
+        )
+        return {"step": step, "offset": -zero_point * step}
+    if spec.observer is not None:
+        return {"step": numerics.range_parameters(stats.lo, stats.hi, spec)[0]}
+    numerics.check_sign(stats.lo, spec.format)
+    far = jnp.abs(stats.mean) + 3 * stats.std
+    step = far / 2 ** (spec.bits - int(spec.signed))
+    step = jnp.where(step == 0, jnp.ones_like(step), jnp.maximum(step, numerics.MIN_SCALE))
+    return {"step": numerics.power_of_two_above(step) if spec.power_of_two else step}
+
+
+def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
+    """What a code means: (step, zero_point, format), x_hat = (code - zero_point) * step."""
+    step = numerics.at_least(params["step"], numerics.MIN_SCALE)
+    if spec.symmetric:
+        return step, jnp.zeros_like(step), spec.format
+    zero_point = numerics.snapped_zero_point(step, params["offset"], spec)
+    return step, jax.lax.stop_gradient(zero_point), spec.format
+
+
+def fake_quant(
+    x: jax.Array,
+    params: Params,
+    spec: Spec,
+    *,
+    batch_axes: Sequence[int] = (),
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Rounds `x` to the learned grid, shifted by the learned offset B.
+
+        z = clip(round(-B / s), n, p);  u = x / s + z;  x_hat = (clip(round(u), n, p) - z) * s
+        dx = g * [n < u < p]
+        ds = gs * sum g * (round(u) - u  if n < u < p,  n  if u <= n,  p  if u >= p)
+        dB = gs * sum g * (0  if n < u < p,  else 1)
+
+    with gs = 1 / sqrt(N p). Equations 2, 4 and 5 of the paper, its B being -z s here.
+
+    Args:
+        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
+        params: of `init`; () or broadcasting against `x`.
+        spec: static.
+        batch_axes: axes of `x` that count examples; () for weights.
+        key: randomness of stochastic rounding; None rounds half to even.
+
+    Returns:
+        x_hat, like `x`. NaN stays NaN, +-inf saturates.
+
+    Raises:
+        ValueError: parameters that do not fit `x`.
+
+    Note:
+        The paper leaves B between two codes, so that zero is not on the grid: padding is then
+        inexact, and an integer product has a term more. Here B is snapped to a whole number of
+        steps with the gradients as if it were not; it moves by half a step at most.
+    """
+    names = ("step",) if spec.symmetric else ("step", "offset")
+    numerics.check_operand(x, params, names)
+    step = params["step"]
+    factor = numerics.gradient_scale(x.shape, step.size, spec.format.qmax, batch_axes=batch_axes)
+    if spec.symmetric:
+        return numerics.staircase(x, step, spec, factor=factor, key=key)
+    # The gradient of an affine grid's step counts codes from the lowest one, not from zero.
+    return numerics.staircase(x, step, spec, factor=factor, offset=params["offset"], key=key)

@@ -1,0 +1,127 @@
+"""PACT: a learned clipping level for activations (Choi et al., 2018, arXiv 1805.06085)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import numerics
+from qkd_jax.numerics import IntFormat, Spec, Stats
+
+__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view"]
+
+Params = dict[str, jax.Array]
+
+OPTIONS = {"start": 0.0}
+
+
+def check(spec: Spec) -> None:
+    """Raises ValueError for a signed or affine spec, or a mask."""
+    if spec.signed:
+        raise ValueError(
+            "quantizer 'pact' came with signed=True; it clips to [0, alpha], for what follows a "
+            "ReLU. Use signed=False there, and for weights quantizer='dorefa', as the paper does."
+        )
+    numerics.refuse_fields(
+        spec, because="its gradient is fixed by the paper", symmetric=True, mask=None
+    )
+
+
+def init(stats: Stats, spec: Spec) -> Params:
+    """The first clipping level: the top of the range, or the option `start` where it is above 0.
+
+    The paper starts higher than typical activations (and lets the decay of alpha pull it down).
+    All-zero data give the level at which the scale is 1.
+
+    Returns:
+        `alpha`, float32, of the statistics' shape, in input units.
+
+    Raises:
+        ValueError: data known to be negative.
+    """
+    check(spec)
+    numerics.check_sign(stats.lo, spec.format)
+    start = float(spec.option("start", OPTIONS["start"]))
+    top = jnp.full_like(stats.hi, start) if start > 0 else jnp.maximum(stats.hi, 0)
+    return {"alpha": jnp.where(top == 0, jnp.full_like(top, spec.format.qmax), top)}
+
+
+def _step(alpha: jax.Array, spec: Spec) -> jax.Array:
+    # Multiplied by the constant 1 / p: compilers turn a division by a constant into that.
+    return jnp.maximum(alpha * (1 / spec.format.qmax), numerics.MIN_SCALE)
+
+
+def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
+    """What a code means: (alpha / p, 0, format), x_hat = code * scale."""
+    scale = _step(params["alpha"], spec)
+    return scale, jnp.zeros_like(scale), spec.format
+
+
+def fake_quant(
+    x: jax.Array,
+    params: Params,
+    spec: Spec,
+    *,
+    batch_axes: Sequence[int] = (),
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Clips to [0, alpha] and rounds.
+
+        s = alpha / p;  x_hat = round(clip(x, 0, alpha) / s) * s
+        dx = g * [0 < x < alpha]
+        d alpha = gs * sum g * [x >= alpha]
+
+    Equations 1 to 3 of the paper: the rounding residual, which differentiating the formula would
+    add to d alpha, is left out.
+
+    Args:
+        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
+        params: of `init`; () or broadcasting against `x`.
+        spec: static.
+        batch_axes: axes of `x` that count examples; () for weights.
+        key: randomness of stochastic rounding; None rounds half to even.
+
+    Returns:
+        x_hat, like `x`. NaN stays NaN, +-inf saturates.
+
+    Raises:
+        ValueError: parameters that do not fit `x`.
+
+    Note:
+        Two deviations: d alpha is multiplied by LSQ's gs = 1 / sqrt(N p), so that one learning rate
+        serves all quantizers (the L2 penalty that the paper puts on alpha is the regulariser
+        "clip_l2"), and dx is 0 at x = 0, where a ReLU's output has no gradient anyway.
+    """
+    numerics.check_operand(x, params, ("alpha",))
+    alpha = params["alpha"]
+    factor = numerics.gradient_scale(x.shape, alpha.size, spec.format.qmax, batch_axes=batch_axes)
+    return _fake_quant(x, alpha, key, spec, factor)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _fake_quant(x, alpha, key, spec, factor):
+    del factor
+    step = _step(alpha, spec)
+    codes = numerics.encode(x, step, 0, spec.format, rounding=spec.rounding, key=key)
+    return numerics.decode(codes, step, 0).astype(x.dtype)
+
+
+def _forward(x, alpha, key, spec, factor):
+    return _fake_quant(x, alpha, key, spec, factor), (x, alpha)
+
+
+def _backward(spec, factor, residuals, g):
+    x, alpha = residuals
+    u = x.astype(numerics.compute_dtype(x)) * (1 / _step(alpha, spec))
+    p = spec.format.qmax
+    wide = g.astype(u.dtype)
+    through = numerics.through_rounding(wide, jnp.clip(u, 0, p), spec)
+    dx = jnp.where((0 < u) & (u < p), through, 0).astype(g.dtype)
+    dalpha = numerics.match_cotangent(jnp.where(u >= p, wide, 0), alpha) * factor
+    return numerics.match_cotangent(dx, x), dalpha.astype(alpha.dtype), None
+
+
+_fake_quant.defvjp(_forward, _backward)
