@@ -87,7 +87,7 @@ def gradient_scale(
     """
     batch = {axis % len(shape) for axis in batch_axes}
     elements = math.prod(size for i, size in enumerate(shape) if i not in batch)
-    return 1 / math.sqrt(max(elements / count, 1) * qmax)
+    return 1 / math.sqrt(max(elements / count, 1) * max(qmax, 1))  # 1-bit grids may end at 0
 
 
 def through_rounding(

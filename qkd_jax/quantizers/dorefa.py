@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats
+from qkd_jax.numerics import MAX_BITS, IntFormat, Spec, Stats
 
 __all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view", "live"]
 
@@ -30,12 +30,21 @@ def check(spec: Spec) -> None:
         scaling="cover",
         power_of_two=False,
     )
+    _check_bits(spec)
     bits = spec.option("gradient_bits", 0)
     if bits and (spec.signed or not 1 <= bits <= 8):
         raise ValueError(
             f"option gradient_bits of quantizer 'dorefa' is {bits} with signed={spec.signed}; it "
             "belongs to unsigned specs (activations, whose gradients it rounds) and is 1 to 8, or "
             "0 for float gradients."
+        )
+
+
+def _check_bits(spec: Spec) -> None:
+    if spec.signed and spec.bits >= MAX_BITS:
+        raise ValueError(
+            f"quantizer {spec.quantizer!r} came with bits={spec.bits} and signed=True; its odd "
+            f"codes take a bit more. Use at most {MAX_BITS - 1}."
         )
 
 

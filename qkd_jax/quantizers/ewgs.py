@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats
+from qkd_jax.numerics import MAX_BITS, IntFormat, Spec, Stats
 
 __all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view", "pre_affine"]
 
@@ -31,6 +31,15 @@ def check(spec: Spec) -> None:
         scaling="cover",
         power_of_two=False,
     )
+    _check_bits(spec)
+
+
+def _check_bits(spec: Spec) -> None:
+    if spec.signed and spec.bits >= MAX_BITS:
+        raise ValueError(
+            f"quantizer {spec.quantizer!r} came with bits={spec.bits} and signed=True; its odd "
+            f"codes take a bit more. Use at most {MAX_BITS - 1}."
+        )
 
 
 def init(stats: Stats, spec: Spec) -> Params:
@@ -38,7 +47,8 @@ def init(stats: Stats, spec: Spec) -> Params:
 
     The paper's upper end for activations is 3 sigma of the Gaussian before a ReLU, whose half has
     the standard deviation sigma sqrt(1 - 2 / pi): 3 std / sqrt(1 - 2 / pi); taken where it is below
-    the largest value. `gain`, the size of the output, starts at the interval's end.
+    the largest value. Data with less spread than their mean take that. `gain`, the size of the
+    output, starts at the interval's end.
 
     Returns:
         `lower`, `upper` and `gain`, float32, of the statistics' shape, in input units.
@@ -50,11 +60,11 @@ def init(stats: Stats, spec: Spec) -> Params:
     numerics.check_sign(stats.lo, spec.format)
     ones = jnp.ones_like(stats.hi)
     if spec.signed:
-        upper = jnp.where(stats.std > 0, 3 * stats.std, jnp.abs(stats.mean))
+        upper = jnp.maximum(3 * stats.std, jnp.abs(stats.mean))
         upper = jnp.where(upper == 0, ones, jnp.maximum(upper, MIN_WIDTH))
         return {"lower": -upper, "upper": upper, "gain": upper}
-    upper = jnp.minimum(stats.hi, 3 * stats.std / (1 - 2 / jnp.pi) ** 0.5)
-    upper = jnp.where(upper > 0, upper, stats.hi)
+    upper = jnp.maximum(3 * stats.std / (1 - 2 / jnp.pi) ** 0.5, stats.mean)
+    upper = jnp.minimum(stats.hi, upper)
     upper = jnp.where(upper == 0, ones, jnp.maximum(upper, MIN_WIDTH))
     return {"lower": jnp.zeros_like(upper), "upper": upper, "gain": upper}
 

@@ -7,7 +7,6 @@ quantizer: the exponent gamma of the paper's transformer is 1 here.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -42,6 +41,9 @@ def check(spec: Spec) -> None:
             "quantizer 'qil' came with signed=True and narrow_range=False; its signed codes are "
             "symmetric, -q to q with q = 2^(bits-1)-1. Leave narrow_range=None or set it True."
         )
+    numerics.refuse_fields(
+        spec, because="its codes are those of an interval", rounding="even", backward="ste"
+    )
 
 
 def _interval(center: jax.Array, half_width: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -151,9 +153,7 @@ def fake_quant(
     numerics.check_operand(x, params, ("center", "half_width"))
     center, half_width = params["center"], params["half_width"]
     format = spec.format
-    batch = {axis % x.ndim for axis in batch_axes}
-    elements = math.prod(size for i, size in enumerate(x.shape) if i not in batch)
-    factor = 1 / math.sqrt(max(elements / center.size, 1) * format.qmax)
+    factor = numerics.gradient_scale(x.shape, center.size, format.qmax, batch_axes=batch_axes)
     return _fake_quant(x, center, half_width, format, factor)
 
 

@@ -123,17 +123,17 @@ def test_step_gradient_against_differences_of_a_smooth_surrogate(bits, signed, s
 
 
 def test_gradient_scale_counts_what_shares_a_step():
-    spec = Spec(4, quantizer="lsq")  # p = 7
+    scale = numerics.gradient_scale
     # Weights of a 3x3 convolution, 16 to 32 channels: per tensor, per output channel.
-    assert lsq.gradient_scale((3, 3, 16, 32), 1, spec) == 1 / math.sqrt(3 * 3 * 16 * 32 * 7)
-    assert lsq.gradient_scale((3, 3, 16, 32), 32, spec) == 1 / math.sqrt(3 * 3 * 16 * 7)
+    assert scale((3, 3, 16, 32), 1, 7) == 1 / math.sqrt(3 * 3 * 16 * 32 * 7)
+    assert scale((3, 3, 16, 32), 32, 7) == 1 / math.sqrt(3 * 3 * 16 * 7)
     # Activations: features of one example, whatever the batch and wherever its axis.
     for batch in (1, 8, 128):
         for shape, axes in (((batch, 5, 4), (0,)), ((5, 4, batch), (-1,)), ((2, 10, batch), (2,))):
-            assert lsq.gradient_scale(shape, 1, spec, batch_axes=axes) == 1 / math.sqrt(20 * 7)
-    assert lsq.gradient_scale((6, 4, 5), 1, spec, batch_axes=(0, 1)) == 1 / math.sqrt(5 * 7)
+            assert scale(shape, 1, 7, batch_axes=axes) == 1 / math.sqrt(20 * 7)
+    assert scale((6, 4, 5), 1, 7, batch_axes=(0, 1)) == 1 / math.sqrt(5 * 7)
     # The unsigned grid's p.
-    assert lsq.gradient_scale((9,), 1, Spec(2, quantizer="lsq", signed=False)) == 1 / math.sqrt(27)
+    assert scale((9,), 1, 3) == 1 / math.sqrt(27)
 
 
 def test_first_step_is_the_papers():
