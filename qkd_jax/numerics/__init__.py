@@ -6,6 +6,7 @@ building blocks. Pure functions of arrays; nothing here knows of models.
 """
 
 from qkd_jax.numerics.formats import MAX_BITS, IntFormat
+from qkd_jax.numerics.histogram import BINS, add_to_histogram, empty_histogram, magnitudes
 from qkd_jax.numerics.mapping import (
     MIN_SCALE,
     affine_parameters,
@@ -53,6 +54,7 @@ from qkd_jax.numerics.stats import (
 
 __all__ = [
     "BACKWARDS",
+    "BINS",
     "GRANULARITIES",
     "MASKS",
     "MAX_BITS",
@@ -64,6 +66,7 @@ __all__ = [
     "Spec",
     "Stats",
     "Sums",
+    "add_to_histogram",
     "affine_parameters",
     "at_least",
     "check_data",
@@ -73,9 +76,11 @@ __all__ = [
     "compute_dtype",
     "decode",
     "empty",
+    "empty_histogram",
     "encode",
     "finish",
     "gradient_scale",
+    "magnitudes",
     "match_cotangent",
     "measure",
     "merge",

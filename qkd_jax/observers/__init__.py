@@ -16,12 +16,15 @@ add one, write the file and name it in `OBSERVERS`: the tests in
 
 from types import ModuleType
 
-from qkd_jax.observers import ema, minmax, mse
+from qkd_jax.observers import ema, entropy, minmax, mse, percentile, rms
 
-__all__ = ["OBSERVERS", "ema", "minmax", "mse"]
+__all__ = ["OBSERVERS", "ema", "entropy", "minmax", "mse", "percentile", "rms"]
 
 OBSERVERS: dict[str, ModuleType] = {
     "minmax": minmax,
     "ema": ema,
+    "percentile": percentile,
     "mse": mse,
+    "entropy": entropy,
+    "rms": rms,
 }

@@ -1,0 +1,144 @@
+"""The range that keeps the most information: TensorRT's calibration (Migacz, GTC 2017).
+
+The histogram of |x| is cut at each of its edges in turn; what lies beyond is added to the last bin
+kept, and the cut histogram is compared with itself at the resolution of the format:
+
+    argmin_i KL(P_i || Q_i),  i = 128 .. bins
+    P_i: bins 0 .. i-1, the last one with all that lies beyond
+    Q_i: bins 0 .. i-1 in `levels` equal chunks, each chunk's mass spread over its non-zero bins
+
+The first bin, which holds the zeros of a ReLU, counts as the second one. Of equal divergences the
+widest range wins. levels = 2^(b-1) for signed formats and 2^b for unsigned ones. An affine grid
+takes 2^(b-1) levels for |x| and the same threshold at both ends: the method knows one.
+
+Published code is two nested Python loops over the bins. Both sums are differences of cumulative
+sums, so all cuts are one gather: see `thresholds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax import numerics
+from qkd_jax.numerics import Spec, Stats
+
+__all__ = ["NEEDS_STATS", "START", "init", "range", "thresholds", "update"]
+
+State = dict[str, jax.Array]
+
+NEEDS_STATS = False
+START = 128
+
+
+def init(shape: Sequence[int], spec: Spec) -> State:
+    """The state before any data: an empty histogram, and lo and hi."""
+    del spec
+    hi = jnp.full(shape, -jnp.inf, jnp.float32)
+    return {"lo": -hi, "hi": hi, **numerics.empty_histogram(shape)}
+
+
+def update(
+    state: State,
+    x: jax.Array,
+    spec: Spec,
+    *,
+    channel_axes: Sequence[int] = (),
+    stats: Stats | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> State:
+    """Counts one batch."""
+    del spec, stats
+    seen = numerics.measure(x, channel_axes=channel_axes, axis_name=axis_name)
+    histogram = {k: state[k] for k in ("counts", "exponent")}
+    return {
+        "lo": jnp.minimum(state["lo"], seen.lo.astype(state["lo"].dtype)),
+        "hi": jnp.maximum(state["hi"], seen.hi.astype(state["hi"].dtype)),
+        **numerics.add_to_histogram(histogram, x, channel_axes=channel_axes, axis_name=axis_name),
+    }
+
+
+def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
+    """The range (lo, hi): -threshold and threshold, inside the range of the data.
+
+    The search runs in NumPy, in float64; under `jit` as a callback.
+
+    Raises:
+        ValueError: no data, or NaN or infinite data (outside `jit`, where values are known).
+    """
+    lo, hi = state["lo"], state["hi"]
+    numerics.check_data(lo, hi, empty=lo > hi)
+    levels = 2 ** (spec.bits - int(spec.signed or not spec.symmetric))
+
+    def search(counts: np.ndarray, exponent: np.ndarray) -> np.ndarray:
+        kept = thresholds(numerics.magnitudes(np.asarray(counts, np.float64)), levels)
+        return np.float32(np.ldexp(np.float64(kept), np.asarray(exponent)))
+
+    given = state["counts"], state["exponent"]
+    if any(isinstance(a, jax.core.Tracer) for a in given):
+        end = jax.pure_callback(search, jax.ShapeDtypeStruct(lo.shape, jnp.float32), *given)
+    else:
+        end = jnp.asarray(search(*given))
+    return jnp.maximum(lo, -end), jnp.minimum(hi, end)
+
+
+def thresholds(counts: Any, levels: int, *, start: int = START) -> np.ndarray:
+    """The best number of bins to keep, for each histogram of |x|.
+
+    With C, Z and A the cumulative sums of the counts h, of the non-zero bins, and of h log h, T the
+    total, and m_k, z_k the mass and the non-zero bins of chunk k, all differences of C and Z:
+
+        T KL_i = A[i-1] + p log p - sum_k m_k log(m_k / z_k) - (T - C[i]) log q - T log(T / C[i])
+
+    where p = h[i-1] + T - C[i] is the last bin of P and q = m_k / z_k its value in Q. Infinite
+    where the last bin kept is empty and something lies beyond.
+
+    Args:
+        counts: [..., bins] float64.
+        levels: number of chunks.
+        start: the fewest bins to keep; all of them where the histogram ends before.
+
+    Returns:
+        [...] int64, from `start` to bins.
+    """
+    counts = np.array(counts, np.float64)
+    lead, bins = counts.shape[:-1], counts.shape[-1]
+    rows = counts.reshape(-1, bins)
+    rows[:, 0] = rows[:, 1]
+    keep = np.arange(min(start, bins), bins + 1)
+    # Bin j belongs to chunk floor(j levels / i): chunk k starts at ceil(k i / levels).
+    edges = -(-np.arange(levels + 1)[None, :] * keep[:, None] // levels)
+    best = np.array([_threshold(row, keep, edges) for row in rows], np.int64)
+    return best.reshape(lead)
+
+
+def _threshold(h: np.ndarray, keep: np.ndarray, edges: np.ndarray) -> int:
+    total = h.sum()
+    if total == 0:
+        return int(keep[-1])
+    mass = np.concatenate([[0.0], np.cumsum(h)])
+    filled = np.concatenate([[0], np.cumsum(h > 0)])
+    logs = np.concatenate([[0.0], np.cumsum(_xlogx(h))])
+    m, z = np.diff(mass[edges], axis=1), np.diff(filled[edges], axis=1)
+    level = np.divide(m, z, out=np.zeros_like(m), where=z > 0)
+    spread = np.sum(np.where(z > 0, m * np.log(np.where(z > 0, level, 1)), 0), axis=1)
+    beyond = total - mass[keep]
+    last = h[keep - 1]
+    chunk = (keep - 1) * (edges.shape[1] - 1) // keep
+    q = level[np.arange(len(keep)), chunk]
+    tail = np.where(beyond > 0, beyond * np.log(np.where(q > 0, q, 1)), 0)
+    divergence = logs[keep - 1] + _xlogx(last + beyond) - spread - tail
+    inside = mass[keep]
+    divergence -= total * np.log(total / np.where(inside > 0, inside, 1))
+    divergence[(last == 0) & (beyond > 0)] = np.inf
+    divergence[inside == 0] = np.inf
+    # The last of the smallest: ties go to the wider range.
+    return int(keep[len(keep) - 1 - np.argmin(divergence[::-1])])
+
+
+def _xlogx(x: np.ndarray) -> np.ndarray:
+    return x * np.log(np.where(x > 0, x, 1))
