@@ -171,7 +171,9 @@ class Constants(Mapping[int, np.ndarray]):
     def __getitem__(self, value: int) -> np.ndarray:
         if value not in self.known:
             node = self.pending[value]
-            results = execute(node, [self[v] for v in node.inputs])
+            # Also when first read while something else is traced.
+            with jax.ensure_compile_time_eval():
+                results = execute(node, [self[v] for v in node.inputs])
             self.known.update(
                 (v, np.asarray(r)) for v, r in zip(node.outputs, results, strict=True)
             )

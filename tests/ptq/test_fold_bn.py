@@ -33,6 +33,41 @@ def test_float_net_is_folded_exactly():
     assert set(folded["quant"]["depthwise"]["folded"]) == {"bias"}
 
 
+class OneLayer(nn.Module):
+    kind: str
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x):
+        layer = {
+            "conv": lambda: nn.Conv(8, (3, 2), strides=2, use_bias=self.use_bias, name="layer"),
+            "depthwise": lambda: nn.Conv(
+                12, (3, 3), feature_group_count=6, use_bias=self.use_bias, name="layer"
+            ),
+            "dense": lambda: nn.Dense(7, use_bias=self.use_bias, name="layer"),
+        }[self.kind]()
+        return nn.BatchNorm(use_running_average=True, epsilon=1e-3, name="bn")(layer(x))
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("kind", ["conv", "depthwise", "dense"])
+def test_one_float_layer_is_folded_by_the_formula(kind, use_bias):
+    x = jax.random.normal(jax.random.key(3), (5, 7, 6, 6))
+    net, variables = small_nets.float_net(OneLayer(kind, use_bias), x)
+    params, stats = variables["params"], variables["batch_stats"]["bn"]
+    assert (params["bn"]["scale"] < 0).any() and (params["bn"]["scale"] > 0).any()
+    folded = fold_bn(net, variables, x)
+    assert relative(net.apply(folded, x), net.apply(variables, x)) < 1e-6
+    in_64 = lambda a: np.asarray(a, np.float64)
+    k = in_64(params["bn"]["scale"]) / np.sqrt(in_64(stats["var"]) + 1e-3)
+    own = in_64(params["layer"]["bias"]) if use_bias else 0.0
+    want = in_64(params["bn"]["bias"]) + (own - in_64(stats["mean"])) * k
+    kernel = in_64(params["layer"]["kernel"]) * k
+    np.testing.assert_allclose(folded["params"]["layer"]["kernel"], kernel, rtol=1e-6)
+    place = folded["params"]["layer"] if use_bias else folded["quant"]["layer"]["folded"]
+    np.testing.assert_allclose(place["bias"], want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", small_nets.ONE_FAST)
 def test_quantized_net_keeps_its_codes(case):
     net, variables, x = small_nets.case(case)

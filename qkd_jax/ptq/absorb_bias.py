@@ -1,0 +1,139 @@
+"""High-bias absorption: a ReLU's constant part moves into the next layer's bias.
+
+Equalization can leave channels whose pre-activations lie far above zero; their offset widens the
+range of the activations and says nothing. Nagel et al., 2019 (arXiv 1906.04721, section 4.1.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from flax.core import unfreeze
+
+from qkd_jax import checks
+from qkd_jax.graph import MARKERS, Graph, Node
+from qkd_jax.ptq.channels import IDENTITY, Link, Place, add_to, bias_place, is_relu, links, readers
+from qkd_jax.ptq.moments import norms_by_layer, output_moments
+from qkd_jax.ptq.products import TracedNet, trace_net
+from qkd_jax.ptq.stream import Stream, image_batches
+from qkd_jax.ptq.trees import at, get, put, refuse_folded, refuse_quantized
+from qkd_jax.quantize import QuantizedModel
+
+__all__ = ["absorb_bias"]
+
+
+def absorb_bias(
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    how: str = "empirical",
+    deviations: float = 3.0,
+    report: Callable[[str], None] | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Moves what a ReLU always passes on into the bias behind the next layer.
+
+        c = max(0, mean - 3 std)  per channel of the pre-activation
+        b1 - c,   b2 + sum over taps of W2 c
+
+    since relu(x - c) = relu(x) - c for all x >= c, which under a Gaussian are 99.87 percent. Values
+    below c change. So do a padded convolution's outputs next to the border, however the data lie:
+    the next layer gives back W2 c for all its taps, and where taps read zero padding they had taken
+    nothing. It is exact only away from zero padding.
+
+    Taken are products that reach others through additions of constants and one ReLU alone, and
+    that nothing else reads.
+
+    Args:
+        net: the net.
+        variables: float; usually folded and equalized.
+        batches: model inputs: arrays [batch, ...], dicts with "image" (and "mask"), or tuples of
+            one array. With how="analytic" only the first one's shape is used.
+        how: "empirical": mean and standard deviation of the pre-activations over `batches`;
+            "analytic": those that BatchNorm states, bias and |scale|; layers without one are left.
+        deviations: the 3 in the formula.
+        report: called with a line for each layer, e.g. `print`.
+        **kwargs: further arguments of the model's call.
+
+    Returns:
+        Variables with other biases. A layer without one gets `quant/<layer>/folded/bias`.
+
+    Raises:
+        ValueError: calibrated variables, no batch, or an unknown `how`.
+    """
+    checks.one_of("how", how, ("empirical", "analytic"))
+    checks.number("deviations", deviations, low=0)
+    refuse_quantized("absorb_bias", variables)
+    images = image_batches(batches)
+    traced = trace_net(net, variables, images[0], **kwargs)
+    refuse_folded("absorb_bias", traced.multipliers)
+    result = unfreeze(dict(variables))
+    norms = norms_by_layer(net, variables, images[0], kwargs)
+    stream, read = Stream(traced.graph, images), readers(traced.graph)
+    found = [(link, _before_relu(traced, link)) for link in links(traced)]
+    chosen = [(link, node) for link, node in found if node is not None and link.source]
+    for link, node in sorted(chosen, key=lambda pair: stream.place[pair[1]]):
+        assert link.source is not None
+        layer = link.source.path
+        own = bias_place(traced, link.source, read)
+        if node.op in ("add", "sub"):  # the last constant before the ReLU, of a BatchNorm say
+            own = Place(link.shifts[-1], 1 if node.op == "add" else -1, node.outputs[0])
+        places = [bias_place(traced, t.product, read) for t in link.targets]
+        norm = norms.get(layer)
+        if how == "empirical":
+            stream.run(node)
+            moments = _measured(stream.values(node.outputs[0]))
+        else:
+            moments = output_moments(result, norm) if norm else None
+        if own is None or moments is None or None in places:
+            if report is not None:
+                lacks = "are no statistics" if moments is None else "is no place for a bias"
+                report(f"left {layer}: there {lacks}")
+            continue
+        c = np.maximum(0, moments[0] - deviations * moments[1])
+        result = add_to(result, own, -c)
+        stated = at("params", norm or "", "bias")
+        if norm and norm not in link.norms and "bias" in get(result, at("params", norm)):
+            # It is folded, and goes on saying what the layer's output is like.
+            result = put(result, stated, np.asarray(get(result, stated), np.float64) - c)
+        for target, place in zip(link.targets, places, strict=True):
+            assert place is not None
+            weight = np.asarray(get(result, target.kernel.path), np.float64)
+            result = add_to(result, place, target.kernel.through(weight, c))
+        if report is not None:
+            names = ", ".join(t.product.path for t in link.targets)
+            report(f"absorbed {int((c > 0).sum())} of {c.size} channels: {layer} -> {names}")
+    return result
+
+
+def _before_relu(traced: TracedNet, link: Link) -> Node | None:
+    """The node before a link's ReLU, if there is nothing but constants before and nothing after."""
+    graph = traced.graph
+    steps = [n for n in link.path if n.op not in IDENTITY and n.op not in MARKERS]
+    if not steps or not is_relu(graph, steps[-1]):
+        return None
+    if any(n.op not in ("add", "sub", "mul") or _data(graph, n) != 0 for n in steps[:-1]):
+        return None
+    before = steps[-2] if steps[:-1] else link.source.node if link.source else None
+    # Behind a multiplication there is no place for a constant.
+    return None if before is None or before.op == "mul" else before
+
+
+def _data(graph: Graph, node: Node) -> int | None:
+    """Place of the one input that is no constant; of an addition's or product's two, 0."""
+    data = [i for i, v in enumerate(node.inputs) if v not in graph.constants]
+    if len(data) != 1:
+        return None
+    return 0 if node.op in ("add", "mul") else data[0]
+
+
+def _measured(values: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation per channel over batches."""
+    flat = [np.asarray(v, np.float64).reshape(-1, v.shape[-1]) for v in values]
+    count = sum(len(v) for v in flat)
+    mean = np.sum([v.sum(axis=0) for v in flat], axis=0) / count
+    squares = np.sum([((v - mean) ** 2).sum(axis=0) for v in flat], axis=0)
+    return mean, np.sqrt(squares / count)

@@ -1,0 +1,188 @@
+"""Bias correction: the mean error that quantization makes is taken off each output channel.
+
+Rounding errors of weights that are multiplied with inputs of non-zero mean do not cancel: they move
+the mean of the output. Nagel et al., 2019 (arXiv 1906.04721, section 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.core import unfreeze
+
+from qkd_jax import checks
+from qkd_jax.ptq.channels import Place, add_to, bias_place, kernel, readers
+from qkd_jax.ptq.moments import input_means
+from qkd_jax.ptq.products import Product, TracedNet, products, trace_net
+from qkd_jax.ptq.stream import Stream, image_batches
+from qkd_jax.ptq.trees import get, quantizer_paths, refuse_folded, without_quantizers
+from qkd_jax.quantize import QuantizedModel
+
+__all__ = ["correct_bias"]
+
+
+def correct_bias(
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    how: str = "empirical",
+    reference: Mapping[str, Any] | None = None,
+    report: Callable[[str], None] | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Corrects the bias of each quantized layer, in the order in which they run.
+
+        empirical   b - (E[y_quantized] - E[y_float])            per output channel
+        analytic    b - sum over taps of (W_quantized - W) E[x]
+                    E[x] = g phi(m / g) + m Phi(m / g),  m, g: bias and |scale| of the BatchNorm
+                    whose ReLU makes x; E[x] = m without a ReLU
+
+    Empirically, every layer sees inputs from layers that are corrected already, and the error of
+    its input's quantizer counts too. Analytically no data are needed; layers whose input is
+    anything else (the image, a sum, a pooled map) are left, and so is what padding takes away.
+
+    The correction goes into the layer's bias, else into the running mean of the BatchNorm behind
+    it, else into a new `quant/<layer>/folded/bias`. Call it once: what is corrected already would
+    be corrected again, unless `reference` says where from.
+
+    Args:
+        net: the net.
+        variables: calibrated.
+        batches: model inputs: arrays [batch, ...], dicts with "image" (and "mask"), or tuples of
+            one array. With how="analytic" only the first one's shape is used.
+        how: "empirical" or "analytic".
+        reference: the float variables to compare with, folded like `variables`. None takes
+            `variables` without their quantizers, which are these as long as no method has moved
+            the weights onto their grid (adaround, gptq).
+        report: called with a line for each layer, e.g. `print`.
+        **kwargs: further arguments of the model's call.
+
+    Returns:
+        Variables with other biases.
+
+    Raises:
+        ValueError: variables that are not calibrated or whose BatchNorms are folded into quantized
+            layers, no batch, an unknown `how`, or a reference that is folded otherwise.
+    """
+    checks.one_of("how", how, ("empirical", "analytic"))
+    if not quantizer_paths(variables):
+        raise ValueError(
+            "variables has no quantizers, so there is no error to correct. Call `calibrate` first."
+        )
+    images = image_batches(batches)
+    traced = trace_net(net, variables, images[0], **kwargs)
+    refuse_folded("correct_bias", traced.multipliers)
+    floats = without_quantizers(variables if reference is None else reference)
+    if _folded(variables) != _folded(floats):
+        raise ValueError(
+            "reference has other BatchNorms folded than variables: "
+            f"{sorted(_folded(variables) ^ _folded(floats))}. Fold both, or neither."
+        )
+    say = report or (lambda text: None)
+    if how == "analytic":
+        means = input_means(net, variables, images[0], kwargs)
+        return _analytic(traced, unfreeze(dict(variables)), floats, means, say)
+    reference_net = trace_net(net, floats, images[0], **kwargs)
+    return _empirical(traced, reference_net, unfreeze(dict(variables)), images, say)
+
+
+def _empirical(
+    traced: TracedNet,
+    reference: TracedNet,
+    result: dict[str, Any],
+    images: list[np.ndarray],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    quantized, floats = (Stream(t.graph, images) for t in (traced, reference))
+    read, read_float = readers(traced.graph), readers(reference.graph)
+    pairs = zip(products(traced.graph), products(reference.graph), strict=True)
+    found = []
+    for product, twin in pairs:
+        if product.operands[1].name == "weight":
+            place = bias_place(traced, product, read)
+            other = bias_place(reference, twin, read_float)
+            if place is not None and other is not None:
+                node, float_node = (
+                    g.producer(p.value)
+                    for g, p in ((traced.graph, place), (reference.graph, other))
+                )
+                assert node is not None and float_node is not None
+                found.append((quantized.place[node], product, place, node, other, float_node))
+    for _, product, place, node, other, float_node in sorted(found, key=lambda entry: entry[0]):
+        quantized.run(node)
+        floats.run(float_node)
+        error = _mean(product, quantized.values(place.value))
+        error = error - _mean(product, floats.values(other.value))
+        result = add_to(result, place, -error)
+        wide = _in_output(product, error)
+        quantized.replace(place.value, lambda y, wide=wide: y - jnp.asarray(wide, y.dtype))
+        say(f"corrected {product.path}: largest shift {np.abs(error).max():.3g} in {_where(place)}")
+    return result
+
+
+def _analytic(
+    traced: TracedNet,
+    result: dict[str, Any],
+    floats: Mapping[str, Any],
+    means: Mapping[str, np.ndarray],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    graph, read = traced.graph, readers(traced.graph)
+    for product in products(graph):
+        weight = product.weight
+        if weight is None or weight.marker is None or not weight.quantized:
+            continue
+        place, taken = bias_place(traced, product, read), kernel(graph, product, read)
+        mean = means.get(product.path)
+        if place is None or taken is None or None in (taken.in_axis, taken.out_axis):
+            continue
+        if mean is None:
+            say(f"left {product.path}: its input is not a BatchNorm's output or its ReLU")
+            continue
+        codes = np.asarray(graph.constants[weight.marker.outputs[0]], np.float64)
+        error = taken.through(codes - np.asarray(get(floats, taken.path), np.float64), mean)
+        result = add_to(result, place, -error)
+        say(f"corrected {product.path}: largest shift {np.abs(error).max():.3g} in {_where(place)}")
+    return result
+
+
+def _features(product: Product) -> tuple[int, ...]:
+    """The output's axes that come from the weight."""
+    return tuple(sorted(o for o in product.operands[1].output_axes if o is not None))
+
+
+def _mean(product: Product, values: list[Any]) -> np.ndarray:
+    """Mean per output channel over all batches."""
+    axes = tuple(i for i in range(product.rank) if i not in _features(product))
+    sums = [np.asarray(v, np.float64).sum(axis=axes) for v in values]
+    return sum(sums) * (sums[0].size / sum(v.size for v in values))
+
+
+def _in_output(product: Product, error: np.ndarray) -> np.ndarray:
+    shape = [1] * product.rank
+    for axis, size in zip(_features(product), error.shape, strict=True):
+        shape[axis] = size
+    return error.reshape(shape)
+
+
+def _where(place: Place) -> str:
+    return "its BatchNorm's mean" if place.sign < 0 else place.path
+
+
+def _folded(variables: Mapping[str, Any]) -> set[str]:
+    """Paths of the BatchNorms that are folded."""
+
+    def walk(tree: Mapping[str, Any], path: str) -> set[str]:
+        found: set[str] = set()
+        for key, value in tree.items():
+            if key == "folded" and "identity" in value:
+                found.add(path)
+            elif isinstance(value, Mapping):
+                found |= walk(value, f"{path}/{key}" if path else key)
+        return found
+
+    return walk(variables.get("quant", {}), "")

@@ -1,0 +1,181 @@
+"""Cross-layer equalization: neighbouring weights get the same range in every channel.
+
+Per-tensor quantization of a weight wastes its codes on the widest channel. A ReLU is positively
+homogeneous, relu(s x) = s relu(x), so a channel's factor can be moved from one product into the
+next without a change of the function. Nagel, van Baalen, Blankevoort and Welling, 2019 (arXiv
+1906.04721, section 4.1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from flax.core import unfreeze
+
+from qkd_jax import checks
+from qkd_jax.ptq.channels import Kernel, Link, links
+from qkd_jax.ptq.moments import norms_by_layer, rescale_folded
+from qkd_jax.ptq.products import trace_net
+from qkd_jax.ptq.trees import get, put, refuse_folded, refuse_quantized
+from qkd_jax.quantize import QuantizedModel
+
+__all__ = ["equalization_pairs", "equalize"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Chain:
+    """Layers in a row: all but the first and the last are depthwise with one output each."""
+
+    paths: tuple[str, ...]
+    kernels: tuple[Kernel, ...]
+    links: tuple[Link, ...]  # between neighbours
+
+
+def equalize(
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    images: Any,
+    *,
+    sweeps: int = 20,
+    tolerance: float = 1e-3,
+    report: Callable[[str], None] | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Equalizes the weight ranges of every pair of layers that nothing but ReLUs lies between.
+
+        r1 = max |W1[..., i]|,  r2 = max |W2[..., i, :]|,  S = sqrt(r1 / r2)
+        W1 / S,  b1 / S,  W2 * S                      for each channel i between the two
+        triple: S1 = r1 / (r1 r2 r3)^(1/3),  S2 = (r1 r2 r3)^(1/3) / r3
+
+    A pair is found in the graph: one product's output reaches one other product, and nothing else
+    reads it, through positively homogeneous operations alone (ReLU, max and average pooling, means
+    over positions, flattening; never an add, ReLU6 or SiLU). Depthwise layers between two others
+    are solved with them in one step, whatever their number. Pairs that share a layer are swept in
+    turn until no S is further from 1 than `tolerance`. A channel with a range of 0 keeps S = 1.
+
+    The float net computes what it did. The scale and bias of a folded BatchNorm, which no longer
+    take part in the net, are divided too: so they remain the standard deviation and the mean of the
+    layer's output, which `absorb_bias` and `correct_bias` read.
+
+    Args:
+        net: the net.
+        variables: float, with their BatchNorms folded (`fold_bn`).
+        images: example input; only its shape is used.
+        sweeps: at most so many passes over all pairs.
+        tolerance: when to stop.
+        report: called with a line for each chain of layers, e.g. `print`.
+        **kwargs: further arguments of the model's call.
+
+    Returns:
+        Variables with other weights and biases; without pairs, the same ones.
+
+    Raises:
+        ValueError: calibrated variables, or a BatchNorm between the layers of a pair.
+    """
+    checks.integer_in("sweeps", sweeps, 1)
+    checks.number("tolerance", tolerance, low=0)
+    chains, norms = _chains(net, variables, images, kwargs)
+    result = unfreeze(dict(variables))
+    paths = {k.path for chain in chains for k in chain.kernels}
+    paths |= {path for chain in chains for link in chain.links for path in link.shifts}
+    values = {path: np.asarray(get(result, path), np.float64) for path in paths}
+    before = {path: values[path] for path in values}
+    totals = {link.name: np.ones(link.channels) for chain in chains for link in chain.links}
+    for _ in range(sweeps):
+        furthest = 0.0
+        for chain in chains:
+            for i, factor in enumerate(_factors(chain, values)):
+                _move(chain, i, factor, values)
+                totals[chain.links[i].name] *= factor
+                furthest = max(furthest, float(np.abs(factor - 1).max()))
+        if furthest < tolerance:
+            break
+    for path, value in values.items():
+        result = put(result, path, value)
+    for layer, total in totals.items():
+        if layer in norms:
+            result = rescale_folded(result, norms[layer], total)
+    if report is not None:
+        for chain in chains:
+            first = chain.kernels[0]
+            spread = [_spread(first.out_ranges(v[first.path])) for v in (before, values)]
+            report(
+                f"equalized {' -> '.join(chain.paths)}: widest over narrowest channel of the "
+                f"first {spread[0]:.3g} -> {spread[1]:.3g}"
+            )
+    return result
+
+
+def equalization_pairs(
+    net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
+) -> list[tuple[str, ...]]:
+    """Lists the layers that `equalize` takes together: pairs, and triples around depthwise ones.
+
+    Arguments and errors are those of `equalize`.
+    """
+    return [chain.paths for chain in _chains(net, variables, images, kwargs)[0]]
+
+
+def _chains(
+    net: QuantizedModel, variables: Mapping[str, Any], images: Any, kwargs: Mapping[str, Any]
+) -> tuple[list[_Chain], dict[str, str]]:
+    """Returns the chains, and the folded BatchNorm behind each layer."""
+    refuse_quantized("equalize", variables)
+    traced = trace_net(net, variables, images, **kwargs)
+    refuse_folded("equalize", traced.multipliers)
+    pairs: dict[str, Link] = {}
+    for link in links(traced):
+        if link.source is None or link.kernel is None or len(link.targets) != 1:
+            continue
+        if link.norms:
+            raise ValueError(
+                f"BatchNorm {min(link.norms)!r} stands between {link.name!r} and "
+                f"{link.targets[0].product.path!r}; equalize works on the weights as they are "
+                "quantized. Call `fold_bn` first."
+            )
+        pairs[link.kernel.path] = link
+    inside = set()
+    for link in pairs.values():
+        target = link.targets[0].kernel
+        if target.path in pairs and target.depthwise(np.asarray(get(variables, target.path))):
+            inside.add(target.path)
+    chains = []
+    for start, first in pairs.items():
+        if start in inside:
+            continue
+        row = [first]
+        while (path := row[-1].targets[0].kernel.path) in inside:
+            row.append(pairs[path])
+        kernels = [link.kernel for link in row if link.kernel] + [row[-1].targets[0].kernel]
+        names = [link.name for link in row] + [row[-1].targets[0].product.path]
+        chains.append(_Chain(tuple(names), tuple(kernels), tuple(row)))
+    return chains, norms_by_layer(net, variables, images, kwargs)
+
+
+def _factors(chain: _Chain, values: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """S between each two neighbours; all ranges of a channel meet in their geometric mean."""
+    channels = chain.links[0].channels
+    ranges = [k.out_ranges(values[k.path]) for k in chain.kernels[:-1]]
+    last = chain.kernels[-1]
+    ranges.append(last.in_ranges(values[last.path], channels))
+    stacked = np.stack(ranges)
+    alive = (stacked > 0).all(axis=0) & np.isfinite(stacked).all(axis=0)
+    logs = np.log(np.where(alive, stacked, 1.0))
+    return list(np.exp(np.cumsum(logs - logs.mean(axis=0), axis=0)[:-1]))
+
+
+def _move(chain: _Chain, i: int, factor: np.ndarray, values: dict[str, np.ndarray]) -> None:
+    """Moves a factor from the i-th layer of a chain into the next one."""
+    left, right = chain.kernels[i], chain.kernels[i + 1]
+    values[left.path] = left.scale_out(values[left.path], 1 / factor)
+    values[right.path] = right.scale_in(values[right.path], factor)
+    for path in chain.links[i].shifts:
+        values[path] = values[path] / factor.reshape(values[path].shape)
+
+
+def _spread(ranges: np.ndarray) -> float:
+    alive = ranges[ranges > 0]
+    return float(alive.max() / alive.min()) if alive.size else 1.0

@@ -1,0 +1,119 @@
+"""What BatchNorm knows about activations: their mean and spread, without data.
+
+In eval mode a BatchNorm's output has the mean `bias` and the standard deviation `|scale|` per
+channel, over the data it was trained on; taken as Gaussian, the moments behind a ReLU follow. A
+BatchNorm that is folded still has these two in `params`, and the methods that rescale or shift
+channels keep them true. Nagel et al., 2019 (arXiv 1906.04721, sections 4.2.1 and 4.2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import scipy.special
+
+from qkd_jax.graph import Graph
+from qkd_jax.ptq.channels import IDENTITY, is_relu, norms_of
+from qkd_jax.ptq.products import Product, TracedNet, products, trace_net
+from qkd_jax.ptq.trees import at, get, put, without_folds
+from qkd_jax.quantize import QuantizedModel
+
+__all__ = [
+    "input_means",
+    "norms_by_layer",
+    "output_moments",
+    "rectified_mean",
+    "rescale_folded",
+]
+
+
+def norms_by_layer(
+    net: QuantizedModel, variables: Mapping[str, Any], images: Any, kwargs: Mapping[str, Any]
+) -> dict[str, str]:
+    """Layer -> the BatchNorm that normalises its output, folded or not."""
+    traced = trace_net(net, without_folds(variables), images, **kwargs)
+    found = {}
+    for product in products(traced.graph):
+        norm = _behind(traced, product)
+        if norm is not None:
+            found[product.path] = norm[0]
+    return found
+
+
+def output_moments(variables: Mapping[str, Any], norm: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and standard deviation of a BatchNorm's output; None without scale or bias."""
+    params = get(variables, at("params", norm))
+    if "scale" not in params or "bias" not in params:
+        return None
+    return np.asarray(params["bias"], np.float64), np.abs(np.asarray(params["scale"], np.float64))
+
+
+def rescale_folded(variables: Mapping[str, Any], norm: str, factor: np.ndarray) -> dict[str, Any]:
+    """Divides what a folded BatchNorm says about its layer's output, which was divided itself."""
+    result = dict(variables)
+    for name in ("scale", "bias"):
+        if name in get(result, at("params", norm)):
+            path = at("params", norm, name)
+            result = put(result, path, np.asarray(get(result, path), np.float64) / factor)
+    return result
+
+
+def rectified_mean(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """E[max(x, 0)] for x ~ N(mean, std^2): std phi(mean / std) + mean Phi(mean / std)."""
+    safe = np.where(std > 0, std, 1.0)
+    ratio = mean / safe
+    density = np.exp(-0.5 * ratio**2) / np.sqrt(2 * np.pi)
+    spread = safe * density + mean * scipy.special.ndtr(ratio)
+    return np.where(std > 0, spread, np.maximum(mean, 0))
+
+
+def input_means(
+    net: QuantizedModel, variables: Mapping[str, Any], images: Any, kwargs: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Layer -> mean of its input per channel, where that is a BatchNorm's output or its ReLU."""
+    traced = trace_net(net, without_folds(variables), images, **kwargs)
+    graph = traced.graph
+    norms = {}
+    for product in products(graph):
+        norm = _behind(traced, product)
+        if norm is not None:
+            norms[norm[1]] = norm[0]
+    found = {}
+    for product in products(graph):
+        value, rectified = _before(graph, product.node.inputs[0])
+        if value in norms and (moments := output_moments(variables, norms[value])) is not None:
+            found[product.path] = rectified_mean(*moments) if rectified else moments[0]
+    return found
+
+
+def _behind(traced: TracedNet, product: Product) -> tuple[str, int] | None:
+    """Returns the last BatchNorm right behind a product, and the value that it writes."""
+    graph, value, found = traced.graph, product.node.outputs[0], None
+    while (node := graph.sole_consumer(value)) is not None:
+        other = [v for v in node.inputs if v != value]
+        affine = node.op in ("add", "sub", "mul") and len(other) == 1
+        if node.op not in IDENTITY and not (affine and other[0] in graph.constants):
+            break
+        norms = norms_of(traced, node)
+        if not norms and found is not None:
+            break
+        value = node.outputs[0]
+        if norms:
+            found = min(norms), value
+    return found
+
+
+def _before(graph: Graph, value: int) -> tuple[int, bool]:
+    """Follows a product's input back over its quantizer and a ReLU; (value, whether rectified)."""
+    rectified = False
+    while (node := graph.producer(value)) is not None:
+        if node.op in ("quantizer", "skipped") or node.op in IDENTITY:
+            value = node.inputs[0]
+        elif is_relu(graph, node) and not rectified:
+            value = next(v for v in node.inputs if v not in graph.constants)
+            rectified = True
+        else:
+            break
+    return value, rectified

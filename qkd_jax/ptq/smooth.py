@@ -1,0 +1,141 @@
+"""SmoothQuant: outlier channels of an activation are shrunk, and the next weights grow instead.
+
+Activations with a few wide channels are hard to quantize per tensor, weights are easy; a factor per
+channel moves the difficulty. Xiao, Lin, Seznec, Wu, Demouth and Han, 2022 (arXiv 2211.10438).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from flax.core import unfreeze
+
+from qkd_jax import checks
+from qkd_jax.ptq.channels import Link, links
+from qkd_jax.ptq.moments import norms_by_layer, rescale_folded
+from qkd_jax.ptq.products import products, trace_net
+from qkd_jax.ptq.stream import Stream, image_batches
+from qkd_jax.ptq.trees import get, put, refuse_folded, refuse_quantized
+from qkd_jax.quantize import QuantizedModel
+
+__all__ = ["smooth", "smoothing_scale"]
+
+MIN_SCALE = 1e-5
+
+
+def smoothing_scale(activations: np.ndarray, weights: np.ndarray, alpha: float) -> np.ndarray:
+    """Returns s = max|X|^alpha / max|W|^(1 - alpha), at least 1e-5 (section 4, eq. 4).
+
+    Args:
+        activations: max |x| per channel, [channels].
+        weights: max |w| per input channel over all layers that read x, [channels].
+        alpha: how much of the difficulty moves into the weights, 0 to 1.
+
+    Returns:
+        [channels], float64; 1 for a channel whose activations or weights are all zero, which the
+        paper does not speak of (its formula gives 0 or infinity there).
+    """
+    x, w = np.asarray(activations, np.float64), np.asarray(weights, np.float64)
+    alive = (x > 0) & (w > 0)
+    x, w = np.where(alive, x, 1.0), np.where(alive, w, 1.0)
+    return np.where(alive, np.maximum(x**alpha / w ** (1 - alpha), MIN_SCALE), 1.0)
+
+
+def smooth(
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    alpha: float = 0.5,
+    report: Callable[[str], None] | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Divides the inputs of quantized layers by a factor per channel, and multiplies their weights.
+
+        X / s,   W[..., j, :] * s_j,   s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
+
+    The division costs nothing at run time, for it goes into what makes X: the gain and bias of the
+    LayerNorm or BatchNorm before it, or the weight and bias of the previous layer (also a folded
+    one), where only ReLUs, pools and the like lie between. Layers that read the same tensor share
+    s. Where something else reads it too (a residual sum), or where nothing before it has a factor
+    per channel, the layer is left as it is and reported.
+
+    The float net computes what it did.
+
+    Args:
+        net: the net; layers whose input its rules quantize are smoothed.
+        variables: float.
+        batches: model inputs: arrays [batch, ...], dicts with "image" (and "mask"), or tuples of
+            one array.
+        alpha: 0.5 in the paper, 0.75 for models with stronger outliers.
+        report: called with a line for each layer, smoothed or left, e.g. `print`.
+        **kwargs: further arguments of the model's call.
+
+    Returns:
+        Variables with other weights, gains and biases.
+
+    Raises:
+        ValueError: calibrated variables, no batch, or alpha outside [0, 1].
+    """
+    checks.in_range("alpha", alpha, 0, 1)
+    refuse_quantized("smooth", variables)
+    images = image_batches(batches)
+    traced = trace_net(net, variables, images[0], **kwargs)
+    refuse_folded("smooth", traced.multipliers)
+    chosen: list[Link] = []
+    covered: set[str] = set()
+    for link in reversed(links(traced)):  # the nearest place before a layer comes last
+        paths = {t.kernel.path for t in link.targets}
+        wanted = any(net.spec_of(t.product.path, "input") is not None for t in link.targets)
+        # A BatchNorm's own statistics are no place for a factor: its variance would not follow.
+        statistics = any(path.startswith("batch_stats/") for path in link.shifts)
+        if wanted and not statistics and not paths & covered:
+            chosen.insert(0, link)
+            covered |= paths
+    ranges = _input_ranges(Stream(traced.graph, images), chosen)
+    norms = norms_by_layer(net, variables, images[0], kwargs)
+    result = unfreeze(dict(variables))
+    for link, largest in zip(chosen, ranges, strict=True):
+        weights = [np.asarray(get(result, t.kernel.path), np.float64) for t in link.targets]
+        found = [
+            t.kernel.in_ranges(w, link.channels) for t, w in zip(link.targets, weights, strict=True)
+        ]
+        scale = smoothing_scale(largest, np.max(found, axis=0), alpha)
+        for target, weight in zip(link.targets, weights, strict=True):
+            result = put(result, target.kernel.path, target.kernel.scale_in(weight, scale))
+        if link.kernel is not None:
+            weight = np.asarray(get(result, link.kernel.path), np.float64)
+            result = put(result, link.kernel.path, link.kernel.scale_out(weight, 1 / scale))
+        for path in (*link.shifts, *([link.gain] if link.gain else [])):
+            old = np.asarray(get(result, path), np.float64)
+            result = put(result, path, old / scale.reshape(old.shape))
+        if link.source is not None and link.name in norms:  # folded, or its mean were a shift
+            result = rescale_folded(result, norms[link.name], scale)
+        if report is not None:
+            names = ", ".join(t.product.path for t in link.targets)
+            report(
+                f"smoothed {names} by {link.name}: s from {scale.min():.3g} to {scale.max():.3g}"
+            )
+    if report is not None:
+        done = {t.product.path for link in chosen for t in link.targets}
+        for product in products(traced.graph):
+            if product.weight is not None and product.path not in done:
+                if net.spec_of(product.path, "input") is not None:
+                    report(f"left {product.path}: nothing before its input can take a factor")
+    return result
+
+
+def _input_ranges(stream: Stream, chosen: list[Link]) -> list[np.ndarray]:
+    """The largest |x| per channel of what each link's targets read."""
+    nodes = {t.product.node: place for place, link in enumerate(chosen) for t in link.targets}
+    found = [np.zeros(link.channels) for link in chosen]
+    for node in stream.graph.nodes:
+        if node in nodes:
+            place = nodes[node]
+            stream.before(node)
+            for value in stream.values(node.inputs[0]):
+                flat = np.abs(np.asarray(value, np.float64)).reshape(-1, chosen[place].channels)
+                found[place] = np.maximum(found[place], flat.max(axis=0))
+    return found
