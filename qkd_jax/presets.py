@@ -5,8 +5,9 @@ A config says `rules="w2a2"` or gives a tuple of rule dicts:
     ({"pattern": "stem", "weight": {"bits": 8}, "input": {"bits": 8, "symmetric": False}}, ...)
 
 Add a preset as one entry of PRESETS: a function from no arguments to such a tuple, or the tuple.
-`w<k>a<k>` is understood for any widths, listed or not, and `w<k>a<k>:<quantizer>` for any key of
-PAIRS.
+`w<k>a<k>` is understood for any widths, listed or not; `w<k>a<k>:<quantizer>` trains with any key
+of PAIRS; `w<k>a<k>:static` and `w<k>a<k>:dynamic` are for nets that are not trained any more, with
+`:tensor`, `:channel` or a group size behind; `int<k>_weight_only:<group size>` as it says.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any
 from qkd_jax import checks
 from qkd_jax.quantize import Rule, Spec
 
-__all__ = ["PAIRS", "PRESETS", "low_bit", "rules"]
+__all__ = ["PAIRS", "PRESETS", "low_bit", "post_training", "rules", "weight_only"]
 
 RuleDicts = tuple[Mapping[str, Any], ...]
+KINDS = ("static", "dynamic")
 
 
 # How each quantizer is used for a net: fields of the inner layers' weights, and of their inputs.
@@ -74,7 +76,53 @@ def low_bit(
     )
 
 
+def post_training(
+    weight_bits: int, input_bits: int, *, granularity: str | int = "channel", dynamic: bool = False
+) -> RuleDicts:
+    """Rules of quantization after training: uniform grids, inputs affine, the ends at 8 bits.
+
+    Ranges come from `calibrate` and its observer ("static"), or, `dynamic`, those of the inputs
+    from each row of the input at run time, so that no calibration data are needed and the weights
+    alone are prepared ahead of time.
+
+    Args:
+      weight_bits: bits of the inner layers' weights.
+      input_bits: bits of the inner layers' inputs.
+      granularity: of the weights: "channel", "tensor", or a group size.
+      dynamic: input ranges at run time, one a token (a row; for a convolution an example).
+    """
+    where = dict(dynamic=True, granularity="token") if dynamic else {}
+
+    def inputs(bits: int) -> dict[str, Any]:
+        return dict(bits=bits, signed=False, symmetric=False, **where)
+
+    end = dict(bits=max(weight_bits, 8), granularity=granularity)
+    return (
+        dict(pattern="stem|dense1|head", weight=end, input=inputs(max(input_bits, 8))),
+        dict(
+            pattern=".*",
+            weight=dict(bits=weight_bits, granularity=granularity),
+            input=inputs(input_bits),
+        ),
+    )
+
+
+def weight_only(bits: int, *, granularity: str | int = "channel") -> RuleDicts:
+    """Rules that quantize weights and leave every product in float: smaller, not faster.
+
+    Args:
+      bits: bits of the weights.
+      granularity: "channel", "tensor", or a group size that divides every layer's contraction axis;
+        int4 weights of language models have groups of 32 to 128.
+    """
+    return (dict(pattern=".*", weight=dict(bits=bits, granularity=granularity)),)
+
+
 PRESETS: dict[str, RuleDicts] = {
+    "dynamic": post_training(8, 8, dynamic=True),
+    "static": post_training(8, 8),
+    "int8_weight_only": weight_only(8),
+    "int4_weight_only": weight_only(4, granularity=32),
     "float": (),
     "w8a8": low_bit(8, 8),
     "w4a4": low_bit(4, 4),
@@ -109,14 +157,30 @@ def rules(
 def _preset(name: str) -> RuleDicts:
     if name in PRESETS:
         return PRESETS[name]
-    widths = re.fullmatch(r"w(\d+)a(\d+)(?::(\w+))?", name)
-    if widths is None:
-        raise checks.unknown("rules preset", name, [*PRESETS, "w<k>a<k>", "w<k>a<k>:<quantizer>"])
-    bits = [int(w) for w in widths.groups()[:2]]
-    fewest = 1 if widths[3] in ("binary", "dorefa", "ewgs") else 2
+    form = re.fullmatch(r"w(\d+)a(\d+)(?::(\w+))?(?::(\w+))?", name)
+    grouped = re.fullmatch(r"int(\d+)_weight_only:(\w+)", name)
+    if grouped:
+        checks.integer_in(f"bits of rules {name!r}", int(grouped[1]), 2, 8)
+        return weight_only(int(grouped[1]), granularity=_granularity(name, grouped[2]))
+    kind = form[3] or "lsq" if form else ""
+    if form is None or (form[4] and kind not in KINDS):
+        forms = ["w<k>a<k>", "w<k>a<k>:<quantizer>", "w<k>a<k>:static:<granularity>"]
+        raise checks.unknown("rules preset", name, [*PRESETS, *forms])
+    bits = [int(form[1]), int(form[2])]
+    fewest = 1 if kind in ("binary", "dorefa", "ewgs") else 2
     for operand, value in zip(("weight", "input"), bits, strict=True):
         checks.integer_in(f"{operand} bits of rules {name!r}", value, fewest, 8)
-    return low_bit(*bits, quantizer=widths[3] or "lsq")
+    if kind in KINDS:
+        granularity = _granularity(name, form[4] or "channel")
+        return post_training(*bits, granularity=granularity, dynamic=kind == "dynamic")
+    return low_bit(*bits, quantizer=kind)
+
+
+def _granularity(name: str, text: str) -> str | int:
+    if text.isdigit():
+        return int(text)
+    checks.one_of(f"granularity of rules {name!r}", text, ("tensor", "channel"))
+    return text
 
 
 def _rule(place: int, fields: Mapping[str, Any], reduce_range: bool) -> Rule:

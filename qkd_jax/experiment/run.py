@@ -98,6 +98,12 @@ class Run:
             taken = self.variables[source]
             if net == self.nets[source]:
                 self.variables[name] = jax.tree.map(np.asarray, taken)
+            elif "folded" in str(jax.tree.structure(taken.get("quant", {}))):
+                raise ValueError(
+                    f"nets.{name}.init_from is {source!r}, whose BatchNorms are folded by now, and "
+                    "its weights alone would be another net. Bring this net in before that stage, "
+                    "and fold it itself."
+                )
             else:  # another structure or other rules: the weights, which it must calibrate itself
                 self.variables[name] = load_float(self._shapes(name), taken)
         self.variables[name] = place(self.variables[name])

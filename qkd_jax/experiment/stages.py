@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -19,9 +19,11 @@ from qkd_jax import checks, data, metrics, ptq
 from qkd_jax.calibration import calibrate as calibrate_net
 from qkd_jax.deploy.onnx import TARGETS
 from qkd_jax.experiment.deployment import deploy
+from qkd_jax.experiment.ptq_stages import PTQ_CHECKS, PTQ_STAGES
 from qkd_jax.experiment.run import Run, write_net
 from qkd_jax.experiment.settings import Stage
 from qkd_jax.inspection import layers, size
+from qkd_jax.interception import OPERANDS
 from qkd_jax.observers import OBSERVERS
 from qkd_jax.training.loop import Hooks, Window, run_steps
 from qkd_jax.training.optim import init_optimizer
@@ -197,9 +199,19 @@ def quantizer_means(nets: Mapping[str, Any]) -> dict[str, float]:
 
 
 def calibrate(
-    run: Run, stage: Stage, *, nets: Sequence[str], examples: int = 256, observer: str = ""
+    run: Run,
+    stage: Stage,
+    *,
+    nets: Sequence[str],
+    examples: int = 256,
+    observer: str = "",
+    operands: Sequence[str] = (),
 ) -> None:
-    """Gives each net the `quant` collection from training images; from here on it is quantized."""
+    """Gives each net the `quant` collection from training images; from here on it is quantized.
+
+    With `operands` ("weight", "input", "other", "output") these alone, and the others as they are:
+    weights first and inputs after some training, say. Empty means all.
+    """
     batches = run.images(examples, batch_size=256)
     for name in nets:
         if run.folder is not None:  # the report shows the weights before and after
@@ -213,7 +225,8 @@ def calibrate(
                 run.variables[name],
                 batches,
                 observer=observer or None,
-                **run.apply_arguments(name),
+                operands=tuple(operands) or None,
+                **cast(dict[str, Any], run.apply_arguments(name)),
             ),
         )
         run.log(stage, 1, "quant", quantizer_means({name: run.variables[name]}))
@@ -224,6 +237,9 @@ def check_calibrate(nets: Mapping[str, Any], stage: Stage) -> None:
     where = f"stages.{stage.name}"
     checks.integer_in(f"{where}.examples", stage.fields["examples"], 0)
     checks.one_of(f"{where}.observer", stage.fields["observer"], ("", *OBSERVERS))
+    for operand in stage.fields["operands"]:
+        if operand not in OPERANDS:
+            raise checks.unknown(f"operand in {where}.operands", operand, OPERANDS)
     check_rules(nets, stage)
 
 
@@ -367,6 +383,7 @@ STAGES: dict[str, Callable[..., None]] = {
     "reestimate_bn": reestimate_bn,
     "evaluate": evaluate,
     "deploy": deploy,
+    **PTQ_STAGES,
 }
 
 CHECKS: dict[str, Callable[[Mapping[str, Any], Stage], Any]] = {
@@ -375,4 +392,5 @@ CHECKS: dict[str, Callable[[Mapping[str, Any], Stage], Any]] = {
     "reestimate_bn": check_reestimate_bn,
     "evaluate": check_evaluate,
     "deploy": check_deploy,
+    **PTQ_CHECKS,
 }

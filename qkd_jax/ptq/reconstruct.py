@@ -299,12 +299,14 @@ class _Learner:
             and traced.spec(node).quantizer in STEPS
             and not traced.spec(node).dynamic
         ]
+        # (step, zero point or None), known before anything is traced.
+        self.starts = [self._parameters(node) for node in self.learned]
 
     def fit(self, before, entry, target, key, report) -> tuple[list[jax.Array], dict[Node, Any]]:
         """Returns the weights on their grids, and the learned steps by quantizer."""
         method = self.method
         vs = [start(w, g) for w, g in zip(self.kernels, self.grids, strict=True)]
-        steps = {i: self._parameters(node)[0] for i, node in enumerate(self.learned)}
+        steps = {i: step for i, (step, _) in enumerate(self.starts)}
         data = (before, entry, target)
         if method.drop or not self.learned:
             vs, steps = self._run(
@@ -386,15 +388,19 @@ class _Learner:
 
         def quantize(node: Node, x: jax.Array) -> jax.Array:
             if node in self.learned:
-                step = params["steps"][self.learned.index(node)]
-                return mixed(x, self._fake_quant(node, x, step))
-            return mixed(x, self._fake_quant(node, x, None))
+                place = self.learned.index(node)
+                step, zero_point = params["steps"][place], self.starts[place][1]
+                # The zero point stays: the offset follows the step.
+                offset = None if zero_point is None else jax.lax.stop_gradient(-zero_point * step)
+                spec = self.traced.spec(node)
+                return mixed(x, numerics.staircase(x, step, spec, factor=1.0, offset=offset))
+            return mixed(x, self._fake_quant(node, x))
 
         x = mixed(entry, before)
         return run_unit(self.traced, self.unit, x, weights, quantize=quantize)
 
     def _parameters(self, node: Node) -> tuple[jax.Array, jax.Array | None]:
-        """(step, offset or None) of an activation's quantizer."""
+        """(step, zero point or None) of an activation's quantizer."""
         params = quantizer_params(self.traced, node)
         spec = self.traced.spec(node)
         step = jnp.asarray(params[STEPS[spec.quantizer]])
@@ -402,13 +408,8 @@ class _Learner:
             return step, None
         return step, jnp.asarray(view(self.traced, node)[1])
 
-    def _fake_quant(self, node: Node, x: jax.Array, step: jax.Array | None) -> jax.Array:
+    def _fake_quant(self, node: Node, x: jax.Array) -> jax.Array:
         spec = self.traced.spec(node)
-        if step is not None:
-            _, zero_point = self._parameters(node)
-            # The zero point stays: the offset follows the step.
-            offset = None if zero_point is None else jax.lax.stop_gradient(-zero_point * step)
-            return numerics.staircase(x, step, spec, factor=1.0, offset=offset)
         params = quantizer_params(self.traced, node)
         if not spec.dynamic:
             given = {k: jnp.asarray(v) for k, v in params.items()}
