@@ -125,7 +125,7 @@ class ClassTree:
                 )
             parents[name] = parent
             inner = below if isinstance(below, Mapping) else dict.fromkeys(below or ())
-            stack.extend((n, name, b) for n, b in reversed(inner.items()))
+            stack.extend((n, name, b) for n, b in reversed(list(inner.items())))
         return cls.from_parents(parents)
 
     @classmethod

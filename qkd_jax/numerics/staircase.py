@@ -101,7 +101,7 @@ def _backward(spec, factor, residuals, g):
         dstep = wide * jnp.where(inside, jnp.round(u) - z, clipped)
         dstep = dstep - jnp.where(inside, through * (u - z), 0)
     dx = jnp.where(inside, through, 0).astype(g.dtype)
-    grads = [match_cotangent(dx, x), _reduced(dstep, step, factor)]
+    grads: list[jax.Array | None] = [match_cotangent(dx, x), _reduced(dstep, step, factor)]
     outside = jnp.where(inside, 0, wide)
     grads.append(None if offset is None else _reduced(outside, offset, factor))
     if strength is None:

@@ -74,7 +74,7 @@ def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
     numerics.check_data(lo, hi, empty=lo > hi)
     levels = 2 ** (spec.bits - int(spec.signed or not spec.symmetric))
 
-    def search(counts: np.ndarray, exponent: np.ndarray) -> np.ndarray:
+    def search(counts: Any, exponent: Any) -> Any:
         kept = thresholds(numerics.magnitudes(np.asarray(counts, np.float64)), levels)
         return np.float32(np.ldexp(np.float64(kept), np.asarray(exponent)))
 

@@ -191,8 +191,11 @@ def quantize_columns(
         block,
         group is not None,
     )
-    new, made = np.asarray(rounded), {k: np.asarray(v) for k, v in found.items()}
-    return (new[0], {k: v[0] for k, v in made.items()}) if single else (new, made)
+    new = np.asarray(rounded)
+    made: dict[str, np.ndarray] = {k: np.asarray(v) for k, v in found.items()}
+    if single:
+        return np.asarray(new[0]), {k: np.asarray(v[0]) for k, v in made.items()}
+    return new, made
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))

@@ -220,7 +220,8 @@ class _Floats(Stream):
         self._at += 1
         for env in self._envs:
             source = node.inputs[0]
-            env[node.outputs[0]] = env[source] if source in env else self.graph.constants[source]
+            known = env[source] if source in env else self.graph.constants[source]
+            env[node.outputs[0]] = jnp.asarray(known)
 
 
 def _reconstruct(name, net, variables, batches, units_of, method, seed, report, kwargs) -> Tree:
@@ -325,7 +326,7 @@ class _Learner:
     def _run(self, vs, steps, data, key, report, count, learn_v, learn_steps):
         """Adam on V, on the steps, or on both; in compiled chunks."""
         method = self.method
-        optimizers = {
+        optimizers: dict[Any, Any] = {
             "v": optax.adam(method.lr) if learn_v else optax.set_to_zero(),
             "steps": optax.adam(optax.cosine_decay_schedule(method.step_lr, count))
             if learn_steps

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from qkd_jax.numerics import IntFormat
 
@@ -34,7 +35,7 @@ class Grid(NamedTuple):
     qmax: int
 
     @classmethod
-    def of(cls, scale: jax.Array, zero_point: jax.Array, format: IntFormat) -> Grid:
+    def of(cls, scale: ArrayLike, zero_point: ArrayLike, format: IntFormat) -> Grid:
         """The grid of an integer view."""
         return cls(jnp.asarray(scale), jnp.asarray(zero_point), format.qmin, format.qmax)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from qkd_jax.graph import MARKERS, Graph, Node, execute
 from qkd_jax.ptq.products import Product, TracedNet, is_quantizer, products
@@ -165,7 +166,7 @@ def run_unit(
     for node in unit.nodes:
         values = [env[v] if v in env else graph.constants[v] for v in node.inputs]
         if quantize is not None and is_quantizer(node):
-            env[node.outputs[0]] = quantize(node, values[0])
+            env[node.outputs[0]] = quantize(node, jnp.asarray(values[0]))
         else:
             results = execute(node, values, graph.batch, batch)
             env.update(zip(node.outputs, results, strict=True))
