@@ -35,10 +35,10 @@ def test_quantizer(monkeypatch):
     module = types.ModuleType("qkd_jax.quantizers.clipped")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(block("Add a quantizer"), "CONTRIBUTING.md", "exec"), module.__dict__)
-    monkeypatch.setitem(quantizers.QUANTIZERS, "pact", module)
+    monkeypatch.setitem(quantizers.QUANTIZERS, "clipped", module)
     import flax.linen as nn
 
-    rule = Rule(".*", weight=Spec(4), input=Spec(2, quantizer="pact", signed=False))
+    rule = Rule(".*", weight=Spec(4), input=Spec(2, quantizer="clipped", signed=False))
     net = quantize(nn.Dense(3), [rule])
     x = jnp.asarray([[0.2, 0.9, 3.0], [0.0, 1.4, 2.0]])
     variables = calibrate(net, net.init(jax.random.key(0), x), [x])

@@ -20,16 +20,21 @@ def blocks(path: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_library_example(tmp_path, monkeypatch, capsys):
-    (example,) = blocks(ROOT / "README.md")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(example, "README.md", "exec"), names)
+    first, *others = blocks(ROOT / "README.md")
+    exec(compile(first, "README.md", "exec"), names)
     assert names["loss"].shape == (64,)
     assert (tmp_path / "student.onnx").stat().st_size > 0
     assert "0 MISSED" in capsys.readouterr().out
     # The integer net is the trained net with BatchNorm folded in.
     want, got = names["student_logits"], names["logits"]
     np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()))
+    for example in others:
+        exec(compile(example, "README.md", "exec"), names)
+    learned = names["static"].apply(names["variables"], names["images"])
+    floats = names["teacher_logits"]
+    assert np.linalg.norm(learned - floats) < 0.2 * np.linalg.norm(floats)
 
 
 @pytest.mark.parametrize("name", ["MODELS", "LOSSES", "QUANTIZERS", "OBSERVERS", "PRESETS"])
