@@ -112,7 +112,8 @@ class Plan:
             for term in learner.terms:
                 given = self.hyper[learner.slot]["terms"][term.name]
                 named = [f"{name}={float(given[name]):g}" for name in term.traced]
-                named += [f"{name}={value!r}" for name, value in term.static]
+                # A switch that is off says nothing.
+                named += [f"{name}={value!r}" for name, value in term.static if value is not False]
                 source = f" from {self.net_of(term.source)}" if term.source else ""
                 lines.append(
                     f"{self.net_of(learner.slot)} <- {float(given['weight']):g} "
