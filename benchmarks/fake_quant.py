@@ -1,0 +1,94 @@
+"""What a quantizer costs, in passes over memory: every entry of QUANTIZERS, forward and backward.
+
+    python benchmarks/fake_quant.py [--elements 4000000] [--rounds 15]
+
+A pass reads an array and writes one of the same size (y = 2 x). The backward pass of a quantizer
+reads its input and the gradient and writes a gradient, and sums for its parameters. Each is timed
+inside the same rounds, interleaved; medians and ratios to the pass are printed.
+"""
+
+import argparse
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax import numerics, quantizers
+from qkd_jax.numerics import Spec
+from qkd_jax.quantizers import QUANTIZERS
+
+PASS = ("pass", "")
+
+
+def specs():
+    """Each quantizer once: for activations where it takes them, else for weights."""
+    for name in QUANTIZERS:
+        for bits, signed in ((4, False), (4, True), (8, True), (2, True), (1, True)):
+            spec = Spec(bits, quantizer=name, signed=signed)
+            try:
+                quantizers.check(spec)
+            except ValueError:
+                continue
+            yield spec
+            break
+
+
+def compiled(spec, x):
+    module = QUANTIZERS[spec.quantizer]
+    params = module.init(numerics.finish(numerics.measure(x)), spec)
+
+    def forward(x, params):
+        return module.fake_quant(x, params, spec, batch_axes=(0,))
+
+    def backward(x, params, g):
+        return jax.vjp(forward, x, params)[1](g)
+
+    return params, jax.jit(forward), jax.jit(backward)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--elements", type=int, default=4_000_000)
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    shape = (64, args.elements // (64 * 256), 16, 16)
+    x = jnp.abs(jax.random.normal(jax.random.key(0), shape))
+    g = jax.random.normal(jax.random.key(1), shape)
+    double = jax.jit(lambda x: 2 * x)
+    runs: dict[tuple[str, str], Callable[[], Any]] = {PASS: lambda: double(x)}
+    for spec in specs():
+        signed = x * jnp.sign(g) if spec.signed else x
+        params, forward, backward = compiled(spec, signed)
+        runs[spec.label, "forward"] = lambda f=forward, v=signed, p=params: f(v, p)
+        runs[spec.label, "backward"] = lambda f=backward, v=signed, p=params: f(v, p, g)
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
+    for _ in range(args.rounds + 2):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - begin)
+    medians = {name: statistics.median(values[2:]) for name, values in times.items()}
+    unit = medians.pop(PASS)
+    size = 4 * np.prod(shape) / 1e6
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores")
+    print(
+        f"{size:.0f} MB an array, one pass {1000 * unit:.2f} ms, medians of {args.rounds} rounds\n"
+    )
+    print("| quantizer | forward, passes | backward, passes |\n|---|---|---|")
+    for label in dict.fromkeys(name for name, _ in medians):
+        cells = [f"{medians[label, kind] / unit:.2f}" for kind in ("forward", "backward")]
+        print(f"| {label} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
