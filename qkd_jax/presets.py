@@ -122,6 +122,13 @@ PRESETS: dict[str, RuleDicts] = {
     "dynamic": post_training(8, 8, dynamic=True),
     "static": post_training(8, 8),
     "int8_weight_only": weight_only(8),
+    "fp8": (
+        dict(
+            pattern=".*",
+            weight=dict(bits=8, quantizer="float", granularity="channel"),
+            input=dict(bits=8, quantizer="float"),
+        ),
+    ),
     "int4_weight_only": weight_only(4, granularity=32),
     "float": (),
     "w8a8": low_bit(8, 8),

@@ -5,6 +5,8 @@ values, `mapping` turns ranges into scales and numbers into codes, `rounding` ho
 building blocks. Pure functions of arrays; nothing here knows of models.
 """
 
+from qkd_jax.numerics.fixed import FixedPointFormat
+from qkd_jax.numerics.floats import FLOAT_FORMATS, FloatFormat
 from qkd_jax.numerics.formats import MAX_BITS, IntFormat
 from qkd_jax.numerics.histogram import BINS, add_to_histogram, empty_histogram, magnitudes
 from qkd_jax.numerics.mapping import (
@@ -55,6 +57,7 @@ from qkd_jax.numerics.stats import (
 __all__ = [
     "BACKWARDS",
     "BINS",
+    "FLOAT_FORMATS",
     "GRANULARITIES",
     "MASKS",
     "MAX_BITS",
@@ -62,6 +65,8 @@ __all__ = [
     "ROUNDINGS",
     "SCALINGS",
     "STRENGTHS",
+    "FixedPointFormat",
+    "FloatFormat",
     "IntFormat",
     "Spec",
     "Stats",

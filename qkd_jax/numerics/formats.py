@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks
@@ -76,3 +78,38 @@ class IntFormat:
     def name(self) -> str:
         """The short name, as in "int4" or "uint8"."""
         return f"{'' if self.signed else 'u'}int{self.bits}"
+
+    @property
+    def min(self) -> int:
+        """The lowest value at scale 1: the lowest code."""
+        return self.qmin
+
+    @property
+    def max(self) -> int:
+        """The highest value at scale 1: the highest code."""
+        return self.qmax
+
+    @property
+    def smallest(self) -> int:
+        """The smallest positive value at scale 1."""
+        return 1
+
+    def values(self) -> np.ndarray:
+        """All values at scale 1, in order, float64."""
+        return np.arange(self.qmin, self.qmax + 1, dtype=np.float64)
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """The codes at scale 1, int32: rounded half to even, saturating; NaN becomes 0.
+
+        `numerics.encode` has scales and zero points.
+        """
+        codes = jnp.clip(jnp.round(x), self.qmin, self.qmax)
+        return jnp.where(jnp.isnan(codes), 0, codes).astype(jnp.int32)
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """The values of codes at scale 1, float32."""
+        return jnp.asarray(codes).astype(jnp.float32)
+
+    def fake_cast(self, x: jax.Array) -> jax.Array:
+        """The nearest value at scale 1, float32; NaN stays."""
+        return jnp.clip(jnp.round(x), self.qmin, self.qmax).astype(jnp.float32)

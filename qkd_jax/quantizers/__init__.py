@@ -29,6 +29,7 @@ from qkd_jax.quantizers import (
     dorefa,
     dsq,
     ewgs,
+    floating,
     lsq,
     lsq_plus,
     pact,
@@ -46,6 +47,7 @@ __all__ = [
     "dorefa",
     "dsq",
     "ewgs",
+    "floating",
     "live",
     "lsq",
     "lsq_plus",
@@ -70,6 +72,7 @@ QUANTIZERS: dict[str, ModuleType] = {
     "qil": qil,
     "binary": binary,
     "ternary": ternary,
+    "float": floating,
 }
 
 

@@ -1,0 +1,138 @@
+"""Small floats with a scale: fp8, fp6, fp4 (Micikevicius et al., 2022, arXiv 2209.05433).
+
+The grid is not uniform: there is no integer view, and products run on x_hat.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import checks, numerics
+from qkd_jax.numerics import FLOAT_FORMATS, FloatFormat, Spec, Stats
+
+__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view"]
+
+Params = dict[str, jax.Array]
+
+OPTIONS = {"format": "", "learned": False}
+DEFAULTS = {4: "e2m1", 6: "e3m2", 8: "e4m3fn", 16: "bf16"}
+
+
+def _format(spec: Spec) -> FloatFormat:
+    return FLOAT_FORMATS[spec.option("format", "") or DEFAULTS[spec.bits]]
+
+
+def check(spec: Spec) -> None:
+    """Raises ValueError for a format that is unknown or of other bits, or an integer's choice."""
+    name = spec.option("format", "")
+    if name and name not in FLOAT_FORMATS:
+        raise checks.unknown("option format of quantizer 'float'", name, FLOAT_FORMATS)
+    if not name and spec.bits not in DEFAULTS:
+        raise ValueError(
+            f"quantizer 'float' came with bits={spec.bits}; its formats have "
+            f"{', '.join(map(str, DEFAULTS))} bits: {', '.join(FLOAT_FORMATS)}."
+        )
+    if name and FLOAT_FORMATS[name].bits != spec.bits:
+        raise ValueError(
+            f"quantizer 'float' came with bits={spec.bits} and the format {name!r}, which has "
+            f"{FLOAT_FORMATS[name].bits}. Use bits={FLOAT_FORMATS[name].bits}."
+        )
+    numerics.refuse_fields(
+        spec,
+        because="a floating-point grid has a sign, a scale, and its own rounding",
+        signed=True,
+        symmetric=True,
+        narrow_range=None,
+        scaling="cover",
+        rounding="even",
+        backward="ste",
+    )
+
+
+def init(stats: Stats, spec: Spec) -> Params:
+    """The scale at which the largest magnitude is the format's highest value.
+
+    Returns:
+        `scale`, float32, of the statistics' shape; 1 for all-zero data.
+    """
+    check(spec)
+    far = jnp.maximum(-stats.lo, stats.hi)
+    scale = far / _format(spec).max
+    scale = jnp.where(far == 0, jnp.ones_like(far), jnp.maximum(scale, numerics.MIN_SCALE))
+    return {"scale": numerics.power_of_two_above(scale) if spec.power_of_two else scale}
+
+
+def integer_view(params: Params, spec: Spec) -> None:
+    """None: the codes are bit patterns, not multiples of a scale."""
+    del params, spec
+
+
+def fake_quant(
+    x: jax.Array,
+    params: Params,
+    spec: Spec,
+    *,
+    batch_axes: Sequence[int] = (),
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Casts x / scale to the format and back.
+
+        u = x / s;  x_hat = s cast(u);  dx = g * [|u| <= max]
+        ds = gs * sum g * (cast(u) - u  where |u| <= max,  +-max beyond)    with `learned`, else 0
+
+    gs = 1 / sqrt(N max) as LSQ's, max being the format's highest value.
+
+    Args:
+        x: any shape; float. Computed in float32 and returned in x's dtype.
+        params: `scale`, () or broadcasting against `x`.
+        spec: static; `mask="none"` passes the gradient of clipped values too.
+        batch_axes: axes of `x` that count examples; () for weights.
+        key: unused; part of the interface.
+
+    Returns:
+        x_hat, like `x`. NaN stays NaN, +-inf saturates.
+
+    Raises:
+        ValueError: parameters that do not fit `x`.
+    """
+    del key
+    numerics.check_operand(x, params, ("scale",))
+    scale = params["scale"]
+    top = round(_format(spec).max)
+    factor = numerics.gradient_scale(x.shape, scale.size, top, batch_axes=batch_axes)
+    return _fake_quant(x, scale, spec, factor)
+
+
+def _place(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) * (1 / jnp.maximum(scale, numerics.MIN_SCALE))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _fake_quant(x: jax.Array, scale: jax.Array, spec: Spec, factor: float) -> jax.Array:
+    del factor
+    cast = _format(spec).fake_cast(_place(x, scale))
+    return (cast * jnp.maximum(scale, numerics.MIN_SCALE)).astype(x.dtype)
+
+
+def _forward(x, scale, spec, factor):
+    return _fake_quant(x, scale, spec, factor), (x, scale)
+
+
+def _backward(spec, factor, residuals, g):
+    x, scale = residuals
+    format, u = _format(spec), _place(x, scale)
+    inside = jnp.abs(u) <= format.max
+    dx = g if spec.mask == "none" else jnp.where(inside, g, jnp.zeros_like(g))
+    if not spec.option("learned", False):
+        return numerics.match_cotangent(dx, x), jnp.zeros_like(scale)
+    cast = format.fake_cast(u)
+    slope = g.astype(u.dtype) * jnp.where(inside, cast - u, cast)
+    dscale = numerics.match_cotangent(slope, scale) * factor
+    return numerics.match_cotangent(dx, x), dscale.astype(scale.dtype)
+
+
+_fake_quant.defvjp(_forward, _backward)
