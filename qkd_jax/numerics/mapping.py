@@ -29,6 +29,7 @@ __all__ = [
     "check_sign",
     "decode",
     "encode",
+    "guarded",
     "power_of_two_above",
     "range_parameters",
     "shared_axes",
@@ -40,7 +41,7 @@ __all__ = [
 MIN_SCALE = 1e-12
 
 
-def _guarded(scale: jax.Array, power_of_two: bool) -> jax.Array:
+def guarded(scale: jax.Array, power_of_two: bool = False) -> jax.Array:
     """Replaces the scale of an all-zero range by 1, and keeps others at MIN_SCALE or above.
 
     At scale 1 a channel that was dead when it was calibrated encodes to zero and still lets
@@ -120,7 +121,7 @@ def symmetric_scale(
         scale = jnp.maximum(hi, 0) / format.qmax
         if format.signed:
             scale = jnp.maximum(scale, jnp.minimum(lo, 0) / format.qmin)
-    return _guarded(scale, power_of_two)
+    return guarded(scale, power_of_two)
 
 
 def affine_parameters(
@@ -138,7 +139,7 @@ def affine_parameters(
     """
     lo, hi = jnp.minimum(_float(lo), 0), jnp.maximum(_float(hi), 0)
     width = (hi - lo) / (format.qmax - format.qmin)
-    scale = _guarded(width, power_of_two)
+    scale = guarded(width, power_of_two)
     zero_point = jnp.clip(jnp.round(format.qmin - lo * (1 / scale)), format.qmin, format.qmax)
     nearest = jnp.full_like(zero_point, min(max(0, format.qmin), format.qmax))
     return scale, jnp.where(width == 0, nearest, zero_point)

@@ -22,11 +22,14 @@ __all__ = [
     "STRENGTHS",
     "at_least",
     "compute_dtype",
+    "computed_once",
     "gradient_scale",
     "match_cotangent",
     "round_codes",
     "round_ste",
+    "sum_to",
     "through_rounding",
+    "within",
 ]
 
 STRENGTHS = {"ewgs": 1e-3, "dsq": 0.2, "sigmoid": 5.0}
@@ -145,6 +148,15 @@ def at_least(x: jax.Array, minimum: float) -> jax.Array:
 at_least.defvjp(lambda x, minimum: (jnp.maximum(x, minimum), None), lambda minimum, _, g: (g,))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def within(x: jax.Array, low: float, high: float) -> jax.Array:
+    """Clips to [low, high]; the gradient passes as if it were the identity, as in `at_least`."""
+    return jnp.clip(x, low, high)
+
+
+within.defvjp(lambda x, low, high: (jnp.clip(x, low, high), None), lambda low, high, _, g: (g,))
+
+
 def _sum_inner_axes(x: jax.Array) -> jax.Array:
     """The first stage of a sum over everything: over some 16 or more neighbours.
 
@@ -163,6 +175,22 @@ def _sum_inner_axes(x: jax.Array) -> jax.Array:
     if summed < 4:
         return x
     return jax.lax.optimization_barrier(jnp.sum(x, axis=tuple(axes)))
+
+
+def sum_to(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Sums the axes that a parameter of this shape, () or broadcasting against `x`, shares."""
+    if len(shape) == 0:
+        return jnp.sum(_sum_inner_axes(x))
+    return jnp.sum(x, axis=tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True)
+
+
+def computed_once(dx: jax.Array, stored: jax.Array) -> jax.Array:
+    """Makes sums over the gradient of `x` read it back, where XLA would compute it anew in each.
+
+    Worth its while for surrogates with a transcendental function. Where it is stored in another
+    type than it is computed in, `stored` being an example, nothing changes.
+    """
+    return jax.lax.optimization_barrier(dx) if dx.dtype == stored.dtype else dx
 
 
 def match_cotangent(cotangent: jax.Array, primal: jax.Array) -> jax.Array:

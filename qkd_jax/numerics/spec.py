@@ -17,7 +17,10 @@ __all__ = [
     "ROUNDINGS",
     "SCALINGS",
     "Spec",
+    "check_option",
     "refuse_fields",
+    "refuse_learned_power_of_two",
+    "refuse_odd_codes_of_16_bits",
     "refuse_one_bit",
 ]
 
@@ -231,3 +234,38 @@ def refuse_fields(spec: Spec, *, because: str = "", **wanted: Any) -> None:
                 f"{name}={value!r} alone{'; ' + because if because else ''}. Leave {name} out, or "
                 "use another quantizer (quantizer='uniform' takes every choice)."
             )
+
+
+def refuse_learned_power_of_two(spec: Spec) -> None:
+    """Raises ValueError for power_of_two, which the first update of a learned step would end."""
+    refuse_fields(
+        spec,
+        because="its step is learned and would not stay one (quantizer='tqt' learns powers of two)",
+        power_of_two=False,
+    )
+
+
+def refuse_odd_codes_of_16_bits(spec: Spec) -> None:
+    """Raises ValueError where the odd codes of signed specs, one bit wider, find no format."""
+    if spec.signed and spec.bits >= MAX_BITS:
+        raise ValueError(
+            f"quantizer {spec.quantizer!r} came with bits={spec.bits} and signed=True; its odd "
+            f"codes take a bit more. Use at most {MAX_BITS - 1}."
+        )
+
+
+def check_option(spec: Spec, name: str, default: Option, **span: Any) -> None:
+    """Raises ValueError unless an option is a number in a range, or True or False.
+
+    Args:
+        spec: the spec.
+        name: the option.
+        default: its value where the spec does not give it.
+        **span: the range, as `checks.number` takes it; none for a flag.
+    """
+    label = f"option {name} of quantizer {spec.quantizer!r}"
+    value = spec.option(name, default)
+    if span:
+        checks.number(label, value, **span)
+    elif not isinstance(value, bool):
+        raise ValueError(f"{label} is {value!r}; allowed: True, False.")

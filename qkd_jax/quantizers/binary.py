@@ -40,16 +40,13 @@ def check(spec: Spec) -> None:
         power_of_two=False,
         scaling="cover",
     )
+    numerics.check_option(spec, "static", OPTIONS["static"])
 
 
 def init(stats: Stats, spec: Spec) -> Params:
     """The magnitude E|x|: `alpha`, float32, of the statistics' shape; see `live`."""
     check(spec)
-    return {"alpha": _positive(stats.abs_mean)}
-
-
-def _positive(alpha: jax.Array) -> jax.Array:
-    return jnp.where(alpha == 0, jnp.ones_like(alpha), jnp.maximum(alpha, numerics.MIN_SCALE))
+    return {"alpha": numerics.guarded(stats.abs_mean)}
 
 
 def live(x: jax.Array, params: Params, spec: Spec) -> Params:
@@ -57,8 +54,12 @@ def live(x: jax.Array, params: Params, spec: Spec) -> Params:
     if spec.option("static", False):
         return params
     size = jnp.abs(jax.lax.stop_gradient(x).astype(numerics.compute_dtype(x)))
-    alpha = jnp.mean(size, axis=numerics.shared_axes(x, params["alpha"]))
-    return {"alpha": _positive(jnp.reshape(alpha, params["alpha"].shape))}
+    alpha = params["alpha"]
+    return {
+        "alpha": numerics.guarded(
+            numerics.sum_to(size, alpha.shape) * (alpha.size / max(x.size, 1))
+        )
+    }
 
 
 def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
@@ -92,7 +93,7 @@ def fake_quant(
         key: unused; part of the interface.
 
     Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
+        x_hat, like `x`. NaN stays NaN; +-inf saturates with `static`, else has no mean magnitude.
 
     Raises:
         ValueError: parameters that do not fit `x`.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import MAX_BITS, IntFormat, Spec, Stats
+from qkd_jax.numerics import IntFormat, Spec, Stats
 
 __all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view", "live"]
 
@@ -29,22 +29,16 @@ def check(spec: Spec) -> None:
         mask=None,
         scaling="cover",
         power_of_two=False,
+        narrow_range=None,
     )
-    _check_bits(spec)
+    numerics.refuse_odd_codes_of_16_bits(spec)
+    numerics.check_option(spec, "restore", OPTIONS["restore"])
     bits = spec.option("gradient_bits", 0)
-    if bits and (spec.signed or not 1 <= bits <= 8):
+    if bits not in range(1 if spec.signed else 9) or isinstance(bits, bool):
         raise ValueError(
             f"option gradient_bits of quantizer 'dorefa' is {bits} with signed={spec.signed}; it "
             "belongs to unsigned specs (activations, whose gradients it rounds) and is 1 to 8, or "
             "0 for float gradients."
-        )
-
-
-def _check_bits(spec: Spec) -> None:
-    if spec.signed and spec.bits >= MAX_BITS:
-        raise ValueError(
-            f"quantizer {spec.quantizer!r} came with bits={spec.bits} and signed=True; its odd "
-            f"codes take a bit more. Use at most {MAX_BITS - 1}."
         )
 
 
@@ -62,25 +56,22 @@ def init(stats: Stats, spec: Spec) -> Params:
     if not spec.signed:
         return {"bound": jnp.ones_like(stats.hi)}
     if spec.bits == 1:
-        return {"bound": _positive(stats.abs_mean)}
-    return {"bound": _positive(jnp.tanh(jnp.maximum(-stats.lo, stats.hi)))}
-
-
-def _positive(bound: jax.Array) -> jax.Array:
-    return jnp.where(bound == 0, jnp.ones_like(bound), jnp.maximum(bound, numerics.MIN_SCALE))
+        return {"bound": numerics.guarded(stats.abs_mean)}
+    return {"bound": numerics.guarded(jnp.tanh(jnp.maximum(-stats.lo, stats.hi)))}
 
 
 def live(x: jax.Array, params: Params, spec: Spec) -> Params:
     """The grid of these weights: M = max tanh|w|, or E|w| for 1 bit, without gradient."""
     if not spec.signed:
         return params
-    shared = numerics.shared_axes(x, params["bound"])
+    bound = params["bound"]
     size = jax.lax.stop_gradient(jnp.abs(x.astype(numerics.compute_dtype(x))))
     if spec.bits == 1:
-        bound = jnp.mean(size, axis=shared)
+        bound = numerics.sum_to(size, bound.shape) * (bound.size / max(x.size, 1))
     else:
-        bound = jnp.tanh(jnp.max(size, axis=shared))
-    return {"bound": _positive(jnp.reshape(bound, params["bound"].shape))}
+        top = jnp.max(size, axis=numerics.shared_axes(x, bound))
+        bound = jnp.tanh(jnp.reshape(top, bound.shape))
+    return {"bound": numerics.guarded(bound)}
 
 
 def _levels(spec: Spec) -> int:
@@ -133,7 +124,7 @@ def fake_quant(
         key: randomness of stochastic rounding; None rounds half to even.
 
     Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
+        x_hat, like `x`. NaN stays NaN, +-inf saturates (not in weights of 1 bit).
 
     Raises:
         ValueError: parameters that do not fit `x`.

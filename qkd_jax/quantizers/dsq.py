@@ -15,7 +15,7 @@ __all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view"]
 
 Params = dict[str, jax.Array]
 
-OPTIONS = {"alpha": 0.2}
+OPTIONS = {"alpha": 0.2, "learned": True}
 # The paper keeps alpha below 1/2; near 0 the slope at a threshold has no bound.
 ALPHA_RANGE = (1e-2, 0.5)
 
@@ -31,10 +31,17 @@ def check(spec: Spec) -> None:
         backward="ste",
     )
     numerics.refuse_one_bit(spec)
+    numerics.refuse_learned_power_of_two(spec)
+    numerics.check_option(spec, "learned", OPTIONS["learned"])
+    low, high = ALPHA_RANGE
+    numerics.check_option(spec, "alpha", OPTIONS["alpha"], low=low, high=high)
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """The grid over the range, and the first alpha.
+    """The grid over the range, and the first alpha, the option `alpha`.
+
+    It is learned, as in the paper; with the option `learned=False` it stays, or a train stage
+    anneals it (`hygiene.<net>.anneal`).
 
     Returns:
         `step` and `alpha`, float32, of the statistics' shape.
@@ -67,7 +74,7 @@ def fake_quant(
         u = x / s;  x_hat = clip(round(u), n, p) * s
         g' = g * k / (2 (1 - alpha)) * (1 - tanh(k f)^2),  f = u - floor(u) - 1/2
         dx = g' inside n < u < p;  ds = gs * sum (g round(u) - g' u) inside, g (n or p) outside
-        d alpha = gs * sum g s d(soft staircase) / d alpha inside
+        d alpha = gs * sum g s d(soft staircase) / d alpha inside (0 with learned=False)
 
     with k = log(2 / alpha - 1); alpha -> 0 is the hard staircase, alpha = 1/2 close to the
     identity. Equations 3 to 9 of the paper, whose forward pass is hard too.
@@ -91,12 +98,10 @@ def fake_quant(
         not.
     """
     numerics.check_operand(x, params, ("step", "alpha"))
-    step, alpha = params["step"], _within(params["alpha"], *ALPHA_RANGE)
+    step, alpha = params["step"], numerics.within(params["alpha"], *ALPHA_RANGE)
     factor = numerics.gradient_scale(x.shape, step.size, spec.format.qmax, batch_axes=batch_axes)
     soft = dataclasses.replace(spec, backward="dsq")
-    return numerics.staircase(x, step, soft, factor=factor, strength=alpha, key=key)
-
-
-def _within(x: jax.Array, low: float, high: float) -> jax.Array:
-    """Clips, the gradient passing as if it did not."""
-    return x + jax.lax.stop_gradient(jnp.clip(x, low, high) - x)
+    learned = spec.option("learned", OPTIONS["learned"])
+    return numerics.staircase(
+        x, step, soft, factor=factor, strength=alpha, learned=learned, key=key
+    )

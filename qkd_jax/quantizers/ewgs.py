@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import MAX_BITS, IntFormat, Spec, Stats
+from qkd_jax.numerics import IntFormat, Spec, Stats
 
 __all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view", "pre_affine"]
 
@@ -30,16 +30,10 @@ def check(spec: Spec) -> None:
         backward="ste",
         scaling="cover",
         power_of_two=False,
+        narrow_range=None,
     )
-    _check_bits(spec)
-
-
-def _check_bits(spec: Spec) -> None:
-    if spec.signed and spec.bits >= MAX_BITS:
-        raise ValueError(
-            f"quantizer {spec.quantizer!r} came with bits={spec.bits} and signed=True; its odd "
-            f"codes take a bit more. Use at most {MAX_BITS - 1}."
-        )
+    numerics.refuse_odd_codes_of_16_bits(spec)
+    numerics.check_option(spec, "delta", OPTIONS["delta"], low=0)
 
 
 def init(stats: Stats, spec: Spec) -> Params:
@@ -184,7 +178,8 @@ def _backward(spec, factor, residuals, g):
     delta = spec.option("delta", OPTIONS["delta"])
     g_normal = g_rounded * (1 + delta * jnp.sign(g_rounded) * (normal - rounded))
     dx = jnp.where(inside, g_normal, 0) * (1 / jnp.maximum(upper - lower, MIN_WIDTH))
-    lever = jnp.where(inside, t, 0)
+    dx = numerics.computed_once(dx, g)
+    lever = jnp.where(inside, t, 0)  # t may be infinite
 
     def reduced(cotangent, param):
         return (numerics.match_cotangent(cotangent, param) * factor).astype(param.dtype)
@@ -193,7 +188,7 @@ def _backward(spec, factor, residuals, g):
         numerics.match_cotangent(dx.astype(g.dtype), x),
         reduced(dx * (lever - 1), lower),
         reduced(-dx * lever, upper),
-        reduced(wide * out * jnp.sign(gain), gain),
+        reduced(wide * out * jnp.where(gain < 0, -1, 1), gain),  # at 0 it can leave
         None,
     )
 

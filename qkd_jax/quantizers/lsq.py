@@ -37,6 +37,8 @@ def check(spec: Spec) -> None:
             "Leave mask=None, or use quantizer='uniform'."
         )
     numerics.refuse_one_bit(spec)
+    numerics.refuse_learned_power_of_two(spec)
+    numerics.check_option(spec, "learn_bits", OPTIONS["learn_bits"])
     if spec.option("learn_bits", False):
         numerics.refuse_fields(
             spec, because="bits are learned", rounding="even", backward="ste", dynamic=False
@@ -62,10 +64,7 @@ def init(stats: Stats, spec: Spec) -> Params:
         step, _ = numerics.range_parameters(stats.lo, stats.hi, spec)
     else:
         numerics.check_sign(stats.lo, spec.format)
-        step = 2 * stats.abs_mean / math.sqrt(spec.format.qmax)
-        step = jnp.where(step == 0, jnp.ones_like(step), jnp.maximum(step, numerics.MIN_SCALE))
-        if spec.power_of_two:
-            step = numerics.power_of_two_above(step)
+        step = numerics.guarded(2 * stats.abs_mean / math.sqrt(spec.format.qmax))
     if not spec.option("learn_bits", False):
         return {"step": step}
     return {"step": step, "bits": jnp.full_like(step, spec.bits)}
@@ -83,10 +82,11 @@ def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntF
 def used_bits(params: Params, spec: Spec) -> jax.Array:
     """The bits that learned bits stand for: rounded, between the fewest possible and `spec.bits`.
 
-    The gradient passes as if they were not rounded.
+    The gradient passes as if they were neither rounded nor clipped, so that bits which an update
+    took out of their range come back.
     """
     fewest = 1 + int(spec.signed)
-    return numerics.round_ste(jnp.clip(params["bits"], fewest, spec.bits))
+    return numerics.round_ste(numerics.within(params["bits"], fewest, spec.bits))
 
 
 def fake_quant(
@@ -142,7 +142,8 @@ def fake_quant(
 
 def _ends(bits: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (n, p, 2^(bits - signed)) of a number of bits."""
-    power = jnp.exp2(bits - int(spec.signed))
+    # Not exp2, which misses some powers by a bit.
+    power = jnp.ldexp(jnp.ones_like(bits), bits.astype(jnp.int32) - int(spec.signed))
     low = spec.format.narrow_range - power if spec.signed else jnp.zeros_like(power)
     return low, power - 1, power
 

@@ -16,9 +16,10 @@ Params = dict[str, jax.Array]
 
 
 def check(spec: Spec) -> None:
-    """Raises ValueError for a mask: the paper fixes it."""
+    """Raises ValueError for a mask, which the paper fixes, or a power-of-two step."""
     numerics.refuse_fields(spec, because="its gradient is fixed by the paper", mask=None)
     numerics.refuse_one_bit(spec)
+    numerics.refuse_learned_power_of_two(spec)
 
 
 def init(stats: Stats, spec: Spec) -> Params:
@@ -37,17 +38,13 @@ def init(stats: Stats, spec: Spec) -> Params:
     """
     check(spec)
     if not spec.symmetric:
-        step, zero_point = numerics.affine_parameters(
-            stats.lo, stats.hi, spec.format, power_of_two=spec.power_of_two
-        )
+        step, zero_point = numerics.affine_parameters(stats.lo, stats.hi, spec.format)
         return {"step": step, "offset": -zero_point * step}
     if spec.observer is not None:
         return {"step": numerics.range_parameters(stats.lo, stats.hi, spec)[0]}
     numerics.check_sign(stats.lo, spec.format)
     far = jnp.abs(stats.mean) + 3 * stats.std
-    step = far / 2 ** (spec.bits - int(spec.signed))
-    step = jnp.where(step == 0, jnp.ones_like(step), jnp.maximum(step, numerics.MIN_SCALE))
-    return {"step": numerics.power_of_two_above(step) if spec.power_of_two else step}
+    return {"step": numerics.guarded(far / 2 ** (spec.bits - int(spec.signed)))}
 
 
 def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
@@ -100,5 +97,4 @@ def fake_quant(
     factor = numerics.gradient_scale(x.shape, step.size, spec.format.qmax, batch_axes=batch_axes)
     if spec.symmetric:
         return numerics.staircase(x, step, spec, factor=factor, key=key)
-    # The gradient of an affine grid's step counts codes from the lowest one, not from zero.
     return numerics.staircase(x, step, spec, factor=factor, offset=params["offset"], key=key)

@@ -19,15 +19,21 @@ OPTIONS = {"start": 0.0}
 
 
 def check(spec: Spec) -> None:
-    """Raises ValueError for a signed or affine spec, or a mask."""
+    """Raises ValueError for a signed or affine spec, a mask, or a scale that is not alpha's."""
     if spec.signed:
         raise ValueError(
             "quantizer 'pact' came with signed=True; it clips to [0, alpha], for what follows a "
             "ReLU. Use signed=False there, and for weights quantizer='dorefa', as the paper does."
         )
     numerics.refuse_fields(
-        spec, because="its gradient is fixed by the paper", symmetric=True, mask=None
+        spec,
+        because="its grid and its gradient are fixed by the paper",
+        symmetric=True,
+        mask=None,
+        scaling="cover",
     )
+    numerics.refuse_learned_power_of_two(spec)
+    numerics.check_option(spec, "start", OPTIONS["start"], low=0)
 
 
 def init(stats: Stats, spec: Spec) -> Params:

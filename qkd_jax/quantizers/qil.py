@@ -42,7 +42,7 @@ def check(spec: Spec) -> None:
             "symmetric, -q to q with q = 2^(bits-1)-1. Leave narrow_range=None or set it True."
         )
     numerics.refuse_fields(
-        spec, because="its codes are those of an interval", rounding="even", backward="ste"
+        spec, because="its scale is that of an interval", scaling="cover", power_of_two=False
     )
 
 
@@ -132,7 +132,8 @@ def fake_quant(
         params: `center` and `half_width`, () or broadcasting against `x`. The interval is kept
             inside [0, inf) and wider than MIN_HALF_WIDTH; the gradient passes to the parameters as
             if it were not.
-        spec: static.
+        spec: static. `rounding` is that of the magnitude q u, so "floor" goes towards zero, and
+            `backward` the gradient through it.
         batch_axes: axes of `x` that count examples; () for weights.
         key: randomness of stochastic rounding; None rounds half to even.
 
@@ -152,40 +153,59 @@ def fake_quant(
     """
     numerics.check_operand(x, params, ("center", "half_width"))
     center, half_width = params["center"], params["half_width"]
-    format = spec.format
-    factor = numerics.gradient_scale(x.shape, center.size, format.qmax, batch_axes=batch_axes)
-    return _fake_quant(x, center, half_width, format, factor)
+    factor = numerics.gradient_scale(x.shape, center.size, spec.format.qmax, batch_axes=batch_axes)
+    return _fake_quant(x, center, half_width, key, spec, factor)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _place(distance: jax.Array, half: jax.Array, format: IntFormat) -> jax.Array:
+    """What is rounded, q u, from the distance to the interval's lower end.
+
+    Subtracted first, then multiplied: a multiply and add would be contracted in some compilations
+    and not in others, and move codes that lie near a half.
+    """
+    return distance * (1 / _scale(jnp.zeros_like(half), half, format))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _fake_quant(
-    x: jax.Array, center: jax.Array, half_width: jax.Array, format: IntFormat, factor: float
+    x: jax.Array,
+    center: jax.Array,
+    half_width: jax.Array,
+    key: jax.Array | None,
+    spec: Spec,
+    factor: float,
 ) -> jax.Array:
+    del factor
+    format = spec.format
     low, half = _interval(center, half_width)
     wide = x.astype(numerics.compute_dtype(x))
     magnitude = jnp.abs(wide) if format.signed else wide
-    # Subtract, then multiply: a multiply and add would be contracted in some compilations and not
-    # in others, and move codes that lie near a half.
-    codes = jnp.round((magnitude - low) * (1 / _scale(jnp.zeros_like(low), half, format)))
+    codes = numerics.round_codes(_place(magnitude - low, half, format), spec.rounding, key)
     codes = jnp.clip(codes, 0, format.qmax)
     if format.signed:
         codes = codes * jnp.sign(wide)
     return (codes * _scale(low, half, format)).astype(x.dtype)
 
 
-def _forward(x, center, half_width, format, factor):
+def _forward(x, center, half_width, key, spec, factor):
     # Only the input and the parameters are kept: codes are cheaper to recompute than to store.
-    return _fake_quant(x, center, half_width, format, factor), (x, center, half_width)
+    return _fake_quant(x, center, half_width, key, spec, factor), (x, center, half_width)
 
 
-def _backward(format, factor, residuals, g):
+def _backward(spec, factor, residuals, g):
     x, center, half_width = residuals
     low, half = _interval(center, half_width)
     wide = x.astype(numerics.compute_dtype(x))
-    sign = jnp.sign(wide) if format.signed else 1
-    distance = jnp.abs(wide) - low if format.signed else wide - low
+    sign = jnp.sign(wide) if spec.signed else 1
+    distance = jnp.abs(wide) - low if spec.signed else wide - low
     inside = (distance > 0) & (distance < 2 * half)
-    dx = jnp.where(inside, g.astype(wide.dtype) * ((low + 2 * half) / (2 * half)), 0)
+    through = g.astype(wide.dtype)
+    if spec.backward != "ste":
+        # What is rounded is the magnitude, so its gradient it is that is shaped.
+        place = jnp.clip(_place(distance, half, spec.format), 0, spec.format.qmax)
+        through = sign * numerics.through_rounding(sign * through, place, spec)
+    dx = jnp.where(inside, through * ((low + 2 * half) / (2 * half)), 0)
+    dx = numerics.computed_once(dx, g)
     pull = -sign * dx
     # Zero outside, where the distance may be infinite.
     lever = jnp.where(inside, (distance - half) * (1 / half), 0)
@@ -195,6 +215,7 @@ def _backward(format, factor, residuals, g):
         numerics.match_cotangent(dx, x),
         dcenter.astype(center.dtype),
         dhalf.astype(half_width.dtype),
+        None,
     )
 
 

@@ -32,7 +32,9 @@ def check(spec: Spec) -> None:
         backward="ste",
     )
     numerics.refuse_one_bit(spec)
+    numerics.refuse_learned_power_of_two(spec)
     numerics.refuse_fields(spec, because="the temperature is annealed over training", dynamic=False)
+    numerics.check_option(spec, "temperature", OPTIONS["temperature"], low=0, low_allowed=False)
 
 
 def init(stats: Stats, spec: Spec) -> Params:

@@ -35,6 +35,12 @@ def check(spec: Spec) -> None:
         power_of_two=False,
         scaling="cover",
     )
+    if spec.narrow_range is False:
+        raise ValueError(
+            "quantizer 'ternary' came with narrow_range=False; its codes are symmetric. Leave "
+            "narrow_range=None or set it True."
+        )
+    numerics.check_option(spec, "threshold", OPTIONS["threshold"], low=0)
 
 
 def init(stats: Stats, spec: Spec) -> Params:
@@ -53,13 +59,12 @@ def init(stats: Stats, spec: Spec) -> Params:
 def live(x: jax.Array, params: Params, spec: Spec) -> Params:
     """Threshold 0.7 E|w| and magnitude E[|w| : |w| > threshold] of these weights (section 2.2)."""
     shape = params["alpha"].shape
-    shared = numerics.shared_axes(x, params["alpha"])
     size = jnp.abs(jax.lax.stop_gradient(x).astype(numerics.compute_dtype(x)))
-    mean = jnp.reshape(jnp.mean(size, axis=shared), shape)
+    mean = numerics.sum_to(size, shape) * (params["alpha"].size / max(x.size, 1))
     threshold = spec.option("threshold", 0.7) * mean
     above = size > threshold
-    count = jnp.sum(above, axis=shared, dtype=size.dtype).reshape(shape)
-    alpha = jnp.sum(jnp.where(above, size, 0), axis=shared).reshape(shape)
+    count = numerics.sum_to(above.astype(size.dtype), shape)
+    alpha = numerics.sum_to(jnp.where(above, size, 0), shape)
     alpha = jnp.where(count > 0, alpha / jnp.maximum(count, 1), 1)
     return {"alpha": jnp.maximum(alpha, numerics.MIN_SCALE), "threshold": threshold}
 
@@ -94,7 +99,7 @@ def fake_quant(
         key: unused; part of the interface.
 
     Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
+        x_hat, like `x`. NaN stays NaN. Weights that are not finite have no mean magnitude.
 
     Raises:
         ValueError: parameters that do not fit `x`.

@@ -55,7 +55,8 @@ def init(stats: Stats, spec: Spec) -> Params:
 @jax.custom_vjp
 def _power_of_two(log2_threshold: jax.Array) -> jax.Array:
     """2^ceil(t); its derivative is taken as 2^ceil(t) ln 2, as if ceil were the identity."""
-    return jnp.ldexp(jnp.ones_like(log2_threshold), jnp.ceil(log2_threshold).astype(jnp.int32))
+    power = jnp.ldexp(jnp.ones_like(log2_threshold), jnp.ceil(log2_threshold).astype(jnp.int32))
+    return jnp.where(jnp.isnan(log2_threshold), log2_threshold, power)  # an integer hides a NaN
 
 
 _power_of_two.defvjp(
