@@ -30,6 +30,7 @@ import jax.numpy as jnp
 
 from qkd_jax import checks
 from qkd_jax.models.mlp import MLP
+from qkd_jax.models.mobilenet import InvertedResidual, MobileNet, MobileNetV2, SeparableBlock
 from qkd_jax.models.resnet import BasicBlock, ResNet, blocks_per_stage
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -42,10 +43,22 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet110": functools.partial(ResNet, depth=110),
     "resnet8x4": functools.partial(ResNet, depth=8, width=64, stem_width=32),
     "resnet32x4": functools.partial(ResNet, depth=32, width=64, stem_width=32),
+    "mobilenet": MobileNet,
+    "mobilenet_v2": MobileNetV2,
     "mlp": MLP,
 }
 
-__all__ = ["MLP", "MODELS", "BasicBlock", "ResNet", "create"]
+__all__ = [
+    "MLP",
+    "MODELS",
+    "BasicBlock",
+    "InvertedResidual",
+    "MobileNet",
+    "MobileNetV2",
+    "ResNet",
+    "SeparableBlock",
+    "create",
+]
 
 
 def create(name: str, num_classes: int, **fields: Any) -> nn.Module:
