@@ -6,8 +6,10 @@ The library's front door; runs start at `launch.py`.
 from qkd_jax import deploy, losses, ptq
 from qkd_jax.calibration import calibrate
 from qkd_jax.deploy import convert, integer_apply
+from qkd_jax.diagnostics import diagnose
 from qkd_jax.inspection import coverage, layers, size
 from qkd_jax.losses import LOSSES
+from qkd_jax.mixed_precision import allocate, sensitivity
 from qkd_jax.models import MODELS
 from qkd_jax.numerics import IntFormat, Spec
 from qkd_jax.observers import OBSERVERS
@@ -30,9 +32,11 @@ __all__ = [
     "QuantizedModel",
     "Rule",
     "Spec",
+    "allocate",
     "calibrate",
     "convert",
     "coverage",
+    "diagnose",
     "deploy",
     "integer_apply",
     "layers",
@@ -40,5 +44,6 @@ __all__ = [
     "losses",
     "ptq",
     "quantize",
+    "sensitivity",
     "size",
 ]

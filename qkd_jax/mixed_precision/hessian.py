@@ -1,0 +1,127 @@
+"""Hutchinson's estimate of the Hessian's trace, layer by layer, and the errors it multiplies.
+
+    tr(H_i) = E v^T H_i v,  v of independent signs
+
+One vector for all layers at once: the terms between layers have the mean 0, so that one product
+with the Hessian serves every layer. HAWQ-V2 (Dong et al., 2019, arXiv 1911.03852) averages the
+estimates and divides by the number of weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax.quantize import QuantizedModel
+
+__all__ = ["mean_curvatures", "weight_errors"]
+
+Tree = Mapping[str, Any]
+
+
+def mean_curvatures(
+    logits_of: Callable[[Tree, jax.Array], jax.Array],
+    floats: Tree,
+    batches: Sequence[tuple[jax.Array, jax.Array | None]],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    probes: int,
+    seed: int,
+) -> dict[str, float]:
+    """tr(H_i) / n_i of the mean cross-entropy over all examples, for each layer's weight.
+
+    Args:
+      logits_of: (float variables, images) -> [..., classes].
+      floats: float variables.
+      batches: (images, labels); without labels, the net's own predictions are the target.
+      shapes: path -> shape of the weight as its layer sees it.
+      probes: number of sign vectors a batch.
+      seed: of these vectors.
+
+    Raises:
+      ValueError: a layer inside `nn.scan` or `nn.vmap`, whose weights lie in one array with others.
+    """
+    places = {path: _place(floats["params"], path) for path in shapes}
+    kernels = {path: _get(floats["params"], keys) for path, keys in places.items()}
+    for path, kernel in kernels.items():
+        if kernel.size != math.prod(shapes[path]):
+            raise ValueError(
+                f"layer {path!r} is one of {kernel.shape[0]} steps of nn.scan or nn.vmap, whose "
+                "weights lie in one array. Use metric='mse' or 'kl'."
+            )
+
+    def loss(kernels, images, labels):
+        params = floats["params"]
+        for path, keys in places.items():
+            params = _put(params, keys, kernels[path])
+        logits = jax.nn.log_softmax(logits_of({**floats, "params": params}, images))
+        if labels is None:
+            target = jnp.exp(jax.lax.stop_gradient(logits))
+        else:
+            target = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+        return -jnp.sum(target * logits) / (logits.size // logits.shape[-1])
+
+    @jax.jit
+    def estimate(key, kernels, images, labels):
+        def slope(kernels, v):
+            grads = jax.grad(loss)(kernels, images, labels)
+            return sum(jnp.vdot(grads[path], v[path]) for path in v)
+
+        def one(key):
+            keys = dict(zip(kernels, jax.random.split(key, len(kernels)), strict=True))
+            v = {p: jax.random.rademacher(keys[p], k.shape, k.dtype) for p, k in kernels.items()}
+            # Reverse over reverse: a model with a custom_vjp of its own has no forward mode.
+            product = jax.grad(slope)(kernels, v)
+            return {p: jnp.vdot(v[p], product[p]) / v[p].size for p in v}
+
+        found = jax.lax.map(one, jax.random.split(key, probes))
+        return {path: jnp.mean(values) for path, values in found.items()}
+
+    totals, examples = dict.fromkeys(shapes, 0.0), 0
+    for number, (images, labels) in enumerate(batches):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        for path, value in estimate(key, kernels, images, labels).items():
+            totals[path] += images.shape[0] * float(value)
+        examples += images.shape[0]
+    return {path: total / examples for path, total in totals.items()}
+
+
+def weight_errors(
+    net: QuantizedModel, variables: Tree, images: jax.Array, **kwargs: Any
+) -> dict[str, float]:
+    """||W_q - W||^2 of each quantized weight, by path."""
+
+    @jax.jit
+    def run(variables, images):
+        found = {}
+
+        def watch(path, operand, x, x_hat, spec, params):
+            if operand == "weight":
+                found[path] = jnp.sum(jnp.square(x_hat - x))
+
+        net.apply(variables, images, watch=watch, **kwargs)
+        return found
+
+    return {path: float(error) for path, error in run(variables, images).items()}
+
+
+def _place(params: Tree, path: str) -> tuple[str, ...]:
+    """Where a layer's weight lies in `params`."""
+    keys = tuple(path.split("/")) if path else ()
+    return (*keys, "kernel" if "kernel" in _get(params, keys) else "embedding")
+
+
+def _get(tree: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        tree = tree[key]
+    return tree
+
+
+def _put(tree: Tree, keys: tuple[str, ...], value: Any) -> Any:
+    if not keys:
+        return value
+    return {**tree, keys[0]: _put(tree[keys[0]], keys[1:], value)}

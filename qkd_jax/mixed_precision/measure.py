@@ -1,0 +1,305 @@
+"""What a net loses when one of its layers alone is quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax import checks, inspection
+from qkd_jax.calibration import calibrate
+from qkd_jax.interception import Frame
+from qkd_jax.mixed_precision.hessian import mean_curvatures, weight_errors
+from qkd_jax.mixed_precision.table import Bits, Candidate, Sensitivity, label
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize import QuantizedModel, Rule, quantize
+
+__all__ = ["METRICS", "sensitivity"]
+
+METRICS = ("mse", "kl", "hessian")
+
+Tree = dict[str, Any]
+
+
+def sensitivity(
+    model: QuantizedModel | nn.Module,
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    bits: Sequence[Bits] = (2, 3, 4, 8),
+    metric: str = "mse",
+    base: Spec | None = None,
+    observer: str | None = "mse",
+    probes: int = 32,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Sensitivity:
+    """Measures every layer at every choice of bits, with all other layers in float.
+
+        mse      mean (f(x) - f_i(x))^2                          over the outputs of the net
+        kl       mean KL(softmax f(x) || softmax f_i(x))
+        hessian  max(tr(H_i) / n_i, 0) * ||W_q - W||^2           (HAWQ-V2, arXiv 1911.03852)
+
+    with f_i the net whose layer i alone is quantized, and H_i the block of the loss' Hessian that
+    belongs to the n_i weights of layer i (see `hessian`). The loss is the cross-entropy of the
+    labels of batches that have them ("label"), else of the net's own predictions, whose Hessian is
+    the Fisher matrix.
+
+    One forward pass is compiled for each choice of bits, not for each layer: which layer is
+    quantized is an argument of it. "hessian" compiles one double backward pass of the float net.
+
+    Args:
+      model: a quantized model, whose rules say how each layer is quantized but for its bits; or a
+        linen module, for which `base` says so.
+      variables: its float variables; quantizers are left out, what `fold_bn` left is kept.
+      batches: images [batch, ...], dicts with "image" (and "label", "mask"), or tuples of one
+        array; they calibrate and measure.
+      bits: choices. A number: bits of the weight, inputs stay in float while this is measured. A
+        pair: bits of the weight and of the input, both quantized.
+      metric: "mse", "kl" or "hessian".
+      base: spec of all weights (and inputs, made per tensor, if choices are pairs) of a linen
+        module; None takes `Spec(8, granularity="channel")`.
+      observer: a key of `OBSERVERS`, or None for what each spec says. The rules that `allocate`
+        returns keep the specs' own.
+      probes: number of Hutchinson's vectors a batch, for "hessian".
+      seed: of these vectors.
+      **kwargs: further arguments of the model's call.
+
+    Returns:
+      The table.
+
+    Raises:
+      ValueError: no batch, an unknown metric, a choice that a layer's quantizer refuses, no layer
+        with a weight spec, a pair for a layer without an input spec, a float net whose outputs are
+        not finite, or "hessian" with pairs or with layers inside `nn.scan`.
+    """
+    checks.one_of("metric", metric, METRICS)
+    checks.integer_in("probes", probes, 1)
+    choices = _choices(bits)
+    pairs = any(isinstance(b, tuple) for b in choices)
+    if metric == "hessian" and pairs:
+        raise ValueError(
+            f"metric='hessian' came with the bits {bits!r}; the trace belongs to weights. Give "
+            "numbers of weight bits, or use metric='mse' or 'kl'."
+        )
+    net = _net(model, base, pairs)
+    if hasattr(batches, "shape") or isinstance(batches, Mapping):
+        raise ValueError("batches is one batch; give a list of batches, such as [images].")
+    given = [_unpacked(batch) for batch in batches]
+    given = [(x, labels) for x, labels in given if x.shape[0]]
+    if not given:
+        raise ValueError("batches is empty; give at least one batch of real inputs.")
+    images = [x for x, _ in given]
+    floats = _without_quantizers(variables)
+    infos = {info.path: info for info in inspection.layers(net, floats, images[0], **kwargs)}
+    infos = {path: info for path, info in infos.items() if info.weight is not None}
+    if not infos:
+        raise ValueError(
+            "no layer of this net has a weight spec, so there are no bits to choose. Give its "
+            "rules one, such as Rule('.*', weight=Spec(8, granularity='channel'))."
+        )
+    rules = {choice: {path: _rule(net, path, choice) for path in infos} for choice in choices}
+
+    logits_of = lambda v, x: _one_array(net._apply(Frame(net.spec_of), v, x, **kwargs))
+    references = [jax.jit(logits_of)(floats, x) for x in images]
+    if not all(np.isfinite(reference).all() for reference in references):
+        raise ValueError(
+            "the float net's output is not finite on these batches; check the weights and the "
+            "normalisation of the inputs."
+        )
+    curvatures = {}
+    if metric == "hessian":
+        shapes = {path: info.weight_shape for path, info in infos.items()}
+        curvatures = mean_curvatures(logits_of, floats, given, shapes, probes=probes, seed=seed)
+
+    macs, other_bops = _products(net, floats, images[0], infos, kwargs)
+    columns: list[dict[str, Candidate]] = []
+    for choice in choices:
+        chosen = quantize(net.model, [_measured(r, choice) for r in rules[choice].values()])
+        quantized = calibrate(chosen, floats, images, observer=observer, **kwargs)
+        if metric == "hessian":
+            errors = weight_errors(chosen, quantized, images[0], **kwargs)
+            loss = {path: max(curvatures[path], 0.0) * errors[path] for path in infos}
+        else:
+            loss = _losses(chosen, quantized, images, references, metric, tuple(infos), kwargs)
+        stored = inspection.layers(chosen, quantized, images[0], **kwargs)
+        kept = {info.path: info.bits for info in stored}
+        column = {}
+        for path, rule in rules[choice].items():
+            if not math.isfinite(loss[path]):
+                raise ValueError(
+                    f"layer {path!r} at {label(choice)} bits has the {metric} {loss[path]}; leave "
+                    "it out with a rule without a weight spec, or use another observer."
+                )
+            operations = macs[path] * _width(rule.weight) * _width(rule.input)
+            column[path] = Candidate(loss[path], kept[path], operations, rule)
+        columns.append(column)
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(floats.get("params", {})))
+    return Sensitivity(
+        metric=metric,
+        bits=choices,
+        layers={path: tuple(column[path] for column in columns) for path in infos},
+        other_bits=32 * (total - sum(info.params for info in infos.values())),
+        other_bops=other_bops,
+        rules=net.rules,
+    )
+
+
+def _choices(bits: Sequence[Bits]) -> tuple[Bits, ...]:
+    if isinstance(bits, int) or not bits:
+        raise ValueError(f"bits is {bits!r}; give a list of choices, such as (2, 4, 8).")
+    choices = tuple(tuple(b) if isinstance(b, list | tuple) else b for b in bits)
+    for place, choice in enumerate(choices):
+        pair = choice if isinstance(choice, tuple) else (choice,)
+        if isinstance(choice, tuple) and len(pair) != 2:
+            raise ValueError(f"bits[{place}] is {choice!r}; a pair is (weight bits, input bits).")
+        for number in pair:
+            checks.integer_in(f"bits[{place}]", number, 1, 16)
+    if len(set(choices)) < len(choices):
+        raise ValueError(f"bits is {bits!r}, which has a choice twice; drop one of them.")
+    return choices
+
+
+def _net(model: QuantizedModel | nn.Module, base: Spec | None, pairs: bool) -> QuantizedModel:
+    if isinstance(model, QuantizedModel):
+        if base is not None:
+            raise ValueError(
+                "base came with a quantized model, whose rules say how its layers are quantized. "
+                "Drop base, or give the linen module (`.model`)."
+            )
+        return model
+    base = base or Spec(8, granularity="channel")
+    inputs = dataclasses.replace(base, granularity="tensor") if pairs else None
+    return quantize(model, [Rule(".*", weight=base, input=inputs)])
+
+
+def _rule(net: QuantizedModel, path: str, choice: Bits) -> Rule:
+    """The rule of one layer at one choice; its other specs are those of the net."""
+    weight, inputs, output = (net.spec_of(path, name) for name in ("weight", "input", "output"))
+    w, x = choice if isinstance(choice, tuple) else (choice, None)
+    assert weight is not None  # only layers with a weight spec are measured
+    if x is not None:
+        if inputs is None:
+            raise ValueError(
+                f"bits has the pair {choice!r}, but the rules give layer {path!r} no input spec. "
+                "Give it one, or choose numbers of weight bits."
+            )
+        inputs = dataclasses.replace(inputs, bits=x)
+    return Rule(re.escape(path), dataclasses.replace(weight, bits=w), inputs, output)
+
+
+def _measured(rule: Rule, choice: Bits) -> Rule:
+    """The part of a rule that is quantized while its layer is measured."""
+    inputs = rule.input if isinstance(choice, tuple) else None
+    return dataclasses.replace(rule, input=inputs, output=None)
+
+
+def _width(spec: Spec | None) -> int:
+    return 32 if spec is None else spec.bits
+
+
+def _products(net, floats, images, paths, kwargs) -> tuple[dict[str, int], int]:
+    """Multiply-accumulates of each layer, and the bit operations of all other products."""
+    macs, other = dict.fromkeys(paths, 0), 0
+    for p in inspection.coverage(net, floats, images, **kwargs).products:
+        if p.path in macs and p.status != "MISSED":
+            macs[p.path] += p.macs
+        else:
+            other += p.macs * p.bits[0] * p.bits[1]
+    return macs, other
+
+
+def _unpacked(batch: Any) -> tuple[Any, Any]:
+    """Returns (images, labels or None) without the padding of a last batch."""
+    if isinstance(batch, tuple):
+        if len(batch) != 1:
+            raise ValueError(
+                f"a batch is a tuple of {len(batch)}; sensitivity takes models of one input. Give "
+                "images, or dicts with 'image' and 'label'."
+            )
+        return batch[0], None
+    if not isinstance(batch, Mapping):
+        return batch, None
+    if "image" not in batch:
+        raise ValueError(
+            f"a batch has the keys {sorted(batch)}; a dict needs 'image', or give the images alone."
+        )
+    image = np.asarray(batch["image"])
+    labels = np.asarray(batch["label"]) if "label" in batch else None
+    if "mask" in batch:
+        seen = np.asarray(batch["mask"]) > 0
+        image, labels = image[seen], None if labels is None else labels[seen]
+    return image, labels
+
+
+def _without_quantizers(variables: Mapping[str, Any]) -> Tree:
+    """Variables whose `quant` has only what `fold_bn` left for float layers."""
+
+    def kept(tree: Mapping[str, Any]) -> Tree:
+        out = {}
+        for key, value in tree.items():
+            if key == "folded":
+                out[key] = value
+            elif not key.endswith("_quantizer") and (inner := kept(value)):
+                out[key] = inner
+        return out
+
+    floats = {name: value for name, value in variables.items() if name != "quant"}
+    folded = kept(variables.get("quant", {}))
+    return {**floats, "quant": folded} if folded else floats
+
+
+class _Switched(Frame):
+    """An application in which each layer's quantizers are on or off, by a traced flag."""
+
+    def __init__(self, spec_of, on: Mapping[str, jax.Array]):
+        super().__init__(spec_of)
+        self.on = on
+
+    def _operand(self, module, sub, path, operand, x, place, *, batch_axes=()):
+        x_hat, _ = super()._operand(module, sub, path, operand, x, place, batch_axes=batch_axes)
+        # Without a view the product runs on these values, and is the float one where they are x.
+        return jnp.where(self.on[path], x_hat, x) if path in self.on else x_hat, None
+
+
+def _losses(chosen, quantized, images, references, metric, paths, kwargs) -> dict[str, float]:
+    """The loss of each layer quantized alone; one compilation serves them all."""
+
+    @jax.jit
+    def run(on, variables, x, reference):
+        frame = _Switched(chosen.spec_of, dict(zip(paths, on, strict=True)))
+        out = _one_array(chosen._apply(frame, variables, x, **kwargs))
+        return jnp.sum(_distance(metric, reference, out))
+
+    count = sum(r.size if metric == "mse" else r.size // r.shape[-1] for r in references)
+    found = {}
+    for path, on in zip(paths, np.eye(len(paths), dtype=bool), strict=True):
+        parts = [
+            run(on, quantized, x, reference)
+            for x, reference in zip(images, references, strict=True)
+        ]
+        found[path] = math.fsum(map(float, parts)) / count
+    return found
+
+
+def _one_array(out: Any) -> jax.Array:
+    if not isinstance(out, jax.Array) or out.ndim == 0:
+        raise ValueError(
+            f"the model returns {type(out).__name__}; sensitivity compares one array of outputs "
+            "[batch, ...]. Wrap the model in a module that returns it alone."
+        )
+    return out.astype(jnp.promote_types(out.dtype, jnp.float32))
+
+
+def _distance(metric: str, reference: jax.Array, out: jax.Array) -> jax.Array:
+    if metric == "mse":
+        return jnp.square(out - reference)
+    log_p, log_q = jax.nn.log_softmax(reference), jax.nn.log_softmax(out)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
