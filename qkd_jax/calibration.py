@@ -22,7 +22,7 @@ from qkd_jax.observers import OBSERVERS
 from qkd_jax.quantize import QuantizedModel, join_quant
 from qkd_jax.quantizers import QUANTIZERS
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "model_arguments"]
 
 Tree = dict[str, Any]
 _SUFFIX = "_observed"
@@ -67,7 +67,7 @@ def calibrate(
         raise checks.unknown("observer", observer, OBSERVERS)
     if hasattr(batches, "shape") or isinstance(batches, Mapping):
         raise ValueError("batches is one batch; give a list of batches, such as [images].")
-    inputs = [_arguments(batch) for batch in batches]
+    inputs = [model_arguments(batch) for batch in batches]
     if not inputs:
         raise ValueError("batches is empty; give at least one batch of real inputs.")
     chosen = OPERANDS if operands is None else _chosen(operands)
@@ -163,7 +163,7 @@ def _copied(tree: Any) -> Any:
     return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
 
 
-def _arguments(batch: Any) -> tuple[Any, ...]:
+def model_arguments(batch: Any) -> tuple[Any, ...]:
     if isinstance(batch, Mapping):
         if "image" not in batch:
             raise ValueError(

@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[set[str], ...], ...] = (
     ({"models"}, {"data"}),
     ({"graph"},),
     ({"product", "interception", "quantize", "calibration", "inspection", "presets"},),
+    ({"mixed_precision"}, {"diagnostics"}),
     ({"training"},),
     ({"ptq"},),  # before deploy, since converting folds BatchNorm
     ({"deploy"}, {"report"}),

@@ -10,7 +10,9 @@
 - `live(x, params, spec) -> params`, only where parameters are a function of the tensor itself: the
   parameters as they are for `x`, to hand to the other functions;
 - `pre_affine(params, spec) -> (gain, offset)`, only where the codes are those of
-  gain * x + offset instead of x.
+  gain * x + offset instead of x;
+- `clip_range(params, spec) -> (low, high)`, only where x is bent before it is rounded: the values
+  beyond which it is clipped, where else they are the grid's ends.
 
 To add one, write the file and name it in `QUANTIZERS`: the tests in
 `tests/quantizers/test_every_quantizer.py` run over that dict.

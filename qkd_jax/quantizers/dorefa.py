@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from qkd_jax import numerics
 from qkd_jax.numerics import IntFormat, Spec, Stats
 
-__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view", "live"]
+__all__ = ["OPTIONS", "check", "clip_range", "fake_quant", "init", "integer_view", "live"]
 
 Params = dict[str, jax.Array]
 
@@ -90,6 +90,12 @@ def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntF
     scale = jnp.maximum(scale * (1 / _levels(spec)), numerics.MIN_SCALE)
     format = IntFormat(spec.bits + 1, True, True) if spec.signed else spec.format
     return scale, jnp.zeros_like(scale), format
+
+
+def clip_range(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
+    """[0, 1] for activations; weights are squeezed by tanh and clipped nowhere."""
+    bound = jnp.ones_like(params["bound"])
+    return (-jnp.inf * bound, jnp.inf * bound) if spec.signed else (0 * bound, bound)
 
 
 def fake_quant(

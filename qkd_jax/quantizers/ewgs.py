@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from qkd_jax import numerics
 from qkd_jax.numerics import IntFormat, Spec, Stats
 
-__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view", "pre_affine"]
+__all__ = ["OPTIONS", "check", "clip_range", "fake_quant", "init", "integer_view", "pre_affine"]
 
 Params = dict[str, jax.Array]
 
@@ -95,6 +95,12 @@ def pre_affine(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
     width = jnp.maximum(params["upper"] - params["lower"], MIN_WIDTH)
     slope = jnp.abs(params["gain"]) * (1 / width)
     return slope, -params["lower"] * slope
+
+
+def clip_range(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
+    """The interval's ends."""
+    del spec
+    return params["lower"], params["upper"]
 
 
 def _place(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from qkd_jax import numerics
 from qkd_jax.numerics import IntFormat, Spec, Stats
 
-__all__ = ["check", "fake_quant", "init", "integer_view", "pre_affine"]
+__all__ = ["check", "clip_range", "fake_quant", "init", "integer_view", "pre_affine"]
 
 Params = dict[str, jax.Array]
 
@@ -93,6 +93,13 @@ def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntF
     format = spec.format
     scale = jax.lax.stop_gradient(_scale(low, half, format))
     return scale, jnp.zeros_like(scale), format
+
+
+def clip_range(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
+    """The interval's upper end, on both sides of zero where the spec is signed."""
+    low, half = _interval(params["center"], params["half_width"])
+    high = low + 2 * half
+    return -high if spec.signed else jnp.zeros_like(high), high
 
 
 def pre_affine(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
