@@ -164,6 +164,7 @@ def _copied(tree: Any) -> Any:
 
 
 def model_arguments(batch: Any) -> tuple[Any, ...]:
+    """What a model is called with for one batch as `calibrate` takes it, padding left out."""
     if isinstance(batch, Mapping):
         if "image" not in batch:
             raise ValueError(
