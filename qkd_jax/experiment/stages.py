@@ -26,12 +26,12 @@ from qkd_jax.inspection import layers, size
 from qkd_jax.interception import OPERANDS
 from qkd_jax.observers import OBSERVERS
 from qkd_jax.training.loop import Hooks, Window, run_steps
-from qkd_jax.training.optim import init_optimizer
 from qkd_jax.training.plan import Plan, plan_step
 from qkd_jax.training.progress import Progress
 from qkd_jax.training.state import (
     TrainState,
     frozen_variables,
+    init_opt,
     net_variables,
     optimizer_states,
     split,
@@ -53,7 +53,14 @@ def plan_stage(nets: Mapping[str, Any], stage: Stage) -> Plan:
             fields["clip_norm"] = None
         optim[net] = fields
     try:
-        return plan_step(nets, stage.fields["learn"], optim, horizon=stage.horizons)
+        return plan_step(
+            nets,
+            stage.fields["learn"],
+            optim,
+            horizon=stage.horizons,
+            hygiene=stage.fields["hygiene"],
+            steps=stage.steps,
+        )
     except ValueError as error:
         raise ValueError(f"stages.{stage.name}: {error}") from error
 
@@ -67,13 +74,14 @@ def train(
     epochs: float = 0.0,
     steps: int = 0,
     batch_size: int = 128,
+    hygiene: Mapping[str, Any] | None = None,
 ) -> None:
     """Trains the nets of `learn`; goes on where the stage was interrupted.
 
     All arms of an experiment see the same batches: the order of the data follows the step in the
     chain of stages that continue one another, so QKD's phases see what its controls see.
     """
-    del learn, optim, epochs, steps  # `stage` holds them in the form that the plan reads
+    del learn, optim, epochs, steps, hygiene  # `stage` holds them in the form that the plan reads
     plan = plan_stage(run.nets, stage)
     compiled = run.steps.get(plan)
     done = run.stage_step
@@ -122,10 +130,10 @@ def _optimizers(run: Run, stage: Stage, plan: Plan) -> dict[str, Any]:
         else:
             continue
         learned, _ = split(run.variables[net])
-        fresh = jax.eval_shape(
-            lambda tree, net=net: init_optimizer(plan.structure.optim[plan.slots[net]], tree),
-            learned,
-        )
+        fresh = jax.eval_shape(lambda tree, net=net: init_opt(plan, net, tree), learned)
+        if not run.stage_step:  # hygiene belongs to a stage; the optimizer alone travels on
+            fresh.pop("hygiene", None)
+            flat = {name: leaf for name, leaf in flat.items() if not name.startswith("hygiene/")}
         found[net] = unflatten_like(flat, fresh)
     return found
 

@@ -1,6 +1,7 @@
 """Training: state, optimizers, the step, the loop, checkpoints and the record of a run.
 
 plan       who learns from whom: a table becomes structure (compiled) and numbers (arguments)
+hygiene    oscillation, clamps, annealing and budgets of quantizers in training
 optim      optimizers and schedules over the groups weights, plain and quant
 state      what a step reads and writes; random streams
 step       the step and the evaluation, pure functions

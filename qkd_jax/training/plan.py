@@ -25,6 +25,7 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.losses import LOSSES
+from qkd_jax.training.hygiene import Hygiene, plan_hygiene
 from qkd_jax.training.optim import OptimStructure, plan_optimizer
 
 __all__ = ["Learner", "Plan", "StepStructure", "Term", "plan_step"]
@@ -53,12 +54,13 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """One net that learns: its slot, its module, the terms of its loss, its optimizer."""
+    """One net that learns: slot, module, terms of its loss, optimizer, and hygiene if any."""
 
     slot: str
     module: Any
     terms: tuple[Term, ...]
     optim: OptimStructure
+    hygiene: Hygiene | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Plan:
 
     Attributes:
         structure: Static and hashable; the key under which the compiled step is found.
-        hyper: {slot: {"optim": {name: float32 array}, "terms": {term: {name: float32 array}}}}.
+        hyper: {slot: {"optim": {name: float32 array}, "terms": {term: {name: float32 array}}}},
+            and "hygiene" like "optim" where a net has it.
         slots: {net: slot}, learners first.
         labels: {slot: {term: label}}.
         learners: Names of the nets that learn.
@@ -128,6 +131,8 @@ def plan_step(
     optim: Mapping[str, Mapping[str, Any]],
     *,
     horizon: int | Mapping[str, int],
+    hygiene: Mapping[str, Mapping[str, Any]] | None = None,
+    steps: int | None = None,
 ) -> Plan:
     """Checks the table of a stage and splits it into structure and numbers.
 
@@ -136,6 +141,8 @@ def plan_step(
         learn: {net: {label: {"loss", "source", "weight", <hyper-parameters of the loss>}}}.
         optim: {net: fields}, one for each net that learns; see `optim.plan_optimizer`.
         horizon: Length of the schedule in steps, for all or by net.
+        hygiene: {net: fields} for nets that learn; see `hygiene`.
+        steps: Length of the stage in steps, over which hygiene anneals; None takes the horizon.
 
     Returns:
         The plan of the stage's step.
@@ -151,6 +158,9 @@ def plan_step(
     for net in optim:
         if net not in learn:
             raise checks.unknown("net in optim (it does not learn in this stage)", net, learn)
+    for net in hygiene or {}:
+        if net not in learn:
+            raise checks.unknown("net in hygiene (it does not learn in this stage)", net, learn)
     slots = {net: f"net{i}" for i, net in enumerate(learn)}
     learners: list[Learner] = []
     hyper: dict[str, Any] = {}
@@ -160,12 +170,15 @@ def plan_step(
         if net not in optim:
             raise ValueError(f"optim.{net} is missing; net {net!r} learns, so give it an lr.")
         checks.at_least_one(f"learn.{net}", table)
-        steps = horizon[net] if isinstance(horizon, Mapping) else horizon
-        structure, numbers_of_optim = plan_optimizer(net, dict(optim[net]), steps)
+        length = horizon[net] if isinstance(horizon, Mapping) else horizon
+        structure, numbers_of_optim = plan_optimizer(net, dict(optim[net]), length)
+        clean, numbers_of_hygiene = plan_hygiene(net, (hygiene or {}).get(net, {}), steps or length)
         terms, values, names = _plan_terms(net, table, modules, slots)
         slot = slots[net]
-        learners.append(Learner(slot, _hashable(net, modules[net]), terms, structure))
+        learners.append(Learner(slot, _hashable(net, modules[net]), terms, structure, clean))
         hyper[slot] = {"optim": numbers_of_optim, "terms": values}
+        if clean is not None:
+            hyper[slot]["hygiene"] = numbers_of_hygiene
         labels[slot] = names
         if optim[net].get("continues"):
             continues[net] = str(optim[net]["continues"])

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.training import optim
+from qkd_jax.training import hygiene, optim
 from qkd_jax.training.plan import Plan
 
 __all__ = [
     "LEARNED",
     "TrainState",
     "frozen_variables",
+    "init_opt",
     "join",
     "net_variables",
     "optimizer_states",
@@ -124,10 +125,10 @@ def start_state(
         slot = plan.slots[net]
         learned, _ = split(nets[slot])
         _refuse_folded(net, learned.get("quant", {}))
-        fresh = optim.init_optimizer(plan.structure.optim[slot], learned)
-        states[slot] = fresh
+        states[slot] = fresh = init_opt(plan, net, learned)
         if opt is not None and net in opt:
-            states[slot] = _continued(net, opt[net], fresh)
+            wanted = {key: fresh[key] for key in opt[net] if key in fresh}
+            states[slot] = {**fresh, **_continued(net, opt[net], wanted)}
     return TrainState(
         step=jnp.asarray(step, jnp.int32),
         seed=jnp.asarray(np.uint32(seed)),
@@ -136,6 +137,16 @@ def start_state(
         hyper=_copy(plan.hyper),
         finite=jnp.asarray(True),
     )
+
+
+def init_opt(plan: Plan, net: str, learned: Mapping[str, Any]) -> dict[str, Any]:
+    """State of a net's optimizer that starts, and of its hygiene where it has any."""
+    (learner,) = (n for n in plan.structure.learners if n.slot == plan.slots[net])
+    state = optim.init_optimizer(learner.optim, learned)
+    if learner.hygiene is not None:
+        where = f"hygiene.{net}"
+        state["hygiene"] = hygiene.init(learner.hygiene, learner.module, learned, where=where)
+    return state
 
 
 def _continued(net: str, state: Any, fresh: Any) -> Any:

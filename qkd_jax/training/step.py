@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from qkd_jax.interception import ROUNDING
 from qkd_jax.losses import LOSSES
 from qkd_jax.metrics import classification
-from qkd_jax.training import optim
+from qkd_jax.training import hygiene, optim
 from qkd_jax.training.plan import Plan, StepStructure, Term
 from qkd_jax.training.state import TrainState, join, split, step_key
 
@@ -196,6 +196,15 @@ def total_loss(
             value = jnp.sum(_term_values(term, own, logits, labels, numbers, mask))
             values[term.name] = value
             values["loss"] = values["loss"] + numbers["weight"] * value
+        if learner.hygiene is not None:
+            # Shared out over devices by their examples, so that their sum has it once.
+            values["loss"] = values["loss"] + count * hygiene.penalty(
+                learner.hygiene,
+                learner.module,
+                state.hyper[learner.slot]["hygiene"],
+                learned[learner.slot],
+                state.opt[learner.slot]["hygiene"],
+            )
         loss = loss + values["loss"] / jnp.maximum(everywhere, 1.0)
         sums[learner.slot] = values
     return loss, (updated, sums)
@@ -211,9 +220,9 @@ def make_step(structure: StepStructure) -> Step:
     """Builds the training step of a structure; equal structures give the same function.
 
     The step's metrics are {slot: {"count", "loss", "top1", <term>: sums over the batch; "lr",
-    "quant_lr", "grad_norm"}, "finite": bool}. Where the loss, a gradient or a statistic is not
-    finite, the state keeps its nets and optimizers (the step counter goes on), so that
-    `nonfinite.locate_nonfinite` can find the cause in it.
+    "quant_lr", "grad_norm", with hygiene "oscillating" and "frozen"}, "finite": bool}. Where the
+    loss, a gradient or a statistic is not finite, the state keeps its nets and optimizers (the step
+    counter goes on), so that `nonfinite.locate_nonfinite` can find the cause in it.
 
     Args:
         structure: From `plan_step(...).structure`.
@@ -253,6 +262,15 @@ def make_step(structure: StepStructure) -> Step:
                 state.opt[slot],
                 learned[slot],
             )
+            if learner.hygiene is not None:
+                moved, opt[slot]["hygiene"], shares = hygiene.apply(
+                    learner.hygiene,
+                    learner.module,
+                    state.hyper[slot]["hygiene"],
+                    moved,
+                    state.opt[slot]["hygiene"],
+                )
+                rates = {**rates, **shares}
             nets[slot] = join(moved, updated[slot])
             metrics[slot] = {**metrics[slot], **rates}
             # The norm is finite only if every gradient is: one number stands for all of them.
@@ -287,8 +305,9 @@ def name_metrics(plan: Plan, metrics: Metrics) -> dict[str, dict[str, float]]:
             # A label may be called "loss" or "lr"; the step's own names come first.
             key = label if label not in values else f"{label}_term"
             row[key] = float(values[term]) / count
-        for name in ("lr", "quant_lr", "grad_norm"):
-            row[name] = float(values[name])
+        for name in ("lr", "quant_lr", "grad_norm", "oscillating", "frozen"):
+            if name in values:
+                row[name] = float(values[name])
         named[plan.net_of(learner.slot)] = row
     return named
 

@@ -1,0 +1,371 @@
+"""What keeps low-bit training healthy besides descent: options of a train stage, for each net.
+
+    stages.qat.hygiene.net = dict(freeze=0.04, freeze_end=0.01)
+
+- **Oscillation** (Nagel, Fournarakis, Bondarenko, Blankevoort, 2022, arXiv 2203.11086). Under a
+  straight-through gradient a weight whose best value lies between two codes jumps between them. A
+  change of code against the direction of the last one is an oscillation (equation 4),
+  f = m o + (1 - m) f its frequency (equation 5). `track` measures; `freeze` pins a weight whose f
+  passes a threshold to the rounded average of its codes (algorithm 1), the threshold going from
+  `freeze` to `freeze_end` along a cosine; `dampen` adds L = sum (clip(w) - w_hat)^2, w_hat without
+  gradient (equation 6), with a strength that rises from `dampen_start` to `dampen` along a cosine.
+- **Step clamp**: `max_ratio` keeps learned steps within a factor of what they were when the stage
+  began.
+- **Annealing**: `anneal` takes a quantizer's parameter, such as the sigmoid's temperature, to a
+  value at the stage's end, by equal ratios.
+- **Size budget** for learned bits: `size_weight * max(size / size_bytes - 1, 0)` is added to the
+  loss, size being that of all weights whose bits are learned (Uhlich et al., 2019, arXiv
+  1905.11452, with a hinge in place of their squared one).
+
+The state of all this lies beside the optimizer's, so that a run that is killed resumes exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax.quantizers import QUANTIZERS, lsq
+from qkd_jax.training.weights import Weight, quantized_weights, rounded, with_weight
+
+__all__ = ["HYGIENE_FIELDS", "Hygiene", "apply", "init", "oscillating", "penalty", "plan_hygiene"]
+
+Tree = dict[str, Any]
+
+HYGIENE_FIELDS: dict[str, Any] = {
+    "track": False,
+    "momentum": 0.01,
+    "freeze": None,
+    "freeze_end": None,
+    "dampen": 0.0,
+    "dampen_start": 0.0,
+    "max_ratio": None,
+    "anneal": {},
+    "size_bytes": None,
+    "size_weight": 1.0,
+}
+# A weight counts as oscillating from this frequency on, as in the paper's table 1.
+OSCILLATES = 0.005
+_STEPS = ("step", "scale")
+_LOG2_STEPS = ("log2_threshold",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hygiene:
+    """What is switched on: the static part, on which a step is compiled."""
+
+    track: bool = False
+    freeze: bool = False
+    dampen: bool = False
+    clamp: bool = False
+    anneal: tuple[str, ...] = ()
+    budget: bool = False
+
+
+def plan_hygiene(
+    net: str, fields: Mapping[str, Any], horizon: int
+) -> tuple[Hygiene | None, dict[str, Any]]:
+    """Splits a net's options into what is compiled and numbers.
+
+    Args:
+        net: For messages.
+        fields: Any of `HYGIENE_FIELDS`; what is off may be left out, None or 0.
+        horizon: Steps of the stage.
+
+    Returns:
+        (structure or None where nothing is on, {name: float32 array}).
+
+    Raises:
+        ValueError: An unknown field or a number out of its range.
+    """
+    where = f"hygiene.{net}"
+    for key in fields:
+        if key not in HYGIENE_FIELDS:
+            raise checks.unknown(f"field of {where}", key, HYGIENE_FIELDS)
+    given = {**HYGIENE_FIELDS, **fields}
+    numbers: dict[str, float] = {}
+    if given["track"] or given["freeze"]:
+        checks.number(f"{where}.momentum", given["momentum"], low=0, low_allowed=False, high=1)
+        numbers["momentum"] = given["momentum"]
+    if given["freeze"]:
+        end = given["freeze_end"] or given["freeze"]
+        for key, value in (("freeze", given["freeze"]), ("freeze_end", end)):
+            checks.number(f"{where}.{key}", value, low=0, low_allowed=False, high=1)
+            numbers[key] = value
+    elif given["freeze_end"]:
+        raise ValueError(f"{where}.freeze_end came without freeze, the threshold at the start.")
+    for key in ("dampen", "dampen_start"):
+        checks.number(f"{where}.{key}", given[key], low=0)
+    if given["dampen"] or given["dampen_start"]:
+        numbers |= {key: given[key] for key in ("dampen", "dampen_start")}
+    if given["max_ratio"]:
+        checks.number(f"{where}.max_ratio", given["max_ratio"], low=1, low_allowed=False)
+        numbers["max_ratio"] = given["max_ratio"]
+    for key, value in given["anneal"].items():
+        checks.number(f"{where}.anneal.{key}", value, low=0, low_allowed=False)
+        numbers[f"anneal_{key}"] = value
+    if given["size_bytes"]:
+        checks.number(f"{where}.size_bytes", given["size_bytes"], low=0, low_allowed=False)
+        checks.number(f"{where}.size_weight", given["size_weight"], low=0)
+        numbers |= {key: given[key] for key in ("size_bytes", "size_weight")}
+    hygiene = Hygiene(
+        track=bool(given["track"] or given["freeze"]),
+        freeze=bool(given["freeze"]),
+        dampen=bool(given["dampen"] or given["dampen_start"]),
+        clamp=bool(given["max_ratio"]),
+        anneal=tuple(sorted(given["anneal"])),
+        budget=bool(given["size_bytes"]),
+    )
+    if hygiene == Hygiene():
+        return None, {}
+    numbers["horizon"] = float(horizon)
+    return hygiene, {key: np.asarray(value, np.float32) for key, value in numbers.items()}
+
+
+def init(
+    hygiene: Hygiene, module: Any, learned: Mapping[str, Any], *, where: str = "hygiene"
+) -> Tree:
+    """State at the start of a stage.
+
+    Args:
+        hygiene: Static description.
+        module: QuantizedModel.
+        learned: {"params", "quant"} of the net.
+        where: For messages.
+
+    Returns:
+        {"count": int32 scalar, "weights": {path: arrays}, "start": {path: array}}.
+
+    Raises:
+        ValueError: Nothing is there that an option could act on, or `freeze` or `dampen` meets a
+            quantizer that bends weights before it rounds them.
+    """
+    weights = list(quantized_weights(module, learned))
+    if (hygiene.track or hygiene.dampen) and not weights:
+        raise ValueError(
+            f"{where}: track, freeze and dampen came, but no weight of the net has a quantizer "
+            "with integer codes. Calibrate before this stage, or drop them."
+        )
+    if hygiene.freeze or hygiene.dampen:
+        for weight in weights:
+            _refuse_bent(where, weight)
+    state: Tree = {"count": jnp.zeros((), jnp.int32), "weights": {}, "start": {}}
+    if hygiene.track:
+        for weight in weights:
+            codes = rounded(learned, weight).codes.astype(jnp.float32)
+            state["weights"][weight.path] = {
+                "codes": codes.astype(jnp.int32),
+                "direction": jnp.zeros(codes.shape, jnp.int8),
+                "frequency": jnp.zeros(codes.shape, jnp.float32),
+            }
+            if hygiene.freeze:
+                state["weights"][weight.path] |= {
+                    "mean": codes,
+                    "pinned": jnp.full(codes.shape, jnp.nan, jnp.float32),
+                }
+    names = {name: leaf for name, leaf in _leaves(learned.get("quant", {})).items()}
+    wanted = (*(_STEPS + _LOG2_STEPS if hygiene.clamp else ()), *hygiene.anneal)
+    state["start"] = {name: leaf for name, leaf in names.items() if _last(name) in wanted}
+    found = {_last(name) for name in state["start"]}
+    for name in hygiene.anneal:
+        if name not in found:
+            there = ", ".join(sorted({_last(n) for n in names})) or "none yet: calibrate first"
+            raise ValueError(
+                f"{where}.anneal.{name}: no quantizer of the net has a parameter {name!r}; there "
+                f"are {there}."
+            )
+    if hygiene.clamp and not found & {*_STEPS, *_LOG2_STEPS}:
+        raise ValueError(
+            f"{where}.max_ratio: no quantizer of the net has a learned step; it acts on "
+            f"{', '.join((*_STEPS, *_LOG2_STEPS))}."
+        )
+    if hygiene.budget and not list(_with_learned_bits(module, learned)):
+        raise ValueError(
+            f"{where}.size_bytes: no weight of the net has learned bits. Give its spec "
+            "quantizer='lsq', options={'learn_bits': True}."
+        )
+    return state
+
+
+def _refuse_bent(where: str, weight: Weight) -> None:
+    quantizer = QUANTIZERS[weight.spec.quantizer]
+    if hasattr(quantizer, "clip_range") or hasattr(quantizer, "live"):
+        raise ValueError(
+            f"{where}: freeze and dampen act on weights that are rounded as they are, and "
+            f"quantizer {weight.spec.quantizer!r} of layer {weight.path!r} transforms them first. "
+            "Use lsq, lsq_plus, tqt, dsq, sigmoid or uniform there, or track alone."
+        )
+
+
+def _cosine(start: jax.Array, end: jax.Array, done: jax.Array) -> jax.Array:
+    return end + (start - end) * 0.5 * (1 + jnp.cos(math.pi * done))
+
+
+def _done(hyper: Tree, count: jax.Array) -> jax.Array:
+    """How much of the stage is over, 0 to 1; 1 at its last step."""
+    return jnp.clip(count / jnp.maximum(hyper["horizon"] - 1, 1), 0, 1)
+
+
+def penalty(hygiene: Hygiene, module: Any, hyper: Tree, learned: Tree, state: Tree) -> jax.Array:
+    """What is added to the net's loss, float32 scalar: dampening and the size budget."""
+    total = jnp.zeros((), jnp.float32)
+    if hygiene.dampen:
+        strength = _cosine(hyper["dampen_start"], hyper["dampen"], _done(hyper, state["count"]))
+        squares = jnp.zeros((), jnp.float32)
+        for weight in quantized_weights(module, learned):
+            grid = rounded(learned, weight)
+            values = _own(learned, weight).reshape(grid.values.shape)
+            squares += jnp.sum(jnp.square(jnp.clip(values, grid.low, grid.high) - grid.on_grid))
+        total = total + strength * squares
+    if hygiene.budget:
+        size = sum(_bytes(learned, weight) for weight in _with_learned_bits(module, learned))
+        over = jnp.maximum(size / hyper["size_bytes"] - 1, 0)
+        total = total + hyper["size_weight"] * over
+    return total
+
+
+def _own(learned: Tree, weight: Weight) -> jax.Array:
+    tree = learned["params"]
+    for key in weight.keys:
+        tree = tree[key]
+    return tree[weight.name]
+
+
+def _with_learned_bits(module: Any, learned: Mapping[str, Any]) -> Iterator[Weight]:
+    for weight in quantized_weights(module, learned):
+        if weight.spec.quantizer == "lsq" and weight.spec.option("learn_bits", False):
+            yield weight
+
+
+def _bytes(learned: Tree, weight: Weight) -> jax.Array:
+    """Bytes of the codes at the bits in use, with a gradient to the bits."""
+    tree = learned["quant"]
+    for key in weight.keys:
+        tree = tree[key]
+    bits = lsq.used_bits(tree["weight_quantizer"], weight.spec)
+    return jnp.sum(bits) * (_own(learned, weight).size / max(bits.size, 1)) / 8
+
+
+def apply(
+    hygiene: Hygiene, module: Any, hyper: Tree, learned: Tree, state: Tree
+) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+    """What follows an update: quantizers are clamped and annealed, weights watched and pinned.
+
+    Args:
+        hygiene: Static description.
+        module: QuantizedModel.
+        hyper: Numbers of `plan_hygiene`.
+        learned: {"params", "quant"} after the optimizer's update.
+        state: Of `init` or of the step before.
+
+    Returns:
+        (learned, state, {"oscillating", "frozen"}: shares of all weights that are tracked).
+    """
+    done = _done(hyper, state["count"])
+    quant = _map_leaves(
+        learned.get("quant", {}),
+        {
+            name: _held(hygiene, hyper, done, _last(name), start)
+            for name, start in state["start"].items()
+        },
+    )
+    learned = {**learned, "quant": quant} if quant else learned
+    metrics: dict[str, jax.Array] = {}
+    weights: Tree = {}
+    if hygiene.track:
+        swinging, frozen, size = jnp.zeros(()), jnp.zeros(()), 0
+        for weight in quantized_weights(module, learned):
+            learned, found = _watch(hygiene, hyper, done, learned, weight, state["weights"])
+            weights[weight.path] = found
+            swinging += jnp.sum(found["frequency"] > OSCILLATES)
+            size += found["frequency"].size
+            if hygiene.freeze:
+                frozen += jnp.sum(~jnp.isnan(found["pinned"]))
+        metrics["oscillating"] = swinging / max(size, 1)
+        if hygiene.freeze:
+            metrics["frozen"] = frozen / max(size, 1)
+    return learned, {**state, "count": state["count"] + 1, "weights": weights}, metrics
+
+
+def _watch(hygiene, hyper, done, learned, weight, states) -> tuple[Tree, Tree]:
+    """One step of the paper's algorithm 1 for one weight."""
+    state, momentum = states[weight.path], hyper["momentum"]
+    grid = rounded(learned, weight)
+    codes = grid.codes.astype(jnp.float32)
+    if hygiene.freeze:
+        codes = jnp.where(jnp.isnan(state["pinned"]), codes, state["pinned"])
+    moved = jnp.sign(codes.astype(jnp.int32) - state["codes"]).astype(jnp.int8)
+    swung = (moved != 0) & (moved == -state["direction"])
+    frequency = momentum * swung + (1 - momentum) * state["frequency"]
+    new = {
+        "codes": codes.astype(jnp.int32),
+        "direction": jnp.where(moved != 0, moved, state["direction"]),
+        "frequency": frequency,
+    }
+    if hygiene.freeze:
+        mean = momentum * codes + (1 - momentum) * state["mean"]
+        threshold = _cosine(hyper["freeze"], hyper["freeze_end"], done)
+        caught = jnp.isnan(state["pinned"]) & (frequency > threshold)
+        pinned = jnp.where(caught, jnp.round(mean), state["pinned"])
+        new |= {"mean": mean, "pinned": pinned}
+        # Going to the average is not one more oscillation.
+        new["codes"] = jnp.where(caught, pinned, codes).astype(jnp.int32)
+        # Codes are pinned, not values: the step goes on learning, and the weight follows it.
+        values = jnp.where(jnp.isnan(pinned), grid.values, pinned * grid.scale)
+        learned = with_weight(learned, weight, values)
+    return learned, new
+
+
+def _held(hygiene: Hygiene, hyper: Tree, done: jax.Array, name: str, start: jax.Array):
+    """What is done to a parameter of a quantizer that was `start` when the stage began."""
+
+    def held(value: jax.Array) -> jax.Array:
+        if name in hygiene.anneal:
+            return (start * (hyper[f"anneal_{name}"] / start) ** done).astype(value.dtype)
+        ratio = hyper["max_ratio"]
+        if name in _LOG2_STEPS:
+            return jnp.clip(value, start - jnp.log2(ratio), start + jnp.log2(ratio))
+        return jnp.clip(value, start / ratio, start * ratio)
+
+    return held
+
+
+def oscillating(state: Tree) -> dict[str, float]:
+    """{path of a layer: share of its weights that oscillate} out of a state that tracks."""
+    return {
+        path: float(np.mean(np.asarray(found["frequency"]) > OSCILLATES))
+        for path, found in state.get("weights", {}).items()
+    }
+
+
+def _last(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, jax.Array]:
+    out: dict[str, jax.Array] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            out |= _leaves(value, f"{prefix}{key}/")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def _map_leaves(tree: Mapping[str, Any], functions: Mapping[str, Any], prefix: str = "") -> Tree:
+    """Applies {name: function} to the leaves of these names."""
+    out: Tree = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            out[key] = _map_leaves(value, functions, f"{name}/")
+        else:
+            out[key] = functions[name](value) if name in functions else value
+    return out

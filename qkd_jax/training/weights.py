@@ -1,0 +1,142 @@
+"""The quantized weights of a net as they lie in its variables, outside a forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import quantizers
+from qkd_jax.numerics import Spec
+from qkd_jax.quantizers import QUANTIZERS
+
+__all__ = ["Rounded", "Weight", "quantized_weights", "rounded", "with_weight"]
+
+Tree = Mapping[str, Any]
+NAMES = ("kernel", "embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Where a quantized weight lies: its layer's path, and the name of its array in `params`."""
+
+    path: str
+    name: str
+    spec: Spec
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the layer in "params" and in "quant"."""
+        return tuple(self.path.split("/")) if self.path else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """A weight on its grid, all in the array's own shape but for the groups that are cut.
+
+    Attributes:
+        values: The float weights, in float32 or wider.
+        on_grid: The values that the quantizer gives.
+        codes: Centred codes, whole numbers as floats.
+        scale: Broadcasts against `codes`; `on_grid` is codes * scale.
+        low: Lowest value of the grid, like `scale`.
+        high: Highest one.
+    """
+
+    values: jax.Array
+    on_grid: jax.Array
+    codes: jax.Array
+    scale: jax.Array
+    low: jax.Array
+    high: jax.Array
+
+
+def quantized_weights(module: Any, learned: Tree) -> Iterator[Weight]:
+    """Yields the weights with a quantizer and codes of integers, in the order of "quant".
+
+    Args:
+        module: QuantizedModel.
+        learned: {"params", "quant"} of a net.
+    """
+    for keys, _ in _walk(learned.get("quant", {})):
+        spec = module.spec_of("/".join(keys), "weight")
+        layer = _get(learned["params"], keys)
+        name = next((n for n in NAMES if n in layer), None)
+        if spec is None or name is None:
+            continue
+        weight = Weight("/".join(keys), name, spec)
+        params = _params(learned, weight)
+        if QUANTIZERS[spec.quantizer].integer_view(params, spec) is not None:
+            yield weight
+
+
+def rounded(learned: Tree, weight: Weight) -> Rounded:
+    """Puts a weight on its grid; nothing of it has a gradient."""
+    array = jax.lax.stop_gradient(_get(learned["params"], weight.keys)[weight.name])
+    wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    params = jax.tree.map(jax.lax.stop_gradient, _params(learned, weight))
+    spec, quantizer = weight.spec, QUANTIZERS[weight.spec.quantizer]
+    if isinstance(spec.granularity, int):
+        wide = _cut(wide, spec.granularity, jax.tree.leaves(params)[0].shape)
+    # A layer in nn.scan or nn.vmap has a first axis of its own, also where its scale is a number.
+    params = {
+        key: jnp.reshape(value, (*value.shape, *(1,) * (wide.ndim - value.ndim)))
+        if 0 < value.ndim < wide.ndim
+        else value
+        for key, value in params.items()
+    }
+    params = quantizers.live(wide, params, spec)
+    on_grid = quantizer.fake_quant(wide, params, spec)
+    scale, zero_point, format = quantizer.integer_view(params, spec)
+    low, high = (scale * (end - zero_point) for end in (format.qmin, format.qmax))
+    return Rounded(wide, on_grid, jnp.round(on_grid * (1 / scale)), scale, low, high)
+
+
+def with_weight(learned: Tree, weight: Weight, values: jax.Array) -> dict[str, Any]:
+    """Returns the tree with other values of a weight, of its shape up to groups that are cut."""
+
+    def put(tree: Tree, keys: tuple[str, ...]) -> dict[str, Any]:
+        if keys:
+            return {**tree, keys[0]: put(tree[keys[0]], keys[1:])}
+        old = tree[weight.name]
+        return {**tree, weight.name: jnp.reshape(values, old.shape).astype(old.dtype)}
+
+    return {**learned, "params": put(learned["params"], weight.keys)}
+
+
+def _params(learned: Tree, weight: Weight) -> dict[str, jax.Array]:
+    return dict(_get(learned["quant"], weight.keys)["weight_quantizer"])
+
+
+def _cut(values: jax.Array, size: int, shape: tuple[int, ...]) -> jax.Array:
+    """Cuts the axis that the parameters' shape says: [..., n / size, 1, ...]."""
+    for axis, count in enumerate(values.shape):
+        fits = shape[axis] * size == count and shape[axis + 1] == 1
+        if fits and all(
+            n in (1, m)
+            for n, m in zip(
+                (*shape[:axis], *shape[axis + 2 :]),
+                (*values.shape[:axis], *values.shape[axis + 1 :]),
+                strict=True,
+            )
+        ):
+            cut = (*values.shape[:axis], count // size, size, *values.shape[axis + 1 :])
+            return jnp.reshape(values, cut)
+    raise ValueError(f"parameters of shape {shape} fit no groups of {size} in {values.shape}.")
+
+
+def _walk(quant: Tree, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, tree in quant.items():
+        if key == "weight_quantizer":
+            yield keys, tree
+        elif isinstance(tree, Mapping):
+            yield from _walk(tree, (*keys, key))
+
+
+def _get(tree: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        tree = tree[key]
+    return tree
