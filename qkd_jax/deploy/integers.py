@@ -139,6 +139,7 @@ class _Converter:
         program = Program(
             steps=tuple(self.steps),
             inputs=self.graph.inputs,
+            signature=tuple(self.graph.avals[v] for v in self.graph.inputs),
             outputs=outputs,
             arrays=self.keys,
             numbers=self.numbers,

@@ -94,6 +94,7 @@ class Program:
 
     steps: tuple[Any, ...]
     inputs: tuple[int, ...]
+    signature: tuple[jax.ShapeDtypeStruct, ...]  # of the inputs; the batch axis is `batch`
     outputs: tuple[int, ...]
     arrays: dict[int, str]  # value -> key in the arrays
     numbers: dict[int, np.ndarray]  # scalars of the model's code
