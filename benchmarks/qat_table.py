@@ -13,14 +13,10 @@ table, mean +- standard deviation over seeds, and writes qat_table.json and qat_
 
 import argparse
 import json
-import os
 import pathlib
 import statistics
-import sys
-import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import arms
 
 from configs import qat
 
@@ -60,14 +56,11 @@ def config_of(args, quantizer, bits, seed):
             init_from=source,
         ).items()
     )
-    config = qat.get_config(text).unlock()
-    config.schedule = tuple(s for s in config.schedule if s != "deploy")
-    config.log.eval_every_steps = 0
-    config.log.quant_every_steps = 0
-    return config.lock()
+    return arms.undeployed(qat.get_config(text))
 
 
-def arms(args):
+def arms_of(args):
+    """Yields (quantizer, bits, seed)."""
     from qkd_jax.presets import PAIRS
 
     wanted = [q for q in args.quantizers.split(",") if q] or list(PAIRS)
@@ -77,76 +70,20 @@ def arms(args):
                 yield quantizer, bits, seed
 
 
-def run_arm(args, quantizer, bits, seed):
-    """Runs or reads one arm: {"float", "calibrated", "QAT"} top-1 in percent."""
-    from qkd_jax import experiment
-
-    folder = pathlib.Path(args.out) / f"{args.model}_{quantizer}_{bits}_s{seed}"
-    results = folder / "results.json"
-    if not results.exists():
-        if args.dry:
-            return None
-        begin = time.perf_counter()
-        try:
-            experiment.run(
-                config_of(args, quantizer, bits, seed), folder, report=False, verbose=False
-            )
-        except experiment.NonFiniteError as error:
-            print(f"{folder.name}: {error}", file=sys.stderr)
-            return {"QAT": float("nan")}
-        print(f"{folder.name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-    rows = json.loads(results.read_text())["rows"]
-    return {row["method"]: 100 * row["top1"] for row in rows}
-
-
-def spread(values):
-    mean = statistics.fmean(values)
-    return f"{mean:.2f}" + (f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
 def show(found, args):
     """Prints the markdown table and returns it as data."""
     table: dict[str, dict[str, list[float]]] = {}
     floats: dict[int, float] = {}
-    for (quantizer, bits, seed), result in found.items():
-        table.setdefault(quantizer, {}).setdefault(bits, []).append(result["QAT"])
-        if "float" in result:
-            floats[seed] = result["float"]
+    for (quantizer, bits, seed), rows in found.items():
+        top1 = {row["method"]: 100 * row["top1"] for row in rows}
+        table.setdefault(quantizer, {}).setdefault(bits, []).append(top1.get("QAT", float("nan")))
+        if "float" in top1:
+            floats[seed] = top1["float"]
     columns = list(dict.fromkeys(b for row in table.values() for b in row))
-    print(f"float {args.model}: {spread(list(floats.values()))}\n")
-    print("| quantizer | " + " | ".join(c.upper() for c in columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
-    for quantizer, row in table.items():
-        cells = [spread(row[c]) if c in row else "" for c in columns]
-        print(f"| {quantizer} | " + " | ".join(cells) + " |")
+    print(f"float {args.model}: {arms.spread(list(floats.values()))}\n")
+    cells = {q: {b.upper(): arms.spread(v) for b, v in row.items()} for q, row in table.items()}
+    print("\n".join(arms.table_lines("quantizer", [c.upper() for c in columns], cells)))
     return {"float": floats, "qat": table}
-
-
-def plot(table, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    columns = list(dict.fromkeys(b for row in table["qat"].values() for b in row))
-    names = list(table["qat"])
-    for place, bits in enumerate(columns):
-        at = [i + 0.8 * (place - (len(columns) - 1) / 2) / len(columns) for i in range(len(names))]
-        means = [statistics.fmean(table["qat"][n].get(bits, [float("nan")])) for n in names]
-        errors = [
-            statistics.stdev(v) if len(v := table["qat"][n].get(bits, [0.0])) > 1 else 0
-            for n in names
-        ]
-        axes.errorbar(at, means, errors, fmt="o", capsize=2, label=bits.upper())
-    if table["float"]:
-        axes.axhline(statistics.fmean(table["float"].values()), ls="--", c="gray", label="float")
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axes.set_ylabel("top-1 %")
-    axes.legend(ncols=3, fontsize=8)
-    axes.grid(axis="y", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 def main():
@@ -154,13 +91,21 @@ def main():
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     found = {}
-    for arm in arms(args):
-        result = run_arm(args, *arm)
+    for arm in arms_of(args):
+        name = "_".join((args.model, *arm[:2], f"s{arm[2]}"))
+        result = arms.run_arm(config_of(args, *arm), out / name, dry=args.dry)
         if result is not None:
-            found[arm] = result
+            found[arm] = result[0]
+    if not found:
+        raise SystemExit(f"No arm is finished under {out}; run without --dry.")
     table = show(found, args)
     (out / "qat_table.json").write_text(json.dumps(table, indent=1))
-    plot(table, out / "qat_table.png")
+    series: dict[str, dict[str, list[float]]] = {}
+    for quantizer, row in table["qat"].items():
+        for bits, values in row.items():
+            series.setdefault(bits.upper(), {})[quantizer] = values
+    mean = statistics.fmean(table["float"].values()) if table["float"] else None
+    arms.plot(series, out / "qat_table.png", ylabel="top-1 %", line=mean, line_label="float")
 
 
 if __name__ == "__main__":
