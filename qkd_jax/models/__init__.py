@@ -32,6 +32,7 @@ from qkd_jax import checks
 from qkd_jax.models.mlp import MLP
 from qkd_jax.models.mobilenet import InvertedResidual, MobileNet, MobileNetV2, SeparableBlock
 from qkd_jax.models.resnet import BasicBlock, ResNet, blocks_per_stage
+from qkd_jax.models.vit import TransformerBlock, ViT
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": functools.partial(ResNet, depth=8),
@@ -45,6 +46,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet32x4": functools.partial(ResNet, depth=32, width=64, stem_width=32),
     "mobilenet": MobileNet,
     "mobilenet_v2": MobileNetV2,
+    "vit": ViT,
+    "vit_tiny": functools.partial(ViT, patch=16, depth=12, width=192, heads=3, mlp_ratio=4),
     "mlp": MLP,
 }
 
@@ -57,6 +60,8 @@ __all__ = [
     "MobileNetV2",
     "ResNet",
     "SeparableBlock",
+    "TransformerBlock",
+    "ViT",
     "create",
 ]
 
