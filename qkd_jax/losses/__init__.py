@@ -2,21 +2,42 @@
 
 `LOSSES` maps the names used in a config's `learn` table to functions; `qkd_jax.losses.kd` and
 `LOSSES["kd"]` are the same object. To add a loss, write the function in the file of its family
-(`response.py` for what compares logits, `decoupled.py` for what splits off the labelled class),
-import it here and give it a line in `LOSSES`: the tests in `tests/losses/test_losses.py` are
-parametrised over the table and read the signature.
+(`response.py` for what compares logits, `decoupled.py` for what splits off the labelled class,
+`relation.py` for what relates examples), import it here and give it a line in `LOSSES`: the tests
+in `tests/losses/test_losses.py` are parametrised over the table and read the signature.
 
-Signature rules that the training step relies on:
+Signature rules that the training step relies on. Positional names say what it passes:
 
-* Positional names say what the step passes: `logits` or `student_logits` come from the net that
-  learns, every `teacher_...` from the net named by `source`, `labels` from the batch.
+* `logits` or `student_logits`, [batch, classes], come from the net that learns; `teacher_logits`
+  from the net named by `source`, `teachers_logits`, a tuple of such, from several. `labels`,
+  int [batch], and `index`, int32 [batch], the examples' ids, come from the batch.
+* `student_feature` and `teacher_feature` are one array each: a map [batch, height, width, channels]
+  or a vector [batch, channels]. `student_features` and `teacher_features` are tuples of such
+  arrays, shallow to deep. They arrive as they are to be compared: learned regressors and connectors
+  belong to the training step. Maps of unlike size are pooled inside the loss, the larger to the
+  smaller one's size (`numerics.adaptive_avg_pool`).
+* `student_embedding` and `teacher_embedding`, [batch, dim], are features behind a learned embedding
+  of either net. The gradient flows into both: what is detached is the teacher's feature, before
+  its embedding.
+* What else a loss needs comes as a further array under its own name (`variance`, `margins`,
+  `attention`, `temperature`); the gradient flows into it.
+* A loss with `memory`, a dict of arrays, also takes `key`, a random key, returns (values, new
+  memory), and has a companion in `MEMORY` that makes the first one:
+  `MEMORY[name](num_examples, dim, key=key)`.
+
+The others:
+
 * Hyper-parameters are keyword-only and have defaults. Those with a float default may arrive as
   traced scalars, so that runs which differ in numbers share one compiled step; Python numbers are
   validated.
+* A loss that relates the examples of a batch takes `axis_name`: the mapped axis over whose devices
+  the batch is spread, or None. The values are then those of this device's rows in the global batch.
 * `where` comes last: a [batch] mask. An example that it leaves out contributes 0 and no gradient,
-  whatever its inputs hold.
-* The result has shape [batch], at least float32; the step reduces once, as sum over count.
-* `stop_gradient` on everything of the teacher's happens inside the loss.
+  whatever its inputs hold; the others get what they would get in a batch without it.
+* The result has shape [batch], at least float32; the step reduces once, as sum over count. Where a
+  loss is published as a mean over pairs or triples, the mean of the rows is that value.
+* `stop_gradient` on `teacher_logits`, `teachers_logits`, `teacher_feature` and `teacher_features`
+  happens inside the loss.
 """
 
 from __future__ import annotations
@@ -26,6 +47,7 @@ from collections.abc import Callable
 import jax
 
 from qkd_jax.losses.decoupled import dkd, nkd
+from qkd_jax.losses.relation import cc, cc_adjacent, pkt, rkd, sp
 from qkd_jax.losses.response import ce, dml, hard_target, kd, logit_regression, lskd
 
 LOSSES: dict[str, Callable[..., jax.Array]] = {
@@ -37,10 +59,21 @@ LOSSES: dict[str, Callable[..., jax.Array]] = {
     "lskd": lskd,
     "dkd": dkd,
     "nkd": nkd,
+    "rkd": rkd,
+    "cc": cc,
+    "cc_adjacent": cc_adjacent,
+    "sp": sp,
+    "pkt": pkt,
 }
+
+# Makers of the first memory of the losses that keep one.
+MEMORY: dict[str, Callable[..., dict[str, jax.Array]]] = {}
 
 __all__ = [
     "LOSSES",
+    "MEMORY",
+    "cc",
+    "cc_adjacent",
     "ce",
     "dkd",
     "dml",
@@ -49,4 +82,7 @@ __all__ = [
     "logit_regression",
     "lskd",
     "nkd",
+    "pkt",
+    "rkd",
+    "sp",
 ]

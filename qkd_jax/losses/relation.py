@@ -1,0 +1,295 @@
+"""Relation losses: how the examples of a batch lie to each other, in student and in teacher.
+
+Each takes a feature of either net, usually the pooled vector, and flattens maps. Since only
+relations are compared, the two may have unlike channels and sizes, and need no adaptor.
+
+The result's row i holds the relations of example i to all others, and the mean over rows is the
+published value. Under a mapped axis, `axis_name` relates the examples of all devices: 4 devices
+give what 1 gives on the global batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from qkd_jax import checks
+from qkd_jax.numerics.features import (
+    gathered,
+    inner,
+    prepare_features,
+    related_rows,
+    safe_norm,
+    total,
+    unit,
+)
+from qkd_jax.numerics.logits import keep
+
+__all__ = ["cc", "cc_adjacent", "pkt", "rkd", "sp"]
+
+
+def rkd(
+    student_feature: jax.Array,
+    teacher_feature: jax.Array,
+    *,
+    distance: ArrayLike = 25.0,
+    angle: ArrayLike = 50.0,
+    axis_name: str | None = None,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Relational distillation: distances of pairs and angles of triples of examples.
+
+    With d_ij = |f_i - f_j| over its mean (of the positive ones), e_ij = (f_j - f_i) / |f_j - f_i|,
+    a_ijk = e_ij . e_ik, and h the Huber function (x^2 / 2 below 1, |x| - 1/2 above):
+
+        L_i = distance mean_j h(d_ij^student - d_ij^teacher)
+            + angle mean_jk h(a_ijk^student - a_ijk^teacher)
+
+    Args:
+      student_feature: f, [batch, ...]; the net that learns.
+      teacher_feature: [batch, ...], any size; no gradient flows into it.
+      distance: weight of the first term, >= 0.
+      angle: weight of the second term, >= 0.
+      axis_name: mapped axis over whose devices the batch is spread.
+      where: [batch] mask; examples where it is 0 or False are in no pair and no mean, and give 0.
+
+    Returns:
+      [batch], float32 or wider; 0 where all distances (up to one factor) and angles agree, so also
+      for a batch of 1. Needs memory for batch^2 * channels and batch^3 numbers.
+
+    Raises:
+      ValueError: for shapes that do not fit, or negative weights.
+
+    Note:
+      Means run over batch^2 pairs and batch^3 triples, an example with itself included, as in the
+      authors' code.
+
+    Reference:
+      Park et al., 2019, arXiv 1904.05068, equations 4 to 10.
+    """
+    for name, value in (("distance", distance), ("angle", angle)):
+        checks.number(name, value, low=0.0)
+    student, teacher, mask = _prepare(student_feature, teacher_feature, where)
+    rows = related_rows(student, teacher, mask, axis_name)
+    pairs = rows.pairs()[..., None]
+
+    def relations(own: jax.Array, everyone: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gap = jnp.where(pairs, everyone[None, :, :] - own[:, None, :], 0)
+        length = safe_norm(gap)
+        positive = total(jnp.sum(length > 0), axis_name)
+        mean = total(jnp.sum(length), axis_name) / jnp.maximum(positive, 1)
+        scaled = length / jnp.where(mean > 0, mean, 1)
+        direction = unit(gap)
+        angles = jnp.einsum("ijd,ikd->ijk", direction, direction, precision="highest")
+        return scaled, angles
+
+    distance_s, angle_s = relations(rows.student, rows.all_student)
+    distance_t, angle_t = relations(rows.teacher, rows.all_teacher)
+    of_pairs = jnp.sum(_huber(distance_s - distance_t), axis=-1) / rows.count
+    of_triples = jnp.sum(_huber(angle_s - angle_t), axis=(-2, -1)) / rows.count**2
+    return keep(distance * of_pairs + angle * of_triples, mask)
+
+
+def sp(
+    student_feature: jax.Array,
+    teacher_feature: jax.Array,
+    *,
+    axis_name: str | None = None,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Similarity-preserving distillation: rows of the batch's Gram matrix.
+
+    With f the flattened feature, G = f f^T, and each row of G divided by its Euclidean norm:
+
+        L_i = 1/batch sum_j (G_ij^student - G_ij^teacher)^2
+
+    Args:
+      student_feature: [batch, ...]; the net that learns. The paper takes the last feature map.
+      teacher_feature: [batch, ...], any size; no gradient flows into it.
+      axis_name: mapped axis over whose devices the batch is spread.
+      where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
+
+    Returns:
+      [batch], float32 or wider; 0 where the normalised rows agree, so also for a batch of 1. The
+      authors weight it by 3000.
+
+    Raises:
+      ValueError: for shapes that do not fit.
+
+    Note:
+      torchdistill 1.1.5 normalises the rows by their L1 norm; the paper and this by their L2 norm.
+
+    Reference:
+      Tung, Mori, 2019, arXiv 1907.09682, equations 1 to 4.
+    """
+    student, teacher, mask = _prepare(student_feature, teacher_feature, where)
+    rows = related_rows(student, teacher, mask, axis_name)
+    # Rows that are masked out are 0 in both nets, so their products are 0 and cancel.
+    gram_s = unit(inner(rows.student, rows.all_student))
+    gram_t = unit(inner(rows.teacher, rows.all_teacher))
+    return keep(jnp.sum(jnp.square(gram_s - gram_t), axis=-1) / rows.count, mask)
+
+
+def pkt(
+    student_feature: jax.Array,
+    teacher_feature: jax.Array,
+    *,
+    axis_name: str | None = None,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Probabilistic knowledge transfer: divergence of each example's distribution over the others.
+
+    With c_ij the cosine of f_i and f_j, and q_ij = (c_ij + 1) / sum_k (c_ik + 1), e = 1e-7:
+
+        L_i = 1/batch sum_j q_ij^teacher log((q_ij^teacher + e) / (q_ij^student + e))
+
+    Args:
+      student_feature: f, [batch, ...]; the net that learns.
+      teacher_feature: [batch, ...], any size; no gradient flows into it.
+      axis_name: mapped axis over whose devices the batch is spread.
+      where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
+
+    Returns:
+      [batch], float32 or wider; 0 where all cosines agree, so also for a batch of 1. The division
+      by the batch is the authors' code's, which explains their weight of 30000.
+
+    Raises:
+      ValueError: for shapes that do not fit.
+
+    Note:
+      The cosine divides by |f| + 1e-7, as the authors' code does. Their code's distribution of
+      example i includes i itself; the paper's sums leave it out.
+
+    Reference:
+      Passalis, Tefas, 2018, arXiv 1803.10837, equations 3 to 5 and 7 (cosine kernel).
+    """
+    student, teacher, mask = _prepare(student_feature, teacher_feature, where)
+    rows = related_rows(student, teacher, mask, axis_name)
+    pairs, eps = rows.pairs(), 1e-7
+
+    def affinities(own: jax.Array, everyone: jax.Array) -> jax.Array:
+        own, everyone = (x / (safe_norm(x, keepdims=True) + eps) for x in (own, everyone))
+        q = jnp.where(pairs, (inner(own, everyone) + 1) / 2, 0)
+        mass = jnp.sum(q, axis=-1, keepdims=True)
+        return q / jnp.where(mass > 0, mass, 1)
+
+    q_s = affinities(rows.student, rows.all_student)
+    q_t = affinities(rows.teacher, rows.all_teacher)
+    # -log((q_s + e) / (q_t + e)) = -log1p(x), whose summands nearly cancel. Since q_s and q_t have
+    # the same sum, adding q_t x - (q_s - q_t) + e x = 0 leaves summands of one sign.
+    x = (q_s - q_t) / (q_t + eps)
+    return keep(jnp.sum(q_t * (x - jnp.log1p(x)) + eps * x, axis=-1) / rows.count, mask)
+
+
+def cc(
+    student_feature: jax.Array,
+    teacher_feature: jax.Array,
+    *,
+    gamma: ArrayLike = 0.4,
+    order: int = 2,
+    axis_name: str | None = None,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Correlation congruence: a Gaussian kernel between examples, as a Taylor polynomial.
+
+    With f of unit length, psi_ij = exp(-2 gamma) sum_(p <= order) (2 gamma)^p / p! (f_i . f_j)^p:
+
+        L_i = 1/batch sum_j (psi_ij^student - psi_ij^teacher)^2
+
+    Args:
+      student_feature: [batch, ...]; the net that learns.
+      teacher_feature: [batch, ...], any size; no gradient flows into it.
+      gamma: width of the kernel, >= 0.
+      order: P, degree of the polynomial, at least 1.
+      axis_name: mapped axis over whose devices the batch is spread.
+      where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
+
+    Returns:
+      [batch], float32 or wider; 0 where the kernels agree.
+
+    Raises:
+      ValueError: for shapes that do not fit, a negative gamma, or an order below 1.
+
+    Note:
+      The features are brought to unit length, as the expansion asks for; torchdistill 1.1.5 neither
+      does that nor squares the difference. `cc_adjacent` is the loss of the authors' code, which is
+      not the paper's.
+
+    Reference:
+      Peng et al., 2019, arXiv 1904.01802, equations 6 to 9.
+    """
+    checks.number("gamma", gamma, low=0.0)
+    checks.integer_in("order", order, 1)
+    student, teacher, mask = _prepare(student_feature, teacher_feature, where)
+    rows = related_rows(student, teacher, mask, axis_name)
+    g = jnp.asarray(gamma, rows.student.dtype)
+
+    def kernel(own: jax.Array, everyone: jax.Array) -> jax.Array:
+        cosine = inner(unit(own), unit(everyone))
+        # The constant summand, p = 0, is the same in both nets.
+        terms = [(2 * g) ** p / math.factorial(p) * cosine**p for p in range(1, order + 1)]
+        return jnp.exp(-2 * g) * sum(terms)
+
+    gap = kernel(rows.student, rows.all_student) - kernel(rows.teacher, rows.all_teacher)
+    return keep(jnp.sum(jnp.square(gap), axis=-1) / rows.count, mask)
+
+
+def cc_adjacent(
+    student_embedding: jax.Array,
+    teacher_embedding: jax.Array,
+    *,
+    axis_name: str | None = None,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Products of neighbouring examples' distances: the loss of correlation congruence's code.
+
+    With d_i = |e_i^student - e_i^teacher|, element by element, and j the next example of the batch:
+
+        L_i = batch / (batch - 1) sum_c d_ic d_jc        (0 for the last example)
+
+    Args:
+      student_embedding: e, [batch, dim].
+      teacher_embedding: [batch, dim]; the gradient flows into both embeddings.
+      axis_name: mapped axis over whose devices the batch is spread.
+      where: [batch] mask; examples where it is 0 or False are skipped and give 0.
+
+    Returns:
+      [batch], float32 or wider; 0 for a batch of 1. Its mean is that over the batch - 1 neighbours;
+      the authors weight it by 0.02 and learn one linear layer of 128 outputs on either net.
+
+    Raises:
+      ValueError: for shapes that differ.
+
+    Note:
+      This depends on the order of the batch, and is not the loss of the paper: that is `cc`.
+
+    Reference:
+      The code published for Peng et al., 2019, arXiv 1904.01802.
+    """
+    names = ("student_embedding", "teacher_embedding")
+    student, teacher, mask = prepare_features(
+        student_embedding, teacher_embedding, where, names=names, detach=False
+    )
+    rows = related_rows(student, teacher, mask, axis_name)
+    gap = jnp.abs(rows.student - rows.teacher)
+    everyone = gathered(gap, axis_name)
+    size = everyone.shape[0]
+    position = jnp.where(rows.all_kept, jnp.arange(size), size)
+    # following[i]: where the first kept example behind i stands; `size` if there is none.
+    following = jnp.append(jax.lax.cummin(position, reverse=True)[1:], size)[rows.position]
+    found = jnp.take(everyone, following, axis=0, mode="fill", fill_value=0)
+    return keep(jnp.sum(gap * found, axis=-1) * rows.count / jnp.maximum(rows.count - 1, 1), mask)
+
+
+def _prepare(
+    student: jax.Array, teacher: jax.Array, where: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    return prepare_features(student, teacher, where, same=False)
+
+
+def _huber(x: jax.Array) -> jax.Array:
+    size = jnp.abs(x)
+    return jnp.where(size < 1, 0.5 * jnp.square(x), size - 0.5)
