@@ -90,7 +90,7 @@ def rkd(
     distance_t, angle_t = relations(rows.teacher, rows.all_teacher)
     of_pairs = jnp.sum(_huber(distance_s - distance_t), axis=-1) / rows.count
     of_triples = jnp.sum(_huber(angle_s - angle_t), axis=(-2, -1)) / rows.count**2
-    return keep(distance * of_pairs + angle * of_triples, mask)
+    return keep(jnp.asarray(distance) * of_pairs + jnp.asarray(angle) * of_triples, mask)
 
 
 def sp(
