@@ -18,11 +18,14 @@ from ml_collections import ConfigDict
 
 __all__ = [
     "DATA",
+    "HYGIENE",
     "calibrate",
     "ce",
     "deploy",
+    "diagnose",
     "evaluate",
     "frame",
+    "hygiene",
     "kd",
     "net",
     "parse_arg",
@@ -205,18 +208,72 @@ def sgd(lr: float, *, weight_decay: float, continues: str = "", **fields: Any) -
     return {**defaults, **fields}
 
 
+# What a train stage does for low-bit nets beside descent, all of it off.
+HYGIENE: dict[str, Any] = dict(
+    track=False,
+    momentum=0.01,
+    freeze=0.0,
+    freeze_end=0.0,
+    dampen=0.0,
+    dampen_start=0.0,
+    max_ratio=0.0,
+    anneal=(),
+    size_bytes=0.0,
+    size_weight=1.0,
+)
+
+
+def hygiene(**fields: Any) -> dict[str, Any]:
+    """Returns the hygiene of one net in a `train` stage; what is not given stays off.
+
+    `track` follows how often each weight's code oscillates, a moving average with `momentum`;
+    `freeze` pins those above a frequency that goes to `freeze_end` (0: the same) along a cosine;
+    `dampen` pulls weights to their codes, with a strength that comes from `dampen_start`;
+    `max_ratio` keeps learned steps within a factor of the stage's start; `anneal` takes parameters
+    of quantizers to a value at its end, ("temperature:32",); `size_bytes` with `size_weight` is the
+    budget of learned bits.
+    """
+    unknown = set(fields) - set(HYGIENE)
+    if unknown:
+        raise ValueError(f"unknown hygiene fields {sorted(unknown)}; {sorted(HYGIENE)}")
+    return {**HYGIENE, **fields}
+
+
 def train(
-    *, learn: dict[str, Any], optim: dict[str, Any], epochs: float, batch_size: int
+    *,
+    learn: dict[str, Any],
+    optim: dict[str, Any],
+    epochs: float,
+    batch_size: int,
+    hygiene: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns a `train` stage. `steps` above 0 decides its length instead of `epochs`."""
+    """Returns a `train` stage. `steps` above 0 decides its length instead of `epochs`.
+
+    `hygiene` is {net: what the function `hygiene` returns}; a net that is left out has it all off.
+    """
     return dict(
-        kind="train", epochs=float(epochs), steps=0, batch_size=batch_size, learn=learn, optim=optim
+        kind="train",
+        epochs=float(epochs),
+        steps=0,
+        batch_size=batch_size,
+        learn=learn,
+        optim=optim,
+        hygiene={**{net: dict(HYGIENE) for net in learn}, **(hygiene or {})},
     )
 
 
-def calibrate(*nets: str) -> dict[str, Any]:
-    """Returns a `calibrate` stage; `observer=""` leaves the choice to each spec."""
-    return dict(kind="calibrate", nets=nets, examples=256, observer="")
+def calibrate(*nets: str, operands: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Returns a `calibrate` stage; `observer=""` leaves the choice to each spec.
+
+    `operands` ("weight", "input", "other", "output") calibrates some and keeps the others; empty
+    means all.
+    """
+    return dict(kind="calibrate", nets=nets, examples=256, observer="", operands=operands)
+
+
+def diagnose(*nets: str) -> dict[str, Any]:
+    """Returns a `diagnose` stage: range, clipping, SQNR and used codes of every operand."""
+    return dict(kind="diagnose", nets=nets, examples=256)
 
 
 def reestimate_bn(*nets: str) -> dict[str, Any]:

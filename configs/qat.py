@@ -1,59 +1,112 @@
-"""Quantization-aware training from labels alone: float, calibrate, fine-tune, deploy.
+"""Quantization-aware training from labels alone: float, calibrate, fine-tune, diagnose, deploy.
 
-python launch.py --config=configs/qat.py:bits=w4a4 --workdir=runs/qat
+    python launch.py --config=configs/qat.py:bits=w4a4 --workdir=runs/qat
+    python launch.py --config=configs/qat.py:progressive=8+4+2 --workdir=runs/progressive
+    python launch.py --config=configs/qat.py:delay=0.3 --workdir=runs/delayed
+    python launch.py --config=configs/qat.py --config.stages.qat.hygiene.net.freeze=0.04 \
+        --config.stages.qat.hygiene.net.freeze_end=0.01 --workdir=runs/frozen
+
+`progressive` lowers the bits in rungs that share the epochs of `qat` equally. Each rung starts from
+the trained weights and BatchNorm of the one before, and its quantizers are calibrated anew: the
+best step of b bits depends on b (fewer codes pay for a range that clips more), so one that was
+learned at other bits is a worse start than one from the data.
+
+`delay` is the share of those epochs for which the weights alone are quantized. The inputs get their
+ranges then, on activations that the quantized weights make, and training goes on with its momentum
+and its place in the schedule.
 """
 
 from configs import common
 
 
 def get_config(arg=""):
-    """Returns the config; its arguments are the defaults below."""
+    """Returns the config; its arguments are the defaults below.
+
+    `progressive` is a "+"-separated list of bits, the last in place of `bits`: 4 is short for w4a4
+    with the quantizer of `bits`.
+    """
     args = common.parse_arg(
         arg,
         data="digits",
         model="resnet8",
         width=8,
         bits="w2a2",
+        progressive="",
+        delay=0.0,
         seed=0,
         train_examples=-1,
         epochs=0.0,
         reduce_range=False,
         init_from="",
     )
+    if not 0 <= args.delay < 1:
+        raise ValueError(
+            f"config argument delay is {args.delay}; it must be a share of the epochs, in [0, 1)."
+        )
     config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
     recipe = common.recipe(args.data)
+    epochs = args.epochs or recipe["epochs"]
+    rungs = _rungs(args.progressive, args.bits)
+    names = [*("net_" + rules.partition(":")[0] for rules in rungs[:-1]), "net"]
+    if len(set(names)) < len(names):
+        raise ValueError(f"config argument progressive is {args.progressive!r}; name bits once.")
 
-    def stage(optim):
+    def train(net, share, optim):
         return common.train(
-            learn=dict(net=dict(ce=common.ce())),
-            optim=dict(net=optim),
-            epochs=args.epochs or recipe["epochs"],
+            learn={net: dict(ce=common.ce())},
+            optim={net: optim},
+            epochs=share * epochs,
             batch_size=recipe["batch_size"],
         )
 
-    config.nets.net = common.net(
-        args.model,
-        width=args.width,
-        rules=args.bits,
-        reduce_range=args.reduce_range,
-        init_from=args.init_from,
-    )
-    config.stages.pretrain = stage(common.sgd(0.1, weight_decay=5e-4))
-    config.stages.evaluate_float = common.evaluate(net="float")
-    config.stages.calibrate = common.calibrate("net")
-    config.stages.evaluate_calibrated = common.evaluate(net="calibrated")
-    config.stages.qat = stage(common.sgd(0.05, weight_decay=1e-4))
-    config.stages.reestimate_bn = common.reestimate_bn("net")
-    config.stages.evaluate = common.evaluate(net="QAT")
-    config.stages.deploy = common.deploy("net")
-    config.schedule = (
-        *(() if args.init_from else ("pretrain",)),  # a net from elsewhere is trained already
-        "evaluate_float",
-        "calibrate",
-        "evaluate_calibrated",
-        "qat",
-        "reestimate_bn",
-        "evaluate",
-        "deploy",
-    )
+    def low_bit(**fields):
+        return common.sgd(0.05, weight_decay=1e-4, **fields)
+
+    schedule = []
+
+    def add(name, stage):
+        config.stages[name] = stage
+        schedule.append(name)
+
+    first = names[0]
+    if not args.init_from:  # a net from elsewhere is trained already
+        add("pretrain", train(first, 1.0, common.sgd(0.1, weight_decay=5e-4)))
+    add("evaluate_float", common.evaluate(**{first: "float"}))
+    source = args.init_from
+    for net, rules in zip(names, rungs, strict=True):
+        config.nets[net] = common.net(
+            args.model,
+            width=args.width,
+            rules=rules,
+            reduce_range=args.reduce_range,
+            init_from=source,
+        )
+        source = net
+        rung = net.removeprefix("net")  # "" for the last one
+        share = 1 / len(rungs)
+        if args.delay:
+            add(f"calibrate_weights{rung}", common.calibrate(net, operands=("weight",)))
+            add(f"qat_weights{rung}", train(net, share * args.delay, low_bit()))
+            inputs = common.calibrate(net, operands=("input", "other", "output"))
+            add(f"calibrate_inputs{rung}", inputs)
+            optim = low_bit(continues=f"qat_weights{rung}")
+            add(f"qat{rung}", train(net, share * (1 - args.delay), optim))
+        else:
+            add(f"calibrate{rung}", common.calibrate(net))
+            add(f"evaluate_calibrated{rung}", common.evaluate(**{net: "calibrated"}))
+            add(f"qat{rung}", train(net, share, low_bit()))
+        if net != "net":
+            add(f"evaluate{rung}", common.evaluate(**{net: "QAT"}))
+    add("reestimate_bn", common.reestimate_bn("net"))
+    add("evaluate", common.evaluate(net="QAT"))
+    add("diagnose", common.diagnose("net"))
+    add("deploy", common.deploy("net"))
+    config.schedule = tuple(schedule)
     return config.lock()
+
+
+def _rungs(progressive, bits):
+    """Rules of each rung: "8+4" and "w2a2:dsq" give w8a8:dsq and w4a4:dsq; "" gives `bits`."""
+    _, colon, quantizer = bits.partition(":")
+    given = [f"w{b}a{b}" if b.isdigit() else b for b in progressive.split("+") if b]
+    return [b if ":" in b else b + colon + quantizer for b in given] or [bits]

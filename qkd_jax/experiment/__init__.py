@@ -8,6 +8,8 @@ values      the checks of what is neither a net nor a stage
 run         what a run has in its hands, and how it is saved
 stages      the kinds of stages: STAGES
 deployment  the `deploy` stage: integers, ONNX, agreement, latency
+diagnosis   the `diagnose` stage: ranges, clipping, codes, SQNR, oscillation by operand
+hygiene     the checks of a train stage's hygiene
 overview    `--mode=inspect`
 """
 
@@ -24,6 +26,7 @@ import jax
 from qkd_jax import data
 from qkd_jax.data import DATASETS, NotPreparedError
 from qkd_jax.experiment import settings as reading
+from qkd_jax.experiment.hygiene import check_hygiene
 from qkd_jax.experiment.overview import overview
 from qkd_jax.experiment.run import Run, read_net
 from qkd_jax.experiment.settings import Settings, Stage, is_file, resolve, shapes
@@ -94,7 +97,9 @@ def read(config: Any, dataset: data.Dataset | None = None) -> Settings:
             raise ValueError(f"nets.{name}: {error}") from error
     for stage in found.stages:
         if stage.kind in CHECKS:
-            CHECKS[stage.kind](found.nets, stage)
+            checked = CHECKS[stage.kind](found.nets, stage)
+            if stage.trains:
+                check_hygiene(found, stage, checked, (1, *source.image_shape))
     return found
 
 

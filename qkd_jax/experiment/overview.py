@@ -68,7 +68,7 @@ def _schedule(settings: Settings) -> Table:
             what = [
                 f"{key}={value!r}"
                 for key, value in stage.fields.items()
-                if key not in ("nets", "methods") and value != ""
+                if key not in ("nets", "methods") and value not in ("", [])
             ]
         table.add_row(
             str(stage.index + 1),

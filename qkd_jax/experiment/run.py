@@ -50,6 +50,8 @@ class Run:
         variables: {net: variables}; a net is there once it has taken part in a stage.
         optimizers: {stage: {net: flat optimizer state}} of stages that go on or are continued.
         rows: the results table so far; no times.
+        oscillating: {net: {path of a layer: share of its weights that oscillate}}, as the net's
+            last training stage that tracked them left it.
         timings: everything that is a time.
         stage_index: place in the schedule.
         stage_step: steps of that stage that are done.
@@ -66,6 +68,7 @@ class Run:
     variables: dict[str, Variables] = dataclasses.field(default_factory=dict)
     optimizers: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    oscillating: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     timings: dict[str, Any] = dataclasses.field(default_factory=dict)
     stage_index: int = 0
     stage_step: int = 0
@@ -196,6 +199,7 @@ class Run:
             "stage_step": self.stage_step,
             "window": dataclasses.asdict(self.window),
             "rows": self.rows,
+            "oscillating": self.oscillating,
             "timings": self.timings,
             "lines": 0 if self.folder is None else self.folder.lines,
         }
@@ -214,6 +218,7 @@ class Run:
         self.stage_step = saved.meta["stage_step"]
         self.window = Window(**saved.meta["window"])
         self.rows = saved.meta["rows"]
+        self.oscillating = saved.meta.get("oscillating", {})
         self.timings = saved.meta["timings"]
 
     @property

@@ -95,14 +95,16 @@ class Settings:
     def student_steps(self, net: str, step: int | None = None) -> int:
         """Steps that a net has learned since it was last calibrated (or made) up to a global step.
 
-        What a fair comparison of methods holds equal; None counts the whole schedule.
+        What a fair comparison of methods holds equal; None counts the whole schedule. Calibrating
+        its inputs later than its weights does not start the count anew.
         """
         count, end = 0, self.total_steps if step is None else step
         for stage in self.stages:
             if stage.first >= end:
                 break
             if stage.kind == "calibrate" and net in stage.nets:
-                count = 0
+                operands = stage.fields.get("operands") or ("weight",)
+                count = 0 if "weight" in operands else count
             elif net in stage.starts:
                 count += min(stage.steps, end - stage.first)
         return count

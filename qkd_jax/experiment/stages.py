@@ -19,12 +19,14 @@ from qkd_jax import checks, data, metrics, ptq
 from qkd_jax.calibration import calibrate as calibrate_net
 from qkd_jax.deploy.onnx import TARGETS
 from qkd_jax.experiment.deployment import deploy
+from qkd_jax.experiment.diagnosis import check_diagnose, diagnose
 from qkd_jax.experiment.ptq_stages import PTQ_CHECKS, PTQ_STAGES
 from qkd_jax.experiment.run import Run, write_net
 from qkd_jax.experiment.settings import Stage
 from qkd_jax.inspection import layers, size
 from qkd_jax.interception import OPERANDS
 from qkd_jax.observers import OBSERVERS
+from qkd_jax.training import hygiene as healthy
 from qkd_jax.training.loop import Hooks, Window, run_steps
 from qkd_jax.training.plan import Plan, plan_step
 from qkd_jax.training.progress import Progress
@@ -58,7 +60,7 @@ def plan_stage(nets: Mapping[str, Any], stage: Stage) -> Plan:
             stage.fields["learn"],
             optim,
             horizon=stage.horizons,
-            hygiene=stage.fields["hygiene"],
+            hygiene=stage.fields["hygiene"] or None,
             steps=stage.steps,
         )
     except ValueError as error:
@@ -134,17 +136,33 @@ def _optimizers(run: Run, stage: Stage, plan: Plan) -> dict[str, Any]:
         if not run.stage_step:  # hygiene belongs to a stage; the optimizer alone travels on
             fresh.pop("hygiene", None)
             flat = {name: leaf for name, leaf in flat.items() if not name.startswith("hygiene/")}
+            flat = {**_of_new_quantizers(fresh, flat), **flat}
         found[net] = unflatten_like(flat, fresh)
     return found
+
+
+def _of_new_quantizers(fresh: Any, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Moments of quantizers that were calibrated since (inputs after weights, say): zeros.
+
+    AdamW counts its steps for all arrays together, so its correction of the first moments' bias
+    is over by then, and the first steps of these parameters are longer than a fresh AdamW's.
+    """
+    return {
+        name: np.zeros(leaf.shape, leaf.dtype)
+        for name, leaf in flatten(fresh).items()
+        if name not in flat and "/quant/" in name
+    }
 
 
 def _take(run: Run, stage: Stage, plan: Plan, state: TrainState, step: int, window: Window) -> None:
     """Takes the state of a stage over into the run."""
     for net, variables in net_variables(plan, state).items():
         run.put(net, variables)
-    run.optimizers[stage.name] = {
-        net: flatten(opt) for net, opt in optimizer_states(plan, state).items()
-    }
+    run.optimizers[stage.name] = {}
+    for net, opt in optimizer_states(plan, state).items():
+        run.optimizers[stage.name][net] = flatten(opt)
+        if "hygiene" in opt and (shares := healthy.oscillating(opt["hygiene"])):
+            run.oscillating[net] = shares
     run.stage_step, run.window = step, window
 
 
@@ -167,6 +185,9 @@ def _hooks(run: Run, stage: Stage, plan: Plan) -> Hooks:
             paths = quantizer_means(nets)
             if paths:
                 run.log(stage, step, "quant", paths)
+            shares = _oscillating(plan, state)
+            if shares:
+                run.log(stage, step, "oscillating", shares)
         if at(step, eval_every):
             found = {net: run.evaluate(net, variables=v).metrics for net, v in nets.items()}
             values = {f"{n}/{k}": v for n, m in found.items() for k, v in m.items() if k != "count"}
@@ -199,6 +220,15 @@ def _hooks(run: Run, stage: Stage, plan: Plan) -> Hooks:
     )
 
 
+def _oscillating(plan: Plan, state: TrainState) -> dict[str, float]:
+    """{"<net>/<layer>": share of its weights that oscillate} where that is tracked."""
+    return {
+        f"{net}/{path}": share
+        for net, opt in optimizer_states(plan, state).items()
+        for path, share in healthy.oscillating(opt.get("hygiene", {})).items()
+    }
+
+
 def quantizer_means(nets: Mapping[str, Any]) -> dict[str, float]:
     """{"<net>/<layer>/<quantizer>/<parameter>": mean} of everything that quantizers own."""
     quant = {net: v["quant"] for net, v in nets.items() if v.get("quant")}
@@ -222,7 +252,9 @@ def calibrate(
     """
     batches = run.images(examples, batch_size=256)
     for name in nets:
-        if run.folder is not None:  # the report shows the weights before and after
+        quant = flatten(run.variables[name].get("quant", {}))
+        float_still = not any("_quantizer/" in f"/{path}" for path in quant)
+        if run.folder is not None and float_still:  # the report shows weights before and after
             run.folder.model.mkdir(parents=True, exist_ok=True)
             floats = {k: v for k, v in run.variables[name].items() if k != "quant"}
             write_net(run.folder.model / f"{name}_float.npz", floats)
@@ -390,6 +422,7 @@ STAGES: dict[str, Callable[..., None]] = {
     "calibrate": calibrate,
     "reestimate_bn": reestimate_bn,
     "evaluate": evaluate,
+    "diagnose": diagnose,
     "deploy": deploy,
     **PTQ_STAGES,
 }
@@ -399,6 +432,7 @@ CHECKS: dict[str, Callable[[Mapping[str, Any], Stage], Any]] = {
     "calibrate": check_calibrate,
     "reestimate_bn": check_reestimate_bn,
     "evaluate": check_evaluate,
+    "diagnose": check_diagnose,
     "deploy": check_deploy,
     **PTQ_CHECKS,
 }

@@ -59,7 +59,7 @@ def check_origins(nets: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def check_tables(where: str, fields: Mapping[str, Any]) -> None:
-    """Refuses anything but dicts where `learn` and `optim` of a train stage hold dicts."""
+    """Refuses anything but dicts where `learn`, `optim`, `hygiene` of a train stage hold dicts."""
     row = {"loss": "ce", "weight": 1.0}
     for net, terms in mapping(f"{where}.learn", fields["learn"], {"<net>": {"ce": row}}).items():
         for label, term in mapping(f"{where}.learn.{net}", terms, {"ce": row}).items():
@@ -67,3 +67,6 @@ def check_tables(where: str, fields: Mapping[str, Any]) -> None:
     rates = {"name": "sgd", "lr": 0.05}
     for net, numbers in mapping(f"{where}.optim", fields["optim"], {"<net>": rates}).items():
         mapping(f"{where}.optim.{net}", numbers, rates)
+    rows = {"<net>": {"freeze": 0.04}}
+    for net, options in mapping(f"{where}.hygiene", fields.get("hygiene") or {}, rows).items():
+        mapping(f"{where}.hygiene.{net}", options, rows["<net>"])

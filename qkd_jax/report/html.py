@@ -23,7 +23,7 @@ from qkd_jax.report.page import (
     page,
     record_table,
 )
-from qkd_jax.report.table import columns, count, percent, reference
+from qkd_jax.report.table import columns, count, number, percent, reference
 from qkd_jax.training.tracking import read_json, read_metrics
 
 __all__ = ["render", "write"]
@@ -94,6 +94,46 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
             f"float32: {4 * params / size:.1f} times as much.</p>"
         )
     return html_table(headings, body, total=total) + note
+
+
+def _quantizers(stages: Mapping[str, Any], schedule: Sequence[str]) -> str:
+    """What each quantizer does to data, from diagnosis.json: the last diagnosis of each net."""
+    order = sorted(stages, key=lambda s: schedule.index(s) if s in schedule else len(schedule))
+    last = {net: (stage, found) for stage in order for net, found in stages[stage].items()}
+    parts = [
+        f"<h3>{escape(net)}, stage <code>{escape(stage)}</code></h3>{_operands(operands)}"
+        for net, (stage, operands) in last.items()
+    ]
+    if not parts:
+        return ""
+    note = (
+        '<p class="quiet">Measured on training images. Clipped: share of the elements beyond the '
+        "grid's ends by more than half a step. Zero: share that becomes 0. Codes: those that occur "
+        "of those there are. SQNR: signal-to-quantization-noise ratio; a dash where there is no "
+        "noise or no signal.</p>"
+    )
+    return "".join(parts) + note
+
+
+def _operands(operands: Sequence[Mapping[str, Any]]) -> str:
+    tracked = any(d.get("oscillating") is not None for d in operands)
+    span = lambda d, low, high: f"{number(d.get(low), 3)} .. {number(d.get(high), 3)}"
+    shown: list[tuple[str, bool, Any]] = [
+        ("layer", False, lambda d: f"<code>{escape(str(d.get('path')))}</code>"),
+        ("operand", False, lambda d: escape(str(d.get("operand")))),
+        ("grid", False, lambda d: escape(str(d.get("label")))),
+        ("bits", True, lambda d: count(d.get("bits"))),
+        ("data", True, lambda d: span(d, "lo", "hi")),
+        ("grid range", True, lambda d: span(d, "grid_lo", "grid_hi")),
+        ("clipped %", True, lambda d: percent(d.get("clipped"))),
+        ("zero %", True, lambda d: percent(d.get("zeros"))),
+        ("codes", True, lambda d: f"{count(d.get('used'))}/{count(d.get('levels'))}"),
+        ("SQNR dB", True, lambda d: number(d.get("sqnr"), 1)),
+    ]
+    if tracked:
+        shown.append(("oscillating %", True, lambda d: percent(d.get("oscillating"))))
+    body = [[text(d) for _, _, text in shown] for d in operands]
+    return html_table([(heading, right) for heading, right, _ in shown], body)
 
 
 def _facts(run: Mapping[str, Any]) -> str:
@@ -226,6 +266,7 @@ def render(folder: str | Path) -> str:
     run = read_json(folder / "run.json") or {}
     layers = read_json(folder / "model" / "layers.json") or []
     histograms = read_json(folder / "model" / "histograms.json") or {}
+    diagnosis = read_json(folder / "diagnosis.json") or {}
     metrics = read_metrics(folder)
 
     rows = results.get("rows") or []
@@ -246,8 +287,9 @@ def render(folder: str | Path) -> str:
     add("weights", "Weights on the code grid", _histogram_part(histograms, order))
     if layers:
         add("layers", "Layers", _layers(layers))
-    stages = as_records(timings.get("stages"), "stage")
     schedule = list(config.get("schedule") or [])
+    add("quantizers", "Quantizers", _quantizers(diagnosis, schedule))
+    stages = as_records(timings.get("stages"), "stage")
     stages.sort(key=lambda r: schedule.index(r["stage"]) if r.get("stage") in schedule else 999)
     if stages:
         add("time", "Where the time went", record_table(stages) + '<p class="quiet">Seconds.</p>')

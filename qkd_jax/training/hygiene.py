@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,23 +32,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks
+from qkd_jax.numerics import Spec
 from qkd_jax.quantizers import QUANTIZERS, lsq
 from qkd_jax.training.weights import Weight, quantized_weights, rounded, with_weight
 
-__all__ = ["HYGIENE_FIELDS", "Hygiene", "apply", "init", "oscillating", "penalty", "plan_hygiene"]
+__all__ = [
+    "HYGIENE_FIELDS",
+    "Hygiene",
+    "apply",
+    "check",
+    "describe",
+    "init",
+    "oscillating",
+    "penalty",
+    "plan_hygiene",
+]
 
 Tree = dict[str, Any]
 
 HYGIENE_FIELDS: dict[str, Any] = {
     "track": False,
     "momentum": 0.01,
-    "freeze": None,
-    "freeze_end": None,
+    "freeze": 0.0,
+    "freeze_end": 0.0,
     "dampen": 0.0,
     "dampen_start": 0.0,
-    "max_ratio": None,
-    "anneal": {},
-    "size_bytes": None,
+    "max_ratio": 0.0,
+    "anneal": (),
+    "size_bytes": 0.0,
     "size_weight": 1.0,
 }
 # A weight counts as oscillating from this frequency on, as in the paper's table 1.
@@ -76,7 +87,8 @@ def plan_hygiene(
 
     Args:
         net: For messages.
-        fields: Any of `HYGIENE_FIELDS`; what is off may be left out, None or 0.
+        fields: Any of `HYGIENE_FIELDS`; what is off may be left out, None or 0. `anneal` is
+            {parameter: value at the end} or texts, ("temperature:32",).
         horizon: Steps of the stage.
 
     Returns:
@@ -91,6 +103,7 @@ def plan_hygiene(
             raise checks.unknown(f"field of {where}", key, HYGIENE_FIELDS)
     given = {**HYGIENE_FIELDS, **fields}
     numbers: dict[str, float] = {}
+    anneal = _annealed(f"{where}.anneal", given["anneal"])
     if given["track"] or given["freeze"]:
         checks.number(f"{where}.momentum", given["momentum"], low=0, low_allowed=False, high=1)
         numbers["momentum"] = given["momentum"]
@@ -108,7 +121,7 @@ def plan_hygiene(
     if given["max_ratio"]:
         checks.number(f"{where}.max_ratio", given["max_ratio"], low=1, low_allowed=False)
         numbers["max_ratio"] = given["max_ratio"]
-    for key, value in given["anneal"].items():
+    for key, value in anneal.items():
         checks.number(f"{where}.anneal.{key}", value, low=0, low_allowed=False)
         numbers[f"anneal_{key}"] = value
     if given["size_bytes"]:
@@ -120,13 +133,96 @@ def plan_hygiene(
         freeze=bool(given["freeze"]),
         dampen=bool(given["dampen"] or given["dampen_start"]),
         clamp=bool(given["max_ratio"]),
-        anneal=tuple(sorted(given["anneal"])),
+        anneal=tuple(sorted(anneal)),
         budget=bool(given["size_bytes"]),
     )
     if hygiene == Hygiene():
         return None, {}
     numbers["horizon"] = float(horizon)
     return hygiene, {key: np.asarray(value, np.float32) for key, value in numbers.items()}
+
+
+def _annealed(where: str, given: Any) -> dict[str, Any]:
+    """{parameter: value at the end} of a mapping or of texts "parameter:value"."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    wrong = ValueError(f"{where} is {given!r}; give texts, such as ('temperature:32',), or a dict.")
+    if isinstance(given, str):
+        raise wrong
+    found = {}
+    for text in given or ():
+        name, _, value = str(text).partition(":")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise wrong from None
+    return found
+
+
+def describe(hygiene: Hygiene, numbers: Mapping[str, Any]) -> str:
+    """What is switched on, with its numbers, for people: "freeze=0.04 to 0.01, momentum=0.01"."""
+    shown = {key: f"{float(value):g}" for key, value in numbers.items()}
+    words = []
+    if hygiene.freeze:
+        words.append(f"freeze={shown['freeze']} to {shown['freeze_end']}")
+    elif hygiene.track:
+        words.append("track")
+    if hygiene.track:
+        words.append(f"momentum={shown['momentum']}")
+    if hygiene.dampen:
+        words.append(f"dampen={shown['dampen_start']} to {shown['dampen']}")
+    if hygiene.clamp:
+        words.append(f"max_ratio={shown['max_ratio']}")
+    words += [f"anneal {name} to {shown[f'anneal_{name}']}" for name in hygiene.anneal]
+    if hygiene.budget:
+        words.append(f"size_bytes={shown['size_bytes']} at weight {shown['size_weight']}")
+    return ", ".join(words)
+
+
+def check(
+    hygiene: Hygiene,
+    weights: Mapping[str, Spec],
+    parameters: Iterable[str],
+    *,
+    where: str = "hygiene",
+) -> None:
+    """Refuses options that would find nothing to act on, or act on the wrong thing.
+
+    Args:
+        hygiene: Static description.
+        weights: {path of a layer: spec of its weight} of the weights that have integer codes.
+        parameters: Names of everything that the net's quantizers own, such as "step".
+        where: For messages.
+
+    Raises:
+        ValueError: Nothing is there that an option could act on, or `freeze` or `dampen` meets a
+            quantizer that bends weights before it rounds them.
+    """
+    if (hygiene.track or hygiene.dampen) and not weights:
+        raise ValueError(
+            f"{where}: track, freeze and dampen came, but no weight of the net has a quantizer "
+            "with integer codes. Calibrate before this stage, or drop them."
+        )
+    if hygiene.freeze or hygiene.dampen:
+        for path, spec in weights.items():
+            _refuse_bent(where, path, spec)
+    there = sorted(set(parameters))
+    for name in hygiene.anneal:
+        if name not in there:
+            raise ValueError(
+                f"{where}.anneal.{name}: no quantizer of the net has a parameter {name!r}; there "
+                f"are {', '.join(there) or 'none yet: calibrate first'}."
+            )
+    if hygiene.clamp and not {*_STEPS, *_LOG2_STEPS}.intersection(there):
+        raise ValueError(
+            f"{where}.max_ratio: no quantizer of the net has a learned step; it acts on "
+            f"{', '.join((*_STEPS, *_LOG2_STEPS))}."
+        )
+    if hygiene.budget and not any(map(_learns_bits, weights.values())):
+        raise ValueError(
+            f"{where}.size_bytes: no weight of the net has learned bits. Give its spec "
+            "quantizer='lsq', options={'learn_bits': True}."
+        )
 
 
 def init(
@@ -144,18 +240,12 @@ def init(
         {"count": int32 scalar, "weights": {path: arrays}, "start": {path: array}}.
 
     Raises:
-        ValueError: Nothing is there that an option could act on, or `freeze` or `dampen` meets a
-            quantizer that bends weights before it rounds them.
+        ValueError: As `check`.
     """
     weights = list(quantized_weights(module, learned))
-    if (hygiene.track or hygiene.dampen) and not weights:
-        raise ValueError(
-            f"{where}: track, freeze and dampen came, but no weight of the net has a quantizer "
-            "with integer codes. Calibrate before this stage, or drop them."
-        )
-    if hygiene.freeze or hygiene.dampen:
-        for weight in weights:
-            _refuse_bent(where, weight)
+    names = _leaves(learned.get("quant", {}))
+    specs = {weight.path: weight.spec for weight in weights}
+    check(hygiene, specs, map(_last, names), where=where)
     state: Tree = {"count": jnp.zeros((), jnp.int32), "weights": {}, "start": {}}
     if hygiene.track:
         for weight in weights:
@@ -170,36 +260,17 @@ def init(
                     "mean": codes,
                     "pinned": jnp.full(codes.shape, jnp.nan, jnp.float32),
                 }
-    names = {name: leaf for name, leaf in _leaves(learned.get("quant", {})).items()}
     wanted = (*(_STEPS + _LOG2_STEPS if hygiene.clamp else ()), *hygiene.anneal)
     state["start"] = {name: leaf for name, leaf in names.items() if _last(name) in wanted}
-    found = {_last(name) for name in state["start"]}
-    for name in hygiene.anneal:
-        if name not in found:
-            there = ", ".join(sorted({_last(n) for n in names})) or "none yet: calibrate first"
-            raise ValueError(
-                f"{where}.anneal.{name}: no quantizer of the net has a parameter {name!r}; there "
-                f"are {there}."
-            )
-    if hygiene.clamp and not found & {*_STEPS, *_LOG2_STEPS}:
-        raise ValueError(
-            f"{where}.max_ratio: no quantizer of the net has a learned step; it acts on "
-            f"{', '.join((*_STEPS, *_LOG2_STEPS))}."
-        )
-    if hygiene.budget and not list(_with_learned_bits(module, learned)):
-        raise ValueError(
-            f"{where}.size_bytes: no weight of the net has learned bits. Give its spec "
-            "quantizer='lsq', options={'learn_bits': True}."
-        )
     return state
 
 
-def _refuse_bent(where: str, weight: Weight) -> None:
-    quantizer = QUANTIZERS[weight.spec.quantizer]
+def _refuse_bent(where: str, path: str, spec: Spec) -> None:
+    quantizer = QUANTIZERS[spec.quantizer]
     if hasattr(quantizer, "clip_range") or hasattr(quantizer, "live"):
         raise ValueError(
             f"{where}: freeze and dampen act on weights that are rounded as they are, and "
-            f"quantizer {weight.spec.quantizer!r} of layer {weight.path!r} transforms them first. "
+            f"quantizer {spec.quantizer!r} of layer {path!r} transforms them first. "
             "Use lsq, lsq_plus, tqt, dsq, sigmoid or uniform there, or track alone."
         )
 
@@ -240,8 +311,12 @@ def _own(learned: Tree, weight: Weight) -> jax.Array:
 
 def _with_learned_bits(module: Any, learned: Mapping[str, Any]) -> Iterator[Weight]:
     for weight in quantized_weights(module, learned):
-        if weight.spec.quantizer == "lsq" and weight.spec.option("learn_bits", False):
+        if _learns_bits(weight.spec):
             yield weight
+
+
+def _learns_bits(spec: Spec) -> bool:
+    return spec.quantizer == "lsq" and spec.option("learn_bits", False)
 
 
 def _bytes(learned: Tree, weight: Weight) -> jax.Array:

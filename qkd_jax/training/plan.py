@@ -25,7 +25,7 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.losses import LOSSES
-from qkd_jax.training.hygiene import Hygiene, plan_hygiene
+from qkd_jax.training.hygiene import Hygiene, describe, plan_hygiene
 from qkd_jax.training.optim import OptimStructure, plan_optimizer
 
 __all__ = ["Learner", "Plan", "StepStructure", "Term", "plan_step"]
@@ -109,7 +109,7 @@ class Plan:
         return {s: net for net, s in self.slots.items()}[slot]
 
     def describe(self) -> list[str]:
-        """One line a term, for people: 'student <- 1 kd(temperature=2) from teacher'."""
+        """One line a term, and for hygiene: 'student <- 1 kd(temperature=2) from teacher'."""
         lines = []
         for learner in self.structure.learners:
             for term in learner.terms:
@@ -121,6 +121,11 @@ class Plan:
                 lines.append(
                     f"{self.net_of(learner.slot)} <- {float(given['weight']):g} "
                     f"{term.loss}({', '.join(named)}){source}"
+                )
+            if learner.hygiene is not None:
+                numbers_of_hygiene = self.hyper[learner.slot]["hygiene"]
+                lines.append(
+                    f"{self.net_of(learner.slot)}: {describe(learner.hygiene, numbers_of_hygiene)}"
                 )
         return lines
 

@@ -7,6 +7,7 @@
 | `metrics.jsonl` | one line a logged step: step, stage, split, values | cut back on resume |
 | `results.json` | the final table | atomically |
 | `timings.json` | everything that is a time | atomically |
+| `diagnosis.json` | what each quantizer does to data | by each `diagnose` stage |
 | `checkpoints/`, `model/`, `report.html` | see `checkpoint`, `deploy`, `report` | by those |
 
 JSON is written with sorted keys and without times (but for `timings.json` and the start times in
