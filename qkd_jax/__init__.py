@@ -3,7 +3,7 @@
 The library's front door; runs start at `launch.py`.
 """
 
-from qkd_jax import deploy, losses, ptq
+from qkd_jax import deploy, losses, ptq, weights
 from qkd_jax.calibration import calibrate
 from qkd_jax.deploy import convert, integer_apply
 from qkd_jax.diagnostics import diagnose
@@ -46,4 +46,5 @@ __all__ = [
     "quantize",
     "sensitivity",
     "size",
+    "weights",
 ]

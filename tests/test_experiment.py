@@ -17,10 +17,9 @@ import pytest
 from tiny_config import get_config
 
 from qkd_jax import experiment
-from qkd_jax.experiment.run import nested
 from qkd_jax.training.checkpoint import Checkpoints
 from qkd_jax.training.loop import NonFiniteError, Preempted
-from qkd_jax.training.trees import tree_sha256
+from qkd_jax.training.trees import nested, tree_sha256
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[set[str], ...], ...] = (
     ({"product", "interception", "quantize", "calibration", "inspection", "presets"},),
     ({"mixed_precision"}, {"diagnostics"}),
     ({"training"},),
-    ({"ptq"},),  # before deploy, since converting folds BatchNorm
+    ({"ptq"}, {"weights"}),  # before deploy, since converting folds BatchNorm
     ({"deploy"}, {"report"}),
     ({"experiment"},),
     ({"launch"},),

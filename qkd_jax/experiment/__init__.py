@@ -23,13 +23,13 @@ from typing import Any
 
 import jax
 
-from qkd_jax import data
+from qkd_jax import data, weights
 from qkd_jax.data import DATASETS, NotPreparedError
 from qkd_jax.experiment import settings as reading
 from qkd_jax.experiment.hygiene import check_hygiene
 from qkd_jax.experiment.overview import overview
-from qkd_jax.experiment.run import Run, read_net
-from qkd_jax.experiment.settings import Settings, Stage, is_file, resolve, shapes
+from qkd_jax.experiment.run import Run
+from qkd_jax.experiment.settings import Settings, Stage, resolve, shapes
 from qkd_jax.experiment.stages import CHECKS, STAGES
 from qkd_jax.quantize import load_float
 from qkd_jax.training.checkpoint import Checkpoints
@@ -116,9 +116,9 @@ def _check_files(settings: Settings) -> None:
     source = DATASETS[settings["data"]["name"]]
     for name, net in settings.nets.items():
         init_from = settings["nets"][name].get("init_from")
-        if init_from and is_file(init_from):
+        if init_from and weights.is_source(init_from):
             try:
-                load_float(shapes(net, (1, *source.image_shape)), read_net(init_from))
+                load_float(shapes(net, (1, *source.image_shape)), weights.load(init_from))
             except ValueError as error:
                 raise ValueError(f"nets.{name}.init_from: {error}") from error
 

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import deploy as shipping
-from qkd_jax import report
-from qkd_jax.experiment.run import Run, read_net, write_net
+from qkd_jax import report, weights
+from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
 from qkd_jax.inspection import LayerInfo, layers
 from qkd_jax.quantizers import QUANTIZERS, live
@@ -70,7 +70,7 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
     folder.mkdir(parents=True, exist_ok=True)
     trained = run.evaluate(name)
 
-    write_net(folder / f"{name}.npz", variables)
+    weights.save(folder / f"{name}.npz", variables)
     integer = shipping.convert(net, variables, images)
     packed: dict[str, Any] = {key: np.asarray(array) for key, array in integer.arrays.items()}
     np.savez(folder / f"{name}_integers.npz", **packed)
@@ -130,7 +130,7 @@ def _floats(variables: Mapping[str, Any]) -> dict[str, Any]:
 def _before(run: Run, name: str) -> dict[str, Any] | None:
     """The net's variables from before it was quantized, which its `calibrate` stage has kept."""
     path = run.folder.model / f"{name}_float.npz"
-    return read_net(str(path)) if path.exists() else None
+    return weights.load(path) if path.exists() else None
 
 
 def _onnx(session: Any) -> Callable[[Any], np.ndarray]:

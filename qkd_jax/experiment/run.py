@@ -5,24 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from qkd_jax import checks, data, metrics
+from qkd_jax import data, metrics, weights
 from qkd_jax.data.dataset import Dataset
-from qkd_jax.experiment.settings import Settings, Stage, is_file, shapes
+from qkd_jax.experiment.settings import Settings, Stage, shapes
 from qkd_jax.quantize import QuantizedModel, load_float
 from qkd_jax.training.checkpoint import Checkpoints, Restored
 from qkd_jax.training.loop import Window
 from qkd_jax.training.parallel import StepCache
 from qkd_jax.training.state import stream_key
 from qkd_jax.training.step import eval_step, mode_arguments
-from qkd_jax.training.trees import flatten
+from qkd_jax.training.trees import nested
 
-__all__ = ["Evaluation", "Run", "nested", "place", "read_net", "write_net"]
+__all__ = ["Evaluation", "Run", "place"]
 
 Variables = dict[str, Any]
 
@@ -94,8 +93,8 @@ class Run:
         net = self.nets[name]
         if not source:
             self.variables[name] = self._random(name)
-        elif is_file(source):
-            self.variables[name] = load_float(self._shapes(name), read_net(source))
+        elif weights.is_source(source):
+            self.variables[name] = load_float(self._shapes(name), weights.load(source))
         else:
             self.bring_in(source)
             taken = self.variables[source]
@@ -242,47 +241,3 @@ class Run:
 def place(tree: Any) -> Any:
     """Puts a tree on the first device, so that evaluation compiles once whoever made the arrays."""
     return jax.device_put(tree, jax.local_devices()[0])
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {"a": {"b": leaf}} for {"a/b": leaf}."""
-    out: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *path, last = name.split("/")
-        node = out
-        for key in path:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return out
-
-
-def read_net(source: str) -> Variables:
-    """Reads a net's variables from "<run folder>#<net>" or from a flat .npz file.
-
-    Raises:
-        ValueError: there is no such file, checkpoint or net.
-    """
-    path, _, name = source.partition("#")
-    if path.endswith(".npz"):
-        if not Path(path).is_file():
-            raise ValueError(f"init_from is {source!r}; there is no file {path}.")
-        with np.load(path) as file:
-            return nested({key: file[key] for key in file.files})
-    folder = Path(path) / "checkpoints"
-    if not folder.is_dir():
-        raise ValueError(
-            f"init_from is {source!r}; {folder} is not there. Give <run folder>#<net> of a run, or "
-            "a .npz file."
-        )
-    with Checkpoints(folder) as checkpoints:
-        saved = checkpoints.restore_latest()
-    nets = nested(saved.tree).get("nets", {}) if saved else {}
-    if name not in nets:
-        raise checks.unknown(f"net in init_from {source!r}", name, nets)
-    return nets[name]
-
-
-def write_net(path: Path, variables: Mapping[str, Any]) -> None:
-    """Writes a net's variables as a flat .npz file that `init_from` reads."""
-    flat: dict[str, Any] = {n: np.asarray(leaf) for n, leaf in flatten(dict(variables)).items()}
-    np.savez(path, **flat)

@@ -11,19 +11,18 @@ import dataclasses
 import functools
 import inspect
 import json
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from qkd_jax import checks, presets
+from qkd_jax import checks, presets, weights
 from qkd_jax.experiment.values import check_frame, check_origins, check_tables, mapping
 from qkd_jax.models import MODELS, create
 from qkd_jax.quantize import QuantizedModel, quantize
 
-__all__ = ["Settings", "Stage", "build_net", "is_file", "read", "resolve", "shapes"]
+__all__ = ["Settings", "Stage", "build_net", "read", "resolve", "shapes"]
 
 # Everything a config may say outside of `nets`, `stages` and `schedule`, with its default.
 DEFAULTS: dict[str, Any] = {
@@ -210,11 +209,6 @@ def shapes(net: QuantizedModel, image_shape: tuple[int, ...]) -> Any:
     return jax.eval_shape(net.init, jax.random.key(0), images)
 
 
-def is_file(init_from: str) -> bool:
-    """Whether `init_from` means a file or run folder instead of a net."""
-    return os.sep in init_from or "#" in init_from or init_from.endswith(".npz")
-
-
 def build_net(
     name: str, fields: Mapping[str, Any], nets: Mapping[str, Any], classes: int
 ) -> QuantizedModel:
@@ -233,7 +227,7 @@ def build_net(
         raise ValueError(f"{where}.model is missing; allowed: {', '.join(sorted(MODELS))}.")
     arguments = {k: v for k, v in fields.items() if k not in NET_FIELDS and v != 0}
     source = fields.get("init_from", "")
-    if source and not is_file(source) and source not in nets:
+    if source and not weights.is_source(source) and source not in nets:
         raise checks.unknown(f"net in {where}.init_from", source, nets)
     try:
         rules = presets.rules(

@@ -15,13 +15,13 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from qkd_jax import checks, data, metrics, ptq
+from qkd_jax import checks, data, metrics, ptq, weights
 from qkd_jax.calibration import calibrate as calibrate_net
 from qkd_jax.deploy.onnx import TARGETS
 from qkd_jax.experiment.deployment import deploy
 from qkd_jax.experiment.diagnosis import check_diagnose, diagnose
 from qkd_jax.experiment.ptq_stages import PTQ_CHECKS, PTQ_STAGES
-from qkd_jax.experiment.run import Run, write_net
+from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
 from qkd_jax.inspection import layers, size
 from qkd_jax.interception import OPERANDS
@@ -257,7 +257,7 @@ def calibrate(
         if run.folder is not None and float_still:  # the report shows weights before and after
             run.folder.model.mkdir(parents=True, exist_ok=True)
             floats = {k: v for k, v in run.variables[name].items() if k != "quant"}
-            write_net(run.folder.model / f"{name}_float.npz", floats)
+            weights.save(run.folder.model / f"{name}_float.npz", floats)
         run.put(
             name,
             calibrate_net(

@@ -1,9 +1,10 @@
 """Models: plain linen networks that know nothing of quantization, distillation or devices.
 
-`MODELS` maps names to constructors; `create` adds every other CIFAR ResNet depth and errors that
-name the nearest valid choice. To add a model, write a linen module in a file of this package and
-give it a line in `MODELS`; the tests in `tests/models/test_models.py` are parametrised over the
-table. What the rest of the project relies on:
+`MODELS` maps names to constructors; `create` adds every other CIFAR ResNet depth (6n + 2; 18, 34
+and 50 are the nets for large images) and errors that name the nearest valid choice. To add a model,
+write a linen module in a file of this package and give it a line in `MODELS`; the tests in
+`tests/models/test_models.py` are parametrised over the table. What the rest of the project relies
+on:
 
 * `MODELS[name](num_classes=..., **fields)` is an unbound linen module, hashable, called as
   `model(images, train=False)` with images [batch, height, width, channels], floating, normalised;
@@ -29,6 +30,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from qkd_jax import checks
+from qkd_jax.models.imagenet_resnet import Bottleneck, ImageNetResNet
 from qkd_jax.models.mlp import MLP
 from qkd_jax.models.mobilenet import InvertedResidual, MobileNet, MobileNetV2, SeparableBlock
 from qkd_jax.models.resnet import BasicBlock, ResNet, blocks_per_stage
@@ -44,6 +46,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet110": functools.partial(ResNet, depth=110),
     "resnet8x4": functools.partial(ResNet, depth=8, width=64, stem_width=32),
     "resnet32x4": functools.partial(ResNet, depth=32, width=64, stem_width=32),
+    "resnet18": ImageNetResNet,
+    "resnet34": functools.partial(ImageNetResNet, blocks=(3, 4, 6, 3)),
+    "resnet50": functools.partial(ImageNetResNet, blocks=(3, 4, 6, 3), bottleneck=True),
     "mobilenet": MobileNet,
     "mobilenet_v2": MobileNetV2,
     "vit": ViT,
@@ -55,6 +60,8 @@ __all__ = [
     "MLP",
     "MODELS",
     "BasicBlock",
+    "Bottleneck",
+    "ImageNetResNet",
     "InvertedResidual",
     "MobileNet",
     "MobileNetV2",
@@ -70,7 +77,7 @@ def create(name: str, num_classes: int, **fields: Any) -> nn.Module:
     """Builds a model by name.
 
     Args:
-      name: a key of `MODELS`, or "resnet<depth>" for any depth of the form 6n + 2.
+      name: a key of `MODELS`, or "resnet<depth>" for any other depth of the form 6n + 2.
       num_classes: number of logits, at least 1.
       **fields: fields of the module, such as `width=8`; lists become tuples and a `dtype` may be a
         string like "bfloat16", so that values read from a JSON file work.

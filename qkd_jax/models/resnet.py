@@ -24,11 +24,11 @@ import jax.numpy as jnp
 from qkd_jax import checks
 from qkd_jax.models.features import sow_feature
 
-__all__ = ["BasicBlock", "ResNet", "blocks_per_stage"]
+__all__ = ["ONE_PIXEL", "BasicBlock", "ResNet", "blocks_per_stage", "conv_and_norm"]
 
 # One pixel on every side also under stride 2, as the papers' code has it. "SAME" would pad an even
 # map on one side only.
-_ONE_PIXEL = ((1, 1), (1, 1))
+ONE_PIXEL = ((1, 1), (1, 1))
 
 
 def blocks_per_stage(depth: int) -> int:
@@ -47,7 +47,7 @@ def blocks_per_stage(depth: int) -> int:
     return n
 
 
-def _layers(module: ResNet | BasicBlock, train: bool) -> tuple[Callable[..., Any], ...]:
+def conv_and_norm(module: Any, train: bool) -> tuple[Callable[..., Any], ...]:
     """Returns the constructors of a convolution and a BatchNorm with the project's settings."""
     conv = functools.partial(
         nn.Conv,
@@ -100,12 +100,12 @@ class BasicBlock(nn.Module):
         its own while the block's output stays one array.
         """
         checks.one_of("shortcut", self.shortcut, ("projection", "pad"))
-        conv, norm = _layers(self, train)
+        conv, norm = conv_and_norm(self, train)
         stride = (self.stride, self.stride)
 
-        y = conv(self.width, (3, 3), strides=stride, padding=_ONE_PIXEL, name="conv1")(x)
+        y = conv(self.width, (3, 3), strides=stride, padding=ONE_PIXEL, name="conv1")(x)
         y = nn.relu(norm(name="bn1")(y))
-        y = conv(self.width, (3, 3), padding=_ONE_PIXEL, name="conv2")(y)
+        y = conv(self.width, (3, 3), padding=ONE_PIXEL, name="conv2")(y)
         y = norm(name="bn2")(y)
 
         if self.stride != 1 or x.shape[-1] != self.width:
@@ -184,11 +184,11 @@ class ResNet(nn.Module):
         blocks = blocks_per_stage(self.depth)
         checks.integer_in("width", self.width, 1)
         checks.images("images", images)
-        conv, norm = _layers(self, train)
+        conv, norm = conv_and_norm(self, train)
 
         stem_width = self.width if self.stem_width is None else self.stem_width
         checks.integer_in("stem_width", stem_width, 1)
-        x = conv(stem_width, (3, 3), padding=_ONE_PIXEL, name="stem")(images)
+        x = conv(stem_width, (3, 3), padding=ONE_PIXEL, name="stem")(images)
         x = nn.relu(norm(name="stem_bn")(x))
         for stage in (1, 2, 3):
             for block in range(blocks):

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["flatten", "host_array", "key_impl", "tree_sha256", "unflatten_like"]
+__all__ = ["flatten", "host_array", "key_impl", "nested", "tree_sha256", "unflatten_like"]
 
 
 def _part(entry: Any) -> str:
@@ -49,6 +49,18 @@ def flatten(tree: Any) -> dict[str, Any]:
         ValueError: if two leaves get the same name.
     """
     return dict(_named_leaves(tree)[0])
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {"a": {"b": leaf}} for {"a/b": leaf}."""
+    out: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *path, last = name.split("/")
+        node = out
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return out
 
 
 def key_impl(leaf: Any) -> str | None:

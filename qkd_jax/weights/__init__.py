@@ -1,0 +1,173 @@
+"""Weights in and out: a net's variables from files, and into files that others read.
+
+    variables = weights.load("resnet50.safetensors")        # torchvision, timm, RepDistiller, ours
+    variables = weights.load("runs/mine#student")           # a run's checkpoint
+    weights.save("student.safetensors", variables, layout="torch")
+
+    python -m qkd_jax.weights runs/mine#student student.safetensors --layout=torch
+
+A config's `init_from` takes whatever `load` takes. Nothing is unpickled: a .pth or .bin file is
+refused with the command that converts it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax.training.checkpoint import Checkpoints
+from qkd_jax.training.trees import flatten, nested
+from qkd_jax.weights.files import damaged, read_npz, read_safetensors, safetensors_bytes
+from qkd_jax.weights.layouts import from_torch, is_torch, to_torch
+
+__all__ = ["from_torch", "is_source", "load", "save", "to_torch"]
+
+SUFFIXES = (".npz", ".safetensors")
+PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".pickle")
+COLLECTIONS = ("params", "batch_stats", "quant")
+LAYOUTS = ("flax", "torch")
+FORMS = "<run folder>#<net>, a .safetensors or .npz file, or the folder of an Orbax checkpoint"
+
+
+def is_source(text: str) -> bool:
+    """Whether a text means a file or folder, and not the name of a net."""
+    return os.sep in text or "#" in text or text.endswith((*SUFFIXES, *PICKLED))
+
+
+def load(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a net's variables.
+
+    Args:
+        source: "<run folder>#<net>"; a .safetensors or .npz file of flat names
+            ("params/stem/kernel") or of a PyTorch ResNet's ("layer1.0.conv1.weight", see
+            `from_torch`); or the folder of an Orbax checkpoint of variables.
+
+    Returns:
+        {"params", "batch_stats", "quant"}, of which the file has at least the first.
+
+    Raises:
+        ValueError: no such file, net or format, a damaged file, names of no known layout.
+    """
+    source = os.fspath(source)
+    path, _, net = source.partition("#")
+    if path.endswith(PICKLED):
+        raise ValueError(_refusal(path))
+    if path.endswith(".npz"):
+        return _variables(read_npz(path), path)
+    if path.endswith(".safetensors"):
+        return _variables(read_safetensors(path)[0], path)
+    if (Path(path) / "checkpoints").is_dir():
+        return _from_run(path, net)
+    if Path(path).is_dir() and not net:
+        return _from_orbax(path)
+    raise ValueError(f"there are no weights at {source!r}; give {FORMS}.")
+
+
+def save(
+    path: str | os.PathLike[str], variables: Mapping[str, Any], *, layout: str = "flax"
+) -> None:
+    """Writes a net's variables to a .safetensors or .npz file.
+
+    Args:
+        path: the file; its ending says the format.
+        variables: of one net.
+        layout: "flax": flat names, everything, also the quantizers. "torch": names and axes of
+            PyTorch's ResNets, without the quantizers (see `to_torch`).
+
+    Raises:
+        ValueError: another ending or layout, or a net that the layout does not know.
+    """
+    path = Path(path)
+    checks.one_of("the ending of path", path.suffix, SUFFIXES)
+    checks.one_of("layout", layout, LAYOUTS)
+    flat = to_torch(variables) if layout == "torch" else flatten(dict(variables))
+    arrays: dict[str, Any] = {name: np.asarray(array) for name, array in flat.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        metadata = {"format": "pt"} if layout == "torch" else {"format": "flax"}
+        path.write_bytes(safetensors_bytes(arrays, metadata))
+
+
+def _variables(flat: Mapping[str, np.ndarray], path: str) -> dict[str, Any]:
+    if is_torch(flat):
+        try:
+            return from_torch(flat)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    names = set(flat)
+    for name in flat:
+        parts = name.split("/")
+        above = {"/".join(parts[:i]) for i in range(1, len(parts))}
+        if not all(parts) or above & names:
+            raise damaged(path, f"{name!r} is no path of an array, or lies under another array")
+    found = nested(flat)
+    if not set(found) <= set(COLLECTIONS) or not isinstance(found.get("params"), dict):
+        raise ValueError(
+            f"{path} has arrays named {', '.join(sorted(flat)[:4])} ...; wanted are names such as "
+            "'params/stem/kernel' and 'batch_stats/stem_bn/mean', or those of a PyTorch ResNet."
+        )
+    return found
+
+
+def _from_run(path: str, net: str) -> dict[str, Any]:
+    with Checkpoints(Path(path) / "checkpoints") as checkpoints:
+        saved = checkpoints.restore_latest()
+    nets = nested(saved.tree).get("nets", {}) if saved else {}
+    if net not in nets:
+        raise checks.unknown(f"net in {path + '#' + net!r}", net, nets)
+    return nets[net]
+
+
+def _from_orbax(path: str) -> dict[str, Any]:
+    """Reads variables that somebody's own Orbax checkpointer has saved."""
+    import orbax.checkpoint as ocp
+
+    folder = Path(path).absolute()
+    inner = folder / "default"  # where a CheckpointManager puts a single item
+    folder = inner if inner.is_dir() else folder
+    if not (folder / "_METADATA").is_file():
+        raise ValueError(f"{path!r} is neither a run folder nor an Orbax checkpoint; give {FORMS}.")
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(folder).item_metadata.tree
+            kinds = _map(metadata, lambda _: ocp.RestoreArgs(restore_type=np.ndarray))
+            tree = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds))
+    except Exception as error:  # whatever the storage below says
+        raise damaged(path, _first_line(error)) from error
+    tree = tree.get("variables", tree) if isinstance(tree, dict) else tree
+    if not isinstance(tree, dict) or not isinstance(tree.get("params"), dict):
+        raise ValueError(
+            f"{path!r} holds {sorted(tree) if isinstance(tree, dict) else type(tree).__name__}; "
+            "wanted is a tree with 'params' (and 'batch_stats'), as a model's init gives it."
+        )
+    return {name: tree[name] for name in COLLECTIONS if name in tree}
+
+
+def _map(tree: Any, function: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _map(value, function) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_map(value, function) for value in tree)
+    return function(tree)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _refusal(path: str) -> str:
+    target = Path(path).with_suffix(".safetensors").name
+    return (
+        f"{path} may be a pickle, which can run code when it is opened, and is not read. Convert "
+        f'it where PyTorch is installed: python -c "import torch; from safetensors.torch import '
+        f"save_file; s = torch.load('{path}', map_location='cpu', weights_only=True); "
+        f"s = s.get('state_dict', s.get('model', s)); save_file({{k: v.contiguous() for k, v in "
+        f"s.items()}}, '{target}')\""
+    )

@@ -1,0 +1,40 @@
+"""`python -m qkd_jax.weights SOURCE TARGET`: a net's weights from one file format to another.
+
+SOURCE is whatever a config's `init_from` takes; TARGET ends in .safetensors or .npz.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from qkd_jax import weights
+from qkd_jax.training.trees import flatten
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Converts; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m qkd_jax.weights", description=weights.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("source", help=weights.FORMS)
+    parser.add_argument("target", help="the file to write: .safetensors or .npz")
+    parser.add_argument(
+        "--layout",
+        choices=weights.LAYOUTS,
+        default="flax",
+        help='"torch": names and axes of torchvision, timm and RepDistiller ResNets',
+    )
+    given = parser.parse_args(arguments)
+    try:
+        variables = weights.load(given.source)
+        weights.save(given.target, variables, layout=given.layout)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{given.target}: {len(flatten(variables))} arrays read from {given.source}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

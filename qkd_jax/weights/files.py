@@ -1,0 +1,188 @@
+"""Files of named arrays: safetensors and .npz, read without trusting a word of them.
+
+A file that is cut off, damaged or made to mislead gives a ValueError with its name, and no more
+memory than the file is large is taken for it. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+__all__ = ["damaged", "parse_safetensors", "read_npz", "read_safetensors", "safetensors_bytes"]
+
+# The names of https://github.com/safetensors/safetensors#format that NumPy and ml_dtypes can hold.
+DTYPES: dict[str, Any] = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "F32": np.float32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "F64": np.float64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+# zlib packs 1,032 bytes into one at best.
+MOST_DEFLATED = 1032
+NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def damaged(path: Any, why: Any, repair: str = "get or write it again") -> ValueError:
+    """Builds the error for a file that does not hold what it should (returned, not raised)."""
+    return ValueError(f"{os.fspath(path)} is no file to rely on: {why}; {repair}.")
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Returns a file's content.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{os.fspath(path)} cannot be read: {error.strerror}.") from error
+
+
+def read_safetensors(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads a .safetensors file.
+
+    Returns:
+        ({name: array}, the file's own metadata).
+
+    Raises:
+        ValueError: no such file, or one that is damaged.
+    """
+    return parse_safetensors(read_bytes(path), path)
+
+
+def parse_safetensors(
+    data: bytes, path: str | os.PathLike[str]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Takes apart the content of a .safetensors file; `path` is for messages."""
+    try:
+        entries = safetensors.deserialize(data)
+        arrays = {}
+        for name, entry in entries:
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(
+                    f"{os.fspath(path)} has {name!r} in {entry['dtype']}, which NumPy cannot hold; "
+                    f"convert it to one of {', '.join(DTYPES)}."
+                )
+            dtype = np.dtype(DTYPES[entry["dtype"]])
+            flat = np.frombuffer(entry["data"], dtype) if entry["data"] else np.zeros(0, dtype)
+            arrays[name] = flat.reshape(entry["shape"])
+        (length,) = struct.unpack("<Q", data[:8])
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    except (safetensors.SafetensorError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+        raise damaged(path, error) from error
+    return arrays, metadata
+
+
+def safetensors_bytes(arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """Returns the content of a .safetensors file; the same arrays give the same bytes."""
+    names = {np.dtype(kind): name for name, kind in DTYPES.items()}
+    kept, specs = [], {}
+    for name, array in sorted(arrays.items()):
+        array = np.asarray(array, order="C")
+        if array.dtype not in names:
+            raise ValueError(
+                f"array {name!r} is {array.dtype}, which a .safetensors file cannot hold; allowed: "
+                f"{', '.join(str(d) for d in names)}."
+            )
+        if array.dtype.byteorder == ">":
+            array = array.astype(array.dtype.newbyteorder("<"))
+        kept.append(array)  # the specs hold addresses
+        specs[name] = safetensors.TensorSpec(
+            dtype=array.dtype.name,
+            shape=list(array.shape),
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
+        )
+    return bytes(safetensors.serialize(specs, metadata=dict(metadata) or None))
+
+
+def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads a .npz file of plain arrays.
+
+    Raises:
+        ValueError: no such file, one that is damaged, or one with pickled objects inside.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {os.fspath(path)}.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check_sizes(archive, path)
+            return {
+                info.filename.removesuffix(".npy"): _read_npy(archive, info, path)
+                for info in archive.infolist()
+            }
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        NotImplementedError,  # an unknown method of compression
+        RuntimeError,  # encrypted
+        OverflowError,
+        MemoryError,
+        UnicodeDecodeError,
+        struct.error,
+    ) as error:
+        raise damaged(path, error or type(error).__name__) from error
+
+
+def _check_sizes(archive: zipfile.ZipFile, path: Any) -> None:
+    """Raises ValueError where the sizes that a zip's index declares cannot be true."""
+    stored = os.stat(path).st_size
+    for info in archive.infolist():
+        if info.compress_size > stored or info.file_size > MOST_DEFLATED * (info.compress_size + 1):
+            raise damaged(path, f"{info.filename!r} claims {info.file_size:,} bytes")
+    if len({info.filename for info in archive.infolist()}) < len(archive.infolist()):
+        raise damaged(path, "two entries have one name")
+
+
+def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Any) -> np.ndarray:
+    with archive.open(info) as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            shape, fortran, dtype = NPY_HEADERS[version](file)
+        except (ValueError, KeyError, TypeError, SyntaxError, RecursionError) as error:
+            raise damaged(path, f"{info.filename!r} has no header of an array") from error
+        if dtype.hasobject or dtype.fields is not None or dtype.subdtype is not None:
+            raise ValueError(
+                f"{os.fspath(path)} has {info.filename!r} in {dtype}; only arrays of plain numbers "
+                "are read, and nothing is unpickled. Save plain arrays with numpy.savez."
+            )
+        data = file.read()
+    if (
+        not dtype.itemsize
+        or any(n < 0 for n in shape)
+        or math.prod(shape) * dtype.itemsize != len(data)
+    ):
+        raise damaged(path, f"{info.filename!r} declares {dtype} {shape} for {len(data):,} bytes")
+    array = np.frombuffer(bytearray(data), dtype) if data else np.zeros(math.prod(shape), dtype)
+    return array.reshape(shape, order="F" if fortran else "C")
