@@ -27,11 +27,13 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax import graph as graphs
-from qkd_jax.deploy.onnx_ops import OPERATIONS, unsupported
+from qkd_jax.deploy.onnx_ops import OPERATIONS, unsupported, write_pattern
+from qkd_jax.deploy.onnx_patterns import find
 from qkd_jax.deploy.onnx_products import write_product
-from qkd_jax.deploy.onnx_quantizers import write_quantizer
+from qkd_jax.deploy.onnx_quantizers import needs_opset_21, write_quantizer
 from qkd_jax.deploy.onnx_writer import Tensor, Writer
 from qkd_jax.graph import Node
+from qkd_jax.numerics import IntFormat
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.ptq.products import TracedNet, is_quantizer, products, trace_net
 from qkd_jax.quantize import QuantizedModel
@@ -39,6 +41,7 @@ from qkd_jax.quantize import QuantizedModel
 __all__ = ["OnnxFile", "has_vnni", "onnx_session", "to_onnx"]
 
 OPSETS = (13, 21)
+INT4_OPSET = 21
 TARGETS = (None, "x86", "host")
 # The oldest ONNX file format that carries each opset.
 IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
@@ -53,12 +56,15 @@ class OnnxFile:
         operations: operation -> number of nodes.
         bytes: size of the file.
         saturating: layers whose codes go wrong on x86 without VNNI (see `to_onnx`).
+        stored: layer -> (format of its weight's codes, type they are stored in); ONNX has none of
+            1, 2 or 3 bits, so that such codes take an int4 or an int8 each.
     """
 
     path: Path
     operations: dict[str, int]
     bytes: int
     saturating: tuple[str, ...]
+    stored: dict[str, tuple[str, str]]
 
 
 def to_onnx(
@@ -69,6 +75,7 @@ def to_onnx(
     *,
     opset: int = 17,
     target: str | None = None,
+    int4: bool = False,
     **kwargs: Any,
 ) -> OnnxFile:
     """Writes a net, float or quantized, as an ONNX file.
@@ -88,6 +95,9 @@ def to_onnx(
             alone does not show it. "x86" refuses such layers; "host" warns if this machine is one;
             None does neither. 7-bit weights are safe everywhere, and so is ONNX Runtime with the
             session of `onnx_session`.
+        int4: store weights of up to 4 bits as int4 or uint4, two to a byte, which needs opset 21.
+            Engines for CPUs have no products of them: they unpack such weights when they load the
+            file, and run those layers in float.
         **kwargs: further arguments of the model's call.
 
     Returns:
@@ -101,9 +111,11 @@ def to_onnx(
     onnx = _import("onnx")
     checks.integer_in("opset", opset, *OPSETS)
     checks.one_of("target", target, TARGETS)
+    if int4 and opset < INT4_OPSET:
+        raise ValueError(f"opset is {opset}, and ONNX has int4 since {INT4_OPSET}; give opset=21.")
     folded = fold_bn(net, variables, images, **kwargs)
     traced = trace_net(net, folded, images, **kwargs)
-    export = Export(traced, opset)
+    export = Export(traced, opset, int4=int4)
     outputs = export.write()
     saturating = tuple(export.saturating)
     _check_target(target, saturating)
@@ -116,7 +128,7 @@ def to_onnx(
     counts: dict[str, int] = {}
     for node in model.graph.node:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return OnnxFile(path, counts, len(data), saturating)
+    return OnnxFile(path, counts, len(data), saturating, export.stored)
 
 
 def onnx_session(path: str | os.PathLike[str], *, threads: int | None = None) -> Any:
@@ -194,13 +206,16 @@ def _import(name: str) -> Any:
 class Export:
     """One export: walks the graph and remembers which ONNX tensor holds which value."""
 
-    def __init__(self, traced: TracedNet, opset: int):
+    def __init__(self, traced: TracedNet, opset: int, *, int4: bool = False):
         self.traced, self.graph = traced, traced.graph
+        self.int4 = int4
+        self.stored: dict[str, tuple[str, str]] = {}  # layer -> its codes, and what holds them
         self.writer = Writer(opset)
         self.products = {p.node: p for p in products(traced.graph)}
         self.tensors: dict[int, Tensor] = {}
         self.absorbed: dict[Node, int] = {}  # nodes already computed, and by which value
         self.grids: dict[Any, str] = {}  # tensor and grid -> its dequantized form
+        self.written: dict[str, Any] = {}  # dequantized form -> its grid
         self.largest: dict[str, int] = {}  # dequantized form -> its largest code
         self.saturating: list[str] = []
         self.dynamic = set(self.graph.inputs)
@@ -212,8 +227,14 @@ class Export:
         """Writes all nodes; returns the results, in the model's own order of axes."""
         for value in self.graph.inputs:
             self.tensors[value] = self.input(value)
+        patterns = {p.y: p for p in find(self)}
+        inside = {n for p in patterns.values() for n in p.nodes}
         for node in self.graph.nodes:
             if self.dynamic.isdisjoint(node.outputs):
+                continue
+            if node in inside:
+                if node.outputs[0] in patterns:
+                    self.tensors[node.outputs[0]] = write_pattern(self, patterns[node.outputs[0]])
                 continue
             if node in self.absorbed:
                 self.tensors[node.outputs[0]] = self.tensors[self.absorbed[node]]
@@ -286,6 +307,15 @@ class Export:
         if not np.array_equal(np.broadcast_to(first, second.shape), second):
             raise unsupported(node, "its values differ along the batch")
         return first
+
+    def storage(self, path: str, format: IntFormat) -> np.dtype:
+        """Returns the type that holds the codes of a layer's weight."""
+        needs_opset_21(self, path, format)
+        dtype = np.dtype(format.storage)
+        if self.int4 and format.bits <= 4:
+            dtype = np.dtype(jax.numpy.int4 if format.signed else jax.numpy.uint4)
+        self.stored[path] = (format.name, dtype.name)
+        return dtype
 
     def same(self, tensor: Tensor, name: str) -> Tensor:
         """Returns a tensor like another one under a new name."""

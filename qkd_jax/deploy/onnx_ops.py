@@ -6,19 +6,21 @@ add an operation as one entry.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qkd_jax.deploy.onnx_patterns import GELU_OPSET, Pattern
 from qkd_jax.deploy.onnx_writer import Tensor
 from qkd_jax.graph import Node
 
 if TYPE_CHECKING:
     from qkd_jax.deploy.onnx import Export
 
-__all__ = ["OPERATIONS", "unsupported"]
+__all__ = ["OPERATIONS", "unsupported", "write_pattern"]
 
 UNARY = {
     "abs": "Abs",
@@ -246,13 +248,66 @@ def _concatenate(export: Export, node: Node, *parts: Any) -> Tensor:
         if isinstance(part, Tensor):
             part = export.writer.ordered(part, node.scope)
             names.append(export.writer.arranged(part, first.perm, node.scope).name)
-        elif any(n == -1 for n in first.shape):
-            raise unsupported(node, "a part of it is a constant")
         else:
-            names.append(export.writer.constant(part.transpose(first.perm), "part"))
+            names.append(_repeated(export, node, np.asarray(part), first))
     axis = first.perm.index(node.params["dimension"])
     name = export.add("Concat", names, node, axis=axis)
     return Tensor(name, export.shape(node), first.perm)
+
+
+def _repeated(export: Export, node: Node, part: np.ndarray, beside: Tensor) -> str:
+    """A constant in the order of another tensor, repeated along the batch of that tensor."""
+    name = export.writer.constant(part.transpose(beside.perm), "part")
+    batch = [a for a, n in enumerate(beside.shape) if n == -1]
+    if batch != [0]:
+        if batch:
+            raise unsupported(node, "a constant part of it, beside a batch that is not in front")
+        return name
+    # Its shape at run time: the other tensor's batch, then the constant's own sizes.
+    writer, place = export.writer, beside.perm.index(0)
+    sizes = export.add("Shape", [beside.name], node, start=place, end=place + 1)
+    own = [part.shape[a] for a in beside.perm]
+    pieces = [own[:place], sizes, own[place + 1 :]]
+    shape = [p if isinstance(p, str) else writer.shape_constant(p) for p in pieces if len(p)]
+    return export.add("Expand", [name, export.add("Concat", shape, node, axis=0)], node)
+
+
+def write_pattern(export: Export, pattern: Pattern) -> Tensor:
+    """Writes a part of the graph that ONNX has one operation for."""
+    node = export.graph.producer(pattern.y)
+    assert node is not None
+    x = export.tensors[pattern.x]
+    if pattern.op == "Gelu":
+        return dataclasses.replace(x, name=_gelu(export, node, x.name, **pattern.attributes))
+    x = export.writer.ordered(x, node.scope)
+    if pattern.op == "Softmax":
+        axis = x.perm.index(pattern.axis)
+        return export.same(x, export.add("Softmax", [x.name], node, axis=axis))
+    if x.perm[-1] != len(x.perm) - 1:
+        x = export.writer.plain(x, node.scope)
+    grid = (pattern.scale, pattern.bias)
+    names = [export.writer.constant(a, f"{node.scope}/norm") for a in grid]
+    attributes = {"axis": -1, **pattern.attributes}
+    return export.same(x, export.add(pattern.op, [x.name, *names], node, **attributes))
+
+
+def _gelu(export: Export, node: Node, x: str, *, tanh: bool) -> str:
+    """One node since opset 20; before that, for erf, the five that engines fuse into one."""
+    if export.writer.opset >= GELU_OPSET:
+        return export.add("Gelu", [x], node, approximate="tanh" if tanh else "none")
+
+    def number(value: float) -> str:
+        return export.writer.constant(np.float32(value), "number")
+
+    if tanh:
+        cube = export.add("Mul", [export.add("Mul", [x, x], node), x], node)
+        inner = export.add("Add", [x, export.add("Mul", [cube, number(0.044715)], node)], node)
+        inner = export.add("Mul", [inner, number(math.sqrt(2 / math.pi))], node)
+        curve = export.add("Tanh", [inner], node)
+    else:
+        curve = export.add("Erf", [export.add("Div", [x, number(math.sqrt(2))], node)], node)
+    twice = export.add("Mul", [x, export.add("Add", [curve, number(1)], node)], node)
+    return export.add("Mul", [twice, number(0.5)], node)
 
 
 def _reduce(op: str) -> Callable[..., Tensor]:
@@ -271,7 +326,8 @@ def _reduce(op: str) -> Callable[..., Tensor]:
 
 def _reduced(export: Export, node: Node, x: Tensor, axes: tuple[int, ...], kind: str) -> str:
     where = sorted(x.perm.index(a) for a in axes)
-    if kind == "Mean" and len(x.shape) > 2 and where == list(range(2, len(x.shape))):
+    # Of a map: the mean over the features of tokens has its own kernel.
+    if kind == "Mean" and len(x.shape) > 3 and where == list(range(2, len(x.shape))):
         pooled = export.add("GlobalAveragePool", [x.name], node)
         return export.add("Flatten", [pooled], node, axis=1)
     # The axes are an input of ReduceSum since opset 13 and of its siblings since 18.

@@ -6,11 +6,11 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import graph as graphs
 from qkd_jax.deploy.onnx_ops import unsupported
-from qkd_jax.deploy.onnx_quantizers import needs_opset_21
 from qkd_jax.deploy.onnx_writer import Tensor
 from qkd_jax.graph import Node
 from qkd_jax.ptq.products import Operand, Product, scale_in_output, view
@@ -71,7 +71,6 @@ def _weight(export: Export, product: Product, side: int) -> Weight:
         return Weight(export.fixed(operand.value))
     assert operand.marker is not None
     scale, zero_point, format = view(export.traced, operand.marker)
-    needs_opset_21(export, product.path, format)
     hat = np.asarray(export.graph.constants[operand.marker.outputs[0]], np.float32)
     codes = np.round(hat * (np.float32(1) / scale)) + zero_point
     codes = _moved(codes.astype(np.int32), operand)
@@ -82,12 +81,13 @@ def _weight(export: Export, product: Product, side: int) -> Weight:
         multiplier = export.traced.multipliers[product.path].astype(np.float64)
         in_output = multiplier.reshape((1,) * (product.rank - multiplier.ndim) + multiplier.shape)
         in_output = in_output / input_scale
+    storage = export.storage(product.path, format)
     flip = None
     negative = np.sign(in_output) < 0
     if negative.any():
         # A negative multiplier goes into the codes, as long as -code is a code.
         in_operand = np.broadcast_to(_to_operand(negative, operand), codes.shape)
-        lowest = np.iinfo(format.storage).min
+        lowest = jnp.iinfo(storage).min
         if zero_point.any() or not format.signed or (codes[in_operand] == lowest).any():
             flip = np.where(negative, -1.0, 1.0).astype(np.float32)
         else:
@@ -96,14 +96,14 @@ def _weight(export: Export, product: Product, side: int) -> Weight:
     shifted = zero_point_in_output = None
     if zero_point.any():
         shifted = scale_in_output(product, side, zero_point)
-        zero_point_in_output = shifted.astype(format.storage)
+        zero_point_in_output = shifted.astype(storage)
     in_output = in_output.astype(np.float32)
     _note_saturation(export, product, other, codes)
     coarse = False
     if other.quantized:
         assert other.marker is not None
         coarse = min(format.bits, view(export.traced, other.marker)[2].bits) < FINE_BITS
-    return Weight(codes.astype(format.storage), in_output, zero_point_in_output, flip, coarse)
+    return Weight(codes.astype(storage), in_output, zero_point_in_output, flip, coarse)
 
 
 def _note_saturation(export: Export, product: Product, other: Operand, codes: np.ndarray) -> None:
@@ -315,8 +315,9 @@ def _matmul(
             name = export.add("Mul", [name, signs], node)
         if vector is not None:
             # ONNX Runtime draws an Add back into a Gemm, and then rounds it; not a Sub.
-            stored = export.writer.constant(-vector.astype(np.float32), f"{node.scope}/bias")
-            name = export.add("Sub", [name, stored], node)
+            op, sign = ("Sub", -1) if weight.coarse else ("Add", 1)
+            stored = export.writer.constant(sign * vector.astype(np.float32), f"{node.scope}/bias")
+            name = export.add(op, [name, stored], node)
     shape = export.shape(node)
     if shape != (*lead, channels):
         name = export.add("Reshape", [name, export.writer.shape_constant(shape)], node)
@@ -329,13 +330,32 @@ def _dynamic_product(export: Export, product: Product) -> Tensor:
     if node.op != "dot_general":
         raise unsupported(node, "its kernel is computed from the input")
     contracted, batch = node.params["dimension_numbers"]
-    names = []
+    operands, free = [], []
     for side in (0, 1):
         x = export.writer.ordered(export.tensors[node.inputs[side]], node.scope)
-        free = [a for a in range(len(x.shape)) if a not in (*contracted[side], *batch[side])]
-        if len(free) != 1 or len(contracted[side]) != 1:
+        rows = [a for a in range(len(x.shape)) if a not in (*contracted[side], *batch[side])]
+        if len(rows) != 1 or len(contracted[side]) != 1:
             raise unsupported(node, "a product of two activations with several rows of axes")
-        inner = (*free, *contracted[side]) if side == 0 else (*contracted[side], *free)
-        names.append(export.writer.arranged(x, (*batch[side], *inner), node.scope).name)
+        operands.append(x)
+        free.append(rows)
+
+    def arrangement(side: int, left: bool) -> tuple[int, ...]:
+        inner = (*free[side], *contracted[side]) if left else (*contracted[side], *free[side])
+        return (*batch[side], *inner)
+
+    # y = a b or, with its last two axes swapped, b' a': whichever moves fewer operands.
+    orders = ((0, 1), (1, 0))
+    moved = [
+        sum(operands[side].perm != arrangement(side, side == left) for side in (0, 1))
+        for left, _ in orders
+    ]
+    left, right = orders[moved[1] < moved[0]]
+    names = [
+        export.writer.arranged(operands[side], arrangement(side, side == left), node.scope).name
+        for side in (left, right)
+    ]
     shape = export.shape(node)
-    return Tensor(export.add("MatMul", names, node), shape, tuple(range(len(shape))))
+    perm = list(range(len(shape)))
+    if left == 1:
+        perm[-2:] = perm[:-3:-1]
+    return Tensor(export.add("MatMul", names, node), shape, tuple(perm))

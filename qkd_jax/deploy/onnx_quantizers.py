@@ -43,6 +43,9 @@ def write_quantizer(export: Export, node: Node) -> Tensor:
     needs_opset_21(export, node.params["path"], format)
     if any(not np.isfinite(a) for a in (scale, zero_point)):
         raise ValueError(f"the step of {node.params['path']!r} is not finite: {scale}.")
+    if export.written.get(x.name) == (float(scale), int(zero_point), format):
+        if not _transformed(export, node):
+            return x  # on this very grid already: its codes would come out as they are
     key = (x.name, node.inputs[1:] if _transformed(export, node) else float(scale), int(zero_point))
     key = (*key, format)
     if key not in export.grids:
@@ -109,6 +112,7 @@ def _grid(
     ]
     codes = export.add("QuantizeLinear", [name, *grid], node)
     real = export.add("DequantizeLinear", [codes, *grid], node)
+    export.written[real] = (float(scale32), zero_point, format)
     # Kernels see signed codes shifted by 128; the largest of them decides about saturation.
     export.largest[real] = format.qmax + (128 if format.signed else 0)
     return real

@@ -50,6 +50,7 @@ class Writer:
         self.nodes: list[OnnxNode] = []
         self.constants: dict[str, np.ndarray] = {}
         self._known: dict[tuple[Any, ...], str] = {}
+        self._made: dict[tuple[Any, ...], str] = {}
         self._taken: set[str] = set()
 
     def fresh(self, hint: str) -> str:
@@ -64,7 +65,7 @@ class Writer:
     def constant(self, array: Any, hint: str) -> str:
         """Adds a constant; equal ones share a name."""
         array = np.asarray(array)
-        key = (array.dtype.str, array.shape, array.tobytes())
+        key = (array.dtype.name, array.shape, array.tobytes())
         if key not in self._known:
             self._known[key] = self.fresh(hint)
             self.constants[self._known[key]] = array
@@ -75,10 +76,14 @@ class Writer:
         return self.constant(np.asarray(values, np.int64), hint)
 
     def add(self, op: str, inputs: Sequence[str], scope: str, **attributes: Any) -> str:
-        """Adds a node with one output and returns the output's name."""
+        """Adds a node with one output and returns the output's name; equal nodes are one."""
+        key = (op, tuple(inputs), repr(sorted(attributes.items())))
+        if key in self._made:
+            return self._made[key]
         name = self.fresh(f"{scope}/{op}" if scope else op)
         self.nodes.append((op, tuple(inputs), (f"{name}:0",), attributes, name))
-        return f"{name}:0"
+        self._made[key] = f"{name}:0"
+        return self._made[key]
 
     def maker(self, name: str) -> OnnxNode | None:
         """Returns the node that writes a tensor."""
