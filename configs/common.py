@@ -282,13 +282,22 @@ def reestimate_bn(*nets: str) -> dict[str, Any]:
     return dict(kind="reestimate_bn", nets=nets, keep="better")
 
 
-def evaluate(reference: str = "", **methods: str) -> dict[str, Any]:
+def evaluate(
+    reference: str = "", *, ensembles: dict[str, tuple[str, ...]] | None = None, **methods: str
+) -> dict[str, Any]:
     """Returns an `evaluate` stage: `methods` names the row of the results table by net.
 
-    `reference` is the net with which agreement is counted; "" counts none.
+    `reference` is the net with which agreement is counted; "" counts none. `ensembles` adds a row
+    for several of the nets together, by a name of its own.
     """
     # A ConfigDict sorts its keys, so the order of the rows is said apart.
-    return dict(kind="evaluate", nets=tuple(methods), methods=methods, reference=reference)
+    return dict(
+        kind="evaluate",
+        nets=tuple(methods),
+        methods=methods,
+        reference=reference,
+        ensembles=ensembles or {},
+    )
 
 
 def deploy(net: str) -> dict[str, Any]:

@@ -331,12 +331,19 @@ def check_reestimate_bn(nets: Mapping[str, Any], stage: Stage) -> None:
 
 
 def evaluate(
-    run: Run, stage: Stage, *, nets: Sequence[str], methods: Mapping[str, str], reference: str = ""
+    run: Run,
+    stage: Stage,
+    *,
+    nets: Sequence[str],
+    methods: Mapping[str, str],
+    reference: str = "",
+    ensembles: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Adds a row to the results for each net: quality on the test split, agreement, and size.
 
     `methods` gives the row's method by net; `reference` is the net with whose argmax agreement is
-    counted, as it stands now.
+    counted, as it stands now. `ensembles` adds rows of several nets together, {name: nets}: the
+    mean of their probabilities.
     """
     found = {
         name: run.evaluate(name) for name in dict.fromkeys([*nets, *filter(None, [reference])])
@@ -356,10 +363,40 @@ def evaluate(
             )
         )
         run.log(stage, 1, "test", {f"{name}/{k}": v for k, v in found[name].metrics.items()})
+    for name, members in (ensembles or {}).items():
+        run.rows.append(ensemble_row(run, stage, name, {net: found[net].logits for net in members}))
+
+
+def ensemble_row(
+    run: Run, stage: Stage, name: str, logits: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """The row of several nets that answer with the mean of their probabilities.
+
+    It costs what its members cost together: steps, parameters and bytes are their sums.
+    """
+    scores = np.stack([jax.nn.log_softmax(z) for z in logits.values()])
+    mean = jax.nn.logsumexp(scores, axis=0) - np.log(len(logits))
+    found = jax.device_get(_classification(mean, run.dataset.test_labels))
+    rows = [row(run, net, stage.name, metrics.finish(found)) for net in logits]
+    added = {key: sum(r[key] for r in rows) for key in ("student_steps", "params", "weight_bytes")}
+    widths = {key: max(r[key] for r in rows) for key in ("weight_bits", "activation_bits")}
+    models = " + ".join(dict.fromkeys(r["model"] for r in rows))
+    method = f"mean of {len(rows)}"
+    return {**rows[0], **added, **widths, "net": name, "method": method, "model": models} | dict(
+        stage=stage.name, agreement=None, agreement_with=None
+    )
 
 
 def check_evaluate(nets: Mapping[str, Any], stage: Stage) -> None:
     """Checks the fields of an `evaluate` stage."""
+    for name, members in (stage.fields["ensembles"] or {}).items():
+        where = f"stages.{stage.name}.ensembles.{name}"
+        if name in nets:
+            raise ValueError(f"{where} has the name of a net; give the ensemble one of its own.")
+        checks.at_least_one(where, members)
+        for net in members:
+            if net not in stage.fields["nets"]:
+                raise checks.unknown(f"net in {where}", net, stage.fields["nets"])
     for name in stage.fields["methods"]:
         if name not in stage.fields["nets"]:
             where = f"net in stages.{stage.name}.methods"
@@ -385,6 +422,7 @@ def agreement(logits: np.ndarray, others: np.ndarray) -> float:
 
 
 _agreement = jax.jit(metrics.agreement)
+_classification = jax.jit(metrics.classification)
 
 
 def row(

@@ -1,0 +1,85 @@
+"""Deep mutual learning (Zhang et al. 2017, arXiv 1706.00384): students without a teacher.
+
+    python launch.py --config=configs/mutual.py:students=2 --workdir=runs/mutual
+
+Every student learns from the labels and from each of the others, all updated at once: student k's
+loss is CE + 1/(n - 1) sum_l KL(p_l || p_k) at temperature 1. The paper updates the students in
+turn, on fresh predictions; here a step sees one set of predictions, so all gradients are of one
+moment.
+`alone` is the control: the same net, batches and steps with the labels only. With `bits` the
+students, and the control, are quantized after a float start and learn from one another as such.
+"""
+
+from configs import common
+
+
+def get_config(arg=""):
+    """Returns the config; its arguments are the defaults below. `widths` may differ: "8+16"."""
+    args = common.parse_arg(
+        arg,
+        data="digits",
+        model="resnet8",
+        students=2,
+        widths="8",
+        bits="float",
+        seed=0,
+        train_examples=-1,
+        epochs=0.0,
+    )
+    if args.students < 2:
+        raise ValueError(f"students is {args.students}; mutual learning needs at least 2.")
+    widths = [int(w) for w in args.widths.split("+")]
+    if len(widths) not in (1, args.students):
+        raise ValueError(
+            f"widths is {args.widths!r} for {args.students} students; give one width, or one each "
+            "with + between them."
+        )
+    widths = widths * (1 if len(widths) == args.students else args.students)
+    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
+    recipe = common.recipe(args.data)
+    peers = [f"student{k}" for k in range(args.students)]
+    # The control is the first student's twin: one start, other lessons.
+    config.nets.alone = common.net(args.model, width=widths[0], rules=args.bits)
+    for name, width in zip(peers, widths, strict=True):
+        config.nets[name] = common.net(args.model, width=width, rules=args.bits)
+    config.nets[peers[0]].init_from = "alone"
+
+    def stage(learn, lr, weight_decay):
+        return common.train(
+            learn=learn,
+            optim={net: common.sgd(lr, weight_decay=weight_decay) for net in learn},
+            epochs=args.epochs or recipe["epochs"],
+            batch_size=recipe["batch_size"],
+        )
+
+    def labels():
+        return dict(ce=common.ce())
+
+    share = 1.0 / (args.students - 1)
+    mutual = {
+        name: labels()
+        | {
+            f"from_{other}": dict(loss="dml", source=other, weight=share)
+            for other in peers
+            if other != name
+        }
+        for name in peers
+    }
+    schedule = []
+    quantized = args.bits != "float"
+    if quantized:
+        config.stages.start = stage({net: labels() for net in ["alone", *peers[1:]]}, 0.1, 5e-4)
+        config.stages.calibrate = common.calibrate("alone", *peers)
+        schedule += ["start", "calibrate"]
+    lr, decay = (0.05, 1e-4) if quantized else (0.1, 5e-4)
+    config.stages.mutual = stage(mutual, lr, decay)
+    config.stages.alone = stage(dict(alone=labels()), lr, decay)
+    # The peers first: `student0` copies `alone` at the moment at which it first takes part.
+    schedule += ["mutual", "alone", "evaluate"]
+    config.stages.evaluate = common.evaluate(
+        ensembles=dict(peers=tuple(peers)),
+        alone="labels alone",
+        **dict.fromkeys(peers, "mutual learning"),
+    )
+    config.schedule = tuple(schedule)
+    return config.lock()

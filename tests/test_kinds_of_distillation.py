@@ -1,0 +1,98 @@
+"""Who learns from whom in the configs of online, chained and self distillation."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import assistant, born_again, mutual
+from qkd_jax import experiment
+
+TINY = "data=synthetic,epochs=0.5,train_examples=64"
+
+
+def small(config):
+    """The config with nets of one hidden layer, so that a run takes seconds."""
+    config = config.unlock()
+    for fields in config.nets.values():
+        fields.model, fields.width, fields.hidden = "mlp", 0, (8,)
+    config.log.eval_every_steps = 0
+    return config.lock()
+
+
+def learns_from(config, stage, net):
+    return {row.get("source") or "labels" for row in config.stages[stage].learn[net].values()}
+
+
+def test_each_student_learns_from_all_others():
+    config = mutual.get_config("students=3")
+    for k in range(3):
+        others = {f"student{j}" for j in range(3) if j != k}
+        assert learns_from(config, "mutual", f"student{k}") == {"labels", *others}
+    weights = [row.weight for row in config.stages.mutual.learn.student0.values()]
+    assert sorted(weights) == [0.5, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("students=1", "at least 2"),
+        ("students=3,widths=8+16", "one width, or one each"),
+    ],
+)
+def test_mutual_says_what_is_wrong(arg, message):
+    with pytest.raises(ValueError, match=message):
+        mutual.get_config(arg)
+
+
+@pytest.mark.slow
+def test_the_control_is_the_first_students_twin(tmp_path):
+    """Both start from the same weights and see the same batches: without lessons, equal rows."""
+    config = small(mutual.get_config(TINY)).unlock()
+    for row in config.stages.mutual.learn.student0.values():
+        row.weight = 1.0 if row.loss == "ce" else 0.0
+    done = experiment.run(config.lock(), tmp_path / "run", report=False, verbose=False)
+    rows = {row["net"]: row for row in done["rows"]}
+    assert rows["alone"]["loss"] == pytest.approx(rows["student0"]["loss"], rel=1e-6)
+    assert rows["alone"]["loss"] != rows["student1"]["loss"]
+
+
+def test_an_assistant_stands_between():
+    config = assistant.get_config("widths=32+16+12+8,bits=w4a4")
+    assert learns_from(config, "teach_assistant1", "assistant1") == {"labels", "teacher"}
+    assert learns_from(config, "teach_assistant2", "assistant2") == {"labels", "assistant1"}
+    assert learns_from(config, "teach_student", "student") == {"labels", "assistant2"}
+    assert learns_from(config, "direct", "direct") == {"labels", "teacher"}
+    # The control takes its copy before the student moves on.
+    order = list(config.schedule)
+    assert order.index("calibrate") < order.index("direct") < order.index("teach_student")
+    steps = {s.name: s.steps for s in experiment.read(config).stages}
+    assert steps["direct"] == steps["teach_student"]
+
+
+@pytest.mark.parametrize("arg", ["widths=16+8", "widths=16+8+4,models=mlp+resnet8"])
+def test_a_chain_has_three_links(arg):
+    with pytest.raises(ValueError, match=r"at least\s+one assistant"):
+        assistant.get_config(arg)
+
+
+def test_generations_follow_one_another():
+    config = born_again.get_config("generations=2")
+    assert learns_from(config, "train_generation0", "generation0") == {"labels"}
+    assert learns_from(config, "train_generation2", "generation2") == {"labels", "generation1"}
+    with pytest.raises(ValueError, match="at least 1"):
+        born_again.get_config("generations=0")
+
+
+@pytest.mark.slow
+def test_the_ensemble_is_the_mean_of_probabilities(tmp_path):
+    config = small(born_again.get_config(f"{TINY},generations=1"))
+    done = experiment.run(config, tmp_path / "run", report=False, verbose=False)
+    rows = {row["net"]: row for row in done["rows"]}
+    _, run = experiment._open(tmp_path / "run")
+    logits = [run.evaluate(name).logits for name in ("generation0", "generation1")]
+    mean = np.mean([np.asarray(jax.nn.softmax(z), np.float64) for z in logits], axis=0)
+    labels = run.dataset.test_labels
+    assert rows["ensemble"]["top1"] == pytest.approx(np.mean(mean.argmax(-1) == labels))
+    loss = -np.mean(np.log(mean[np.arange(len(labels)), labels]))
+    assert rows["ensemble"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert rows["ensemble"]["params"] == 2 * rows["generation0"]["params"]
