@@ -162,7 +162,7 @@ def changed(**changes):
         ("stages__tutor__epochs", 0.0, "no step at all"),
         ("stages__tutor__batch_size", 0, "at least 1"),
         ("stages__calibrate__nets", ["studnt"], "Did you mean 'student'"),
-        ("stages__tutor__learn__student__kd__loss", "ks", "Did you mean 'kd'"),
+        ("stages__tutor__learn__student__kd__loss", "kdd", "Did you mean 'kd'"),
         ("stages__tutor__learn__student__kd__source", "techer", "Did you mean 'teacher'"),
         ("stages__tutor__learn__student__kd__temp", 1.0, "temperature"),
         ("stages__tutor__optim__student__name", "sdg", "Did you mean 'sgd'"),
