@@ -42,8 +42,8 @@ def get_config(arg=""):
             batch_size=recipe["batch_size"],
         )
     config.stages.evaluate = common.evaluate(
-        ensembles=dict(ensemble=tuple(names)),
-        **{name: "born again" if place else "labels" for place, name in enumerate(names)},
+        **{name: "born again" if place else "labels" for place, name in enumerate(names)}
     )
+    config.stages.evaluate.ensembles = dict(ensemble=tuple(names))
     config.schedule = (*(f"train_{name}" for name in names), "evaluate")
     return config.lock()

@@ -282,13 +282,11 @@ def reestimate_bn(*nets: str) -> dict[str, Any]:
     return dict(kind="reestimate_bn", nets=nets, keep="better")
 
 
-def evaluate(
-    reference: str = "", *, ensembles: dict[str, tuple[str, ...]] | None = None, **methods: str
-) -> dict[str, Any]:
+def evaluate(reference: str = "", **methods: str) -> dict[str, Any]:
     """Returns an `evaluate` stage: `methods` names the row of the results table by net.
 
-    `reference` is the net with which agreement is counted; "" counts none. `ensembles` adds a row
-    for several of the nets together, by a name of its own.
+    `reference` is the net with which agreement is counted; "" counts none. Its `ensembles` may
+    name rows for several of the nets together, as {name: nets}.
     """
     # A ConfigDict sorts its keys, so the order of the rows is said apart.
     return dict(
@@ -296,7 +294,7 @@ def evaluate(
         nets=tuple(methods),
         methods=methods,
         reference=reference,
-        ensembles=ensembles or {},
+        ensembles={},
     )
 
 

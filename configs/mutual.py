@@ -77,9 +77,8 @@ def get_config(arg=""):
     # The peers first: `student0` copies `alone` at the moment at which it first takes part.
     schedule += ["mutual", "alone", "evaluate"]
     config.stages.evaluate = common.evaluate(
-        ensembles=dict(peers=tuple(peers)),
-        alone="labels alone",
-        **dict.fromkeys(peers, "mutual learning"),
+        alone="labels alone", **dict.fromkeys(peers, "mutual learning")
     )
+    config.stages.evaluate.ensembles = dict(peers=tuple(peers))
     config.schedule = tuple(schedule)
     return config.lock()
