@@ -44,6 +44,6 @@ def get_config(arg=""):
     config.stages.evaluate = common.evaluate(
         **{name: "born again" if place else "labels" for place, name in enumerate(names)}
     )
-    config.stages.evaluate.ensembles = dict(ensemble=tuple(names))
+    config.stages.evaluate["ensembles"] = dict(ensemble=tuple(names))
     config.schedule = (*(f"train_{name}" for name in names), "evaluate")
     return config.lock()

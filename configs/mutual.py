@@ -79,6 +79,6 @@ def get_config(arg=""):
     config.stages.evaluate = common.evaluate(
         alone="labels alone", **dict.fromkeys(peers, "mutual learning")
     )
-    config.stages.evaluate.ensembles = dict(peers=tuple(peers))
+    config.stages.evaluate["ensembles"] = dict(peers=tuple(peers))
     config.schedule = tuple(schedule)
     return config.lock()
