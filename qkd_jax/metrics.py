@@ -14,16 +14,25 @@ given, and after `jax.device_get` converts to Python floats, which are exact far
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qkd_jax import checks
+from qkd_jax.hierarchy import ClassTree, find
 from qkd_jax.numerics.logits import prepare_logits
 
-__all__ = ["add", "agreement", "classification", "finish"]
+__all__ = [
+    "add",
+    "agreement",
+    "classification",
+    "finish",
+    "finish_hierarchical",
+    "hierarchical",
+]
 
 
 def classification(
@@ -113,6 +122,108 @@ def agreement(
         "agree": _total(ordered & same, mask),
     }
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def hierarchical(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    tree: ClassTree | str,
+    ks: Sequence[int] = (1, 5),
+    where: jax.Array | None = None,
+    axis_name: str | None = None,
+) -> dict[str, jax.Array]:
+    """Sums of how bad the mistakes over a batch are, by a class tree.
+
+    With d(a, b) the height of the lowest common ancestor of two classes (0 for a = b, 1 for
+    siblings right above the leaves), D(a, b) = log2 of the number of its leaves, and c_1, c_2, ...
+    the classes by falling logit, ties to the lower index:
+
+        severity           d(c_1, label), over the mistakes c_1 != label
+        lca_distance       D(c_1, label), over the mistakes; bits
+        hier_dist<k>       mean over j <= k of d(c_j, label)
+        best<k>            least of the d(c_j, label), j <= k
+        hier_precision<k>  sum over j <= k of 1 - d(c_j, label) / d_max, over the same sum for the
+                           k nearest classes
+        elca               sum over c of softmax(logits)[c] D(c, label); bits
+
+    Args:
+      logits: [batch, classes], floating.
+      labels: [batch], integers in [0, classes).
+      tree: a `ClassTree`, a key of `hierarchy.TREES`, or a file; see `hierarchy.find`.
+      ks: the k's; those above the number of classes count all classes.
+      where: [batch] mask; examples where it is 0 or False count nowhere.
+      axis_name: name of a mapped axis (pmap, shard_map) to sum over as well.
+
+    Returns:
+      float32 scalars: `count` of examples, `mistakes` among them, and the sums above.
+
+    Raises:
+      ValueError: for wrong shapes, labels that are not integers, a k below 1, a tree of another
+        number of classes.
+
+    Note:
+      An example with a NaN among its logits is a mistake and makes the sums NaN. Classes are
+      leaves, so D, which the paper writes I(label) - I(ancestor), is the same in both directions.
+
+    Reference:
+      Bertinetto et al., 2020, arXiv 1912.09393 (d, severity); Deng et al., 2010, and Frome et al.,
+      2013 (precision); Shi et al., 2024, arXiv 2407.16067 (D, ELCA).
+    """
+    logits, mask = prepare_logits("logits", logits, where)
+    labels = jnp.asarray(labels)
+    checks.class_labels("labels", labels, logits)
+    batch, classes = logits.shape
+    for k in ks:
+        checks.integer_in("k in ks", k, 1)
+    found = find(tree, classes)
+    heights = jnp.asarray(found.heights, jnp.float32)
+    bits = jnp.asarray(found.information, jnp.float32)[labels]
+
+    ordered = ~jnp.any(jnp.isnan(logits), axis=-1)
+    # top_k puts -0 below 0; for everyone else they are a tie.
+    _, best = jax.lax.top_k(jnp.where(logits == 0, 0, logits), min(max(ks, default=1), classes))
+    d = jnp.where(ordered[:, None], heights[labels[:, None], best], jnp.nan)
+    wrong = (best[:, 0] != labels) | ~ordered
+    of_first = jnp.take_along_axis(bits, best[:, :1], axis=1)[:, 0]
+    elca = jnp.sum(jax.nn.softmax(logits) * bits, axis=-1)
+    sums = {
+        "count": _total(jnp.ones(batch, bool), mask),
+        "mistakes": _total(wrong, mask),
+        "severity": _total(jnp.where(wrong, d[:, 0], 0), mask),
+        "lca_distance": _total(jnp.where(wrong, jnp.where(ordered, of_first, jnp.nan), 0), mask),
+        "elca": _total(elca, mask),
+    }
+    largest = max(int(found.heights.max()), 1)
+    # The k nearest classes of each label: what a net that knew the tree would answer.
+    nearest = jnp.asarray(np.sort(1 - found.heights / largest, axis=1)[:, ::-1], jnp.float32)
+    for k in dict.fromkeys(ks):
+        first = d[:, : min(k, classes)]
+        ideal = jnp.sum(nearest[:, : min(k, classes)], axis=1)[labels]
+        sums[f"hier_dist{k}"] = _total(jnp.mean(first, axis=1), mask)
+        sums[f"best{k}"] = _total(jnp.min(first, axis=1), mask)
+        sums[f"hier_precision{k}"] = _total(jnp.sum(1 - first / largest, axis=1) / ideal, mask)
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def finish_hierarchical(sums: Mapping[str, Any]) -> dict[str, float | None]:
+    """Divides the sums of `hierarchical`, each by what it was summed over.
+
+    Args:
+      sums: sums of `hierarchical`, of the whole split.
+
+    Returns:
+      {"severity", "lca_distance"}: means over the mistakes, None where there is none; all others
+      but `count` and `mistakes`: means over the examples.
+
+    Raises:
+      ValueError: if there is no count, or it is 0.
+    """
+    values: dict[str, float | None] = dict(finish(sums))
+    mistakes = values["mistakes"] = float(sums["mistakes"])
+    for name in ("severity", "lca_distance"):
+        values[name] = float(sums[name]) / mistakes if mistakes else None
+    return values
 
 
 def add(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qkd_jax import hierarchy
 from qkd_jax.hierarchy import ClassTree
 
 CLOTHES = {"clothes": {"tops": ["shirt", "pullover"], "shoes": {"sneaker": {}}, "bag": None}}
@@ -138,3 +139,95 @@ def test_ways_to_write_the_same_tree():
 def test_errors_say_what_to_do(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_labels_have_an_order_of_their_own():
+    tree = ClassTree.from_dict(CLOTHES)
+    assert [tree.names[n] for n in tree.classes] == ["shirt", "pullover", "sneaker", "bag"]
+    other = tree.with_classes(["bag", "sneaker", "pullover", "shirt"])
+    np.testing.assert_array_equal(
+        other.heights, [[0, 2, 2, 2], [2, 0, 2, 2], [2, 2, 0, 1], [2, 2, 1, 0]]
+    )
+    np.testing.assert_allclose(
+        other.information, [[0, 2, 2, 2], [2, 0, 2, 2], [2, 2, 0, 1], [2, 2, 1, 0]]
+    )
+    assert other.leaf_counts[other.index("tops")] == 2
+    # `shoes` has one child: its sneaker is as far down as the others, or not.
+    assert tree.depth[tree.index("sneaker")] == 2
+    cut = tree.pruned(["sneaker", "pullover", "shirt"], collapse=True)
+    assert set(cut.names) == {"clothes", "tops", "shirt", "pullover", "sneaker"}
+    assert cut.depth[cut.index("sneaker")] == 1
+    assert set(tree.pruned(["shirt", "pullover"]).names) == {"clothes", "tops", "shirt", "pullover"}
+    top = tree.pruned(["shirt", "pullover"], collapse=True)
+    assert top.names[0] == "tops" and len(top) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["shirt", "pullover", "sneaker"], "1 leaves are no class .'bag'"),
+        (["shirt", "pullover", "sneaker", "bag", "bag"], "'bag' comes twice"),
+        (["tops", "sneaker", "bag"], "'tops' is not a leaf: 2 nodes"),
+        (["shirt", "bags"], "Did you mean 'bag'"),
+    ],
+)
+def test_wrong_classes(names, message):
+    with pytest.raises(ValueError, match=message):
+        ClassTree.from_dict(CLOTHES).with_classes(names)
+
+
+def test_files(tmp_path):
+    edges = tmp_path / "is_a.txt"
+    edges.write_text(
+        "# parent child\nn1 n2\nn1 n3\nn2 n4\nn2 n5\nn3 n6  # a leaf\n"
+        "n3 n7\nn7 n8\nn9 n8\n\nn9 n10\n"
+    )
+    classes = tmp_path / "classes.txt"
+    classes.write_text("n6 tench, Tinca tinca\nn4 goldfish\nn5 shark\n")
+    tree = hierarchy.find(f"{edges}#{classes}", 3)
+    assert [tree.names[n] for n in tree.classes] == ["n6", "n4", "n5"]
+    assert set(tree.names) == {"n1", "n2", "n3", "n4", "n5", "n6"}
+    assert tree is hierarchy.find(
+        f"{edges}#{classes}"
+    )  # one object: compiled steps are found by it
+    np.testing.assert_array_equal(tree.heights, [[0, 2, 2], [2, 0, 1], [2, 1, 0]])
+    with pytest.raises(ValueError, match=r"is_a.txt: node 'n8' has two parents, 'n7' and 'n9'"):
+        hierarchy.read(edges, ["n4", "n8"])
+    first = hierarchy.read(edges, ["n4", "n8"], several_parents="first")
+    assert first.names[first.lca(*first.classes)] == "n1"
+    labels = tmp_path / "labels.txt"
+    labels.write_text("root 1\nroot x\nx 0\nx 2\n")
+    named = hierarchy.find(str(labels), 3)
+    assert [named.names[n] for n in named.classes] == ["0", "1", "2"]
+    labels.write_text("root 1\nroot 0\n")  # a changed file is read anew
+    assert len(hierarchy.find(str(labels), 2).classes) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a b\nb c d\n", "tree.txt, line 2 is 'b c d'; it must be two words"),
+        ("a 0\na b\n", "has the leaf 'b', and which label"),
+        ("a 0\nb 1\n", "2 roots"),
+        ("a b\nb a\na 0\n", "cycle: 'a' -> 'b' -> 'a'"),
+        ("# nothing\n", "has no line"),
+    ],
+)
+def test_wrong_files(tmp_path, text, message):
+    path = tmp_path / "tree.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        hierarchy.read(path)
+
+
+def test_wrong_names(tmp_path):
+    path = tmp_path / "tree.txt"
+    path.write_text("a dog\na cat\n")
+    with pytest.raises(ValueError, match=r"unknown class in .*Did you mean 'dog'"):
+        hierarchy.read(path, ["dogs", "cat"])
+    with pytest.raises(ValueError, match=r"unknown tree .*Did you mean 'digits'"):
+        hierarchy.find("digit")
+    with pytest.raises(ValueError, match="2 leaves, but there are 10 classes"):
+        hierarchy.find(hierarchy.read(path, ["dog", "cat"]), 10)
+    with pytest.raises(ValueError, match=r"classes file .* cannot be read"):
+        hierarchy.find(f"{path}#{tmp_path}/no.txt")

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "qkd_jax"
 # From the bottom up; a part imports from the rows above its own, and within itself.
 LAYERS: tuple[tuple[set[str], ...], ...] = (
     ({"checks"},),
-    ({"numerics"},),
-    ({"quantizers"}, {"observers"}, {"losses"}, {"hierarchy"}, {"metrics"}),
+    ({"numerics"}, {"hierarchy"}),
+    ({"quantizers"}, {"observers"}, {"losses"}, {"metrics"}),
     ({"models"}, {"data"}),
     ({"graph"},),
     ({"product", "interception", "quantize", "calibration", "inspection", "presets"},),

@@ -3,8 +3,9 @@
 `LOSSES` maps the names used in a config's `learn` table to functions; `qkd_jax.losses.kd` and
 `LOSSES["kd"]` are the same object. To add a loss, write the function in the file of its family
 (`response.py` for what compares logits, `decoupled.py` for what splits off the labelled class,
-`relation.py` for what relates examples), import it here and give it a line in `LOSSES`: the tests
-in `tests/losses/test_losses.py` are parametrised over the table and read the signature.
+`relation.py` for what relates examples, `hierarchical.py` for what knows a class tree), import it
+here and give it a line in `LOSSES`: the tests in `tests/losses/test_losses.py` are parametrised
+over the table and read the signature.
 
 Signature rules that the training step relies on. Positional names say what it passes:
 
@@ -47,6 +48,7 @@ from collections.abc import Callable
 import jax
 
 from qkd_jax.losses.decoupled import dkd, nkd
+from qkd_jax.losses.hierarchical import hxe, lca_alignment, tree_soft_labels
 from qkd_jax.losses.relation import cc, cc_adjacent, pkt, rkd, sp
 from qkd_jax.losses.response import ce, dml, hard_target, kd, logit_regression, lskd
 
@@ -64,6 +66,9 @@ LOSSES: dict[str, Callable[..., jax.Array]] = {
     "cc_adjacent": cc_adjacent,
     "sp": sp,
     "pkt": pkt,
+    "hxe": hxe,
+    "tree_soft_labels": tree_soft_labels,
+    "lca_alignment": lca_alignment,
 }
 
 # Makers of the first memory of the losses that keep one.
@@ -78,11 +83,14 @@ __all__ = [
     "dkd",
     "dml",
     "hard_target",
+    "hxe",
     "kd",
+    "lca_alignment",
     "logit_regression",
     "lskd",
     "nkd",
     "pkt",
     "rkd",
     "sp",
+    "tree_soft_labels",
 ]

@@ -38,7 +38,7 @@ SHARED = ()
 LEARNERS = ("logits", "student_logits", "student_feature", "student_features", "student_embedding")
 DETACHED = ("teacher_logits", "teachers_logits", "teacher_feature", "teacher_features")
 # Not 0 at student = teacher: cross-entropies, and what compares with its own reversed batch.
-NO_DISTANCE = ("ce", "nkd", "hard_target")
+NO_DISTANCE = ("ce", "nkd", "hard_target", "hxe", "tree_soft_labels", "lca_alignment")
 # The order of the batch means something to it.
 ORDERED = ("cc_adjacent",)
 

@@ -1,8 +1,4 @@
-"""Class trees and lowest common ancestors.
-
-    tree = ClassTree.from_dict({"clothes": {"tops": ["shirt", "pullover"], "shoes": ["sneaker"]}})
-    tree.lca(tree.index("shirt"), tree.index("sneaker"))     # numbers or arrays, NumPy or jnp
-    tree.depth, tree.height, tree.ancestors(node), tree.leaves_under(node)
+"""The tree itself: nodes, labels, and lowest common ancestors in constant time.
 
 Nodes are numbered 0 to n-1 in the order in which a depth-first walk meets them, the root first, so
 a node and its descendants are the numbers node .. node + size[node] - 1. The lowest common ancestor
@@ -15,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +29,8 @@ Name = Hashable
 class ClassTree:
     """A rooted tree of classes; its leaves are the classes themselves.
 
-    Build it with `from_edges`, `from_parents`, `from_dict` or `from_lines`.
+    Build it with `from_edges`, `from_parents`, `from_dict`, `from_lines` or `flat`. Trees compare
+    and hash by identity.
 
     Attributes:
         names: the nodes' names, in the order of a depth-first walk, the root first.
@@ -42,6 +39,8 @@ class ClassTree:
         height: [nodes] int32, edges down to the farthest leaf; 0 for a leaf.
         size: [nodes] int32, nodes below and including each.
         leaves: [leaves] int32, numbers of the leaves, in the order of the walk.
+        classes: [leaves] int32, the leaf of each label; the leaves in the order of the walk unless
+            `with_classes` has said otherwise.
     """
 
     names: tuple[Name, ...]
@@ -50,6 +49,13 @@ class ClassTree:
     height: np.ndarray
     size: np.ndarray
     leaves: np.ndarray
+    classes: np.ndarray
+
+    @classmethod
+    def flat(cls, classes: int) -> ClassTree:
+        """A root with the leaves "0", "1", ...: no class is nearer to another than a third."""
+        checks.integer_in("classes", classes, 1)
+        return cls.from_dict({"class": [str(label) for label in range(classes)]})
 
     @classmethod
     def from_edges(cls, edges: Iterable[tuple[Name, Name]]) -> ClassTree:
@@ -158,10 +164,97 @@ class ClassTree:
             size[parent[node]] += size[node]
             height[parent[node]] = max(height[parent[node]], height[node] + 1)
         leaves = np.flatnonzero(size == 1).astype(np.int32)
-        return cls(names, parent, depth, height, size, leaves)
+        return cls(names, parent, depth, height, size, leaves, classes=leaves)
+
+    def with_classes(self, names: Sequence[Name]) -> ClassTree:
+        """This tree with the leaf `names[i]` as label i.
+
+        Raises:
+            ValueError: a name that is no leaf or comes twice, or a leaf that is no class.
+        """
+        nodes = np.asarray(self.index(list(names)), np.int32)
+        for name, node in zip(names, nodes, strict=True):
+            if self.size[node] > 1:
+                raise ValueError(
+                    f"class {name!r} is not a leaf: {self.size[node] - 1} nodes lie below it. Hang "
+                    "a leaf of its own under it, or take the nodes below away."
+                )
+        values, counts = np.unique(nodes, return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(
+                f"class {self.names[values[counts > 1][0]]!r} comes twice; each label has a leaf "
+                "of its own."
+            )
+        if missing := np.setdiff1d(self.leaves, nodes).tolist():
+            shown = ", ".join(repr(self.names[node]) for node in missing[:3])
+            raise ValueError(
+                f"{len(missing)} leaves are no class ({shown}{', ...' if len(missing) > 3 else ''})"
+                "; `pruned(classes)` cuts them off."
+            )
+        return dataclasses.replace(self, classes=nodes)
+
+    def pruned(self, names: Sequence[Name], *, collapse: bool = False) -> ClassTree:
+        """The part of the tree above some of its leaves, which become the labels in that order.
+
+        Args:
+            names: the classes that stay, leaves of this tree.
+            collapse: also take out nodes with one child, whose parent the child gets: heights then
+                count choices and not names.
+
+        Raises:
+            ValueError: as `with_classes`, for what stays.
+        """
+        kept = np.zeros(len(self), np.int32)  # how many kept nodes a node has as children
+        above: dict[int, int | None] = {}
+        for node in self.index(list(names)):
+            path = self.ancestors(node).tolist()
+            for child, parent in zip(path, [*path[1:], None], strict=True):
+                if child in above:
+                    break
+                above[child] = parent
+                if parent is not None:
+                    kept[parent] += 1
+        single = set(np.flatnonzero(kept == 1).tolist()) if collapse else set()
+        parents: dict[Name, Name | None] = {}
+        for node in sorted(set(above) - single):
+            parent = above[node]
+            while parent in single:
+                parent = above[parent]
+            parents[self.names[node]] = None if parent is None else self.names[parent]
+        return type(self).from_parents(parents).with_classes(names)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"ClassTree({len(self)} nodes, {len(self.leaves)} leaves, height {self.height[0]})"
+
+    @functools.cached_property
+    def leaf_counts(self) -> np.ndarray:
+        """[nodes] int32, leaves at or below each node."""
+        first = np.arange(len(self))
+        below = np.searchsorted(self.leaves, first + self.size) - np.searchsorted(
+            self.leaves, first
+        )
+        return below.astype(np.int32)
+
+    @functools.cached_property
+    def heights(self) -> np.ndarray:
+        """[classes, classes] int32: height of the lowest common ancestor of two labels.
+
+        The distance of Bertinetto et al. 2020 (arXiv 1912.09393): 0 on the diagonal alone.
+        """
+        return self.height[self.lca(self.classes[:, None], self.classes[None, :])]
+
+    @functools.cached_property
+    def information(self) -> np.ndarray:
+        """[classes, classes] float64: information lost at the lowest common ancestor, in bits.
+
+        With I(v) = -log2(leaves(v) / classes), a class c and its common ancestor a with another:
+        I(c) - I(a) = log2 leaves(a). The distance of Shi et al. 2024 (arXiv 2407.16067).
+        """
+        above = self.lca(self.classes[:, None], self.classes[None, :])
+        return np.log2(self.leaf_counts[above])
 
     def index(self, names: Any) -> Any:
         """The number of a name, or an int32 array of the numbers of a list of names.
