@@ -202,11 +202,11 @@ def _families(tree: ClassTree) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]
     first = np.searchsorted(tree.parent[order], np.arange(len(tree) + 1))
     families = []
     for height in range(1, int(tree.height[0]) + 1):
-        nodes = np.flatnonzero(tree.height == height)
+        nodes = np.flatnonzero(tree.height == height).astype(np.int32)
         counts = first[nodes + 1] - first[nodes]
         place = np.arange(counts.max())
         there = place < counts[:, None]
-        children = order[np.where(there, first[nodes][:, None] + place, 0)]
+        children = order[np.where(there, first[nodes][:, None] + place, 0)].astype(np.int32)
         families.append((nodes, children, there))
     return families
 
