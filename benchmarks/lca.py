@@ -80,7 +80,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     try:
-        import networkx as nx
+        import networkx as nx  # pyrefly: ignore[missing-import]  # optional peer
     except ImportError:
         nx = None
         print("networkx is not installed (pip install networkx): no comparison.")

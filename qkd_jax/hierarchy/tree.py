@@ -74,7 +74,7 @@ class ClassTree:
         return cls.from_parents(parents)
 
     @classmethod
-    def from_parents(cls, parents: Mapping[Name, Name | None]) -> ClassTree:
+    def from_parents(cls, parents: Mapping[Any, Any]) -> ClassTree:
         """A tree from {child: parent}; the root is missing among the keys, or its parent is None.
 
         Raises:
@@ -109,7 +109,7 @@ class ClassTree:
         return cls._of(tuple(walk), [number[parents[n]] if i else 0 for i, n in enumerate(walk)])
 
     @classmethod
-    def from_dict(cls, nested: Mapping[Name, Any]) -> ClassTree:
+    def from_dict(cls, nested: Mapping[Any, Any]) -> ClassTree:
         """A tree from nested dicts; lists of names, empty dicts and None end a branch.
 
         Raises:
