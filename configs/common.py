@@ -29,6 +29,7 @@ __all__ = [
     "kd",
     "net",
     "parse_arg",
+    "pretrain",
     "recipe",
     "reestimate_bn",
     "sgd",
@@ -259,6 +260,17 @@ def train(
         learn=learn,
         optim=optim,
         hygiene={**{net: dict(HYGIENE) for net in learn}, **(hygiene or {})},
+    )
+
+
+def pretrain(net: str, *, data: str, epochs: float = 0.0) -> dict[str, Any]:
+    """Returns the `train` stage of a float net; epochs 0 takes those of the recipe."""
+    known = recipe(data)
+    return train(
+        learn={net: dict(ce=ce())},
+        optim={net: sgd(0.1, weight_decay=5e-4)},
+        epochs=epochs or known["epochs"],
+        batch_size=known["batch_size"],
     )
 
 

@@ -23,13 +23,14 @@ import jax
 import numpy as np
 from jax.extend import core
 
-__all__ = ["Graph", "Node", "execute", "path_name", "trace"]
+__all__ = ["Graph", "Node", "bodies", "execute", "path_name", "trace"]
 
 INLINED = frozenset(
     "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call "
     "custom_vjp_call_jaxpr custom_lin".split()
 )
 MARKERS = ("quantizer", "skipped")
+_JAXPRS = (core.ClosedJaxpr, core.Jaxpr)
 # Candidates for the batch size to trace with: primes that no ordinary dimension is a multiple of.
 PRIMES = (1009, 1013, 2003, 2011, 4001, 4003, 8009, 8011)
 
@@ -275,6 +276,38 @@ def execute(
         jaxpr = node.params["jaxpr"]
         return _interpret(jaxpr.jaxpr, jaxpr.consts, inputs, traced, batch)
     return _bind(node.primitive, inputs, node.params, traced, batch)
+
+
+def bodies(node: Node) -> list[Graph]:
+    """The functions inside an operation that stays whole, as graphs to look at, not to run.
+
+    Those are the branches of a `cond`, the condition and body of a `while`; markers have none.
+    """
+    if node.op in MARKERS:
+        return []
+    found = []
+    for value in jax.tree.leaves(dict(node.params), is_leaf=lambda v: isinstance(v, _JAXPRS)):
+        if not isinstance(value, _JAXPRS):
+            continue
+        closed = core.ClosedJaxpr(value, ()) if isinstance(value, core.Jaxpr) else value
+        builder = _Builder(None)
+        inputs = [builder.new(v.aval) for v in closed.jaxpr.invars]
+        stack = ("", *node.scope.split("/")) if node.scope else ("",)
+        outputs = builder.inline(closed.jaxpr, closed.consts, inputs, stack)
+        found.append(
+            Graph(
+                nodes=tuple(builder.nodes),
+                inputs=tuple(inputs),
+                outputs=tuple(outputs),
+                leaves={},
+                constants=Constants(builder.known, ()),
+                sources=builder.sources,
+                avals=builder.avals,
+                batch=None,
+                out_tree=None,
+            )
+        )
+    return found
 
 
 def path_name(path: Sequence[Any]) -> str:

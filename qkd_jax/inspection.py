@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -225,8 +225,10 @@ def coverage(
 ) -> Coverage:
     """Reports every matmul and convolution: quantized, skipped by a rule, or MISSED.
 
-    The products are read from the jaxpr, not from the list of layers, so `x @ w` and `jnp.dot` in a
-    model's own code are found too.
+    The products are read from the jaxpr, not from the list of layers, so `x @ w`, `jnp.dot`,
+    `jnp.einsum` and `lax.dot_general` in a model's own code are found too, inside `jit`, `remat`,
+    `scan`, `vmap`, every branch of a `cond` and the body of a `while` (counted once, for the number
+    of its rounds is not known).
 
     Args:
       net: the net.
@@ -241,13 +243,20 @@ def coverage(
         lambda v, x: net.trace_apply(v, x, **kwargs), variables, images, evaluate=False
     )
     examples = jax.tree.leaves(images)[0].shape[0]
-    found = []
-    for node in traced.nodes:
-        if node.op not in ("dot_general", "conv_general_dilated"):
-            continue
-        marks = [_mark(traced, value) for value in node.inputs[:2]]
-        found.append(_covered(net, traced, node, marks, examples))
+    found = [
+        _covered(net, inside, node, [_mark(inside, value) for value in node.inputs[:2]], examples)
+        for inside, node in _products(traced)
+    ]
     return Coverage(tuple(found), bool(variables.get("quant")))
+
+
+def _products(traced: graph.Graph) -> Iterator[tuple[graph.Graph, graph.Node]]:
+    for node in traced.nodes:
+        if node.op in ("dot_general", "conv_general_dilated"):
+            yield traced, node
+        else:
+            for inside in graph.bodies(node):
+                yield from _products(inside)
 
 
 def _mark(traced: graph.Graph, value: int) -> graph.Node | None:

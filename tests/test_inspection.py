@@ -113,3 +113,90 @@ def test_einsums_over_a_batch_axis_and_over_a_summed_one():
         net = quantize(nn.Einsum(shape, equation, use_bias=False), [Rule(".*", weight=W, input=A)])
         (found,) = coverage(net, net.init(KEY, x), x).products
         assert (found.status, found.macs) == ("quantized", macs)
+
+
+def product(kind):
+    """A product of x [2, 8] and w [8, 8] in a model's own code."""
+    numbers = (((1,), (0,)), ((), ()))
+    dot = lambda x, w: jax.lax.dot_general(x, w, numbers)
+    step = lambda x, w: (x @ w, None)
+    return {
+        "@": lambda x, w: x @ w,
+        "jnp.dot": jnp.dot,
+        "jnp.matmul": jnp.matmul,
+        "jnp.tensordot": lambda x, w: jnp.tensordot(x, w, 1),
+        "jnp.einsum": lambda x, w: jnp.einsum("bc,cd->bd", x, w),
+        "lax.dot_general": dot,
+        "lax.conv": lambda x, w: jax.lax.conv(x[:, :, None], w.T[:, :, None], (1,), "SAME")[..., 0],
+        "jit": jax.jit(dot),
+        "remat": jax.checkpoint(dot),
+        "vmap": lambda x, w: jax.vmap(lambda row: row @ w)(x),
+        "scan": lambda x, w: jax.lax.scan(step, x, w[None])[0],
+        "cond": lambda x, w: jax.lax.cond(x.sum() > 0, dot, lambda x, w: x, x, w),
+        "while": lambda x, w: jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ w, x),
+        "custom_vjp": custom(dot),
+    }[kind]
+
+
+def custom(function):
+    wrapped = jax.custom_vjp(function)
+    wrapped.defvjp(lambda x, w: (function(x, w), (x, w)), lambda kept, g: kept)
+    return wrapped
+
+
+PRODUCTS = (
+    "@ jnp.dot jnp.matmul jnp.tensordot jnp.einsum lax.dot_general lax.conv jit remat vmap scan "
+    "cond while custom_vjp"
+).split()
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_no_spelling_of_a_product_is_passed_over(kind):
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param("w", nn.initializers.normal(), (8, 8))
+            return nn.Dense(3, name="head")(product(kind)(x, w))
+
+    net, x = quantize(Own(), [Rule("head", weight=W, input=A)]), jnp.ones((2, 8))
+    variables = net.init(KEY, x)
+    for stage in (variables, calibrate(net, variables, [x])):
+        found = coverage(net, stage, x).products
+        assert [(p.status, p.macs) for p in found] == [("MISSED", 64), ("quantized", 24)]
+
+
+class Block(nn.Module):
+    """A layer and attention's two products in the shape of a residual block."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        y = nn.MultiHeadDotProductAttention(2, name="attention")(x)
+        return nn.Dense(8, name="dense")(x + y), None
+
+
+@pytest.mark.parametrize("kind", ["plain", "remat", "scan", "cond", "jit"])
+def test_layers_and_attention_are_quantized_inside_every_transform(kind):
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            if kind == "scan":
+                lifted = nn.scan(
+                    Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+                )
+                return lifted(name="block")(x, None)[0]
+            if kind == "cond":
+                block = Block(name="block")
+                run = lambda block, x: block(x)[0]
+                if self.is_initializing():
+                    return run(block, x)
+                return nn.cond(x.sum() > 0, run, lambda block, x: x, block, x)
+            lift = {"plain": lambda b: b, "remat": nn.remat, "jit": nn.jit}[kind]
+            return lift(Block)(name="block")(x)[0]
+
+    net = quantize(Outer(), [Rule(".*", weight=W, input=A)])
+    x = jnp.ones((2, 5, 8)) * jnp.arange(8.0)[None, None]
+    found = coverage(net, net.init(KEY, x), x).products
+    names = ("query", "key", "value", "query_key", "weights_value", "out")
+    paths = [*(f"block/attention/{name}" for name in names), "block/dense"]
+    assert sorted(p.path for p in found) == sorted(paths * (2 if kind == "scan" else 1))
+    assert {p.status for p in found} == {"quantized"}

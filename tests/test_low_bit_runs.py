@@ -8,8 +8,8 @@ import pytest
 from test_experiment import StopAt, lines, same, tree_of
 from tiny_config import get_config
 
-from configs import common, qat
-from qkd_jax import experiment, report
+from configs import common, dynamic, qat, static, weight_only
+from qkd_jax import experiment, presets, report
 from qkd_jax.experiment.run import Run, nested
 from qkd_jax.training.hygiene import HYGIENE_FIELDS
 from qkd_jax.training.loop import Preempted
@@ -262,3 +262,48 @@ def test_inputs_are_quantized_late_and_the_schedule_goes_on(tmp_path):
 def test_a_delay_that_is_no_share_is_refused(delay):
     with pytest.raises(ValueError, match=r"argument delay is .*in \[0, 1\)"):
         qat.get_config(f"delay={delay}")
+
+
+# --- the kinds that are asked for by name --------------------------------------------------------
+
+KINDS = {"static": static, "dynamic": dynamic, "weight_only": weight_only}
+
+
+def test_each_kind_is_a_preset_and_a_config():
+    names = {"static": "static", "dynamic": "dynamic", "weight_only": "int8_weight_only"}
+    for kind, preset in names.items():
+        rules = KINDS[kind].get_config().nets.net.rules
+        assert presets.rules(rules) == presets.rules(preset)
+    assert presets.rules(qat.get_config().nets.net.rules) == presets.rules("w2a2")
+    assert "deploy" not in weight_only.get_config("rules=int4_weight_only").schedule
+    assert "deploy" in weight_only.get_config("rules=int8_weight_only:channel").schedule
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "arg"),
+    [
+        ("static", "bits=w8a8"),
+        ("dynamic", "bits=w8a8"),
+        ("weight_only", "rules=int8_weight_only"),
+        ("weight_only", "rules=int4_weight_only:4"),
+    ],
+)
+def test_each_kind_runs_from_the_float_net_to_the_report(tmp_path, kind, arg):
+    given = f"data=synthetic,model=mlp,width=0,train_examples=96,epochs=2,{arg}"
+    config = KINDS[kind].get_config(given).unlock()
+    for net in config.nets.values():
+        net.hidden, net.batch_norm = (12, 12), True
+    config.eval_batch_size = 128
+    config.stages.get("deploy", {})["latency_rounds"] = 0
+    floats, found = experiment.run(config, tmp_path, verbose=False)["rows"]
+    assert floats["weight_bits"] == 32 and found["weight_bytes"] < floats["weight_bytes"] / 2
+    assert found["weight_bits"] == (4 if "int4" in arg else 8)
+    assert found["activation_bits"] == (32 if kind == "weight_only" else 8)
+    assert found["agreement"] > (0.8 if "int4" in arg else 0.95)
+    if "deploy" in config.schedule:
+        assert found["integer"]["argmax_agreement"] == found["export"]["argmax_agreement"] == 1
+    operands = json.loads((tmp_path / "diagnosis.json").read_text())["diagnose"]["net"]
+    wanted = {"weight"} if kind == "weight_only" else {"weight", "input"}
+    assert {d["operand"] for d in operands} == wanted
+    assert "<h2>Quantizers</h2>" in (tmp_path / "report.html").read_text()

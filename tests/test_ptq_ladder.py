@@ -26,6 +26,15 @@ def test_every_rung_starts_from_the_one_float_net():
     experiment.read(found)
 
 
+def test_rungs_stand_in_the_order_of_what_they_cost():
+    order = "dynamic minmax percentile mse entropy equalize correct_bias adaround brecq qdrop qat"
+    methods = list(config().stages.evaluate.nets)
+    assert [m for m in methods if m in order.split()] == order.split()
+    # Bias is corrected on top of equalization.
+    stages = [s for s in config().schedule if s.startswith("correct_bias")]
+    assert stages == [f"correct_bias_{s}" for s in ("equalize", "calibrate", "correct_bias")]
+
+
 def test_wrong_rungs_and_fields_are_named():
     with pytest.raises(ValueError, match="unknown rung 'adaronud'"):
         config("adaronud")
