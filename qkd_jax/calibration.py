@@ -308,7 +308,8 @@ def _check_sign(path: str, operand: str, spec: Spec, moments: stats.Stats) -> No
         raise ValueError(
             f"{operand} of layer {path!r} goes down to {lowest:.4g}, but its spec is unsigned and "
             "symmetric: all negative values would become 0. Use signed=True, or symmetric=False "
-            "for an affine grid."
+            "for an affine grid; a preset signs such inputs itself: "
+            "presets.rules(name, model=model, images=images)."
         )
 
 

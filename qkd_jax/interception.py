@@ -98,6 +98,10 @@ class Frame:
         watch: in mode "apply", called as watch(path, operand, x, x_hat, spec, params) for every
             quantized operand, where it is quantized (so inside the trace).
         observed: in mode "observe", the operands to observe; others are quantized if calibrated.
+        mark_outputs: in mode "trace", mark what every module returns, with a spec or without.
+
+    A layer whose rule gives its input no spec, but whose input is, unchanged, what a module with an
+    `output` spec returned, reads that module's codes.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Frame:
         observe: Callable[..., dict[str, Any]] | None = None,
         observed: tuple[str, ...] = OPERANDS,
         watch: Callable[..., None] | None = None,
+        mark_outputs: bool = False,
     ):
         self.spec_of = spec_of
         self.mode = mode
@@ -116,6 +121,9 @@ class Frame:
         self.observe = observe
         self.observed = observed
         self.watch = watch
+        self.mark_outputs = mark_outputs
+        # id of a module's quantized output -> (the output, which keeps the id its own, its view)
+        self._on_grid: dict[int, tuple[jax.Array, Any]] = {}
         self.seen: dict[str, LayerUse] = {}
         self.modules: set[str] = set()
         self._active: dict[object, tuple[int, str]] = {}
@@ -300,6 +308,8 @@ class Frame:
 
     def _output(self, module, path, out):
         if self.spec_of(path, "output") is None:
+            if self.mark_outputs and isinstance(out, jax.Array):
+                return marker(f"skipped:{path}:output", _unchanged, out)
             return out
         if not isinstance(out, jax.Array) or not jnp.issubdtype(out.dtype, jnp.floating):
             raise ValueError(
@@ -308,7 +318,10 @@ class Frame:
             )
         # A module's output has no product here: its rows are what its last axis is a vector of.
         place = _Place(rows=tuple(range(out.ndim - 1)))
-        return self._operand(module, None, path, "output", out, place, batch_axes=_batch(out))[0]
+        out, view = self._operand(module, None, path, "output", out, place, batch_axes=_batch(out))
+        if self.mode != "observe":
+            self._on_grid[id(out)] = (out, view)
+        return out
 
     # -- one operand -------------------------------------------------------------------------
 
@@ -334,6 +347,8 @@ class Frame:
             self.seen[path].shapes[operand] = tuple(x.shape)
         spec = self.spec_of(path, operand)
         if spec is None:
+            if id(x) in self._on_grid:
+                return self._on_grid[id(x)]
             if self.mode == "trace" and operand != "output":
                 x = marker(f"skipped:{path}:{operand}", _unchanged, x)
             return x, None

@@ -7,7 +7,12 @@ A config says `rules="w2a2"` or gives a tuple of rule dicts:
 Add a preset as one entry of PRESETS: a function from no arguments to such a tuple, or the tuple.
 `w<k>a<k>` is understood for any widths, listed or not; `w<k>a<k>:<quantizer>` trains with any key
 of PAIRS; `w<k>a<k>:static` and `w<k>a<k>:dynamic` are for nets that are not trained any more, with
-`:tensor`, `:channel` or a group size behind; `int<k>_weight_only:<group size>` as it says.
+`:tensor`, `:channel` or a group size behind; `int<k>_weight_only:<group size>` as it says;
+`w<k>a<k>:integer` is for nets that run on integers from end to end.
+
+What a preset cannot know is the model. Given it, `rules` makes inputs that may be negative (behind
+a LayerNorm, a GELU, a linear bottleneck) signed, and finds the ends of a net that does not call
+them "stem" and "head". Configs always give it.
 """
 
 from __future__ import annotations
@@ -18,13 +23,19 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import flax.linen as nn
+
 from qkd_jax import checks
+from qkd_jax.placement import Layer, Placement, placement
 from qkd_jax.quantize import Rule, Spec
 
 __all__ = ["PAIRS", "PRESETS", "low_bit", "post_training", "rules", "weight_only"]
 
 RuleDicts = tuple[Mapping[str, Any], ...]
 KINDS = ("static", "dynamic")
+INTEGER = "integer"
+# Their inputs are for what follows a ReLU; where both signs come in, LSQ takes their place.
+UNSIGNED_ONLY = ("pact", "dorefa", "ewgs")
 
 
 # How each quantizer is used for a net: fields of the inner layers' weights, and of their inputs.
@@ -140,7 +151,11 @@ PRESETS: dict[str, RuleDicts] = {
 
 
 def rules(
-    given: str | Iterable[Mapping[str, Any]], *, reduce_range: bool = False
+    given: str | Iterable[Mapping[str, Any]],
+    *,
+    reduce_range: bool = False,
+    model: nn.Module | None = None,
+    images: Any = None,
 ) -> tuple[Rule, ...]:
     """Builds rules from a preset's name or from rule dicts.
 
@@ -149,15 +164,27 @@ def rules(
         `input` and `output` are dicts with the fields of `Spec`.
       reduce_range: give 8-bit weights 7 bits. x86 engines without VNNI add pairs of products in
         16 bits, which saturate with 8-bit weights: a wrong result without a warning.
+      model: the model that a preset is for; rule dicts are taken as they are.
+      images: example input of the model, or its shape.
 
     Returns:
       The rules, in order.
 
     Raises:
-      ValueError: an unknown preset, field or value.
+      ValueError: an unknown preset, field or value; ":integer" without a model.
     """
     if isinstance(given, str):
-        given = _preset(given)
+        name, given = given, _preset(given)
+        integer = name.endswith(f":{INTEGER}")
+        if model is not None and images is None:
+            raise ValueError("model came without images; give an example batch, or its shape.")
+        if model is not None and given:
+            given = _fitted(given, placement(model, images), integer)
+        elif integer:
+            raise ValueError(
+                f"rules preset {name!r} depends on the model's sums and pools; give model=<the "
+                "linen module> and images=<an example batch>."
+            )
     return tuple(_rule(place, fields, reduce_range) for place, fields in enumerate(given))
 
 
@@ -172,6 +199,7 @@ def _preset(name: str) -> RuleDicts:
     kind = form[3] or "lsq" if form else ""
     if form is None or (form[4] and kind not in KINDS):
         forms = ["w<k>a<k>", "w<k>a<k>:<quantizer>", "w<k>a<k>:static:<granularity>"]
+        forms.append(f"w<k>a<k>:{INTEGER}")
         raise checks.unknown("rules preset", name, [*PRESETS, *forms])
     bits = [int(form[1]), int(form[2])]
     fewest = 1 if kind in ("binary", "dorefa", "ewgs") else 2
@@ -180,7 +208,78 @@ def _preset(name: str) -> RuleDicts:
     if kind in KINDS:
         granularity = _granularity(name, form[4] or "channel")
         return post_training(*bits, granularity=granularity, dynamic=kind == "dynamic")
-    return low_bit(*bits, quantizer=kind)
+    return low_bit(*bits, quantizer="lsq" if kind == INTEGER else kind)
+
+
+def _fitted(dicts: RuleDicts, found: Placement, integer: bool) -> RuleDicts:
+    """Fits a preset to a model: rules for the layers that differ stand before the general ones."""
+    if not found.layers:
+        return dicts
+    dicts = tuple(_ends_by_place(fields, found) for fields in dicts)
+    sites = {site.path: site for site in found.sites} if integer else {}
+    special: list[dict[tuple, list[str]]] = [{} for _ in dicts]
+    fields_of: dict[tuple, dict[str, Any]] = {}
+    outputs: dict[tuple, list[str]] = {}
+    planned: dict[str, dict[str, Any]] = {}
+    bits: dict[str, int] = {}  # of each layer's input
+    for layer in found.layers:
+        place = next((i for i, d in enumerate(dicts) if re.fullmatch(d["pattern"], layer.path)), -1)
+        if place < 0:
+            continue
+        bits[layer.path] = (dicts[place].get("input") or {}).get("bits", 8)
+        fields = planned[layer.path] = _signed(dicts[place], layer)
+        if layer.source in sites and layer.path in sites[layer.source].readers:
+            fields["input"] = None
+        if layer.path in sites:
+            fields["output"] = _output(sites[layer.path].unsigned, 8)
+        if fields != {k: v for k, v in dicts[place].items() if k != "pattern"}:
+            key = (place, repr(sorted(fields.items())))
+            special[place].setdefault(key, []).append(layer.path)
+            fields_of[key] = fields
+    for site in sites.values():
+        if site.path not in planned:
+            width = max([bits.get(path, 8) for path in site.readers], default=8)
+            outputs.setdefault((site.unsigned, width), []).append(site.path)
+    result = [dict(pattern=_any(paths), output=_output(*key)) for key, paths in outputs.items()]
+    for fields, groups in zip(dicts, special, strict=True):
+        result += [dict(pattern=_any(paths), **fields_of[key]) for key, paths in groups.items()]
+        result.append(dict(fields))
+    return tuple(result)
+
+
+def _any(paths: Iterable[str]) -> str:
+    return "|".join(map(re.escape, paths))
+
+
+def _output(unsigned: bool, bits: int) -> dict[str, Any]:
+    return dict(bits=bits, quantizer="lsq", signed=not unsigned)
+
+
+def _ends_by_place(fields: Mapping[str, Any], found: Placement) -> Mapping[str, Any]:
+    """A rule for the net's ends that matches no layer takes the first or the last one instead."""
+    paths = [layer.path for layer in found.layers]
+    pattern = fields["pattern"]
+    if any(re.fullmatch(pattern, path) for path in paths):
+        return fields
+    ends = {"stem": paths[0], "head": paths[-1]}
+    return {**fields, "pattern": _any(ends[p] for p in pattern.split("|") if p in ends)}
+
+
+def _signed(fields: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
+    """A rule's fields for one layer, its inputs signed where they may be negative."""
+    out = {k: v for k, v in fields.items() if k != "pattern"}
+    spec = out.get("input")
+    if not spec or spec.get("signed", True) or not spec.get("symmetric", True):
+        return out
+    signed = {**spec, "signed": True}
+    if spec.get("quantizer") in UNSIGNED_ONLY:
+        signed["quantizer"] = "lsq"
+    operands = layer.unsigned
+    if not operands.get("input", True):
+        out["input"] = signed
+    if "other" in operands and operands["other"] != operands["input"]:
+        out["other"] = spec if operands["other"] else signed
+    return out
 
 
 def _granularity(name: str, text: str) -> str | int:

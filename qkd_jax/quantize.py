@@ -40,14 +40,17 @@ class Rule:
     Attributes:
       pattern: a regular expression; it must match a layer's whole path.
       weight: spec of the kernel or embedding table; None leaves it in float.
-      input: spec of the layer's input (of both operands of an attention product).
+      input: spec of the layer's input (of both operands of an attention product). A layer without
+        one whose input is the very tensor that a module with an `output` spec returns reads that.
       output: spec of what the module returns; it may sit on any module, the net included (path "").
+      other: spec of the second operand of an attention product; None takes `input`.
     """
 
     pattern: str
     weight: Spec | None = None
     input: Spec | None = None
     output: Spec | None = None
+    other: Spec | None = None
 
     def __post_init__(self):
         if not isinstance(self.pattern, str):
@@ -58,7 +61,7 @@ class Rule:
             raise ValueError(
                 f"Rule.pattern {self.pattern!r} is not a regular expression: {error}."
             ) from None
-        for operand in ("weight", "input", "output"):
+        for operand in ("weight", "input", "output", "other"):
             spec = getattr(self, operand)
             where = f"Rule({self.pattern!r}).{operand}"
             if spec is None:
@@ -135,9 +138,16 @@ class QuantizedModel:
         frame = Frame(self.spec_of, axis_name=axis_name, watch=watch)
         return self._apply(frame, variables, *args, mutable=mutable, **kwargs)
 
-    def trace_apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def trace_apply(
+        self,
+        variables: Mapping[str, Any],
+        *args: Any,
+        mark_outputs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Applies with every quantizer as one named jaxpr equation: what `graph.trace` reads."""
-        return self._apply(Frame(self.spec_of, mode="trace"), variables, *args, **kwargs)
+        frame = Frame(self.spec_of, mode="trace", mark_outputs=mark_outputs)
+        return self._apply(frame, variables, *args, **kwargs)
 
     def _apply(self, frame: Frame, variables, *args, mutable=False, **kwargs):
         with nn.intercept_methods(frame):
@@ -150,7 +160,9 @@ class QuantizedModel:
     def spec_of(self, path: str, operand: str) -> Spec | None:
         """The spec of an operand ("weight", "input", "other", "output") of the layer at `path`."""
         rule = _first_match(self.rules, path)
-        return None if rule is None else getattr(rule, "input" if operand == "other" else operand)
+        if rule is None:
+            return None
+        return getattr(rule, operand) or (rule.input if operand == "other" else None)
 
     def check_rules(self, paths: Iterable[str]) -> None:
         """Raises ValueError for a rule that no path matches."""

@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[set[str], ...], ...] = (
     ({"quantizers"}, {"observers"}, {"losses"}, {"metrics"}),
     ({"models"}, {"data"}),
     ({"graph"},),
-    ({"product", "interception", "quantize", "calibration", "inspection", "presets"},),
+    ({"product", "interception", "quantize", "calibration", "inspection", "placement", "presets"},),
     ({"mixed_precision"}, {"diagnostics"}),
     ({"training"},),
     ({"ptq"}, {"weights"}),  # before deploy, since converting folds BatchNorm

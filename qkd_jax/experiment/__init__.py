@@ -88,7 +88,13 @@ def read(config: Any, dataset: data.Dataset | None = None) -> Settings:
         raise data.checks.unknown("data set in config.data.name", name, DATASETS)
     source = DATASETS[name]
     examples = _examples(plain) if dataset is None else len(dataset.train_images)
-    found = reading.read(plain, STAGES, examples=examples, classes=source.num_classes)
+    found = reading.read(
+        plain,
+        STAGES,
+        examples=examples,
+        classes=source.num_classes,
+        image_shape=source.image_shape,
+    )
     for name, net in found.nets.items():
         try:
             mode_arguments(net, False)

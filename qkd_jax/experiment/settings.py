@@ -165,7 +165,12 @@ def _filled(where: str, given: Any, default: Any) -> Any:
 
 
 def read(
-    config: Any, kinds: Mapping[str, Callable[..., Any]], *, examples: int, classes: int
+    config: Any,
+    kinds: Mapping[str, Callable[..., Any]],
+    *,
+    examples: int,
+    classes: int,
+    image_shape: tuple[int, ...],
 ) -> Settings:
     """Checks a config and lays out its schedule.
 
@@ -174,6 +179,7 @@ def read(
         kinds: STAGES.
         examples: number of training examples, which turns epochs into steps.
         classes: number of classes of the data set.
+        image_shape: [height, width, channels] of its images.
 
     Returns:
         The settings.
@@ -184,7 +190,7 @@ def read(
     plain = resolve(config)
     check_frame(plain)
     nets = {
-        name: build_net(name, fields, plain["nets"], classes)
+        name: build_net(name, fields, plain["nets"], classes, image_shape)
         for name, fields in plain["nets"].items()
     }
     check_origins(plain["nets"])
@@ -210,7 +216,11 @@ def shapes(net: QuantizedModel, image_shape: tuple[int, ...]) -> Any:
 
 
 def build_net(
-    name: str, fields: Mapping[str, Any], nets: Mapping[str, Any], classes: int
+    name: str,
+    fields: Mapping[str, Any],
+    nets: Mapping[str, Any],
+    classes: int,
+    image_shape: tuple[int, ...],
 ) -> QuantizedModel:
     """Builds the quantized model of one entry of `nets`.
 
@@ -230,10 +240,14 @@ def build_net(
     if source and not weights.is_source(source) and source not in nets:
         raise checks.unknown(f"net in {where}.init_from", source, nets)
     try:
+        model = create(fields["model"], classes, **arguments)
         rules = presets.rules(
-            fields.get("rules", "float"), reduce_range=bool(fields.get("reduce_range", False))
+            fields.get("rules", "float"),
+            reduce_range=bool(fields.get("reduce_range", False)),
+            model=model,
+            images=jax.ShapeDtypeStruct((1, *image_shape), np.float32),
         )
-        return quantize(create(fields["model"], classes, **arguments), rules)
+        return quantize(model, rules)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -1,11 +1,24 @@
-"""Named features of a net: its inner activations, for losses that look at them."""
+"""Names for inner activations: as features, for losses, and as modules, for rules."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 
-__all__ = ["sow_feature"]
+__all__ = ["Activation", "sow_feature"]
+
+
+class Activation(nn.Module):
+    """A function as a module: a tensor that several layers read gets a path that rules can name."""
+
+    function: Callable[[jax.Array], jax.Array] = nn.relu
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Computes function(x)."""
+        return self.function(x)
 
 
 def sow_feature(module: nn.Module, name: str, x: jax.Array) -> None:

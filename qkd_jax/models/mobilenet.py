@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks
-from qkd_jax.models.features import sow_feature
+from qkd_jax.models.features import Activation, sow_feature
 
 __all__ = ["InvertedResidual", "MobileNet", "MobileNetV2", "SeparableBlock"]
 
@@ -144,8 +144,8 @@ class InvertedResidual(nn.Module):
 class MobileNet(nn.Module):
     """MobileNet (V1) with three stages of separable blocks.
 
-    Module names: `stem`, `stem_bn`, `stage<s>_block<b>` with `depthwise`, `depthwise_bn`,
-    `pointwise`, `pointwise_bn`; `head`.
+    Module names: `stem`, `stem_bn`, `stem_relu`, `stage<s>_block<b>` with `depthwise`,
+    `depthwise_bn`, `pointwise`, `pointwise_bn`; `head`.
 
     Features (collection "features"): `stage1`, `stage2`, `stage3`, each stage's output after its
     ReLU, [batch, height, width, channels]; `stage1_pre` ... before it; `pooled`, the head's input,
@@ -214,12 +214,13 @@ class MobileNet(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNetV2 with three stages of inverted residuals.
 
-    Module names: `stem`, `stem_bn`, `stage<s>_block<b>` with `expand`, `expand_bn` (where the block
-    expands), `depthwise`, `depthwise_bn`, `project`, `project_bn`; `last`, `last_bn`; `head`.
+    Module names: `stem`, `stem_bn`, `stem_relu`, `stage<s>_block<b>` with `expand`, `expand_bn`
+    (where the block expands), `depthwise`, `depthwise_bn`, `project`, `project_bn`; `last`,
+    `last_bn`; `head`.
 
     The inputs of the `expand` layers and of `last` come from linear bottlenecks and have both
-    signs: a rule for them is signed or affine, where other inputs follow a ReLU. Among the presets
-    those after training and `w<k>a<k>:lsq_plus` have affine inputs everywhere.
+    signs: a rule for them is signed or affine, where other inputs follow a ReLU. `presets.rules`
+    finds out by itself when it is given the model.
 
     Features (collection "features"): `stage1`, `stage2`, `stage3`, each stage's linear output,
     [batch, height, width, channels]; `pooled`, the head's input, [batch, 16 * width].
@@ -286,7 +287,7 @@ def _stem(module: Module, images: jax.Array, train: bool) -> jax.Array:
     conv, _, norm, relu = _layers(module, train)
     strides = (module.stem_stride, module.stem_stride)
     x = conv(module.width, (3, 3), strides=strides, padding=_ONE_PIXEL, name="stem")(images)
-    return relu(norm(name="stem_bn")(x))
+    return Activation(relu, name="stem_relu")(norm(name="stem_bn")(x))
 
 
 def _head(module: Module, x: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks
-from qkd_jax.models.features import sow_feature
+from qkd_jax.models.features import Activation, sow_feature
 
 __all__ = ["ONE_PIXEL", "BasicBlock", "ResNet", "blocks_per_stage", "conv_and_norm"]
 
@@ -134,8 +134,8 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """A ResNet of depth 6n + 2 with three stages.
 
-    Module names: `stem`, `stem_bn`, `stage<s>_block<b>` with `conv1`, `bn1`, `conv2`, `bn2` and,
-    where the shape changes, `shortcut`, `shortcut_bn`; `head`.
+    Module names: `stem`, `stem_bn`, `stem_relu`, `stage<s>_block<b>` with `conv1`, `bn1`, `conv2`,
+    `bn2` and, where the shape changes, `shortcut`, `shortcut_bn`; `head`.
 
     Features (collection "features"): `stage1`, `stage2`, `stage3`, each stage's output after its
     ReLU, [batch, height, width, channels]; `stage1_pre` ... before it; `pooled`, the head's input,
@@ -189,7 +189,7 @@ class ResNet(nn.Module):
         stem_width = self.width if self.stem_width is None else self.stem_width
         checks.integer_in("stem_width", stem_width, 1)
         x = conv(stem_width, (3, 3), padding=ONE_PIXEL, name="stem")(images)
-        x = nn.relu(norm(name="stem_bn")(x))
+        x = Activation(name="stem_relu")(norm(name="stem_bn")(x))
         for stage in (1, 2, 3):
             for block in range(blocks):
                 last = block == blocks - 1
