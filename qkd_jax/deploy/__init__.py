@@ -1,23 +1,32 @@
 """From a trained net to something that runs elsewhere: integers in JAX, and ONNX files.
 
-`convert` and `integer_apply` are the integer model, `to_onnx` and `onnx_session` the file and the
-engine for it, `latency` times engines side by side. A new kind of file is a module here with a
-function `(net, variables, images, path, **options)`.
+`convert` and `integer_apply` are the integer model, `save` and `load` its files, `save_stablehlo`
+the same for XLA without `qkd_jax`, `to_onnx` and `onnx_session` the ONNX file and its engine,
+`latency` times engines side by side. A new kind of file is a module here.
 """
 
+from qkd_jax.deploy.description import Description
+from qkd_jax.deploy.files import describe, load, save
 from qkd_jax.deploy.integers import convert, integer_apply
 from qkd_jax.deploy.latency import latency
 from qkd_jax.deploy.onnx import OnnxFile, has_vnni, onnx_session, to_onnx
 from qkd_jax.deploy.program import IntegerModel, LayerSize
+from qkd_jax.deploy.stablehlo import load_stablehlo, save_stablehlo
 
 __all__ = [
+    "Description",
     "IntegerModel",
     "LayerSize",
     "OnnxFile",
     "convert",
+    "describe",
     "has_vnni",
     "integer_apply",
     "latency",
+    "load",
+    "load_stablehlo",
     "onnx_session",
+    "save",
+    "save_stablehlo",
     "to_onnx",
 ]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 if TYPE_CHECKING:
     from qkd_jax.numerics.spec import Spec
@@ -89,7 +90,10 @@ def gradient_scale(
         batch_axes: axes of `shape` that count examples.
     """
     batch = {axis % len(shape) for axis in batch_axes}
-    elements = math.prod(size for i, size in enumerate(shape) if i not in batch)
+    sizes = [size for i, size in enumerate(shape) if i not in batch]
+    if not all(isinstance(size, int | np.integer) for size in sizes):
+        return 1.0  # exported for any size, where nothing has a gradient
+    elements = math.prod(sizes)
     return 1 / math.sqrt(max(elements / count, 1) * max(qmax, 1))  # 1-bit grids may end at 0
 
 

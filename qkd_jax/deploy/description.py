@@ -1,0 +1,126 @@
+"""How an image becomes a model's input, and what its classes are called."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qkd_jax import checks
+
+__all__ = ["Description"]
+
+MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """How images become a net's input, and what its logits mean.
+
+        input = image / 255 * gain + offset, with gain = 1 / std and offset = -mean / std
+
+    computed as `data.Dataset.normalize` does: one multiplication and one addition in float32.
+
+    Attributes:
+        image_shape: (height, width, channels) of the net's input.
+        mean: of each channel, of pixels scaled to 0..1.
+        std: of each channel, above 0.
+        classes: a name for each logit, or empty.
+
+    Raises:
+        ValueError: a shape, mean or std that fits no image.
+    """
+
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        shape = self.image_shape
+        if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 3:
+            raise ValueError(f"image_shape is {shape!r:.80}; it must be (height, width, channels).")
+        for axis, size in zip(("height", "width", "channels"), shape, strict=True):
+            checks.integer_in(f"image_shape's {axis}", size, 1, 1 << 16)
+        object.__setattr__(self, "image_shape", tuple(int(n) for n in shape))
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            plain = isinstance(values, Sequence | np.ndarray) and not isinstance(values, str)
+            if not plain or len(values) != shape[2]:
+                raise ValueError(
+                    f"{name} is {values!r:.80}; it must have a number for each of the {shape[2]} "
+                    "channels."
+                )
+            values = tuple(v.item() if isinstance(v, np.generic) else v for v in values)
+            for value in values:
+                checks.number(f"{name} of a channel", value, low=-math.inf)
+            if name == "std" and min(values) <= 0:
+                raise ValueError(f"std is {values}; it must be greater than 0.")
+            object.__setattr__(self, name, tuple(float(v) for v in values))
+        classes = self.classes
+        if not isinstance(classes, list | tuple) or not all(isinstance(c, str) for c in classes):
+            raise ValueError(f"classes is {classes!r:.80}; it must be names, one for each logit.")
+        object.__setattr__(self, "classes", tuple(classes))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values for a JSON file."""
+        return {k: list(v) for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Description:
+        """Inverts `to_json`.
+
+        Raises:
+            ValueError: other fields, or values out of range.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        if not isinstance(data, Mapping) or set(data) != set(names):
+            raise ValueError(f"a description is {data!r:.80}; its fields are {', '.join(names)}.")
+        return cls(**data)
+
+    def normalize(self, images: np.ndarray) -> np.ndarray:
+        """Turns uint8 images [..., height, width, channels] into the net's float32 input."""
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        gain = (1 / (255.0 * std)).astype(np.float32)
+        offset = (-mean / std).astype(np.float32)
+        scaled = np.multiply(images, gain, dtype=np.float32)
+        return np.add(scaled, offset, out=scaled)
+
+    def read_image(self, path: str) -> np.ndarray:
+        """Reads an image file as the net's size and channels: uint8 [height, width, channels].
+
+        Grey and colour are converted into each other, transparency is dropped, and the size is
+        changed by Pillow's bilinear filter, which averages where it shrinks.
+
+        Raises:
+            ValueError: the file is no image of 8 bits a channel, or the net takes neither 1 nor 3
+                channels.
+        """
+        from PIL import Image
+
+        height, width, channels = self.image_shape
+        if channels not in MODES:
+            raise ValueError(
+                f"the model takes {channels} channels, and an image file gives 1 (grey) or 3 "
+                "(RGB); call the model on arrays instead: qkd_jax.deploy.load, integer_apply."
+            )
+        try:
+            with Image.open(path) as file:
+                if file.mode.startswith(("I", "F")):
+                    raise ValueError(
+                        f"{path} has pixels of mode {file.mode!r}; save it with 8 bits a channel."
+                    )
+                image = file.convert(MODES[channels])
+        except (
+            OSError,
+            SyntaxError,
+            Image.DecompressionBombError,
+            Image.DecompressionBombWarning,
+        ) as error:
+            raise ValueError(f"{path} cannot be read as an image: {error}.") from error
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(image, np.uint8).reshape(self.image_shape)

@@ -1,0 +1,157 @@
+"""An integer model as StableHLO, the program that XLA compiles, for cpu, cuda and tpu in one file.
+
+`save_stablehlo` writes what `jax.export` serialises: the module, with the weights inside and any
+batch size, and its signature. Beside it lies a JSON file with the versions and a SHA-256. It needs
+neither the model's source nor `qkd_jax` to run:
+
+    jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read())).call(images)
+
+What JAX promises of such files (https://docs.jax.dev/en/latest/export/export.html): they run in a
+JAX up to six months newer than the one that wrote them, and up to three weeks older. For longer,
+keep `model.safetensors` and `model.json`.
+
+Products run on integers in int32 where integer kernels are fast, and on the same integers in
+float32 on the CPU, where that is exact (see `integer_apply`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+from jax import export
+
+from qkd_jax import checks
+from qkd_jax.deploy.program import FLOAT32_EXACT, IntegerModel, Multiply, run
+from qkd_jax.weights.files import damaged, read_bytes
+
+__all__ = ["PLATFORMS", "load_stablehlo", "save_stablehlo"]
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+FORMAT, VERSION = "qkd_jax stablehlo", 1
+REPAIR = "export the model again"
+
+
+def save_stablehlo(
+    integer: IntegerModel,
+    path: str | os.PathLike[str],
+    *,
+    platforms: Sequence[str] = PLATFORMS,
+) -> int:
+    """Writes an integer model as StableHLO, and `<path>.json` beside it.
+
+    Args:
+        integer: from `convert` or `load`.
+        path: the file, such as "model.stablehlo".
+        platforms: of `PLATFORMS`, those that the file is for.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        ValueError: no platform, or an unknown one.
+    """
+    checks.at_least_one("platforms", platforms)
+    for platform in platforms:
+        checks.one_of("a platform", platform, PLATFORMS)
+    program = integer.program
+    (batch,) = export.symbolic_shape("batch")
+    inputs = [
+        jax.ShapeDtypeStruct((batch, *a.shape[1:]) if program.batch else a.shape, a.dtype)
+        for a in program.signature
+    ]
+    arrays = jax.tree.map(np.asarray, integer)  # constants of the module, not arguments
+    exact = all(s.bound <= FLOAT32_EXACT for s in program.steps if isinstance(s, Multiply))
+
+    def integers(*images: Any) -> Any:
+        return run(arrays, list(images), False, "int32")
+
+    def floats(*images: Any) -> Any:
+        return run(arrays, list(images), False, "float32")
+
+    def forward(*images: Any) -> Any:
+        if not exact:
+            return integers(*images)
+        return jax.lax.platform_dependent(*images, cpu=floats, default=integers)
+
+    with _without_locations():
+        exported = export.export(jax.jit(forward), platforms=list(platforms))(*inputs)
+    data = bytes(exported.serialize())
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    card = {
+        "format": FORMAT,
+        "version": VERSION,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "platforms": list(exported.platforms),
+        "inputs": [_describe(a) for a in exported.in_avals],
+        "outputs": [_describe(a) for a in exported.out_avals],
+        "calling_convention_version": exported.calling_convention_version,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+    }
+    _card(path).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    return len(data)
+
+
+def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., Any]:
+    """Reads a file of `save_stablehlo`.
+
+    Returns:
+        images [batch, ...] -> the net's output.
+
+    Raises:
+        ValueError: no such file, one that is damaged, of another version, or of a JAX that this one
+            cannot read.
+    """
+    path = Path(path)
+    try:
+        card = json.loads(read_bytes(_card(path)))
+        known = card["format"] == FORMAT and card["version"] == VERSION
+        digest, writer = card["sha256"], card["jax"]
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise damaged(_card(path), f"it is no record of a {FORMAT}", REPAIR) from error
+    if not known:
+        raise damaged(_card(path), f"it is not of version {VERSION} of {FORMAT!r}", REPAIR)
+    data = read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise damaged(path, f"its SHA-256 is not that of {_card(path).name}", REPAIR)
+    try:
+        return export.deserialize(bytearray(data)).call
+    except Exception as error:  # flatbuffers and MLIR have no common word for it
+        raise ValueError(
+            f"{path} was written by jax {writer} and cannot be read by jax {jax.__version__}; "
+            f"{REPAIR} with this one, or use model.safetensors."
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_locations() -> Iterator[None]:
+    """Keeps the paths of this machine's source files out of the module."""
+    name = "jax_traceback_in_locations_limit"
+    before = jax.config.values[name]
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def _card(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _describe(aval: Any) -> dict[str, Any]:
+    return {
+        "dtype": aval.dtype.name,
+        "shape": [n if type(n) is int else str(n) for n in aval.shape],
+    }

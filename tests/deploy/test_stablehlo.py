@@ -1,0 +1,71 @@
+"""StableHLO: one file for three platforms and any batch, run where qkd_jax is not imported."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import small_nets
+
+from qkd_jax.deploy import convert, integer_apply, load_stablehlo, save_stablehlo
+
+FRESH = """
+import sys
+import jax
+import numpy as np
+exported = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+np.save(sys.argv[3], exported.call(np.load(sys.argv[2])))
+assert "qkd_jax" not in sys.modules and exported.platforms == ("cpu", "cuda", "tpu")
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hlo") / "model.stablehlo"
+    integer = convert(*small_nets.case("w2a2"))
+    assert save_stablehlo(integer, path) == path.stat().st_size
+    return path, integer
+
+
+def test_the_same_bits_without_qkd_jax_at_any_batch(saved, tmp_path):
+    path, integer = saved
+    for batch in (1, 5):
+        images = small_nets.images(batch)
+        np.testing.assert_array_equal(load_stablehlo(path)(images), integer_apply(integer, images))
+    np.save(tmp_path / "images.npy", images)
+    out = tmp_path / "logits.npy"
+    command = [sys.executable, "-c", FRESH, path, tmp_path / "images.npy", out]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    np.testing.assert_array_equal(np.load(out), integer_apply(integer, images))
+
+
+def test_the_record_beside_it(saved):
+    path, _ = saved
+    card = json.loads((path.parent / "model.stablehlo.json").read_text())
+    assert card["platforms"] == ["cpu", "cuda", "tpu"] and card["jax"] and card["jaxlib"]
+    assert card["inputs"] == [{"dtype": "float32", "shape": ["batch", *small_nets.IMAGES]}]
+    assert card["outputs"] == [{"dtype": "float32", "shape": ["batch", 5]}]
+    assert b".py" not in path.read_bytes()  # no paths of source files
+
+
+def test_what_is_refused(saved, tmp_path):
+    path, integer = saved
+    with pytest.raises(ValueError, match="platform is 'gpu'"):
+        save_stablehlo(integer, tmp_path / "x", platforms=["gpu"])
+    with pytest.raises(ValueError, match="platforms is empty"):
+        save_stablehlo(integer, tmp_path / "x", platforms=[])
+    with pytest.raises(ValueError, match=r"x\.json cannot be read"):
+        load_stablehlo(tmp_path / "x")
+    card = json.loads((path.parent / "model.stablehlo.json").read_text())
+    (tmp_path / "x").write_bytes(path.read_bytes()[:-1])
+    (tmp_path / "x.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=r"its SHA-256 is not that of x\.json"):
+        load_stablehlo(tmp_path / "x")
+    (tmp_path / "x.json").write_text(json.dumps({**card, "version": 2}))
+    with pytest.raises(ValueError, match="not of version 1"):
+        load_stablehlo(tmp_path / "x")
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(ValueError, match="no record of a"):
+        load_stablehlo(tmp_path / "x")
