@@ -10,8 +10,8 @@ element an example would be about twenty times slower.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,15 +19,30 @@ from qkd_jax import checks
 from qkd_jax.data import augment as augmentations
 from qkd_jax.data import draws
 from qkd_jax.data.dataset import Dataset
+from qkd_jax.data.views import Views
 
 Batch = dict[str, np.ndarray]
+
+
+class Lookup(Protocol):
+    """Something known beforehand of every view of every training example, as cached logits are."""
+
+    def rows(self, index: np.ndarray, view: np.ndarray) -> np.ndarray:
+        """Returns float32 [batch, ...] for training examples in views."""
 
 
 class TrainBatches:
     """The train split as an endless sequence of batches; made by `train_batches`."""
 
     def __init__(
-        self, dataset: Dataset, *, batch_size: int, seed: int, augment: Sequence[str] = ()
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        seed: int,
+        augment: Sequence[str] = (),
+        views: int = 0,
+        known: Mapping[str, Lookup] | None = None,
     ) -> None:
         checks.integer_in("batch_size", batch_size, 1)
         checks.integer_in("seed", seed, 0, draws.LARGEST_SEED)
@@ -36,6 +51,14 @@ class TrainBatches:
         self.seed = int(seed)
         self.augment = tuple(augment) if not isinstance(augment, str) else augment
         self._augment = augmentations.parse(self.augment)
+        checks.integer_in("views", views, 0)
+        self.views = Views(dataset, views, augment=self.augment, seed=self.seed) if views else None
+        self.known = dict(known or {})
+        if self.known and self.views is None:
+            raise ValueError(
+                "views is 0, so every step draws its images anew and nothing is known of them "
+                f"beforehand, but known has {sorted(self.known)}; give views=1 or more."
+            )
         # An epoch's order serves many steps; threads that prefetch may sit in two epochs.
         self._order = functools.lru_cache(maxsize=4)(self._permutation)
 
@@ -68,15 +91,23 @@ class TrainBatches:
 
         Returns:
             "image" float32 [batch, H, W, C], normalised; "label" int32 [batch]; "index" int64
-            [batch], the rows of the train split.
+            [batch], the rows of the train split; and what `known` knows, under its names.
         """
         index = self.indices(step)
-        images = self.dataset.train_images[index]
-        images = augmentations.apply(images, self._augment, seed=self.seed, step=int(step))
+        extra = {}
+        if self.views is None:
+            images = self.dataset.train_images[index]
+            images = augmentations.apply(images, self._augment, seed=self.seed, step=int(step))
+        else:
+            place = int(step) * self.batch_size + np.arange(self.batch_size)
+            view = place // len(self.dataset.train_images) % self.views.count
+            images = self.views.images(index, view)
+            extra = {name: lookup.rows(index, view) for name, lookup in self.known.items()}
         return {
             "image": self.dataset.normalize(images),
             "label": self.dataset.train_labels[index],
             "index": index,
+            **extra,
         }
 
     def iter(
@@ -111,7 +142,13 @@ class TrainBatches:
 
 
 def train_batches(
-    dataset: Dataset, *, batch_size: int, seed: int, augment: Sequence[str] = ()
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    seed: int,
+    augment: Sequence[str] = (),
+    views: int = 0,
+    known: Mapping[str, Lookup] | None = None,
 ) -> TrainBatches:
     """Returns the endless training batches of a data set.
 
@@ -122,6 +159,10 @@ def train_batches(
         augment: Names of `AUGMENTATIONS` with amounts, applied in order, as
             `("pad_crop:4", "flip")`. They act on the uint8 image, so what comes in at a border is
             the value 0 before normalisation.
+        views: 0 augments anew at every step. Above 0, the augmented images are so many views of
+            each example, drawn beforehand: epoch e shows view e modulo `views`. 1 shows the images
+            as they are. See `views.Views`.
+        known: {name in the batch: what is known of each example in each view}; needs `views`.
 
     Returns:
         An object with `[step]`, `.iter(start_step)` and `.indices(step)`.
@@ -129,7 +170,9 @@ def train_batches(
     Raises:
         ValueError: For an unknown augmentation (with the nearest name), or a number out of range.
     """
-    return TrainBatches(dataset, batch_size=batch_size, seed=seed, augment=augment)
+    return TrainBatches(
+        dataset, batch_size=batch_size, seed=seed, augment=augment, views=views, known=known
+    )
 
 
 class EvalBatches(Sequence[Batch]):

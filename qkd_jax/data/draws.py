@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 # A stream keeps the draws of one purpose apart from those of another under the same seed.
-SPLIT, ORDER, AUGMENT, PATTERN, TRAIN_EXAMPLES, TEST_EXAMPLES = range(1, 7)
+SPLIT, ORDER, AUGMENT, PATTERN, TRAIN_EXAMPLES, TEST_EXAMPLES, VIEWS = range(1, 8)
 
 LARGEST_SEED = 2**63 - 1
 

@@ -1,0 +1,67 @@
+"""Views: a fixed number of augmented copies of the training split, drawn beforehand.
+
+Fresh augmentation shows a net another image at every step, so nothing about an image can be looked
+up. With V views, epoch e shows view e mod V of every example: what a frozen teacher says about them
+is computed once and read from then on. One view is the images as they are, without augmentation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax.data import augment as augmentations
+from qkd_jax.data import draws
+from qkd_jax.data.dataset import Dataset
+
+__all__ = ["Views"]
+
+LARGEST = 2**16 - 1  # a view's number is stored in 16 bits
+
+
+class Views:
+    """The views of a data set's training split.
+
+    Args:
+        dataset: From `load`.
+        views: How many; 1 is the images as they are, whatever `augment` says.
+        augment: Names of `AUGMENTATIONS`, as in `train_batches`.
+        seed: Of the augmentation.
+
+    Raises:
+        ValueError: For a number out of range, or an unknown augmentation.
+    """
+
+    def __init__(
+        self, dataset: Dataset, views: int, *, augment: Sequence[str] = (), seed: int = 0
+    ) -> None:
+        checks.integer_in("views", views, 1, LARGEST)
+        self.dataset = dataset
+        self.count = int(views)
+        self.seed = int(seed)
+        self.augment = tuple(augment) if views > 1 else ()
+        self._augment = augmentations.parse(self.augment)
+        # A batch sits in two epochs at most.
+        self._raw = functools.lru_cache(maxsize=2 * max(len(self._augment), 1))(self._words)
+
+    def _words(self, view: int, slot: int, each: int) -> np.ndarray:
+        count = len(self.dataset.train_images)
+        raw = draws.words(count * each, seed=self.seed, stream=draws.VIEWS, index=view, slot=slot)
+        return raw.reshape(count, each)
+
+    def images(self, rows: np.ndarray, views: np.ndarray | int) -> np.ndarray:
+        """Returns uint8 [rows, H, W, C]: row `rows[i]` of the split as view `views[i]` shows it."""
+        rows = np.asarray(rows)
+        views = np.broadcast_to(views, rows.shape)
+        images = self.dataset.train_images[rows]
+        for view in np.unique(views) if self._augment else ():
+            chosen = np.flatnonzero(views == view)
+            part = images[chosen]
+            for slot, (entry, amount) in enumerate(self._augment):
+                raw = self._raw(int(view), slot, entry.words)[rows[chosen]]
+                part = entry.function(part, raw, amount)
+            images[chosen] = part
+        return images
