@@ -149,6 +149,7 @@ def net(
     width: int = 0,
     rules: str = "float",
     init_from: str = "",
+    head_from: str = "",
     reduce_range: bool = False,
 ) -> dict[str, Any]:
     """Returns the fields of one network.
@@ -161,10 +162,17 @@ def net(
         quantizers where model and rules are the same, else its weights alone); a net of another run
         ("<run folder>#<net>") or a flat .npz file, whose weights are taken and whose quantizers are
         not, so calibrate it; "" starts from random weights.
+      head_from: another net, in whose classifier this one ends, behind a projector to its features
+        (SimKD); it is copied when this net first takes part. Freeze it: `sgd(freeze=("head",))`.
       reduce_range: 7 bits for 8-bit weights, for x86 engines without VNNI.
     """
     return dict(
-        model=model, width=width, rules=rules, init_from=init_from, reduce_range=reduce_range
+        model=model,
+        width=width,
+        rules=rules,
+        init_from=init_from,
+        head_from=head_from,
+        reduce_range=reduce_range,
     )
 
 
@@ -183,7 +191,8 @@ def sgd(lr: float, *, weight_decay: float, continues: str = "", **fields: Any) -
 
     `quant_lr` is the learning rate of what the quantizers learn; -1 follows `lr`. `warmup` and
     `milestones` count steps, or below 1 fractions of the schedule. `clip_norm=0` does not clip.
-    `continues` names the stage whose optimizer and schedule run on over the joint length.
+    `freeze` lists regular expressions of layers that do not learn. `continues` names the stage
+    whose optimizer and schedule run on over the joint length.
     """
     defaults = dict(
         name="sgd",
@@ -201,6 +210,7 @@ def sgd(lr: float, *, weight_decay: float, continues: str = "", **fields: Any) -
         milestones=(),
         decay_factor=0.1,
         clip_norm=0.0,
+        freeze=(),
         continues=continues,
     )
     unknown = set(fields) - set(defaults)

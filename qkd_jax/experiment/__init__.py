@@ -33,9 +33,10 @@ from qkd_jax.experiment.settings import Settings, Stage, resolve, shapes
 from qkd_jax.experiment.stages import CHECKS, STAGES
 from qkd_jax.quantize import load_float
 from qkd_jax.training.checkpoint import Checkpoints
+from qkd_jax.training.forward import mode_arguments
 from qkd_jax.training.loop import NonFiniteError, Preempted
 from qkd_jax.training.parallel import StepCache, enable_compilation_cache
-from qkd_jax.training.step import mode_arguments
+from qkd_jax.training.taps import DataShape
 from qkd_jax.training.tracking import EXIT_INTERRUPTED, GracefulStop, RunFolder, tree_sha256
 
 __all__ = [
@@ -88,13 +89,8 @@ def read(config: Any, dataset: data.Dataset | None = None) -> Settings:
         raise data.checks.unknown("data set in config.data.name", name, DATASETS)
     source = DATASETS[name]
     examples = _examples(plain) if dataset is None else len(dataset.train_images)
-    found = reading.read(
-        plain,
-        STAGES,
-        examples=examples,
-        classes=source.num_classes,
-        image_shape=source.image_shape,
-    )
+    shape = DataShape(source.image_shape, examples)
+    found = reading.read(plain, STAGES, data=shape, classes=source.num_classes)
     for name, net in found.nets.items():
         try:
             mode_arguments(net, False)

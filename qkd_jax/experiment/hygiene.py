@@ -14,8 +14,8 @@ from qkd_jax.interception import OPERANDS
 from qkd_jax.numerics import Spec, Stats
 from qkd_jax.quantizers import QUANTIZERS
 from qkd_jax.training import hygiene
+from qkd_jax.training.forward import mode_arguments
 from qkd_jax.training.plan import Plan
-from qkd_jax.training.step import mode_arguments
 
 __all__ = ["calibrated", "check_hygiene"]
 

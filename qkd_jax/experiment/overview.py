@@ -15,7 +15,8 @@ from qkd_jax.experiment.settings import Settings, shapes
 from qkd_jax.experiment.stages import plan_stage
 from qkd_jax.inspection import coverage, layers
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.training.step import mode_arguments
+from qkd_jax.training.forward import mode_arguments
+from qkd_jax.training.taps import features_of
 
 __all__ = ["overview"]
 
@@ -47,6 +48,7 @@ def overview(settings: Settings, image_shape: tuple[int, ...]) -> str:
         arguments = mode_arguments(net, False)
         variables = shapes(net, image_shape)
         console.print(_layers(net, variables, images, arguments))
+        console.print(_taps(net, image_shape[1:]))
         if net.rules:
             console.print(str(coverage(net, variables, images, **arguments)))
     return buffer.getvalue()
@@ -81,6 +83,13 @@ def _schedule(settings: Settings) -> Table:
     trained = sum(stage.steps for stage in settings.stages if stage.trains)
     table.add_row("", "", "", str(trained), "", "")
     return table
+
+
+def _taps(net: QuantizedModel, image: tuple[int, ...]) -> str:
+    """The features that losses can look at by name."""
+    sown = features_of(net, image).sown.items()
+    named = [f"{name} {'x'.join(map(str, shape.shape[1:]))}" for name, shape in sown]
+    return f"taps: {', '.join(named) or '(none sown)'}; also every path of a module"
 
 
 def _layers(

@@ -13,12 +13,14 @@ import numpy as np
 from qkd_jax import data, metrics, weights
 from qkd_jax.data.dataset import Dataset
 from qkd_jax.experiment.settings import Settings, Stage, shapes
+from qkd_jax.models import MODELS
 from qkd_jax.quantize import QuantizedModel, load_float
 from qkd_jax.training.checkpoint import Checkpoints, Restored
+from qkd_jax.training.forward import mode_arguments
 from qkd_jax.training.loop import Window
 from qkd_jax.training.parallel import StepCache
-from qkd_jax.training.state import stream_key
-from qkd_jax.training.step import eval_step, mode_arguments
+from qkd_jax.training.state import jit_once, stream_key
+from qkd_jax.training.step import eval_step
 from qkd_jax.training.trees import nested
 
 __all__ = ["Evaluation", "Run", "place"]
@@ -108,14 +110,25 @@ class Run:
                 )
             else:  # another structure or other rules: the weights, which it must calibrate itself
                 self.variables[name] = load_float(self._shapes(name), taken)
+        if lender := self.settings["nets"][name].get("head_from", ""):
+            self._borrow_head(name, lender)
         self.variables[name] = place(self.variables[name])
+
+    def _borrow_head(self, name: str, lender: str) -> None:
+        """Gives a net the classifier of another, as that stands now."""
+        self.bring_in(lender)
+        own, head = self.variables[name]["params"], self.variables[lender]["params"].get("head")
+        if jax.tree.map(np.shape, head) != jax.tree.map(np.shape, own["head"]):
+            raise ValueError(
+                f"nets.{name}.head_from is {lender!r}, whose head is no dense layer named 'head' "
+                f"on its pooled features; nets of {', '.join(MODELS)} have one."
+            )
+        self.variables[name] = {**self.variables[name], "params": {**own, "head": head}}
 
     def _random(self, name: str) -> Variables:
         key = stream_key(self.settings["seed"], f"init/{name}")
         images = np.zeros(self.example.shape, np.float32)
-        # It runs once: on CPU, optimizing the random number generators costs 7 s and gains nothing.
-        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        return jax.jit(self.nets[name].init, compiler_options=options)(key, images)
+        return jit_once(self.nets[name].init)(key, images)
 
     def _shapes(self, name: str) -> Variables:
         return shapes(self.nets[name], self.example.shape)

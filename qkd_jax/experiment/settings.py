@@ -19,8 +19,10 @@ import numpy as np
 
 from qkd_jax import checks, presets, weights
 from qkd_jax.experiment.values import check_frame, check_origins, check_tables, mapping
-from qkd_jax.models import MODELS, create
+from qkd_jax.models import MODELS, BorrowedClassifier, create
 from qkd_jax.quantize import QuantizedModel, quantize
+from qkd_jax.training.rows import as_sources
+from qkd_jax.training.taps import DataShape, features_of
 
 __all__ = ["Settings", "Stage", "build_net", "read", "resolve", "shapes"]
 
@@ -34,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "parallel": {"mode": "jit", "devices": 0},
 }
 STRUCTURE = ("nets", "stages", "schedule")
-NET_FIELDS = ("model", "rules", "init_from", "reduce_range")
+NET_FIELDS = ("model", "rules", "init_from", "head_from", "reduce_range")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Stage:
         keeps: nets whose optimizer a later stage continues.
         data_start: step of the data order at which it starts: where the stages end that it
             continues.
+        data: shapes of the data.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Stage:
     horizons: dict[str, int] = dataclasses.field(default_factory=dict)
     keeps: tuple[str, ...] = ()
     data_start: int = 0
+    data: DataShape | None = None
 
     @property
     def trains(self) -> bool:
@@ -165,21 +169,15 @@ def _filled(where: str, given: Any, default: Any) -> Any:
 
 
 def read(
-    config: Any,
-    kinds: Mapping[str, Callable[..., Any]],
-    *,
-    examples: int,
-    classes: int,
-    image_shape: tuple[int, ...],
+    config: Any, kinds: Mapping[str, Callable[..., Any]], *, data: DataShape, classes: int
 ) -> Settings:
     """Checks a config and lays out its schedule.
 
     Args:
         config: a `ConfigDict` or dict.
         kinds: STAGES.
-        examples: number of training examples, which turns epochs into steps.
+        data: shapes of the data; the number of training examples turns epochs into steps.
         classes: number of classes of the data set.
-        image_shape: [height, width, channels] of its images.
 
     Returns:
         The settings.
@@ -190,11 +188,11 @@ def read(
     plain = resolve(config)
     check_frame(plain)
     nets = {
-        name: build_net(name, fields, plain["nets"], classes, image_shape)
+        name: build_net(name, fields, plain["nets"], data, classes)
         for name, fields in plain["nets"].items()
     }
     check_origins(plain["nets"])
-    stages = _schedule(plain, kinds, examples)
+    stages = _schedule(plain, kinds, data)
     for stage in stages:
         for net in stage.nets:
             if net not in nets:
@@ -216,16 +214,13 @@ def shapes(net: QuantizedModel, image_shape: tuple[int, ...]) -> Any:
 
 
 def build_net(
-    name: str,
-    fields: Mapping[str, Any],
-    nets: Mapping[str, Any],
-    classes: int,
-    image_shape: tuple[int, ...],
+    name: str, fields: Mapping[str, Any], nets: Mapping[str, Any], data: DataShape, classes: int
 ) -> QuantizedModel:
     """Builds the quantized model of one entry of `nets`.
 
-    Fields other than `model`, `rules`, `init_from` and `reduce_range` go to the model; a 0 leaves
-    the model's own default.
+    Fields other than `model`, `rules`, `init_from`, `head_from` and `reduce_range` go to the model;
+    a 0 leaves the model's own default. With `head_from` the model ends in a projector and the
+    classifier of that net (`models.BorrowedClassifier`).
 
     Raises:
         ValueError: an unknown model, argument of the model, preset or net to start from.
@@ -241,11 +236,19 @@ def build_net(
         raise checks.unknown(f"net in {where}.init_from", source, nets)
     try:
         model = create(fields["model"], classes, **arguments)
+        if lender := fields.get("head_from", ""):
+            if lender not in nets or nets[lender].get("head_from"):
+                own = [n for n, other in nets.items() if not other.get("head_from")]
+                raise checks.unknown("net with a head of its own in head_from", lender, own)
+            taught = features_of(build_net(lender, nets[lender], nets, data, classes), data.image)
+            model = BorrowedClassifier(
+                model, classes, features=taught.sown["pooled"].shape[-1], dtype=model.dtype
+            )
         rules = presets.rules(
             fields.get("rules", "float"),
             reduce_range=bool(fields.get("reduce_range", False)),
             model=model,
-            images=jax.ShapeDtypeStruct((1, *image_shape), np.float32),
+            images=jax.ShapeDtypeStruct((1, *data.image), np.float32),
         )
         return quantize(model, rules)
     except ValueError as error:
@@ -253,7 +256,7 @@ def build_net(
 
 
 def _schedule(
-    plain: Mapping[str, Any], kinds: Mapping[str, Callable[..., Any]], examples: int
+    plain: Mapping[str, Any], kinds: Mapping[str, Callable[..., Any]], data: DataShape
 ) -> tuple[Stage, ...]:
     schedule, table = plain["schedule"], plain["stages"]
     if isinstance(schedule, str) or any("," in str(name) for name in schedule):
@@ -284,14 +287,25 @@ def _schedule(
         steps, starts, data_start = 1, {}, 0
         if kind == "train":
             _check_chain(name, fields, done, schedule)
-            steps, epochs[name] = _steps(name, fields, done, epochs, examples)
+            steps, epochs[name] = _steps(name, fields, done, epochs, data.examples)
             for net in fields["learn"]:
                 before = _continues(fields, net)
                 starts[net] = done[before].starts[net] + done[before].steps if before else 0
             data_start = _data_start(name, fields, starts)
         nets = nets_of(kind, fields)
         stages.append(
-            Stage(name, kind, fields, index, first, steps, nets, starts, data_start=data_start)
+            Stage(
+                name,
+                kind,
+                fields,
+                index,
+                first,
+                steps,
+                nets,
+                starts,
+                data_start=data_start,
+                data=data,
+            )
         )
         first += steps
     return _with_horizons(stages)
@@ -398,10 +412,10 @@ def nets_of(kind: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Nets that take part: those that learn or teach, else `nets` and `reference`."""
     if kind == "train":
         sources = [
-            row["source"]
+            source
             for table in fields["learn"].values()
             for row in table.values()
-            if row.get("source")
+            for source in as_sources(row.get("source"))
         ]
         return tuple(dict.fromkeys([*fields["learn"], *sources]))
     return tuple(dict.fromkeys([*fields["nets"], *filter(None, [fields.get("reference")])]))

@@ -12,6 +12,9 @@ on:
 * Layers have explicit names that read well in a path ("stage1_block0/conv1"); the first and the
   last product are "stem" and "head" where the architecture has such layers.
 * BatchNorm uses its running statistics unless `train=True`; its collection is "batch_stats".
+* `model(images, train, head=False)` gives what goes into pooling and head instead of logits, and
+  makes no parameters of a head; `BorrowedClassifier` builds on it. Models without that argument
+  cannot be its body.
 * Features are sown (`features.sow_feature`) into the collection "features", which costs nothing
   unless it is mutable: `logits, aux = model.apply(variables, images, mutable="features")`, then
   `aux["features"]["stage1"][0]`. Every model names the head's input `pooled`; an activation has a
@@ -30,6 +33,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from qkd_jax import checks
+from qkd_jax.models.borrowed import BorrowedClassifier
 from qkd_jax.models.imagenet_resnet import Bottleneck, ImageNetResNet
 from qkd_jax.models.mlp import MLP
 from qkd_jax.models.mobilenet import InvertedResidual, MobileNet, MobileNetV2, SeparableBlock
@@ -60,6 +64,7 @@ __all__ = [
     "MLP",
     "MODELS",
     "BasicBlock",
+    "BorrowedClassifier",
     "Bottleneck",
     "ImageNetResNet",
     "InvertedResidual",

@@ -42,7 +42,7 @@ class MLP(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool = False, head: bool = True) -> jax.Array:
         """Computes the logits of a batch of images.
 
         Args:
@@ -50,9 +50,10 @@ class MLP(nn.Module):
             height * width * channels.
           train: whether BatchNorm uses the batch's statistics and updates its running ones, which
             needs "batch_stats" to be mutable.
+          head: False leaves out the head.
 
         Returns:
-          [batch, num_classes], float32 or wider.
+          [batch, num_classes], float32 or wider; without a head its input.
 
         Raises:
           ValueError: for images that are not floating [batch, height, width, channels], or a size
@@ -81,6 +82,8 @@ class MLP(nn.Module):
             sow_feature(self, f"hidden{number}_pre", x)
             x = nn.relu(x)
             sow_feature(self, f"hidden{number}", x)
+        if not head:
+            return x
         sow_feature(self, "pooled", x)
         logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -175,7 +175,7 @@ class MobileNet(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool = False, head: bool = True) -> jax.Array:
         """Computes the logits of a batch of images.
 
         Args:
@@ -183,9 +183,10 @@ class MobileNet(nn.Module):
             channels (the parameters depend on the channels only).
           train: whether BatchNorm uses the batch's statistics and updates its running ones, which
             needs "batch_stats" to be mutable.
+          head: False leaves out pooling and head.
 
         Returns:
-          [batch, num_classes], float32 or wider.
+          [batch, num_classes], float32 or wider; without a head the last map.
 
         Raises:
           ValueError: for images that are not floating [batch, height, width, channels], or fields
@@ -208,7 +209,7 @@ class MobileNet(nn.Module):
                     functools.partial(sow_feature, self, f"stage{stage}_pre") if last else None,
                 )
             sow_feature(self, f"stage{stage}", x)
-        return _head(self, x)
+        return _head(self, x) if head else x
 
 
 class MobileNetV2(nn.Module):
@@ -251,7 +252,7 @@ class MobileNetV2(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool = False, head: bool = True) -> jax.Array:
         """Computes the logits of a batch of images; arguments and errors as in `MobileNet`."""
         checks.integer_in("expansion", self.expansion, 1)
         x = _stem(self, images, train)
@@ -269,7 +270,7 @@ class MobileNetV2(nn.Module):
             sow_feature(self, f"stage{stage}", x)
         conv, _, norm, relu = _layers(self, train)
         x = relu(norm(name="last_bn")(conv(16 * self.width, (1, 1), name="last")(x)))
-        return _head(self, x)
+        return _head(self, x) if head else x
 
 
 def _stem(module: Module, images: jax.Array, train: bool) -> jax.Array:

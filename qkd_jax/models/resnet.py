@@ -165,7 +165,7 @@ class ResNet(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool = False, head: bool = True) -> jax.Array:
         """Computes the logits of a batch of images.
 
         Args:
@@ -173,9 +173,10 @@ class ResNet(nn.Module):
             channels (the parameters depend on the channels only).
           train: whether BatchNorm uses the batch's statistics and updates its running ones, which
             needs "batch_stats" to be mutable.
+          head: False leaves out pooling and head.
 
         Returns:
-          [batch, num_classes], float32 or wider.
+          [batch, num_classes], float32 or wider; without a head the last stage's map.
 
         Raises:
           ValueError: for images that are not floating [batch, height, width, channels], or fields
@@ -206,6 +207,8 @@ class ResNet(nn.Module):
                     functools.partial(sow_feature, self, f"stage{stage}_pre") if last else None,
                 )
             sow_feature(self, f"stage{stage}", x)
+        if not head:
+            return x
         x = jnp.mean(x, axis=(1, 2))
         sow_feature(self, "pooled", x)
         logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)

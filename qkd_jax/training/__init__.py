@@ -1,6 +1,10 @@
 """Training: state, optimizers, the step, the loop, checkpoints and the record of a run.
 
 plan       who learns from whom: a table becomes structure (compiled) and numbers (arguments)
+rows       one row of that table: a term of a loss, checked; terms, owned: what becomes of it
+taps       where losses look into a net, by name
+adaptors   what stands between two nets' features and a loss, and learns beside the student
+forward    one pass of a net, with the features that somebody asked for
 hygiene    oscillation, clamps, annealing and budgets of quantizers in training
 optim      optimizers and schedules over the groups weights, plain and quant
 state      what a step reads and writes; random streams
@@ -10,6 +14,8 @@ nonfinite  which layer went bad first
 loop, checkpoint, tracking are imported by name: they reach for the disk
 """
 
+from qkd_jax.training.adaptors import ADAPTORS
+from qkd_jax.training.forward import forward
 from qkd_jax.training.nonfinite import NonFinite, locate_nonfinite
 from qkd_jax.training.optim import OPTIMIZERS, SCHEDULES
 from qkd_jax.training.parallel import (
@@ -29,11 +35,14 @@ from qkd_jax.training.state import (
     stream_key,
 )
 from qkd_jax.training.step import eval_step, make_step, name_metrics
+from qkd_jax.training.taps import DataShape
 
 __all__ = [
+    "ADAPTORS",
     "OPTIMIZERS",
     "SCHEDULES",
     "CompiledStep",
+    "DataShape",
     "NonFinite",
     "Plan",
     "StepCache",
@@ -42,6 +51,7 @@ __all__ = [
     "compile_step",
     "enable_compilation_cache",
     "eval_step",
+    "forward",
     "frozen_variables",
     "locate_nonfinite",
     "make_step",

@@ -13,9 +13,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from qkd_jax.training.forward import forward
 from qkd_jax.training.plan import Plan
 from qkd_jax.training.state import TrainState, split, step_key
-from qkd_jax.training.step import Batch, forward, total_loss
+from qkd_jax.training.step import Batch, adaptor_params, total_loss
 
 __all__ = ["NonFinite", "locate_nonfinite"]
 
@@ -131,11 +132,14 @@ def locate_nonfinite(
     learned = {slot: part[0] for slot, part in parts.items()}
     carried = {slot: part[1] for slot, part in parts.items()}
 
-    def objective(learned: dict[str, Any]) -> tuple[jax.Array, Any]:
-        loss, (_, sums) = total_loss(structure, learned, carried, state, batch, frozen)
+    def objective(learned: dict[str, Any], adaptors: dict[str, Any]) -> tuple[jax.Array, Any]:
+        loss, (_, _, sums) = total_loss(
+            structure, learned, carried, state, batch, frozen, adaptors=adaptors
+        )
         return loss, sums
 
-    (_, sums), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(learned)
+    differentiate = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
+    (_, sums), (grads, of_adaptors) = differentiate(learned, adaptor_params(state))
     for learner in structure.learners:
         net = plan.net_of(learner.slot)
         for term, label in plan.labels[learner.slot].items():
@@ -145,6 +149,11 @@ def locate_nonfinite(
         found = _bad_gradient(plan.net_of(learner.slot), grads[learner.slot], orders[learner.slot])
         if found:
             return found
+    for slot, terms in of_adaptors.items():
+        for term, gradient in terms.items():
+            if _bad(gradient):
+                what = f"gradient of the adaptor of loss {plan.labels[slot][term]!r} is not finite"
+                return NonFinite(plan.net_of(slot), "", what)
     for learner in structure.learners:
         net = plan.net_of(learner.slot)
         leaf = _bad_leaf(learned[learner.slot], ())

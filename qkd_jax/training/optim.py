@@ -2,9 +2,10 @@
 
 The arrays that learn are split by path into three groups: "weights" (kernels, embeddings: with
 decay), "plain" (biases, norms' scales: no decay) and "quant" (what the quantizers learn: own
-learning rate, no decay). Every number (rates, decay, warm-up, horizon, ...) is a float32 array that
-enters the compiled step as an argument; only the names and the number of milestones are static, so
-two arms that differ in numbers share one compilation.
+learning rate, no decay); what `freeze` names does not learn at all. Every number (rates, decay,
+warm-up, horizon, ...) is a float32 array that enters the compiled step as an argument; only the
+names and the number of milestones are static, so two arms that differ in numbers share one
+compilation.
 
 Add an optimizer as a function in OPTIMIZERS, a schedule as one in SCHEDULES.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,8 +31,10 @@ __all__ = [
     "OPTIM_FIELDS",
     "SCHEDULES",
     "OptimStructure",
+    "frozen_by",
     "group_of",
     "groups",
+    "in_steps",
     "init_optimizer",
     "plan_optimizer",
     "schedule_factor",
@@ -50,6 +54,7 @@ class OptimStructure:
     schedule: str = "cosine"
     nesterov: bool = True
     milestones: int = 0
+    freeze: tuple[str, ...] = ()
 
 
 def sgd(structure: OptimStructure, hyper: Hyper, decayed: Tree) -> optax.GradientTransformation:
@@ -120,6 +125,7 @@ OPTIM_FIELDS: dict[str, Any] = {
     "milestones": (),
     "decay_factor": 0.1,
     "clip_norm": None,
+    "freeze": (),
     "continues": None,
 }
 
@@ -133,7 +139,9 @@ def plan_optimizer(
         net: The net's name, for messages.
         fields: Some of OPTIM_FIELDS. `lr` must be there; `quant_lr` defaults to `lr`. `warmup` and
             `milestones` are steps, or below 1 fractions of the horizon. `final` is the cosine's
-            last factor. Fields that the chosen optimizer or schedule does not use are allowed, so
+            last factor. `freeze` lists regular expressions; a layer whose whole path matches one
+            keeps its parameters (a BatchNorm goes on with its running statistics). Fields that the
+            chosen optimizer or schedule does not use are allowed, so
             that one override on the command line can switch it.
         horizon: Length of the schedule in steps; the joint length where stages continue one.
 
@@ -181,7 +189,7 @@ def plan_optimizer(
     used += by_optimizer.get(given["name"], ()) + by_schedule.get(given["schedule"], ())
     numbers: dict[str, Any] = {key: np.float32(given[key]) for key in used}
     numbers["horizon"] = np.float32(horizon)
-    numbers["warmup"] = np.float32(_steps(given["warmup"], horizon))
+    numbers["warmup"] = np.float32(in_steps(given["warmup"], horizon))
     milestones = tuple(given["milestones"]) if given["schedule"] == "step" else ()
     if given["schedule"] == "step":
         if not milestones:
@@ -191,17 +199,33 @@ def plan_optimizer(
             )
         for index, value in enumerate(milestones):
             checks.in_range(f"{where}.milestones[{index}]", value, 0, horizon)
-        numbers["milestones"] = np.asarray([_steps(m, horizon) for m in milestones], np.float32)
+        numbers["milestones"] = np.asarray([in_steps(m, horizon) for m in milestones], np.float32)
     structure = OptimStructure(
         name=given["name"],
         schedule=given["schedule"],
         nesterov=bool(given["nesterov"]) if given["name"] == "sgd" else False,
         milestones=len(milestones),
+        freeze=_patterns(f"{where}.freeze", given["freeze"]),
     )
     return structure, {key: np.asarray(value) for key, value in numbers.items()}
 
 
-def _steps(value: float, horizon: int) -> float:
+def _patterns(where: str, given: Any) -> tuple[str, ...]:
+    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
+        raise ValueError(
+            f"{where} is {given!r}; give a tuple of regular expressions, such as ('stem', "
+            "'stage1_.*')."
+        )
+    for pattern in given:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{where} {pattern!r} is no regular expression: {error}.") from None
+    return tuple(sorted(given))
+
+
+def in_steps(value: float, horizon: int) -> float:
+    """A length in steps; below 1 it is a fraction of the horizon."""
     return round(value * horizon) if 0 < value < 1 else value
 
 
@@ -231,13 +255,22 @@ def group_of(path: tuple[str, ...], ndim: int) -> str:
     return "weights" if ndim >= 2 else "plain"
 
 
-def groups(trainable: Tree) -> Tree:
+def groups(trainable: Tree, freeze: tuple[str, ...] = ()) -> Tree:
     """Tree of group names with the structure of `trainable` ({"params": ..., "quant": ...})."""
 
     def name(path: tuple[Any, ...], leaf: Any) -> str:
-        return group_of(tuple(str(getattr(p, "key", p)) for p in path), jnp.ndim(leaf))
+        parts = tuple(str(getattr(p, "key", p)) for p in path)
+        if freeze and frozen_by(freeze, parts):
+            return "frozen"
+        return group_of(parts, jnp.ndim(leaf))
 
     return jax.tree_util.tree_map_with_path(name, trainable)
+
+
+def frozen_by(freeze: tuple[str, ...], path: tuple[str, ...]) -> list[str]:
+    """Patterns that match the layer of an array, or a module around it; quantizers are its own."""
+    layers = ["/".join(path[1:end]) for end in range(2, len(path))]
+    return [p for p in freeze if any(re.fullmatch(p, layer) for layer in layers)]
 
 
 def _transform(structure: OptimStructure, hyper: Hyper, labels: Tree):
@@ -252,7 +285,7 @@ def init_optimizer(structure: OptimStructure, trainable: Tree) -> dict[str, Any]
     """
     # No number of hyper is read by init, so zeros stand in for all of them.
     zeros = dict.fromkeys(("weight_decay", "momentum", "b1", "b2", "eps"), 0.0)
-    inner = _transform(structure, zeros, groups(trainable)).init(trainable)
+    inner = _transform(structure, zeros, groups(trainable, structure.freeze)).init(trainable)
     return {"position": jnp.zeros((), jnp.int32), "inner": inner}
 
 
@@ -276,7 +309,9 @@ def update_optimizer(
         (new trainable, new state, {"lr", "quant_lr", "grad_norm"}); the norm is the one before
         clipping, over all of the net's groups.
     """
-    labels = groups(trainable)
+    labels = groups(trainable, structure.freeze)
+    if structure.freeze:
+        grads = jax.tree.map(lambda label, g: g * (label != "frozen"), labels, grads)
     norm = optax.tree.norm(grads)
     # clip_norm is inf where clipping is off: then the factor is exactly 1.
     shrink = jnp.minimum(hyper["clip_norm"] / jnp.maximum(norm, 1e-30), 1.0)
@@ -286,6 +321,8 @@ def update_optimizer(
     rates = {"lr": factor * hyper["lr"], "quant_lr": factor * hyper["quant_lr"]}
 
     def move(label: str, value: jax.Array, update: jax.Array) -> jax.Array:
+        if label == "frozen":
+            return value
         rate = rates["quant_lr" if label == "quant" else "lr"]
         return (value - rate * update).astype(value.dtype)
 

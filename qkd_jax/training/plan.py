@@ -2,8 +2,9 @@
 
 `learn = {net: {label: {"loss", "source", "weight", <hyper-parameters>}}}`. A label names a term of
 the net's loss; the loss is its `loss` field or the label itself. `source` is the net whose logits
-teach, learning itself or frozen. Offline, mutual, multi-teacher, teacher-assistant distillation and
-the phases of QKD (Kim et al. 2019, arXiv 1911.12491) are such tables.
+or features teach, learning itself or frozen (`rows` has all fields). Offline, mutual,
+multi-teacher, teacher-assistant distillation and the phases of QKD (Kim et al. 2019, arXiv
+1911.12491) are such tables.
 
 The table is split into structure, which is hashable and decides what is compiled, and numbers,
 which are float32 arguments of the step. Nets and labels get canonical names there ("net0",
@@ -14,42 +15,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-import math
-import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
 from qkd_jax import checks
-from qkd_jax.losses import LOSSES
 from qkd_jax.training.hygiene import Hygiene, describe, plan_hygiene
 from qkd_jax.training.optim import OptimStructure, plan_optimizer
+from qkd_jax.training.owned import Start
+from qkd_jax.training.rows import COURSE, plan_terms
+from qkd_jax.training.taps import DataShape
+from qkd_jax.training.terms import Term
 
 __all__ = ["Learner", "Plan", "StepStructure", "Term", "plan_step"]
-
-# Positional names of a loss, and whose logits (or labels) they mean.
-STUDENT_INPUTS = ("logits", "student_logits")
-SOURCE_INPUTS = ("teacher_logits",)
-INPUTS = (*STUDENT_INPUTS, *SOURCE_INPUTS, "labels")
-FIELDS = ("loss", "source", "weight")
-
-
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """One term of a net's loss: canonical name, loss, positional inputs, the source's slot.
-
-    `traced` names the hyper-parameters that are arguments of the step; `static` holds the others.
-    """
-
-    name: str
-    loss: str
-    inputs: tuple[str, ...]
-    source: str | None
-    traced: tuple[str, ...] = ()
-    static: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +57,17 @@ class StepStructure:
         """{slot: module} of all nets, learning and frozen."""
         return {n.slot: n.module for n in self.learners} | dict(self.teachers)
 
+    @functools.cached_property
+    def taps(self) -> dict[str, tuple[str, ...]]:
+        """{slot: taps that some term looks at}; nets without any run as if taps did not exist."""
+        found: dict[str, list[str]] = {slot: [] for slot in self.modules}
+        for learner in self.learners:
+            for term in learner.terms:
+                found[learner.slot] += term.taps
+                for source in term.sources[:1]:
+                    found[source] += term.teacher_taps
+        return {slot: tuple(dict.fromkeys(names)) for slot, names in found.items()}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
@@ -94,6 +82,7 @@ class Plan:
         learners: Names of the nets that learn.
         teachers: Names of the nets that only teach (frozen).
         continues: {net: stage} for nets whose optimizer carries on.
+        starts: {slot: {term: what makes the state that the term owns}}.
     """
 
     structure: StepStructure
@@ -103,6 +92,7 @@ class Plan:
     learners: tuple[str, ...]
     teachers: tuple[str, ...]
     continues: dict[str, str]
+    starts: dict[str, dict[str, Start]] = dataclasses.field(default_factory=dict)
 
     def net_of(self, slot: str) -> str:
         """Name of the net in a slot."""
@@ -114,13 +104,19 @@ class Plan:
         for learner in self.structure.learners:
             for term in learner.terms:
                 given = self.hyper[learner.slot]["terms"][term.name]
-                named = [f"{name}={float(given[name]):g}" for name in term.traced]
+                named = [f"{name}={_shown(given, name)}" for name in term.traced]
                 # A switch that is off says nothing.
                 named += [f"{name}={value!r}" for name, value in term.static if value is not False]
-                source = f" from {self.net_of(term.source)}" if term.source else ""
+                if term.course:
+                    named += [f"{name} {float(given[name]):g}" for name in COURSE]
+                source = " and ".join(map(self.net_of, term.sources))
+                taps = "+".join(term.teacher_taps)
                 lines.append(
-                    f"{self.net_of(learner.slot)} <- {float(given['weight']):g} "
-                    f"{term.loss}({', '.join(named)}){source}"
+                    f"{self.net_of(learner.slot)} <- {_shown(given, 'weight')} "
+                    f"{term.loss}({', '.join(named)})"
+                    + (f" at {'+'.join(term.taps)}" if term.taps else "")
+                    + (f" from {source}" if source else "")
+                    + (f" at {taps}" if taps and term.teacher_taps != term.taps else "")
                 )
             if learner.hygiene is not None:
                 numbers_of_hygiene = self.hyper[learner.slot]["hygiene"]
@@ -128,6 +124,12 @@ class Plan:
                     f"{self.net_of(learner.slot)}: {describe(learner.hygiene, numbers_of_hygiene)}"
                 )
         return lines
+
+
+def _shown(given: Mapping[str, Any], name: str) -> str:
+    if name in given:
+        return f"{float(given[name]):g}"
+    return f"{float(given[f'{name}_begin']):g}..{float(given[f'{name}_end']):g}"
 
 
 def plan_step(
@@ -138,6 +140,8 @@ def plan_step(
     horizon: int | Mapping[str, int],
     hygiene: Mapping[str, Mapping[str, Any]] | None = None,
     steps: int | None = None,
+    data: DataShape | None = None,
+    first: int = 0,
 ) -> Plan:
     """Checks the table of a stage and splits it into structure and numbers.
 
@@ -147,14 +151,17 @@ def plan_step(
         optim: {net: fields}, one for each net that learns; see `optim.plan_optimizer`.
         horizon: Length of the schedule in steps, for all or by net.
         hygiene: {net: fields} for nets that learn; see `hygiene`.
-        steps: Length of the stage in steps, over which hygiene anneals; None takes the horizon.
+        steps: Length of the stage in steps, over which hygiene anneals and terms run their course;
+            None takes the horizon.
+        data: Shapes of the data, which terms need that look at features or keep a memory.
+        first: Global step at which the stage starts.
 
     Returns:
         The plan of the stage's step.
 
     Raises:
-        ValueError: An unknown net, loss or argument (with the nearest valid one), a loss that needs
-            a source and has none, a net that teaches itself, a weight that is negative.
+        ValueError: An unknown net, loss, argument or tap (with the nearest valid one), a loss that
+            needs a source and has none, a net that teaches itself, a weight that is negative.
     """
     checks.at_least_one("learn", learn)
     for net in learn:
@@ -171,6 +178,7 @@ def plan_step(
     hyper: dict[str, Any] = {}
     labels: dict[str, dict[str, str]] = {}
     continues: dict[str, str] = {}
+    starts: dict[str, dict[str, Start]] = {}
     for net, table in learn.items():
         if net not in optim:
             raise ValueError(f"optim.{net} is missing; net {net!r} learns, so give it an lr.")
@@ -178,8 +186,10 @@ def plan_step(
         length = horizon[net] if isinstance(horizon, Mapping) else horizon
         structure, numbers_of_optim = plan_optimizer(net, dict(optim[net]), length)
         clean, numbers_of_hygiene = plan_hygiene(net, (hygiene or {}).get(net, {}), steps or length)
-        terms, values, names = _plan_terms(net, table, modules, slots)
         slot = slots[net]
+        terms, values, names, starts[slot] = plan_terms(
+            net, table, modules, slots, data=data, first=first, steps=steps or length
+        )
         learners.append(Learner(slot, _hashable(net, modules[net]), terms, structure, clean))
         hyper[slot] = {"optim": numbers_of_optim, "terms": values}
         if clean is not None:
@@ -199,6 +209,7 @@ def plan_step(
         learners=tuple(learn),
         teachers=teachers,
         continues=continues,
+        starts=starts,
     )
 
 
@@ -211,133 +222,3 @@ def _hashable(net: str, module: Any) -> Any:
             "so make its fields tuples instead of lists, and frozen instead of dicts."
         ) from error
     return module
-
-
-def _plan_terms(
-    net: str, table: Mapping[str, Any], modules: Mapping[str, Any], slots: dict[str, str]
-) -> tuple[tuple[Term, ...], dict[str, Any], dict[str, str]]:
-    """Terms of one net, their numbers and their labels; adds slots for frozen sources."""
-    # Sorted by loss, so that the order in which a config lists its terms decides nothing.
-    rows = sorted((str(row.get("loss") or label), label) for label, row in table.items())
-    terms, values, names = [], {}, {}
-    for index, (loss, label) in enumerate(rows):
-        where, row = f"learn.{net}.{label}", dict(table[label])
-        if loss not in LOSSES:
-            raise checks.unknown(f"loss in {where}", loss, LOSSES)
-        inputs, arguments = _signature(loss)
-        source = _source(where, net, loss, inputs, row.get("source"), modules)
-        if source is not None:
-            slots.setdefault(source, f"net{len(slots)}")
-        weight = row.get("weight", 1.0)
-        _number(f"{where}.weight", weight)
-        checks.in_range(f"{where}.weight", weight, 0.0, math.inf)
-        given = {key: value for key, value in row.items() if key not in FIELDS}
-        for key in given:
-            if key not in arguments:
-                raise checks.unknown(f"argument of {where}", key, (*FIELDS, *arguments))
-        traced, static = _arguments(where, arguments, given)
-        _try_loss(where, LOSSES[loss], inputs, {**traced, **static})
-        name = f"term{index}"
-        terms.append(
-            Term(
-                name=name,
-                loss=loss,
-                inputs=inputs,
-                source=None if source is None else slots[source],
-                traced=tuple(sorted(traced)),
-                static=tuple(sorted(static.items())),
-            )
-        )
-        values[name] = {
-            key: np.asarray(value, np.float32)
-            for key, value in {"weight": weight, **traced}.items()
-        }
-        names[name] = label
-    return tuple(terms), values, names
-
-
-def _source(
-    where: str,
-    net: str,
-    loss: str,
-    inputs: tuple[str, ...],
-    source: str | None,
-    modules: Mapping[str, Any],
-) -> str | None:
-    needs = any(name in SOURCE_INPUTS for name in inputs)
-    if needs and not source:
-        raise ValueError(
-            f"{where}.source is missing; loss {loss!r} compares with another net's logits, so name "
-            f"that net: {', '.join(n for n in modules if n != net) or '(no other net)'}."
-        )
-    if not needs and source:
-        raise ValueError(
-            f"{where}.source is {source!r}, but loss {loss!r} uses labels alone; drop the source."
-        )
-    if source and source not in modules:
-        raise checks.unknown(f"net in {where}.source", source, modules)
-    if source == net:
-        raise ValueError(
-            f"{where}.source is the net itself: a net equals its own detached logits, so nothing "
-            "would be learned; name another net (init_from gives a copy of this one)."
-        )
-    return source or None
-
-
-@functools.cache
-def _signature(loss: str) -> tuple[tuple[str, ...], dict[str, inspect.Parameter]]:
-    """Positional names and keyword-only hyper-parameters of a loss."""
-    inputs, arguments = [], {}
-    for name, parameter in inspect.signature(LOSSES[loss]).parameters.items():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            if name not in ("where", "axis_name"):
-                arguments[name] = parameter
-        else:
-            inputs.append(name)
-            if name not in INPUTS:
-                raise ValueError(
-                    f"loss {loss!r} takes {name!r}, which the step cannot give; its positional "
-                    f"arguments may be {', '.join(INPUTS)}."
-                )
-    return tuple(inputs), arguments
-
-
-def _arguments(
-    where: str, arguments: Mapping[str, inspect.Parameter], given: Mapping[str, Any]
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Splits a loss's hyper-parameters into (floats, which are traced; all others, static).
-
-    Defaults are filled in, so that a table which spells them out shares the step of one that does
-    not. A parameter is traced if its default or its annotation is a float.
-    """
-    traced: dict[str, float] = {}
-    static: dict[str, Any] = {}
-    for name, parameter in arguments.items():
-        empty = parameter.default is inspect.Parameter.empty
-        if empty and name not in given:
-            raise ValueError(f"{where}.{name} is missing; the loss has no default for it.")
-        value = given.get(name, parameter.default)
-        is_float = isinstance(parameter.default, float) or "float" in str(parameter.annotation)
-        if is_float and value is not None:
-            _number(f"{where}.{name}", value)
-            traced[name] = float(value)
-        else:
-            static[name] = tuple(value) if isinstance(value, list) else value
-    return traced, static
-
-
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; it must be a finite number.")
-
-
-def _try_loss(
-    where: str, loss: Callable[..., Any], inputs: tuple[str, ...], arguments: dict[str, Any]
-) -> None:
-    """Runs the loss on shapes alone with the plain values: its own checks see Python numbers."""
-    logits = jax.ShapeDtypeStruct((2, 4), np.float32)
-    given = [jax.ShapeDtypeStruct((2,), np.int32) if n == "labels" else logits for n in inputs]
-    try:
-        jax.eval_shape(functools.partial(loss, **arguments), *given)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error

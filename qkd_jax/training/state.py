@@ -7,6 +7,7 @@ stage under canonical slots ("net0", ...); nets that only teach travel beside it
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -19,15 +20,19 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.training import hygiene, optim
 from qkd_jax.training.plan import Plan
+from qkd_jax.training.trees import flatten
 
 __all__ = [
     "LEARNED",
     "TrainState",
     "frozen_variables",
     "init_opt",
+    "init_owned",
+    "jit_once",
     "join",
     "net_variables",
     "optimizer_states",
+    "owned_states",
     "split",
     "start_state",
     "step_key",
@@ -47,7 +52,9 @@ class TrainState(flax.struct.PyTreeNode):
         nets: {slot: variables} of the nets that learn.
         opt: {slot: {"position", "inner"}}; `position` is the place in the net's schedule.
         hyper: {slot: numbers}, float32; nothing in it forces a new compilation.
-        loss_state: What losses own (regressors, memory banks); empty where none does.
+        loss_state: {slot: {term: what it owns}}: the variables of an adaptor between two nets'
+            features ("params", "batch_stats", "teacher": constants of the source), the state of
+            their optimizer ("opt"), a memory ("memory"); empty where no term owns anything.
         finite: False from the first step on whose loss, gradient or statistic is not finite: from
             there the nets stand still, so that the cause is still in them when somebody looks.
     """
@@ -102,6 +109,7 @@ def start_state(
     step: int = 0,
     seed: int = 0,
     opt: Mapping[str, Any] | None = None,
+    owned: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> TrainState:
     """State at the start of a stage.
 
@@ -112,6 +120,7 @@ def start_state(
         seed: Root seed of the random streams.
         opt: {net: optimizer state} for nets that continue an earlier stage's optimizer; every
             other net starts a new one.
+        owned: {net: {label: what a term owns}} for terms that go on; every other starts anew.
 
     Returns:
         A state that shares no buffer with the arguments (the step donates it).
@@ -135,18 +144,73 @@ def start_state(
         nets=_copy(nets),
         opt=_copy(states),
         hyper=_copy(plan.hyper),
+        loss_state=_copy(_loss_state(plan, variables, seed, owned or {})),
         finite=jnp.asarray(True),
     )
+
+
+def init_owned(
+    plan: Plan, net: str, term: str, key: jax.Array, teacher: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What a term owns when it starts; `teacher` holds its source's variables."""
+    slot = plan.slots[net]
+    (learner,) = (n for n in plan.structure.learners if n.slot == slot)
+    state = plan.starts[slot][term](key, teacher)
+    if state.get("params"):
+        state["opt"] = optim.init_optimizer(learner.optim, {"params": state["params"]})["inner"]
+    return state
+
+
+def jit_once(function: Any) -> Any:
+    """Compiles what runs once: on CPU, optimizing random number generators costs seconds."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=options)
+
+
+def _loss_state(
+    plan: Plan,
+    variables: Mapping[str, Variables],
+    seed: int,
+    owned: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for learner in plan.structure.learners:
+        net = plan.net_of(learner.slot)
+        for term in learner.terms:
+            if not term.owns:
+                continue
+            label = plan.labels[learner.slot][term.name]
+            state = owned.get(net, {}).get(label)
+            if state is None:
+                source = variables[plan.net_of(term.sources[0])] if term.sources else None
+                begin = functools.partial(init_owned, plan, net, term.name)
+                state = jit_once(begin)(stream_key(seed, f"loss/{net}/{label}"), source)
+            found.setdefault(learner.slot, {})[term.name] = state
+    return found
 
 
 def init_opt(plan: Plan, net: str, learned: Mapping[str, Any]) -> dict[str, Any]:
     """State of a net's optimizer that starts, and of its hygiene where it has any."""
     (learner,) = (n for n in plan.structure.learners if n.slot == plan.slots[net])
+    _check_freeze(net, learner.optim.freeze, learned)
     state = optim.init_optimizer(learner.optim, learned)
     if learner.hygiene is not None:
         where = f"hygiene.{net}"
         state["hygiene"] = hygiene.init(learner.hygiene, learner.module, learned, where=where)
     return state
+
+
+def _check_freeze(net: str, freeze: tuple[str, ...], learned: Mapping[str, Any]) -> None:
+    """Refuses a pattern that freezes nothing."""
+    names = [tuple(name.split("/")) for name in flatten(dict(learned))]
+    used = {pattern for path in names for pattern in optim.frozen_by(freeze, path)}
+    for pattern in freeze:
+        if pattern not in used:
+            layers = dict.fromkeys("/".join(path[1:-1]) for path in names if path[0] == "params")
+            raise ValueError(
+                f"optim.{net}.freeze {pattern!r} matches no layer; a pattern must match a whole "
+                f"path: {', '.join(layers)}.{checks.nearest(pattern, layers)}"
+            )
 
 
 def _continued(net: str, state: Any, fresh: Any) -> Any:
@@ -169,6 +233,14 @@ def _refuse_folded(net: str, quant: Mapping[str, Any], path: str = "") -> None:
             )
         if isinstance(tree, Mapping):
             _refuse_folded(net, tree, f"{path}/{name}".lstrip("/"))
+
+
+def owned_states(plan: Plan, state: TrainState) -> dict[str, dict[str, Any]]:
+    """{net: {label: what a term owns}} out of a state, for a stage that goes on."""
+    return {
+        plan.net_of(slot): {plan.labels[slot][term]: tree for term, tree in terms.items()}
+        for slot, terms in state.loss_state.items()
+    }
 
 
 def frozen_variables(plan: Plan, variables: Mapping[str, Variables]) -> dict[str, Variables]:

@@ -1,17 +1,16 @@
 """The training step: one pure function for every way in which nets learn from each other.
 
 `step(state, batch, frozen, *, axis_name=None) -> (state, metrics)`. All nets that learn run forward
-once, their losses are added and one `value_and_grad` gives all gradients: each loss detaches its
-teacher, so no net's gradient sees another net's loss. Nets that only teach are an argument, in
+once, their losses are added and one `value_and_grad` gives all gradients: what a net teaches is
+detached, so no net's gradient sees another net's loss. Nets that only teach are an argument, in
 evaluation mode. Nothing here knows of devices; `parallel.compile_step` compiles the step for them.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +19,17 @@ from qkd_jax.interception import ROUNDING
 from qkd_jax.losses import LOSSES
 from qkd_jax.metrics import classification
 from qkd_jax.training import hygiene, optim
-from qkd_jax.training.plan import Plan, StepStructure, Term
+from qkd_jax.training.forward import forward, forward_taps
+from qkd_jax.training.plan import Learner, Plan, StepStructure
 from qkd_jax.training.state import TrainState, join, split, step_key
+from qkd_jax.training.terms import Term, loss_inputs, term_numbers
 
 __all__ = [
     "Batch",
     "Metrics",
     "Step",
+    "adaptor_params",
     "eval_step",
-    "forward",
     "make_step",
     "name_metrics",
     "total_loss",
@@ -39,96 +40,78 @@ Metrics = dict[str, Any]
 Step = Callable[..., tuple[TrainState, Metrics]]
 
 
-# Other names for the mode: a model with one of them would run in its default mode throughout.
-FOREIGN_MODES = ("training", "is_training", "is_train", "inference", "testing")
-
-
-@functools.lru_cache(maxsize=256)
-def _mode_argument(model_class: type) -> str | None:
-    """Name of the argument by which a model is told that it trains, or None."""
-    names = inspect.signature(model_class.__call__).parameters
-    known = next((n for n in ("train", "deterministic") if n in names), None)
-    foreign = next((n for n in FOREIGN_MODES if n in names), None)
-    if known is None and foreign is not None:
-        raise ValueError(
-            f"{model_class.__name__}.__call__ takes {foreign!r}, which nothing sets here; rename "
-            "it to `train` (True while training) or `deterministic` (False while training)."
-        )
-    return known
-
-
-def mode_arguments(module: Any, train: bool) -> dict[str, bool]:
-    """Keyword arguments that put a model into training or evaluation mode.
-
-    A model may take `train`, linen's `deterministic`, or neither.
-
-    Raises:
-        ValueError: it takes another name for the mode, such as `training`.
-    """
-    name = _mode_argument(type(module.model))
-    return {} if name is None else {name: train if name == "train" else not train}
-
-
-def forward(
-    module: Any,
-    variables: Mapping[str, Any],
-    images: jax.Array,
-    *,
-    train: bool = False,
-    rngs: Mapping[str, jax.Array] | None = None,
-    axis_name: str | None = None,
-) -> tuple[jax.Array, dict[str, Any]]:
-    """Runs one net.
-
-    Args:
-        module: QuantizedModel.
-        variables: Its variables.
-        images: [batch, height, width, channels] float32.
-        train: Training mode: batch statistics are used and updated.
-        rngs: Keys of the random streams: the model's own (dropout), and stochastic rounding's.
-        axis_name: The mapped axis under pmap, else None.
-
-    Returns:
-        (logits [batch, classes] float32, carried collections after the pass, such as batch_stats).
-    """
-    _, carried = split(variables)
-    arguments: dict[str, Any] = mode_arguments(module, train)
-    if axis_name is not None:
-        arguments["axis_name"] = axis_name
-    if rngs is not None:
-        arguments["rngs"] = dict(rngs)
-    if not (train and carried):
-        return module.apply(variables, images, **arguments), carried
-    logits, updated = module.apply(variables, images, mutable=list(carried), **arguments)
-    return logits, {**carried, **updated}
-
-
 def _masked_sum(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jnp.sum(values if mask is None else jnp.where(mask, values, 0.0))
 
 
+class _Seen(NamedTuple):
+    """What the terms of a step look at: of every net, by slot, and of the batch."""
+
+    logits: dict[str, jax.Array]
+    features: dict[str, dict[str, jax.Array]]
+    batch: Batch
+    mask: jax.Array | None
+    axis_name: str | None
+
+
 def _term_values(
+    learner: Learner,
     term: Term,
-    own: jax.Array,
-    logits: Mapping[str, jax.Array],
-    labels: jax.Array,
+    seen: _Seen,
+    params: Any,
+    state: TrainState,
     numbers: Mapping[str, jax.Array],
-    mask: jax.Array | None,
-) -> jax.Array:
-    """Values of one term, [batch], without its weight; 0 where the mask is False."""
-    inputs = []
-    for name in term.inputs:
-        if name == "labels":
-            inputs.append(labels)
-        elif name == "teacher_logits":
-            inputs.append(jax.lax.stop_gradient(logits[str(term.source)]))
-        else:
-            inputs.append(own)
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array | None, dict[str, Any]]:
+    """One term: (values [batch] without its weight, the adaptor's own or None, what it owns).
+
+    All are 0 where the mask is False. What comes from a source is detached before the adaptor, so
+    that an adaptor of the teacher's features learns and the teacher does not.
+    """
+    own = state.loss_state.get(learner.slot, {}).get(term.name, {})
+    updated = dict(own)
+    detach = jax.lax.stop_gradient
+    features = tuple(seen.features[learner.slot][tap] for tap in term.taps)
+    teacher_features = tuple(
+        detach(seen.features[term.sources[0]][tap]) for tap in term.teacher_taps
+    )
+    given = loss_inputs(
+        features,
+        teacher_features,
+        seen.logits[learner.slot],
+        tuple(detach(seen.logits[source]) for source in term.sources),
+    )
+    given |= {"labels": seen.batch["label"], "index": seen.batch.get("index"), "key": key}
+    given["memory"] = own.get("memory")
+    if term.adaptor is not None:
+        carried = {name: own[name] for name in ("batch_stats", "teacher") if name in own}
+        outputs, moved = term.adaptor.apply(
+            {"params": params, **carried},
+            features,
+            teacher_features,
+            train=True,
+            mutable=["batch_stats"],
+            axis_name=seen.axis_name,
+        )
+        given |= outputs
+        updated |= moved
+    if "index" in term.inputs and given["index"] is None:
+        raise ValueError(
+            f"loss {term.loss!r} keeps a memory by example, so the batch must have "
+            "'index', [batch] integers below the number of training examples."
+        )
     arguments: dict[str, Any] = {name: numbers[name] for name in term.traced}
-    if mask is not None:
-        arguments["where"] = mask
+    if seen.mask is not None:
+        arguments["where"] = seen.mask
+    if term.spread:
+        arguments["axis_name"] = seen.axis_name
     with jax.named_scope(f"loss_{term.loss}"):
-        return LOSSES[term.loss](*inputs, **arguments, **dict(term.static))
+        values = LOSSES[term.loss](
+            *(given[name] for name in term.inputs), **arguments, **dict(term.static)
+        )
+    if "memory" in term.inputs:
+        values, updated["memory"] = values
+    return values, given.get("adaptor_loss"), updated
 
 
 def total_loss(
@@ -139,8 +122,9 @@ def total_loss(
     batch: Batch,
     frozen: Mapping[str, Any],
     *,
+    adaptors: Mapping[str, Mapping[str, Any]] | None = None,
     axis_name: str | None = None,
-) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
+) -> tuple[jax.Array, tuple[dict[str, Any], dict[str, Any], Metrics]]:
     """Sum over nets of sum over terms of weight * mean over the whole batch.
 
     Under a mapped axis the value is this device's share: its sum over the global count, so that
@@ -153,10 +137,13 @@ def total_loss(
         state: For numbers, step and seed.
         batch: "image" [batch, ...], "label" int32 [batch], optionally "mask" bool [batch].
         frozen: {slot: variables} of the nets that only teach.
+        adaptors: {slot: {term: parameters of its adaptor}}, differentiated too; None takes those
+            of the state.
         axis_name: The mapped axis, or None.
 
     Returns:
-        (loss, ({slot: carried after the pass}, {slot: sums of metrics on this device})).
+        (loss, ({slot: carried after the pass}, {slot: {term: what it owns after the pass}}, {slot:
+        sums of metrics on this device})).
     """
     images, labels = batch["image"], batch["label"]
     mask = None if "mask" not in batch else batch["mask"].astype(bool)
@@ -165,14 +152,17 @@ def total_loss(
     key = step_key(state.seed, "dropout", state.step)
     if axis_name is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    adaptors = adaptor_params(state) if adaptors is None else adaptors
     logits: dict[str, jax.Array] = {}
+    features: dict[str, dict[str, jax.Array]] = {}
     updated: dict[str, Any] = {}
     for index, learner in enumerate(structure.learners):
         slot = learner.slot
-        logits[slot], updated[slot] = forward(
+        logits[slot], updated[slot], features[slot] = forward_taps(
             learner.module,
             join(learned[slot], carried[slot]),
             images,
+            taps=structure.taps[slot],
             train=True,
             rngs={
                 "dropout": jax.random.fold_in(key, index),
@@ -181,21 +171,40 @@ def total_loss(
             axis_name=axis_name,
         )
     for slot, module in structure.teachers:
-        logits[slot], _ = forward(module, frozen[slot], images, axis_name=axis_name)
+        logits[slot], _, features[slot] = forward_taps(
+            module, frozen[slot], images, taps=structure.taps[slot], axis_name=axis_name
+        )
 
     count = _masked_sum(jnp.ones(labels.shape, jnp.float32), mask)
     everywhere = count if axis_name is None else jax.lax.psum(count, axis_name)
     loss = jnp.zeros((), jnp.float32)
     sums: Metrics = {}
-    for learner in structure.learners:
+    owned: dict[str, Any] = {}
+    seen = _Seen(logits, features, batch, mask, axis_name)
+    # One key for all devices: a loss that draws examples draws them for the whole batch.
+    loss_key = step_key(state.seed, "loss", state.step)
+    for index, learner in enumerate(structure.learners):
         own = logits[learner.slot]
         right = (jnp.argmax(own, axis=-1) == labels).astype(jnp.float32)
         values = {"count": count, "top1": _masked_sum(right, mask), "loss": jnp.zeros(())}
-        for term in learner.terms:
-            numbers = state.hyper[learner.slot]["terms"][term.name]
-            value = jnp.sum(_term_values(term, own, logits, labels, numbers, mask))
+        for place, term in enumerate(learner.terms):
+            numbers = term_numbers(term, state.hyper[learner.slot]["terms"][term.name], state.step)
+            of_examples, of_adaptor, moved = _term_values(
+                learner,
+                term,
+                seen,
+                adaptors.get(learner.slot, {}).get(term.name, {}),
+                state,
+                numbers,
+                jax.random.fold_in(jax.random.fold_in(loss_key, index), place),
+            )
+            value = jnp.sum(of_examples)
             values[term.name] = value
             values["loss"] = values["loss"] + numbers["weight"] * value
+            if of_adaptor is not None:  # what trains it alone has no weight and no course
+                values["loss"] = values["loss"] + _masked_sum(of_adaptor, mask)
+            if moved:
+                owned.setdefault(learner.slot, {})[term.name] = moved
         if learner.hygiene is not None:
             # Shared out over devices by their examples, so that their sum has it once.
             values["loss"] = values["loss"] + count * hygiene.penalty(
@@ -207,7 +216,15 @@ def total_loss(
             )
         loss = loss + values["loss"] / jnp.maximum(everywhere, 1.0)
         sums[learner.slot] = values
-    return loss, (updated, sums)
+    return loss, (updated, owned, sums)
+
+
+def adaptor_params(state: TrainState) -> dict[str, dict[str, Any]]:
+    """{slot: {term: parameters of its adaptor}} of the terms whose adaptors learn."""
+    return {
+        slot: {term: own["params"] for term, own in terms.items() if own.get("params")}
+        for slot, terms in state.loss_state.items()
+    }
 
 
 def _finite(tree: Any) -> jax.Array:
@@ -242,17 +259,29 @@ def make_step(structure: StepStructure) -> Step:
         learned = {slot: part[0] for slot, part in parts.items()}
         carried = {slot: part[1] for slot, part in parts.items()}
 
-        def objective(learned: dict[str, Any]) -> tuple[jax.Array, Any]:
+        def objective(learned: dict[str, Any], adaptors: dict[str, Any]) -> tuple[jax.Array, Any]:
             return total_loss(
-                structure, learned, carried, state, batch, frozen, axis_name=axis_name
+                structure,
+                learned,
+                carried,
+                state,
+                batch,
+                frozen,
+                adaptors=adaptors,
+                axis_name=axis_name,
             )
 
-        (loss, (updated, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(learned)
+        differentiate = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+        adaptors = adaptor_params(state)
+        (loss, (updated, owned, metrics)), (grads, adaptor_grads) = differentiate(learned, adaptors)
         if axis_name is not None:
-            loss, grads, metrics = jax.lax.psum((loss, grads, metrics), axis_name)
+            loss, grads, adaptor_grads, metrics = jax.lax.psum(
+                (loss, grads, adaptor_grads, metrics), axis_name
+            )
         nets, opt = {}, {}
         # Once bad, always bad: the loop learns of it a step late and must find the old nets.
-        finite = state.finite & jnp.isfinite(loss) & _finite(updated)
+        statistics = [own.get("batch_stats") for terms in owned.values() for own in terms.values()]
+        finite = state.finite & jnp.isfinite(loss) & _finite((updated, statistics))
         for learner in structure.learners:
             slot = learner.slot
             moved, opt[slot], rates = optim.update_optimizer(
@@ -275,6 +304,9 @@ def make_step(structure: StepStructure) -> Step:
             metrics[slot] = {**metrics[slot], **rates}
             # The norm is finite only if every gradient is: one number stands for all of them.
             finite = finite & jnp.isfinite(rates["grad_norm"])
+            for term, gradient in adaptor_grads.get(slot, {}).items():
+                norm = _move_adaptor(learner, state, owned[slot][term], gradient)
+                finite = finite & jnp.isfinite(norm) & _finite(owned[slot][term]["params"])
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -283,11 +315,31 @@ def make_step(structure: StepStructure) -> Step:
             step=state.step + 1,
             nets=keep(nets, state.nets),
             opt=keep(opt, state.opt),
+            loss_state=keep(owned, state.loss_state),
             finite=finite,
         )
         return new_state, {**metrics, "finite": finite}
 
     return step
+
+
+def _move_adaptor(
+    learner: Learner, state: TrainState, own: dict[str, Any], gradient: Any
+) -> jax.Array:
+    """Updates an adaptor's parameters and optimizer in place; returns its gradient's norm.
+
+    It learns with the optimizer, the rates and the schedule of the net, and is clipped by itself:
+    kernels are decayed like the net's weights, biases, norms and variances are not.
+    """
+    moved, new, rates = optim.update_optimizer(
+        learner.optim,
+        state.hyper[learner.slot]["optim"],
+        {"params": gradient},
+        {"position": state.opt[learner.slot]["position"], "inner": own["opt"]},
+        {"params": own["params"]},
+    )
+    own["params"], own["opt"] = moved["params"], new["inner"]
+    return rates["grad_norm"]
 
 
 def name_metrics(plan: Plan, metrics: Metrics) -> dict[str, dict[str, float]]:

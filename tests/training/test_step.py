@@ -21,7 +21,7 @@ from qkd_jax.training import (
     plan_step,
     start_state,
 )
-from qkd_jax.training.step import mode_arguments
+from qkd_jax.training.forward import mode_arguments
 
 # One step of this moves every parameter by minus its gradient.
 PLAIN = {"lr": 1.0, "momentum": 0.0, "schedule": "constant"}

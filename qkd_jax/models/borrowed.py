@@ -1,0 +1,106 @@
+"""A student that ends in its teacher's classifier: the network that SimKD trains and deploys."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import checks
+from qkd_jax.models.features import sow_feature
+
+__all__ = ["BorrowedClassifier"]
+
+
+class BorrowedClassifier(nn.Module):
+    """A body without its head, a projector to another net's features, and that net's head.
+
+        logits = head(mean over positions of p),
+        p = relu(bn(1x1(relu(bn(3x3(relu(bn(1x1(body(x)))))))))),
+
+    the first two layers of the projector `factor` times thinner than the features. All layers of
+    the body keep their paths, so the rules of the body fit; the projector's are `projector1`,
+    `projector1_bn`, ... `projector3_bn`, and `head` is a dense layer into which the other net's
+    parameters go.
+
+    Features (collection "features"): those of the body but for its `pooled`; `projected`, p,
+    [batch, height, width, features], at the size of the body's last map; `pooled`, the head's
+    input, [batch, features].
+
+    Attributes:
+      body: a module called as `body(images, train=False, head=False)`, which then returns its last
+        map [batch, height, width, channels] or vector [batch, channels].
+      num_classes: number of logits.
+      features: channels of the other net's last map, the head's input.
+      factor: how many times thinner the projector is inside.
+      dtype: of projector and head; parameters stay float32.
+      axis_name: mapped axis over which BatchNorm takes its statistics.
+
+    Reference: Chen, Mei, Zhang, Wang, Feng, Chen, 2022, arXiv 2203.14001. The paper pools a
+    student's map that is larger than the teacher's before it is projected; here the loss pools
+    after.
+    """
+
+    body: nn.Module
+    num_classes: int = 10
+    features: int = 64
+    factor: int = 2
+    dtype: Any = None
+    axis_name: str | None = None
+
+    def setup(self):
+        """The body's layers lie beside the projector's instead of one level below."""
+        nn.share_scope(self, self.body)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Computes the logits of a batch of images.
+
+        Args:
+          images: what the body takes.
+          train: whether BatchNorm uses the batch's statistics and updates its running ones.
+
+        Returns:
+          [batch, num_classes], float32 or wider.
+
+        Raises:
+          ValueError: for numbers below 1, or a body that cannot leave out its head.
+        """
+        checks.integer_in("features", self.features, 1)
+        checks.integer_in("factor", self.factor, 1)
+        if "head" not in inspect.signature(type(self.body).__call__).parameters:
+            raise ValueError(
+                f"the body is a {type(self.body).__name__}, which cannot leave out its head; it "
+                "must be callable as body(images, train=False, head=False), as the ResNets, "
+                "MobileNets and the MLP are."
+            )
+        x = self.body(images, train=train, head=False)
+        x = x.reshape(x.shape[0], 1, 1, -1) if x.ndim == 2 else x
+        thin = max(self.features // self.factor, 1)
+        for place, (channels, size) in enumerate(((thin, 1), (thin, 3), (self.features, 1)), 1):
+            x = nn.Conv(
+                channels,
+                (size, size),
+                padding=((size // 2, size // 2),) * 2,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+                name=f"projector{place}",
+            )(x)
+            x = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                epsilon=1e-5,
+                dtype=self.dtype,
+                axis_name=self.axis_name,
+                name=f"projector{place}_bn",
+            )(x)
+            x = nn.relu(x)
+        sow_feature(self, "projected", x)
+        x = jnp.mean(x, axis=(1, 2))
+        sow_feature(self, "pooled", x)
+        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

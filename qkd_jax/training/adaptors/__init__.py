@@ -1,0 +1,97 @@
+"""Adaptors: what stands between two nets' features and a loss, and learns beside the student.
+
+`ADAPTORS` maps the name of a loss to a builder. A builder gets the shapes of the student's and the
+teacher's features (tuples, without the batch) and options by keyword, and returns a linen module
+called as
+
+    module(student_features, teacher_features, train=...) -> {input name of the loss: array}
+
+or None where nothing has to be adapted. Features come as tuples, shallow to deep; the teacher's
+are detached, so an adaptor on them learns and the teacher does not. What the module returns under
+"adaptor_loss" ([batch]) is added to the step's loss as it is, for parts that learn from a target of
+their own. A collection "teacher" is filled from the teacher's variables when a stage starts.
+
+A loss that is not listed gets features as the nets have them. To add an adaptor, write the module
+in a file of this package, its builder, and a line in `ADAPTORS`; `TAPS` says where it looks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
+from qkd_jax import checks
+from qkd_jax.training.adaptors.fusion import cc_adjacent, crd, ctkd, reviewkd, semckd
+from qkd_jax.training.adaptors.maps import Views
+from qkd_jax.training.adaptors.regressors import ab, fitnet, fsp, ft, ickd, vid
+
+__all__ = ["ADAPTORS", "TAPS", "UNPAIRED", "build", "default_taps"]
+
+ADAPTORS: dict[str, Callable[..., nn.Module | None]] = {
+    "fitnet": fitnet,
+    "ab": ab,
+    "vid": vid,
+    "fsp": fsp,
+    "ft": ft,
+    "ickd": ickd,
+    "reviewkd": reviewkd,
+    "semckd": semckd,
+    "crd": crd,
+    "cc_adjacent": cc_adjacent,
+    "ctkd": ctkd,
+}
+
+# Where a loss looks unless its row says so: (taps of the student, taps of the teacher).
+TAPS: dict[str, tuple[Any, Any]] = {
+    "ab": ("pre", "pre"),
+    "ofd": ("pre", "pre"),
+    "reviewkd": (("stages", "pooled"), ("pre", "pooled")),
+    "simkd": ("projected", "last"),
+    "sp": ("last", "last"),
+    **dict.fromkeys(("rkd", "cc", "cc_adjacent", "pkt", "irg", "crd"), ("pooled", "pooled")),
+}
+# Losses that compare every feature of one net with every one of the other.
+UNPAIRED = ("semckd",)
+
+
+def default_taps(loss: str, inputs: tuple[str, ...]) -> tuple[Any, Any]:
+    """Where a loss looks in either net: its entry of TAPS, else all stages or the last."""
+    several = "student_features" in inputs
+    return TAPS.get(loss, ("stages", "stages") if several else ("last", "last"))
+
+
+def build(
+    loss: str,
+    student: tuple[tuple[int, ...], ...] = (),
+    teacher: tuple[tuple[int, ...], ...] = (),
+    **options: Any,
+) -> nn.Module | None:
+    """The adaptor of a loss between features of these shapes, or None where none is needed.
+
+    Raises:
+        ValueError: an option that the adaptor does not know, or one out of range.
+    """
+    builder = ADAPTORS.get(loss)
+    if builder is None:
+        if options:
+            raise ValueError(
+                f"loss {loss!r} has no adaptor, so it takes no options ({', '.join(options)}); "
+                f"adaptors belong to {', '.join(ADAPTORS)}."
+            )
+    else:
+        known = [
+            p.name
+            for p in inspect.signature(builder).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        ]
+        for option in options:
+            if option not in known:
+                raise checks.unknown("option", option, known)
+        module = builder(student, teacher, **options)
+        if module is not None:
+            return module
+    ranks = {len(shape) for shape in (*student, *teacher)}
+    return Views() if ranks - {1} and ranks != {3} else None

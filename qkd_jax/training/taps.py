@@ -1,0 +1,129 @@
+"""Taps: where losses look into a net, by name.
+
+A tap is a feature that the model sows ("stage2", "pooled"; see `qkd_jax.models`) or the path of one
+of its modules ("stage2_block0/conv1"), whose output is meant. Three words mean what most models
+have: "last" the last feature before the pooled one, "stages" all of them in order, "pre" the same
+before their activations.
+
+Shapes come from `jax.eval_shape`: nothing is computed, and any net has taps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax.training.forward import CARRIED_NEVER, mode_arguments, pick_taps
+
+__all__ = ["WORDS", "DataShape", "Features", "features_of", "resolve_taps"]
+
+WORDS = ("last", "stages", "pre")
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataShape:
+    """What plans must know of the data.
+
+    Attributes:
+        image: (height, width, channels).
+        examples: number of training examples, the size of a memory bank.
+    """
+
+    image: tuple[int, ...]
+    examples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """The taps of a net with their shapes for a batch of 2, in the order of execution."""
+
+    sown: Shapes
+    modules: Shapes
+    logits: jax.ShapeDtypeStruct
+
+    def shape(self, tap: str) -> jax.ShapeDtypeStruct:
+        """Shape of a tap."""
+        return self.sown[tap] if tap in self.sown else self.modules[tap]
+
+    def stages(self) -> list[str]:
+        """Sown features that are neither pooled nor before an activation; without any, all."""
+        return [n for n in self.sown if n != "pooled" and not n.endswith("_pre")]
+
+
+@functools.lru_cache(maxsize=256)
+def features_of(module: Any, image: tuple[int, ...]) -> Features:
+    """The taps of a net for images [2, *image].
+
+    Args:
+        module: QuantizedModel.
+        image: (height, width, channels).
+    """
+    order: dict[str, list[str]] = {}
+
+    def run(images: jax.Array) -> tuple[Shapes, Shapes, Any]:
+        variables = module.init(jax.random.key(0), images)
+        logits, found = module.apply(
+            variables,
+            images,
+            mutable=list(CARRIED_NEVER),
+            capture_intermediates=lambda _, method: method == "__call__",
+            **mode_arguments(module, False),
+        )
+        both = [pick_taps({name: found.get(name, {})}) for name in CARRIED_NEVER]
+        # What comes out of a trace is sorted by name, so the order is noted on the way.
+        order.update(zip(CARRIED_NEVER, map(list, both), strict=True))
+        return both[0], both[1], logits
+
+    sown, modules, logits = jax.eval_shape(run, jax.ShapeDtypeStruct((2, *image), np.float32))
+    return Features(
+        {name: sown[name] for name in order["features"]},
+        {name: modules[name] for name in order["intermediates"]},
+        logits,
+    )
+
+
+def resolve_taps(where: str, features: Features, wanted: Any) -> tuple[str, ...]:
+    """Names of taps for what a config says: a word, a name, or several names.
+
+    Args:
+        where: The field, for messages.
+        features: Of the net.
+        wanted: "last", "stages", "pre", a tap, or a sequence of these.
+
+    Raises:
+        ValueError: A tap that the net has not (with the nearest), or a word for a net that sows no
+            feature.
+    """
+    if not isinstance(wanted, str):
+        checks.at_least_one(where, wanted)
+        return tuple(name for part in wanted for name in resolve_taps(where, features, part))
+    if wanted in WORDS:
+        stages = features.stages()
+        if not stages:
+            raise ValueError(
+                f"{where} is {wanted!r}, but the net sows no feature. Name modules whose output is "
+                f"meant, such as {_some(features.modules)}."
+            )
+        if wanted == "pre":  # a linear bottleneck has no activation, and is its own
+            return tuple(f"{n}_pre" if f"{n}_pre" in features.sown else n for n in stages)
+        return tuple(stages) if wanted == "stages" else (stages[-1],)
+    if wanted not in features.sown and wanted not in features.modules:
+        raise ValueError(
+            f"unknown tap {wanted!r} in {where}; the net sows "
+            f"{', '.join(features.sown) or '(nothing)'}, and every path of a module is a tap, "
+            f"such as {_some(features.modules)}."
+            f"{checks.nearest(wanted, [*features.sown, *features.modules])}"
+        )
+    return (wanted,)
+
+
+def _some(modules: Shapes, count: int = 4) -> str:
+    names = list(modules)
+    step = max(len(names) // count, 1)
+    return ", ".join(repr(name) for name in names[::step][:count])

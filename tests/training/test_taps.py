@@ -1,0 +1,66 @@
+"""Taps by name, in the order of execution, for nets that sow features and nets that do not."""
+
+import distill_nets as tiny
+import jax
+import numpy as np
+import pytest
+import tiny_nets
+
+from qkd_jax.models import MODELS, create
+from qkd_jax.quantize import quantize
+from qkd_jax.training import forward
+from qkd_jax.training.forward import forward_taps
+from qkd_jax.training.taps import features_of, resolve_taps
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mobilenet", "mobilenet_v2", "mlp", "vit"])
+def test_every_family_sows_stages_and_pooled(name):
+    assert name in MODELS
+    found = features_of(quantize(create(name, 10)), (28, 28, 1))
+    stages = found.stages()
+    assert len(stages) >= 2 and "pooled" in found.sown
+    assert resolve_taps("taps", found, "last") == (stages[-1],)
+    before = resolve_taps("taps", found, "pre")
+    assert [n.removesuffix("_pre") for n in before] == stages
+    assert all(found.shape(n).shape[0] == 2 for n in found.sown)
+    both = resolve_taps("taps", found, ["stages", "pooled"])
+    assert both == (*stages, "pooled")
+
+
+def test_features_are_what_the_net_computes():
+    modules, variables = tiny.nets()
+    net, own, images = modules["student"], variables["student"], tiny.batch()["image"]
+    taps = ("stage2", "c1", "pooled")
+    logits, carried, found = forward_taps(net, own, images, taps=taps, train=True)
+    assert list(found) == list(taps) and set(carried) == {"batch_stats"}
+    plain, plain_carried = forward(net, own, images, train=True)
+    np.testing.assert_array_equal(logits, plain)
+    jax.tree.map(np.testing.assert_array_equal, carried, plain_carried)
+    np.testing.assert_allclose(found["stage2"].mean((1, 2)), found["pooled"], rtol=1e-5)
+    kernel = own["params"]["c1"]["kernel"]
+    want = jax.lax.conv_general_dilated(
+        images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(found["c1"], want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_quantized_net_is_tapped_behind_its_quantizers():
+    modules, variables = tiny_nets.conv_nets()
+    net, images = modules["student"], tiny_nets.batch()["image"]
+    _, _, found = forward_taps(net, variables["student"], images, taps=("conv", "stem"))
+    floats = {k: v for k, v in variables["student"].items() if k != "quant"}
+    _, _, plain = forward_taps(net, floats, images, taps=("conv", "stem"))
+    assert found["stem"].shape == plain["stem"].shape
+    assert np.any(found["stem"] != plain["stem"])
+
+
+def test_a_net_that_sows_nothing_has_its_modules():
+    found = features_of(tiny_nets.conv_nets()[0]["teacher"], (6, 6, 1))
+    assert not found.sown and list(found.modules) == ["stem", "bn1", "conv", "bn2", "head"]
+    assert resolve_taps("taps", found, "conv") == ("conv",)
+    with pytest.raises(ValueError, match=r"sows no feature. Name modules.*'stem'"):
+        resolve_taps("taps", found, "stages")
+    with pytest.raises(ValueError, match=r"unknown tap 'convs' in taps.*Did you mean 'conv'"):
+        resolve_taps("taps", found, ("stem", "convs"))
+    with pytest.raises(ValueError, match="taps is empty"):
+        resolve_taps("taps", found, ())
