@@ -1,8 +1,8 @@
-"""Response losses that treat the labelled class apart from the others: dkd and nkd.
+"""Response losses that treat the labelled class apart from the others: dkd, nkd and tf_kd.
 
-Both split softmax(z / T) into the probability of the labelled class and the distribution over the
-other classes. Everything is done on log-probabilities: the log of the others' total is a logsumexp
-over them, never log(1 - p), so confident nets give finite values and gradients.
+The first two split softmax(z / T) into the probability of the labelled class and the distribution
+over the other classes. Everything is done on log-probabilities: the log of the others' total is a
+logsumexp over them, never log(1 - p), so confident nets give finite values and gradients.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qkd_jax import checks
-from qkd_jax.numerics.logits import keep, prepare_pair, standardized
+from qkd_jax.numerics.logits import (
+    divergence,
+    keep,
+    prepare_logits,
+    prepare_pair,
+    standardized,
+)
 
-__all__ = ["dkd", "nkd"]
+__all__ = ["dkd", "nkd", "tf_kd"]
 
 
 def dkd(
@@ -125,6 +131,54 @@ def nkd(
     share = jnp.exp(other_t)
     others = -jnp.sum(share * jnp.where(share > 0, other_s, 0.0), axis=-1)
     return keep(jnp.where(known, target + gamma * t * t * others, jnp.nan), mask)
+
+
+def tf_kd(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    correct: ArrayLike = 0.99,
+    temperature: ArrayLike = 20.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Teacher-free distillation: a virtual teacher that is right with a given probability.
+
+    With u[y] = correct, u[k] = (1 - correct) / (K - 1) for the other classes, and q the
+    virtual teacher's softened distribution, softmax(u / T):
+
+        L = sum_k q[k] (log q[k] - log p_student[k])
+
+    Args:
+      logits: [batch, classes], floating; the net that learns.
+      labels: y, [batch], integers in [0, classes).
+      correct: probability of the labelled class, in [0, 1].
+      temperature: T of the virtual teacher alone, above 0.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider. To be used beside `ce`: the paper weights both to add to 1.
+
+    Raises:
+      ValueError: for wrong shapes, labels that are not integers, or numbers out of range.
+
+    Note:
+      This is the authors' code (softmax of probabilities over T, the student without T) but for its
+      mean over classes too, which makes it `classes` times weaker before a multiplier. At T = 20 q
+      is nearly uniform. A label outside [0, classes) gives NaN. Their other variant, self-training,
+      is `kd` from a trained copy of the net.
+
+    Reference:
+      Yuan et al., 2019, arXiv 1909.11723, the Tf-KD_reg loss.
+    """
+    checks.number("correct", correct, low=0.0, high=1.0)
+    checks.number("temperature", temperature, low=0.0, low_allowed=False)
+    logits, mask = prepare_logits("logits", logits, where)
+    logits = keep(logits, mask)
+    hit, known = _hits(labels, logits)
+    correct = jnp.asarray(correct, logits.dtype)
+    right = jnp.where(hit, correct, (1 - correct) / max(logits.shape[-1] - 1, 1))
+    value = divergence(right / jnp.asarray(temperature, logits.dtype), logits)
+    return keep(jnp.where(known, value, jnp.nan), mask)
 
 
 def _hits(labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:

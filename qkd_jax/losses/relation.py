@@ -10,7 +10,9 @@ give what 1 gives on the global batch.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +20,21 @@ from jax.typing import ArrayLike
 
 from qkd_jax import checks
 from qkd_jax.numerics.features import (
+    Rows,
+    adaptive_mean,
     gathered,
     inner,
+    pooled_alike,
+    prepare_feature_lists,
     prepare_features,
     related_rows,
     safe_norm,
     total,
     unit,
 )
-from qkd_jax.numerics.logits import keep
+from qkd_jax.numerics.logits import keep, prepare_pair
 
-__all__ = ["cc", "cc_adjacent", "pkt", "rkd", "sp"]
+__all__ = ["cc", "cc_adjacent", "irg", "pkt", "rkd", "sp"]
 
 
 def rkd(
@@ -68,7 +74,7 @@ def rkd(
       authors' code.
 
     Reference:
-      Park et al., 2019, arXiv 1904.05068, equations 4 to 10.
+      Park et al., 2019, arXiv 1904.05068.
     """
     for name, value in (("distance", distance), ("angle", angle)):
         checks.number(name, value, low=0.0)
@@ -123,7 +129,7 @@ def sp(
       torchdistill 1.1.5 normalises the rows by their L1 norm; the paper and this by their L2 norm.
 
     Reference:
-      Tung, Mori, 2019, arXiv 1907.09682, equations 1 to 4.
+      Tung, Mori, 2019, arXiv 1907.09682.
     """
     student, teacher, mask = _prepare(student_feature, teacher_feature, where)
     rows = related_rows(student, teacher, mask, axis_name)
@@ -164,7 +170,7 @@ def pkt(
       example i includes i itself; the paper's sums leave it out.
 
     Reference:
-      Passalis, Tefas, 2018, arXiv 1803.10837, equations 3 to 5 and 7 (cosine kernel).
+      Passalis, Tefas, 2018, arXiv 1803.10837.
     """
     student, teacher, mask = _prepare(student_feature, teacher_feature, where)
     rows = related_rows(student, teacher, mask, axis_name)
@@ -219,7 +225,7 @@ def cc(
       not the paper's.
 
     Reference:
-      Peng et al., 2019, arXiv 1904.01802, equations 6 to 9.
+      Peng et al., 2019, arXiv 1904.01802.
     """
     checks.number("gamma", gamma, low=0.0)
     checks.integer_in("order", order, 1)
@@ -284,10 +290,111 @@ def cc_adjacent(
     return keep(jnp.sum(gap * found, axis=-1) * rows.count / jnp.maximum(rows.count - 1, 1), mask)
 
 
+def irg(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    student_features: Sequence[jax.Array],
+    teacher_features: Sequence[jax.Array],
+    *,
+    vertex: ArrayLike = 0.1,
+    edge: ArrayLike = 5.0,
+    transformation: ArrayLike = 5.0,
+    axis_name: str | None = None,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Instance relationship graphs: vertices, edges, and how a layer changes both.
+
+    With z the logits of K classes, E_ij = |f_i - f_j|^2 over its largest value in the batch, for
+    each feature, and D_i = |F_i - H_i|^2 over its largest value, for each pair of consecutive maps
+    F, H of one net:
+
+        L_i = vertex 1/K sum_k (z_ik^student - z_ik^teacher)^2
+            + edge mean_features 1/batch sum_j (E_ij^student - E_ij^teacher)^2
+            + transformation mean_pairs (D_i^student - D_i^teacher)^2
+
+    Args:
+      student_logits: z, [batch, classes]; the net that learns.
+      teacher_logits: [batch, classes]; no gradient flows into it.
+      student_features: tuple of maps and vectors, shallow to deep; for example two maps and the
+        pooled vector.
+      teacher_features: as many, of any size; no gradient flows into them.
+      vertex: weight of the first term, >= 0.
+      edge: weight of the second term, >= 0.
+      transformation: weight of the third term, >= 0.
+      axis_name: mapped axis over whose devices the batch is spread.
+      where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
+
+    Returns:
+      [batch], float32 or wider; 0 where logits agree and distances do up to a factor.
+
+    Raises:
+      ValueError: for shapes that do not fit, or negative weights.
+
+    Note:
+      The authors' code is for Caffe; weights, squares and the normalisation by the maximum are
+      those of a PyTorch re-implementation. To subtract two maps, the larger is pooled to the
+      other's size, and so are its channels: neighbouring ones are averaged.
+
+    Reference:
+      Liu et al., CVPR 2019, "Knowledge distillation via instance relationship graph".
+    """
+    weights = {"vertex": vertex, "edge": edge, "transformation": transformation}
+    for name, value in weights.items():
+        checks.number(name, value, low=0.0)
+    z_s, z_t, mask = prepare_pair(student_logits, teacher_logits, where)
+    pairs, _ = prepare_feature_lists(student_features, teacher_features, where, alike="examples")
+    if pairs[0][0].shape[0] != z_s.shape[0]:
+        raise ValueError(
+            f"student_features[0] has shape {tuple(pairs[0][0].shape)} and student_logits "
+            f"{tuple(z_s.shape)}; they must hold the same examples."
+        )
+    dtype = z_s.dtype
+    edges, changes = [], []
+    for student, teacher in pairs:
+        rows = related_rows(student, teacher, mask, axis_name)
+
+        def edges_of(own: jax.Array, everyone: jax.Array, rows: Rows = rows) -> jax.Array:
+            # Distances do not know of the origin: products of centred rows lose fewer digits.
+            mean = jnp.sum(everyone, axis=0, keepdims=True) / rows.count
+            own, everyone = own - mean, everyone - mean
+            lengths = [jnp.sum(jnp.square(x), axis=-1) for x in (own, everyone)]
+            square = lengths[0][:, None] + lengths[1][None, :] - 2 * inner(own, everyone)
+            kept = rows.pairs() & ~rows.itself()
+            return _over_largest(jnp.where(kept, jnp.maximum(square, 0), 0), axis_name)
+
+        gap = edges_of(rows.student, rows.all_student) - edges_of(rows.teacher, rows.all_teacher)
+        edges.append(jnp.sum(jnp.square(gap), axis=-1) / rows.count)
+    maps = [pair for pair in pairs if pair[0].ndim == 4 and pair[1].ndim == 4]
+    for first, second in itertools.pairwise(maps):
+        change_s, change_t = (
+            _over_largest(keep(_change(f, s), mask), axis_name)
+            for f, s in zip(first, second, strict=True)
+        )
+        changes.append(jnp.square(change_s - change_t))
+    total_loss = jnp.asarray(vertex, dtype) * jnp.mean(jnp.square(z_s - z_t), axis=-1)
+    total_loss += jnp.asarray(edge, dtype) * jnp.mean(jnp.stack(edges), axis=0)
+    if changes:
+        total_loss += jnp.asarray(transformation, dtype) * jnp.mean(jnp.stack(changes), axis=0)
+    return keep(total_loss, mask)
+
+
+def _over_largest(x: jax.Array, axis_name: str | None) -> jax.Array:
+    largest = jnp.max(gathered(jnp.max(x)[None], axis_name))
+    return x / jnp.where(largest > 0, largest, 1)
+
+
+def _change(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Squared distance of each example's two maps, the larger pooled in size and channels."""
+    first, second = pooled_alike(first, second)
+    channels = min(first.shape[-1], second.shape[-1])
+    gap = adaptive_mean(first, 3, channels) - adaptive_mean(second, 3, channels)
+    return jnp.sum(jnp.square(gap), axis=(1, 2, 3))
+
+
 def _prepare(
     student: jax.Array, teacher: jax.Array, where: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    return prepare_features(student, teacher, where, same=False)
+    return prepare_features(student, teacher, where, alike="examples")
 
 
 def _huber(x: jax.Array) -> jax.Array:

@@ -15,9 +15,26 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qkd_jax import checks
-from qkd_jax.numerics.logits import keep, prepare_logits, prepare_pair, standardized
+from qkd_jax.numerics.gradients import reverse_gradient
+from qkd_jax.numerics.logits import (
+    divergence,
+    keep,
+    prepare_logits,
+    prepare_pair,
+    standardized,
+)
 
-__all__ = ["ce", "dml", "hard_target", "kd", "logit_regression", "lskd"]
+__all__ = [
+    "apprentice",
+    "ce",
+    "ctkd",
+    "dml",
+    "hard_target",
+    "kd",
+    "logit_regression",
+    "lskd",
+    "sqakd",
+]
 
 
 def ce(
@@ -114,7 +131,7 @@ def kd(
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
     t = jnp.asarray(temperature, student.dtype)
-    return keep(t * t * _kl(teacher / t, student / t), mask)
+    return keep(t * t * divergence(teacher / t, student / t), mask)
 
 
 def lskd(
@@ -255,15 +272,130 @@ def dml(
       two nets, and its mean over the peers in a larger cohort.
     """
     student, teacher, mask = prepare_pair(student_logits, teacher_logits, where)
-    return keep(_kl(teacher, student), mask)
+    return keep(divergence(teacher, student), mask)
 
 
-def _kl(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
-    """Returns KL(softmax(target_logits) || softmax(logits)) over the last axis."""
-    log_target = jax.nn.log_softmax(target_logits)
-    log_p = jax.nn.log_softmax(logits)
-    target = jnp.exp(log_target)
-    # 0 log 0 is 0: classes whose target underflows are left out before the product, so that an
-    # infinite log-probability (a class masked with -inf in both nets) does not become NaN.
-    gap = jnp.where(target > 0, log_target - log_p, 0.0)
-    return jnp.sum(target * gap, axis=-1)
+def ctkd(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    temperature: jax.Array,
+    *,
+    reversal: ArrayLike = 1.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Curriculum temperature: `kd` with a temperature that is learned against the student.
+
+        L = T^2 KL(softmax(z_teacher / T) || softmax(z_student / T))
+
+    The student descends this loss and T climbs it: the gradient for T is multiplied by -reversal.
+
+    Args:
+      student_logits: [batch, classes], floating; the net that learns.
+      teacher_logits: [batch, classes], floating; no gradient flows into it.
+      temperature: T, above 0: a scalar array for all, or [batch], one for each example.
+      reversal: how strongly T climbs, >= 0. The curriculum lets it grow from 0 to 1 over the first
+        epochs, as half a cosine.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 where both distributions are equal.
+
+    Raises:
+      ValueError: for shapes that do not fit, or a negative reversal.
+
+    Note:
+      The authors' code has T = 1 + 20 sigmoid(a) of one learned number a, or of what a small net
+      makes of both logits; which of them is the business of the caller.
+
+    Reference:
+      Li et al., 2022, arXiv 2211.16231.
+    """
+    checks.number("reversal", reversal, low=0.0)
+    student, teacher, mask = prepare_pair(student_logits, teacher_logits, where)
+    temperature = jnp.asarray(temperature)
+    if temperature.shape not in ((), student.shape[:1]):
+        raise ValueError(
+            f"temperature has shape {tuple(temperature.shape)}; it must be () or "
+            f"({student.shape[0]},), one per example."
+        )
+    t = reverse_gradient(jnp.broadcast_to(temperature, student.shape[:1]), reversal)
+    t = t.astype(student.dtype)
+    if mask is not None:
+        t = jnp.where(mask, t, 1)
+    return keep(t * t * divergence(teacher / t[:, None], student / t[:, None]), mask)
+
+
+def sqakd(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    temperature: ArrayLike = 4.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Self-supervised quantization-aware distillation: `kd` and nothing else.
+
+        L = T^2 KL(softmax(z_teacher / T) || softmax(z_student / T))
+
+    for a quantized student and its full-precision teacher: no labels, no cross-entropy beside it.
+
+    Args:
+      student_logits: [batch, classes], floating; the quantized net that learns.
+      teacher_logits: [batch, classes], floating; no gradient flows into it.
+      temperature: T, above 0.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 where both distributions are equal.
+
+    Raises:
+      ValueError: for shapes that differ or are not [batch, classes], or a temperature not above 0.
+
+    Reference:
+      Zhao, Zhao, 2024, arXiv 2403.11106; their code quantizes by EWGS.
+    """
+    return kd(student_logits, teacher_logits, temperature=temperature, where=where)
+
+
+def apprentice(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    labels: jax.Array,
+    *,
+    beta: ArrayLike = 0.5,
+    gamma: ArrayLike = 0.5,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Apprentice: a low-precision student's cross-entropies with labels and with the teacher.
+
+        L = -beta log p_student[y] - gamma sum_k p_teacher[k] log p_student[k]
+
+    Args:
+      student_logits: [batch, classes], floating; the net that learns.
+      teacher_logits: [batch, classes], floating; no gradient flows into it.
+      labels: y, [batch], integers in [0, classes).
+      beta: weight of the labels, >= 0.
+      gamma: weight of the teacher, >= 0.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; no minimum of 0.
+
+    Raises:
+      ValueError: for shapes that differ, labels that are not integers, or negative weights.
+
+    Note:
+      The paper's third term, the teacher's own cross-entropy, is `ce` in the teacher's table. Its
+      schemes are stages: A trains both nets at once, B has a trained, frozen teacher, C goes on
+      with B from a trained full-precision student at a low learning rate. A label outside [0,
+      classes) gives NaN.
+
+    Reference:
+      Mishra, Marr, 2017, arXiv 1711.05852, equation 1.
+    """
+    for name, value in (("beta", beta), ("gamma", gamma)):
+        checks.number(name, value, low=0.0)
+    student, teacher, mask = prepare_pair(student_logits, teacher_logits, where)
+    hard = ce(student, labels, where=mask)
+    share = jax.nn.softmax(teacher)
+    soft = -jnp.sum(share * jnp.where(share > 0, jax.nn.log_softmax(student), 0.0), axis=-1)
+    return keep(jnp.asarray(beta) * hard + jnp.asarray(gamma) * soft, mask)

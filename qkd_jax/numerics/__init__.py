@@ -5,9 +5,11 @@ values, `mapping` turns ranges into scales and numbers into codes, `rounding` ho
 building blocks. Pure functions of arrays; nothing here knows of models.
 """
 
+from qkd_jax.numerics.features import adaptive_avg_pool
 from qkd_jax.numerics.fixed import FixedPointFormat
 from qkd_jax.numerics.floats import FLOAT_FORMATS, FloatFormat
 from qkd_jax.numerics.formats import MAX_BITS, IntFormat
+from qkd_jax.numerics.gradients import reverse_gradient
 from qkd_jax.numerics.histogram import BINS, add_to_histogram, empty_histogram, magnitudes
 from qkd_jax.numerics.mapping import (
     MIN_SCALE,
@@ -78,6 +80,7 @@ __all__ = [
     "Spec",
     "Stats",
     "Sums",
+    "adaptive_avg_pool",
     "add_to_histogram",
     "affine_parameters",
     "at_least",
@@ -106,6 +109,7 @@ __all__ = [
     "refuse_learned_power_of_two",
     "refuse_odd_codes_of_16_bits",
     "refuse_one_bit",
+    "reverse_gradient",
     "round_codes",
     "round_ste",
     "shared_axes",

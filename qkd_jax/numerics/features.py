@@ -5,7 +5,8 @@ A feature is a vector [batch, channels] or a map [batch, height, width, channels
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from qkd_jax.numerics.logits import keep
 __all__ = [
     "Rows",
     "adaptive_avg_pool",
+    "adaptive_mean",
+    "check_tuple",
+    "example_means",
     "gathered",
     "inner",
     "pooled_alike",
@@ -50,20 +54,22 @@ def adaptive_avg_pool(x: jax.Array, height: int, width: int) -> jax.Array:
     checks.rank("x", x, 4, "[batch, height, width, channels]")
     checks.integer_in("height", height, 1)
     checks.integer_in("width", width, 1)
-    for axis, size in ((1, height), (2, width)):
-        if x.shape[axis] == size:
-            continue
-        if x.shape[axis] % size == 0:
-            shape = (*x.shape[:axis], size, x.shape[axis] // size, *x.shape[axis + 1 :])
-            x = jnp.mean(x.reshape(shape), axis=axis + 1)
-            continue
-        i = np.arange(size)
-        start, stop = i * x.shape[axis] // size, -(-(i + 1) * x.shape[axis] // size)
-        row = np.arange(x.shape[axis])
-        inside = (row >= start[:, None]) & (row < stop[:, None])
-        share = jnp.asarray(inside / (stop - start)[:, None], x.dtype)
-        x = jnp.moveaxis(jnp.tensordot(x, share, axes=(axis, 1), precision="highest"), -1, axis)
-    return x
+    return adaptive_mean(adaptive_mean(x, 1, height), 2, width)
+
+
+def adaptive_mean(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Averages one axis over the windows of `adaptive_avg_pool`, so that it gets a given size."""
+    given = x.shape[axis]
+    if given == size:
+        return x
+    if given % size == 0:
+        shape = (*x.shape[:axis], size, given // size, *x.shape[axis + 1 :])
+        return jnp.mean(x.reshape(shape), axis=axis + 1)
+    i, row = np.arange(size), np.arange(given)
+    start, stop = i * given // size, -(-(i + 1) * given // size)
+    inside = (row >= start[:, None]) & (row < stop[:, None])
+    share = jnp.asarray(inside / (stop - start)[:, None], x.dtype)
+    return jnp.moveaxis(jnp.tensordot(x, share, axes=(axis, 1), precision="highest"), -1, axis)
 
 
 def pooled_alike(*maps: jax.Array) -> tuple[jax.Array, ...]:
@@ -92,7 +98,8 @@ def prepare_features(
     where: jax.Array | None,
     *,
     names: tuple[str, str] = ("student_feature", "teacher_feature"),
-    same: bool = True,
+    alike: str = "elements",
+    maps: bool = False,
     detach: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Checks two features; returns them masked and in one dtype, and the mask as booleans.
@@ -102,9 +109,10 @@ def prepare_features(
       teacher: vector or map of as many examples.
       where: [batch] mask or None.
       names: what messages call the two.
-      same: the two are compared element by element: both vectors or both maps, with as many
-        channels; the larger map is pooled to the smaller one's size. Otherwise only the examples
-        must agree.
+      alike: what the comparison needs. "elements": as many channels and one size, to which the
+        larger map is pooled. "size": one size alone. "channels": as many channels alone.
+        "examples": nothing but the same examples.
+      maps: refuse vectors.
       detach: no gradient flows into `teacher`.
 
     Raises:
@@ -121,25 +129,33 @@ def prepare_features(
         where = jnp.asarray(where)
         checks.vector("where", where, student.shape[0], f"one entry per row of {names[0]}")
         mask = where != 0
-    if same and (student.ndim != teacher.ndim or student.shape[-1] != teacher.shape[-1]):
+    for name, x in zip(names, (student, teacher), strict=True):
+        if maps:
+            checks.rank(name, x, 4, "[batch, height, width, channels]")
+    channels = alike in ("elements", "channels")
+    if (channels and student.shape[-1] != teacher.shape[-1]) or (
+        alike != "examples" and student.ndim != teacher.ndim
+    ):
+        wanted = "as many channels, vectors or maps alike" if channels else "vectors or maps alike"
         raise ValueError(
             f"{names[0]} has shape {tuple(student.shape)} and {names[1]} {tuple(teacher.shape)}; "
-            "they are compared channel by channel: adapt the student's first."
+            f"the loss compares {wanted}: adapt the student's first."
         )
     dtype = jnp.promote_types(student.dtype, teacher.dtype)
     teacher = jax.lax.stop_gradient(teacher) if detach else teacher
     student, teacher = keep(student.astype(dtype), mask), keep(teacher.astype(dtype), mask)
-    if same:
+    if alike in ("elements", "size"):
         student, teacher = pooled_alike(student, teacher)
     return student, teacher, mask
 
 
 def prepare_feature_lists(
-    students: tuple[jax.Array, ...],
-    teachers: tuple[jax.Array, ...],
+    students: Sequence[jax.Array],
+    teachers: Sequence[jax.Array],
     where: jax.Array | None,
     *,
-    same: bool = True,
+    alike: str = "elements",
+    maps: bool = False,
 ) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array | None]:
     """Checks two tuples of features, pair by pair as `prepare_features` does.
 
@@ -147,12 +163,7 @@ def prepare_feature_lists(
       ValueError: for single arrays, no features, or tuples of unlike length.
     """
     for name, given in (("student_features", students), ("teacher_features", teachers)):
-        if hasattr(given, "shape"):
-            raise ValueError(
-                f"{name} is one array of shape {tuple(given.shape)}; it must be a tuple of "
-                "features, shallow to deep: (feature,) for one."
-            )
-        checks.at_least_one(name, given)
+        check_tuple(name, given, "features, shallow to deep")
     if len(students) != len(teachers):
         raise ValueError(
             f"student_features has {len(students)} entries and teacher_features {len(teachers)}; "
@@ -161,7 +172,9 @@ def prepare_feature_lists(
     pairs, mask = [], None
     for i, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
         names = (f"student_features[{i}]", f"teacher_features[{i}]")
-        student, teacher, mask = prepare_features(student, teacher, where, names=names, same=same)
+        student, teacher, mask = prepare_features(
+            student, teacher, where, names=names, alike=alike, maps=maps
+        )
         if pairs and student.shape[0] != pairs[0][0].shape[0]:
             raise ValueError(
                 f"{names[0]} has {student.shape[0]} examples, student_features[0] "
@@ -169,6 +182,21 @@ def prepare_feature_lists(
             )
         pairs.append((student, teacher))
     return pairs, mask
+
+
+def check_tuple(name: str, given: Any, meaning: str) -> None:
+    """Raises ValueError for a single array where a tuple is wanted, and for an empty tuple."""
+    if hasattr(given, "shape"):
+        raise ValueError(
+            f"{name} is one array of shape {tuple(given.shape)}; it must be a tuple of {meaning}: "
+            "(array,) for one."
+        )
+    checks.at_least_one(name, given)
+
+
+def example_means(x: jax.Array) -> jax.Array:
+    """Mean over all axes but the first."""
+    return jnp.mean(x.reshape(x.shape[0], -1), axis=-1)
 
 
 def gathered(x: jax.Array, axis_name: str | None) -> jax.Array:
@@ -202,6 +230,10 @@ class Rows(NamedTuple):
     def pairs(self) -> jax.Array:
         """[batch, global batch]: whether both examples are kept."""
         return self.kept[:, None] & self.all_kept[None, :]
+
+    def itself(self) -> jax.Array:
+        """[batch, global batch]: whether both are the same example."""
+        return self.position[:, None] == jnp.arange(self.all_kept.shape[0])[None, :]
 
 
 def related_rows(

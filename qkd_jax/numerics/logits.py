@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from qkd_jax import checks
 
-__all__ = ["keep", "prepare_logits", "prepare_pair", "standardized"]
+__all__ = ["divergence", "keep", "prepare_logits", "prepare_pair", "standardized"]
 
 
 def prepare_logits(
@@ -59,3 +59,14 @@ def standardized(logits: jax.Array) -> jax.Array:
     some = total > 0
     std = jnp.sqrt(jnp.where(some, total, 1) / max(logits.shape[-1] - 1, 1))
     return jnp.where(some, centred / (std + 1e-7), 0)
+
+
+def divergence(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns KL(softmax(target_logits) || softmax(logits)) over the last axis."""
+    log_target = jax.nn.log_softmax(target_logits)
+    log_p = jax.nn.log_softmax(logits)
+    target = jnp.exp(log_target)
+    # 0 log 0 is 0: classes whose target underflows are left out before the product, so that an
+    # infinite log-probability (a class masked with -inf in both nets) does not become NaN.
+    gap = jnp.where(target > 0, log_target - log_p, 0.0)
+    return jnp.sum(target * gap, axis=-1)

@@ -3,7 +3,7 @@
 Every loss is restated with torch.nn.functional; gradients come from torch's autograd. The inputs
 are float32 arrays made by closed formulas, stored beside the results.
 
-    pip install torch==2.13.0 numpy && python tests/golden/make_losses.py
+    pip install torch==2.14.1 numpy && python tests/golden/make_losses.py
 
 The test suite reads the file and does not need PyTorch.
 """
@@ -106,6 +106,25 @@ def nkd(gamma, temperature):
     return loss
 
 
+def tf_kd(correct, temperature):
+    def loss(student, teacher, labels):
+        share = torch.full_like(student, (1 - correct) / (student.shape[1] - 1))
+        share = share.scatter(1, labels[:, None], correct)
+        soft = F.softmax(share / temperature, dim=-1)
+        return F.kl_div(F.log_softmax(student, dim=-1), soft, reduction="none").sum(-1)
+
+    return loss
+
+
+def apprentice(beta, gamma):
+    def loss(student, teacher, labels):
+        hard = F.cross_entropy(student, labels, reduction="none")
+        soft = F.cross_entropy(student, F.softmax(teacher, dim=-1), reduction="none")
+        return beta * hard + gamma * soft
+
+    return loss
+
+
 # Result keys are "<loss>|<hyper-parameter>=<value>|<inputs>|value" (or "gradient"); the test
 # parses them and calls the loss of that name.
 CASES = {
@@ -124,6 +143,11 @@ CASES = {
     "dkd|standardize=1": dkd(1.0, 8.0, 4.0, standardize=True),
     "nkd|": nkd(1.5, 1.0),
     "nkd|gamma=3.5,temperature=3": nkd(3.5, 3.0),
+    "tf_kd|": tf_kd(0.99, 20.0),
+    "tf_kd|correct=0.9,temperature=1": tf_kd(0.9, 1.0),
+    "sqakd|": kd(4.0),
+    "apprentice|": apprentice(0.5, 0.5),
+    "apprentice|beta=2,gamma=0": apprentice(2.0, 0.0),
 }
 
 

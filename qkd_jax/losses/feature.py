@@ -1,0 +1,355 @@
+"""Feature losses that compare adapted features element by element, or what is left of them.
+
+Each docstring says under Adaptor what stands between a tap and the loss in the method's paper or
+code. The training step owns those modules (`training/adaptors.py`); the losses are functions of the
+adapted features. Values are means over a feature's elements, so they do not grow with its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import checks
+from qkd_jax.numerics.features import (
+    adaptive_avg_pool,
+    check_tuple,
+    example_means,
+    prepare_feature_lists,
+    prepare_features,
+    safe_norm,
+    unit,
+)
+from qkd_jax.numerics.logits import keep
+
+__all__ = ["at", "fitnet", "ft", "reviewkd", "semckd", "simkd", "vid"]
+
+
+def fitnet(
+    student_feature: jax.Array,
+    teacher_feature: jax.Array,
+    *,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Hint-based distillation: mean squared error of a hidden feature.
+
+        L = mean (f_student - f_teacher)^2
+
+    Args:
+      student_feature: map or vector, adapted; the net that learns.
+      teacher_feature: as many channels; no gradient flows into it.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 at equality. Common code weights it by 100.
+
+    Raises:
+      ValueError: for shapes that do not fit.
+
+    Adaptor:
+      A convolution from the student's map to the teacher's: 3x3 with stride 2 where the student's
+      is twice as large, 4x4 transposed with stride 2 where it is half as large, else a valid
+      convolution of the difference + 1. Common code adds BatchNorm and ReLU; the paper has neither,
+      and trains regressor and lower layers in a stage of their own.
+
+    Note:
+      The paper has half the squared norm: a sum over elements.
+
+    Reference:
+      Romero et al., 2014, arXiv 1412.6550.
+    """
+    student, teacher, mask = prepare_features(student_feature, teacher_feature, where)
+    return keep(example_means(jnp.square(student - teacher)), mask)
+
+
+def simkd(
+    student_feature: jax.Array,
+    teacher_feature: jax.Array,
+    *,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Distillation for a student that borrows the teacher's classifier: mean squared error.
+
+        L = mean (f_student - f_teacher)^2
+
+    of the teacher's last map and the student's, projected. It is the only loss: there is no
+    cross-entropy, and the student predicts by the teacher's classifier on its own pooled,
+    projected map.
+
+    Args:
+      student_feature: map or vector, adapted; the net that learns.
+      teacher_feature: as many channels; no gradient flows into it.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 at equality.
+
+    Raises:
+      ValueError: for shapes that do not fit.
+
+    Adaptor:
+      1x1 convolution to channels / 2 of the teacher, BatchNorm, ReLU; 3x3 convolution, BatchNorm,
+      ReLU; 1x1 convolution to the teacher's channels, BatchNorm, ReLU; the larger of the two maps
+      pooled to the other's size before. It stays part of the student at evaluation and export.
+
+    Reference:
+      Chen et al., 2022, arXiv 2203.14001.
+    """
+    return fitnet(student_feature, teacher_feature, where=where)
+
+
+def at(
+    student_features: Sequence[jax.Array],
+    teacher_features: Sequence[jax.Array],
+    *,
+    mode: str = "code",
+    power: int = 2,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Attention transfer: where in a map a net is active.
+
+    With A = mean_c |F_c|^power, flattened and divided by its Euclidean norm, summed over the maps:
+
+        code:   L = sum_l mean_hw (A_l^student - A_l^teacher)^2
+        paper:  L = sum_l |A_l^student - A_l^teacher|_2
+
+    Args:
+      student_features: tuple of maps [batch, height, width, channels]; the net that learns.
+      teacher_features: as many maps, with any channels; no gradient flows into them.
+      mode: "code" (the authors' code) or "paper" (their equation 2, whose factor beta / 2 is the
+        weight's business).
+      power: p, at least 1.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 where the attention maps agree. Common code weights mode "code"
+      by 1000.
+
+    Raises:
+      ValueError: for shapes that do not fit, an unknown mode, or a power below 1.
+
+    Note:
+      Some code takes F^p without the absolute value, which is wrong for odd p. Maps of unlike size
+      are pooled before the attention is taken, as in common code.
+
+    Reference:
+      Zagoruyko, Komodakis, 2016, arXiv 1612.03928.
+    """
+    checks.one_of("mode", mode, ("code", "paper"))
+    checks.integer_in("power", power, 1)
+    pairs, mask = prepare_feature_lists(
+        student_features, teacher_features, where, alike="size", maps=True
+    )
+
+    def attention(x: jax.Array) -> jax.Array:
+        return unit(jnp.mean(jnp.abs(x) ** power, axis=-1).reshape(x.shape[0], -1))
+
+    value = jnp.zeros(pairs[0][0].shape[0], pairs[0][0].dtype)
+    for student, teacher in pairs:
+        gap = attention(student) - attention(teacher)
+        value += jnp.mean(jnp.square(gap), axis=-1) if mode == "code" else safe_norm(gap)
+    return keep(value, mask)
+
+
+def vid(
+    student_feature: jax.Array,
+    teacher_feature: jax.Array,
+    variance: jax.Array,
+    *,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Variational information distillation: likelihood of the teacher's feature, a Gaussian.
+
+    With one learned variance v_c per channel:
+
+        L = 1/2 mean ((f_student - f_teacher)^2 / v + log v)
+
+    Args:
+      student_feature: map or vector, adapted: the predicted mean; the net that learns.
+      teacher_feature: as many channels; no gradient flows into it.
+      variance: v, [channels], above 0; the gradient flows into it.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; may be negative, the constant log(2 pi) / 2 is left out.
+
+    Raises:
+      ValueError: for shapes that do not fit.
+
+    Adaptor:
+      1x1 convolutions without bias to twice the teacher's channels, again, and to the teacher's
+      channels, ReLU between them (the paper has BatchNorm as well). The variance is
+      softplus(a) + 1e-5 of a learned a per channel, which starts where that is 5.
+
+    Note:
+      In one well-known code base the a are not registered as parameters and never learned.
+
+    Reference:
+      Ahn et al., 2019, arXiv 1904.05835.
+    """
+    student, teacher, mask = prepare_features(student_feature, teacher_feature, where)
+    variance = jnp.asarray(variance)
+    checks.vector("variance", variance, student.shape[-1], "one entry per channel")
+    shape = (1,) * (student.ndim - 1) + (-1,)
+    v = variance.astype(student.dtype).reshape(shape)
+    return keep(0.5 * example_means(jnp.square(student - teacher) / v + jnp.log(v)), mask)
+
+
+def ft(
+    student_feature: jax.Array,
+    teacher_feature: jax.Array,
+    *,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Factor transfer: mean absolute difference of factors of unit length.
+
+        L = mean | f_student / |f_student|_2 - f_teacher / |f_teacher|_2 |
+
+    with the norm over all elements of an example.
+
+    Args:
+      student_feature: the translator's factors, map or vector; the net that learns.
+      teacher_feature: the paraphraser's factors, as many channels; no gradient flows into it.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 where the factors agree up to a positive multiple.
+
+    Raises:
+      ValueError: for shapes that do not fit.
+
+    Adaptor:
+      Paraphraser: three 3x3 convolutions of the teacher's last map with LeakyReLU(0.1), to half
+      its channels, and a mirrored decoder of transposed convolutions; learned in a stage before, by
+      the mean squared error of the reconstruction, and frozen. Translator: the same three
+      convolutions with BatchNorm on the student's map.
+
+    Note:
+      The paper's p = 1. One well-known code base compares squared factors
+      averaged over channels instead, which is attention transfer on factors.
+
+    Reference:
+      Kim, Park, Kwak, 2018, arXiv 1802.04977.
+    """
+    student, teacher, mask = prepare_features(student_feature, teacher_feature, where)
+    student, teacher = (unit(x.reshape(x.shape[0], -1)) for x in (student, teacher))
+    return keep(jnp.mean(jnp.abs(student - teacher), axis=-1), mask)
+
+
+def reviewkd(
+    student_features: Sequence[jax.Array],
+    teacher_features: Sequence[jax.Array],
+    *,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Knowledge review: the hierarchical context loss, a mean squared error over a pyramid.
+
+    With levels j = 0 (the map itself), 1, 2, 3 (pooled to 4x4, 2x2, 1x1, where the map is higher
+    than that) of weight w_j = 2^-j, renumbered without gaps, summed over the maps:
+
+        L = sum_l (sum_j w_j mean (pool_j F_l^student - pool_j F_l^teacher)^2) / sum_j w_j
+
+    Args:
+      student_features: tuple of maps [batch, height, width, channels], adapted; the net that
+        learns.
+      teacher_features: as many maps with as many channels, before their activation; no gradient
+        flows into them.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 at equality.
+
+    Raises:
+      ValueError: for shapes that do not fit.
+
+    Adaptor:
+      Attention-based fusion, deep to shallow: x is BatchNorm of a 1x1 convolution of the student's
+      map to min(512, channels of the deepest teacher's) channels, y the deeper stage's x, enlarged
+      to nearest neighbours; (a, b) = sigmoid of a 1x1 convolution of both, x becomes a x + b y, and
+      BatchNorm of a 3x3 convolution of it goes to the loss. The deepest stage is the pooled
+      feature, as a map of 1x1.
+
+    Note:
+      The authors ramp the weight up over the first 20 epochs.
+
+    Reference:
+      Chen et al., 2021, arXiv 2104.09044.
+    """
+    pairs, mask = prepare_feature_lists(student_features, teacher_features, where, maps=True)
+    value = jnp.zeros(pairs[0][0].shape[0], pairs[0][0].dtype)
+    for student, teacher in pairs:
+        sizes = [size for size in (4, 2, 1) if size < student.shape[1]]
+        levels = [student - teacher]
+        # Pooling is linear: the pooled maps' difference is the pooled difference.
+        levels += [adaptive_avg_pool(levels[0], size, size) for size in sizes]
+        weights = [0.5**j for j in range(len(levels))]
+        terms = [w * example_means(jnp.square(x)) for w, x in zip(weights, levels, strict=True)]
+        value += sum(terms[1:], terms[0]) / sum(weights)
+    return keep(value, mask)
+
+
+def semckd(
+    student_features: Sequence[Sequence[jax.Array]],
+    teacher_features: Sequence[jax.Array],
+    attention: jax.Array,
+    *,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Semantic calibration: every student layer learns from all teacher layers, by attention.
+
+    With f_ij the map of student layer i, adapted to teacher layer j, and attention weights a_ij
+    of each example, which add to 1 over j:
+
+        L = 1/n sum_ij a_ij mean (f_ij^student - f_j^teacher)^2
+
+    Args:
+      student_features: tuple, one entry per student layer, of tuples with one feature per teacher
+        layer, adapted; the net that learns.
+      teacher_features: tuple of m features; no gradient flows into them.
+      attention: a, [batch, n, m]; the gradient flows into it.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 at equality. The authors weight it by 400.
+
+    Raises:
+      ValueError: for shapes that do not fit.
+
+    Adaptor:
+      f_ij: 1x1, 3x3 and 1x1 convolutions with BatchNorm and ReLU between, from the student's map
+      pooled to the teacher's size. a_ij: softmax over j of the products of queries and keys, unit
+      vectors that an MLP makes of an example's row of the batch's Gram matrix of each layer. That
+      ties the authors' code to one batch size.
+
+    Reference:
+      Chen et al., 2020, arXiv 2012.03236.
+    """
+    check_tuple("student_features", student_features, "tuples, one per student layer")
+    check_tuple("teacher_features", teacher_features, "features, shallow to deep")
+    rows, mask, batch = [], None, 0
+    for i, row in enumerate(student_features):
+        check_tuple(f"student_features[{i}]", row, "features, one per teacher layer")
+        if len(row) != len(teacher_features):
+            raise ValueError(
+                f"student_features[{i}] has {len(row)} entries; it needs one for each of the "
+                f"{len(teacher_features)} teacher_features."
+            )
+        errors = []
+        for j, (student, teacher) in enumerate(zip(row, teacher_features, strict=True)):
+            names = (f"student_features[{i}][{j}]", f"teacher_features[{j}]")
+            student, teacher, mask = prepare_features(student, teacher, where, names=names)
+            batch = student.shape[0]
+            errors.append(example_means(jnp.square(student - teacher)))
+        rows.append(jnp.stack(errors, axis=-1))
+    attention = jnp.asarray(attention)
+    wanted = (batch, len(student_features), len(teacher_features))
+    if tuple(attention.shape) != wanted:
+        raise ValueError(
+            f"attention has shape {tuple(attention.shape)}; it must be {wanted}: [batch, student "
+            "layers, teacher layers]."
+        )
+    errors = jnp.stack(rows, axis=1)
+    weighted = keep(attention.astype(errors.dtype), mask) * errors
+    return keep(jnp.sum(weighted, axis=(1, 2)) / len(student_features), mask)

@@ -1,0 +1,163 @@
+"""Response losses with several teachers at once: their logits arrive as a tuple.
+
+Several terms with one teacher each do the same as `kd_sum`, each with its own temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from qkd_jax import checks
+from qkd_jax.numerics.features import check_tuple
+from qkd_jax.numerics.logits import divergence, keep, prepare_logits, prepare_pair
+
+__all__ = ["ca_mkd", "kd_mean", "kd_sum"]
+
+
+def kd_mean(
+    student_logits: jax.Array,
+    teachers_logits: Sequence[jax.Array],
+    *,
+    temperature: ArrayLike = 4.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Distillation from an ensemble: the teachers' mean distribution.
+
+    With p_m = softmax(z_m / T) of n teachers and q = 1/n sum_m p_m:
+
+        L = T^2 sum_k q[k] (log q[k] - log p_student[k])
+
+    Args:
+      student_logits: [batch, classes], floating; the net that learns.
+      teachers_logits: tuple of n arrays [batch, classes]; no gradient flows into them.
+      temperature: T, above 0.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 where the student has the ensemble's distribution.
+
+    Raises:
+      ValueError: for shapes that differ, no teachers, or a temperature not above 0.
+
+    Reference:
+      Hinton, Vinyals, Dean, 2015, arXiv 1503.02531, distilling an ensemble.
+    """
+    student, teachers, mask = _prepare(student_logits, teachers_logits, where)
+    t = _temperature(temperature, student)
+    log_p = jax.nn.log_softmax(teachers / t)
+    log_mean = jax.nn.logsumexp(log_p, axis=0) - jnp.log(jnp.asarray(len(teachers), student.dtype))
+    return keep(t * t * divergence(log_mean, student / t), mask)
+
+
+def kd_sum(
+    student_logits: jax.Array,
+    teachers_logits: Sequence[jax.Array],
+    *,
+    temperature: ArrayLike = 4.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Distillation from several teachers: the sum of the divergences from each.
+
+        L = T^2 sum_m KL(softmax(z_m / T) || softmax(z_student / T))
+
+    Its gradient is n times that of `kd_mean`, n the number of teachers.
+
+    Args:
+      student_logits: [batch, classes], floating; the net that learns.
+      teachers_logits: tuple of n arrays [batch, classes]; no gradient flows into them.
+      temperature: T, above 0.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 only where all teachers agree with the student.
+
+    Raises:
+      ValueError: for shapes that differ, no teachers, or a temperature not above 0.
+
+    Reference:
+      You et al., KDD 2017; so does the code of Beyer et al., 2021, arXiv 2106.05237.
+    """
+    student, teachers, mask = _prepare(student_logits, teachers_logits, where)
+    return keep(jnp.sum(_divergences(student, teachers, temperature), axis=0), mask)
+
+
+def ca_mkd(
+    student_logits: jax.Array,
+    teachers_logits: Sequence[jax.Array],
+    labels: jax.Array,
+    *,
+    temperature: ArrayLike = 4.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Confidence-aware distillation: each example's teachers, weighted by who knows its label.
+
+    With c_m the cross-entropy of teacher m with the label, at temperature 1, and n teachers:
+
+        w_m = (1 - softmax_m(c)) / (n - 1),    L = T^2 sum_m w_m KL(p_m || p_student)
+
+    p being softmax(z / T). The weights of an example add to 1; the more a teacher errs, the less it
+    counts.
+
+    Args:
+      student_logits: [batch, classes], floating; the net that learns.
+      teachers_logits: tuple of n >= 2 arrays [batch, classes]; no gradient flows into them.
+      labels: [batch], integers in [0, classes).
+      temperature: T, above 0.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider; 0 only where all teachers agree with the student.
+
+    Raises:
+      ValueError: for shapes that differ, fewer than two teachers, or a temperature not above 0.
+
+    Note:
+      The paper writes cross-entropy where this has the divergence, which has the same gradient. Its
+      second loss, features weighted by how well the teacher's classifier does on the student's, is
+      not part of this. A label outside [0, classes) gives NaN.
+
+    Reference:
+      Zhang, Chen, Wang, 2021, arXiv 2201.00007.
+    """
+    student, teachers, mask = _prepare(student_logits, teachers_logits, where)
+    if len(teachers) < 2:
+        raise ValueError("teachers_logits has 1 entry; ca_mkd weighs two or more teachers.")
+    labels = jnp.asarray(labels)
+    checks.class_labels("labels", labels, student)
+    hit = labels.astype(jnp.int32)[:, None] == jnp.arange(student.shape[1])[None, :]
+    errors = -jnp.sum(jnp.where(hit[None], jax.nn.log_softmax(teachers), 0.0), axis=-1)
+    weights = (1 - jax.nn.softmax(errors, axis=0)) / (len(teachers) - 1)
+    value = jnp.sum(weights * _divergences(student, teachers, temperature), axis=0)
+    return keep(jnp.where(jnp.any(hit, axis=-1), value, jnp.nan), mask)
+
+
+def _prepare(
+    student_logits: jax.Array, teachers_logits: Sequence[jax.Array], where: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The student's logits, the teachers' stacked to [n, batch, classes], and the mask."""
+    check_tuple("teachers_logits", teachers_logits, "logits, one array per teacher")
+    prepare_logits("student_logits", student_logits, where)
+    teachers, mask = [], None
+    for i, logits in enumerate(teachers_logits):
+        try:
+            student, teacher, mask = prepare_pair(student_logits, logits, where)
+        except ValueError as error:
+            raise ValueError(f"teachers_logits[{i}]: {error}") from error
+        teachers.append(teacher)
+    dtype = jnp.result_type(student, *teachers)
+    return student.astype(dtype), jnp.stack([t.astype(dtype) for t in teachers]), mask
+
+
+def _temperature(temperature: ArrayLike, logits: jax.Array) -> jax.Array:
+    checks.number("temperature", temperature, low=0.0, low_allowed=False)
+    return jnp.asarray(temperature, logits.dtype)
+
+
+def _divergences(student: jax.Array, teachers: jax.Array, temperature: ArrayLike) -> jax.Array:
+    """T^2 KL(p_m || p_student), [n, batch]."""
+    t = _temperature(temperature, student)
+    return t * t * jax.vmap(divergence, (0, None))(teachers / t, student / t)

@@ -1,0 +1,66 @@
+"""Losses on features and on batches against PyTorch: values and all gradients, on random inputs."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qkd_jax.losses import LOSSES
+
+GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "features.npz"))
+KEYS = [key.removesuffix("|value") for key in GOLDEN if key.endswith("|value")]
+# Tested by closed forms: its negatives are drawn.
+ELSEWHERE = {"crd"}
+RESPONSE = ("response", "decoupled", "hierarchical")
+
+
+def family(name):
+    return LOSSES[name].__module__.split(".")[-1]
+
+
+def read(prefix):
+    """{argument: array or nested tuple} of all keys that start with `prefix`."""
+    found = {k.removeprefix(prefix): v for k, v in GOLDEN.items() if k.startswith(prefix)}
+
+    def gather(name):
+        if name in found:
+            return found[name]
+        count = len({k.split("/")[len(name.split("/"))] for k in found if k.startswith(f"{name}/")})
+        return tuple(gather(f"{name}/{i}") for i in range(count))
+
+    return {name: gather(name) for name in {k.split("/")[0] for k in found}}
+
+
+def parse(text):
+    keywords = dict(word.split("=") for word in text.split(",") if word)
+    kinds = {"mode": str, "power": int, "order": int, "compat": bool, "standardize": bool}
+    return {k: kinds.get(k, float)(v) for k, v in keywords.items()}
+
+
+def test_every_other_loss_is_covered():
+    wanted = {n for n in LOSSES if family(n) not in RESPONSE} | {"ctkd"}
+    assert {key.split("|")[0] for key in KEYS} == wanted - ELSEWHERE
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_values_and_gradients_equal_pytorch(key):
+    name, hyper, inputs = key.split("|")
+    keywords = parse(hyper)
+    args = {k: v for part in inputs.split("+") for k, v in read(f"{part}/").items()}
+    wanted = read(f"{key}|")
+    value = wanted.pop("value")
+    fixed = {k: v for k, v in args.items() if k not in wanted}
+
+    def mean(moving):
+        return jnp.mean(LOSSES[name](**moving, **fixed, **keywords))
+
+    moving = {k: args[k] for k in wanted}
+    found, grads = jax.jit(jax.value_and_grad(mean))(moving)
+    # Float32 against float64: a few roundings of an array's largest number.
+    np.testing.assert_allclose(found, value, rtol=1e-4 if name == "pkt" else 1e-5)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+        assert np.any(other)
+        atol = (1e-5 if name == "pkt" else 2e-6) * np.abs(other).max()
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=atol)
