@@ -5,8 +5,9 @@
 (`response.py` for what compares logits, `decoupled.py` for what splits off the labelled class,
 `predictions.py` for logits over a batch, `teachers.py` for several teachers; `feature.py`,
 `gram.py` and `activation.py` for hidden features; `relation.py` and `contrastive.py` for what
-relates examples; `hierarchical.py` for what knows a class tree), import it here and give it a line in `LOSSES`: the tests in
-`tests/losses/test_losses.py` are parametrised over the table and read the signature.
+relates examples; `hierarchical.py` for what knows a class tree), import it here and give it a line
+in `LOSSES`: the tests in `tests/losses/test_losses.py` are parametrised over the table and read the
+signature.
 
 Signature rules that the training step relies on. Positional names say what it passes:
 
