@@ -151,6 +151,7 @@ def net(
     init_from: str = "",
     head_from: str = "",
     reduce_range: bool = False,
+    fresh: str = "",
 ) -> dict[str, Any]:
     """Returns the fields of one network.
 
@@ -165,6 +166,8 @@ def net(
       head_from: another net, in whose classifier this one ends, behind a projector to its features
         (SimKD); it is copied when this net first takes part. Freeze it: `sgd(freeze=("head",))`.
       reduce_range: 7 bits for 8-bit weights, for x86 engines without VNNI.
+      fresh: regular expression for the paths of layers that do not come from `init_from` but start
+        from random weights, such as "head" for another task.
     """
     return dict(
         model=model,
@@ -173,6 +176,7 @@ def net(
         init_from=init_from,
         head_from=head_from,
         reduce_range=reduce_range,
+        fresh=fresh,
     )
 
 
@@ -256,9 +260,12 @@ def train(
     optim: dict[str, Any],
     epochs: float,
     batch_size: int,
+    augment: tuple[str, ...] = (),
     hygiene: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns a `train` stage. `steps` above 0 decides its length instead of `epochs`.
+
+    `augment` takes the place of the data's own augmentations.
 
     `hygiene` is {net: what the function `hygiene` returns}; a net that is left out has it all off.
     """
@@ -269,6 +276,7 @@ def train(
         batch_size=batch_size,
         learn=learn,
         optim=optim,
+        augment=augment,
         hygiene={**{net: dict(HYGIENE) for net in learn}, **(hygiene or {})},
     )
 

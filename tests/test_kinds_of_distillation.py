@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import assistant, born_again, mutual
+from configs import assistant, born_again, mutual, patient, transfer
 from qkd_jax import experiment
 
 TINY = "data=synthetic,epochs=0.5,train_examples=64"
@@ -96,3 +96,53 @@ def test_the_ensemble_is_the_mean_of_probabilities(tmp_path):
     loss = -np.mean(np.log(mean[np.arange(len(labels)), labels]))
     assert rows["ensemble"]["loss"] == pytest.approx(loss, rel=1e-5)
     assert rows["ensemble"]["params"] == 2 * rows["generation0"]["params"]
+
+
+def test_a_new_head_on_old_layers(tmp_path):
+    config = small(transfer.get_config(f"{TINY},teacher=mlp"))
+    experiment.run(config, tmp_path / "run", report=False, verbose=False)
+    _, run = experiment._open(tmp_path / "run")
+    source, frozen = (run.variables[name]["params"] for name in ("source", "frozen"))
+    np.testing.assert_array_equal(source["dense1"]["kernel"], frozen["dense1"]["kernel"])
+    assert not np.allclose(source["head"]["kernel"], frozen["head"]["kernel"])
+    tuned = run.variables["tuned"]["params"]
+    assert not np.array_equal(source["dense1"]["kernel"], tuned["dense1"]["kernel"])
+    # Both began with a head of their own: the source's would have stayed closer.
+    correlation = lambda a, b: np.corrcoef(np.ravel(a), np.ravel(b))[0, 1]
+    assert correlation(source["dense1"]["kernel"], tuned["dense1"]["kernel"]) > 0.9
+    assert abs(correlation(source["head"]["kernel"], tuned["head"]["kernel"])) < 0.9
+
+
+def test_mixtures_are_for_teachers_alone():
+    config = patient.get_config("data=synthetic").unlock()
+    stages = {s.name: s for s in experiment.read(config).stages}
+    assert stages["patient"].steps == 4 * stages["short"].steps == stages["labels"].steps
+    assert (
+        stages["patient"].fields["augment"][-1] == "mixup" and not stages["plain"].fields["augment"]
+    )
+    config.stages.labels.augment = ("mixup",)
+    with pytest.raises(ValueError, match=r"stages.labels.augment mixes images.*'ce'"):
+        experiment.read(config)
+    config.stages.labels.augment = ("mixip",)
+    with pytest.raises(ValueError, match=r"stages.labels.augment.*Did you mean 'mixup'"):
+        experiment.read(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(nets__scratch__fresh="head"), "every layer is fresh"),
+        (dict(nets__tuned__fresh="haed"), r"nets.tuned.fresh is 'haed' and matches no layer"),
+    ],
+)
+def test_wrong_layers_are_named(change, message, tmp_path):
+    config = small(transfer.get_config(f"{TINY},teacher=mlp")).unlock()
+    ((path, value),) = change.items()
+    *keys, last = path.split("__")
+    node = config
+    for key in keys:
+        node = node[key]
+    node[last] = value
+    config.schedule = tuple(s for s in config.schedule if s in ("source", "tuned", "frozen"))
+    with pytest.raises(ValueError, match=message):
+        experiment.run(config.lock(), tmp_path / "run", report=False, verbose=False)

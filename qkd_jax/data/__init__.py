@@ -42,6 +42,13 @@ DATASETS: dict[str, Source] = {
         train_examples=300,
         description="scikit-learn's handwritten digits, 1,797 images, inside the package",
     ),
+    "digits28": Source(
+        kind="embedded",
+        image_shape=(28, 28, 1),
+        num_classes=10,
+        train_examples=1500,
+        description="the same digits at 28x28, the size of MNIST, for nets that go on from them",
+    ),
     "mnist": Source(
         kind="prepared",
         image_shape=(28, 28, 1),
@@ -126,7 +133,10 @@ def load(
         if value is not None:
             raise ValueError(f"{argument} is {value!r}; only 'synthetic' takes it, not {name!r}.")
     if source.kind == "embedded":
-        arrays = _split_pool(name, *digits.read(source, data_dir), train, test, seed)
+        images, labels = digits.read(DATASETS["digits"], data_dir)
+        if source.image_shape != images.shape[1:]:
+            images = digits.resized(images, source.image_shape)
+        arrays = _split_pool(name, images, labels, train, test, seed)
         return Dataset(name, source.num_classes, *arrays)
     arrays = sources.read(name, source, data_dir)
     train_split = _subset("train_examples", name, *arrays[:2], train, seed, draws.TRAIN_EXAMPLES)

@@ -34,12 +34,29 @@ def flip(images: np.ndarray, words: np.ndarray, amount: int) -> np.ndarray:
     return np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
+def mixup(images: np.ndarray, words: np.ndarray, amount: int) -> np.ndarray:
+    """Mixes each image with a random other of the batch: l x + (1 - l) x', l uniform in [0, 1].
+
+    Zhang et al. 2017, arXiv 1710.09412, with its alpha = 1, and a weight for each image. Rounded to
+    whole levels. The labels are not mixed: it is for losses that ask a teacher about the very
+    images (Beyer et al. 2021, arXiv 2106.05237), and stages that use labels refuse it.
+    """
+    share = (words[:, 0] >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+    partner = images[draws.below(len(images), words[:, 1:])[:, 0]]
+    share = share[:, None, None, None]
+    return np.rint(share * images + (1 - share) * partner).astype(np.uint8)
+
+
 class Augmentation(NamedTuple):
-    """One entry of `AUGMENTATIONS`: the function, its words an image, whether it needs `:N`."""
+    """One entry of `AUGMENTATIONS`: the function, its words an image, whether it needs `:N`.
+
+    `keeps_labels` is False where an image's label is no longer its own.
+    """
 
     function: Callable[[np.ndarray, np.ndarray, int], np.ndarray]
     words: int
     takes_amount: bool
+    keeps_labels: bool = True
 
 
 # `pad_crop:4` is the CIFAR papers' name for `shift:4`: pad by 4 zeros, crop at a random place.
@@ -47,6 +64,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "shift": Augmentation(shift, words=2, takes_amount=True),
     "pad_crop": Augmentation(shift, words=2, takes_amount=True),
     "flip": Augmentation(flip, words=1, takes_amount=False),
+    "mixup": Augmentation(mixup, words=2, takes_amount=False, keeps_labels=False),
 }
 
 

@@ -39,6 +39,16 @@ def read(
     return images, labels
 
 
+def resized(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Returns the images at another size, bilinear with half-pixel centres (Pillow's)."""
+    from PIL import Image
+
+    height, width, _ = image_shape
+    size, method = (width, height), Image.Resampling.BILINEAR
+    found = [np.asarray(Image.fromarray(image[..., 0]).resize(size, method)) for image in images]
+    return np.stack(found)[..., None]
+
+
 def content_hash(images: np.ndarray, labels: np.ndarray) -> str:
     """Returns the SHA-256 (hex) of the levels behind `images`, then of `labels`, as uint8."""
     levels = np.rint(images[..., 0] * (16 / 255)).astype(np.uint8)

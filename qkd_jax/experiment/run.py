@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from qkd_jax.training.loop import Window
 from qkd_jax.training.parallel import StepCache
 from qkd_jax.training.state import jit_once, stream_key
 from qkd_jax.training.step import eval_step
-from qkd_jax.training.trees import nested
+from qkd_jax.training.trees import flatten, nested
 
 __all__ = ["Evaluation", "Run", "place"]
 
@@ -91,16 +92,17 @@ class Run:
         """Makes the variables of a net that takes part for the first time."""
         if name in self.variables:
             return
-        source = self.settings["nets"][name].get("init_from", "")
+        fields = self.settings["nets"][name]
+        source, fresh = fields.get("init_from", ""), fields.get("fresh", "")
         net = self.nets[name]
         if not source:
             self.variables[name] = self._random(name)
         elif weights.is_source(source):
-            self.variables[name] = load_float(self._shapes(name), weights.load(source))
+            self.variables[name] = self._loaded(name, weights.load(source), fresh)
         else:
             self.bring_in(source)
             taken = self.variables[source]
-            if net == self.nets[source]:
+            if net == self.nets[source] and not fresh:
                 self.variables[name] = jax.tree.map(np.asarray, taken)
             elif "folded" in str(jax.tree.structure(taken.get("quant", {}))):
                 raise ValueError(
@@ -109,7 +111,7 @@ class Run:
                     "and fold it itself."
                 )
             else:  # another structure or other rules: the weights, which it must calibrate itself
-                self.variables[name] = load_float(self._shapes(name), taken)
+                self.variables[name] = self._loaded(name, taken, fresh)
         if lender := self.settings["nets"][name].get("head_from", ""):
             self._borrow_head(name, lender)
         self.variables[name] = place(self.variables[name])
@@ -124,6 +126,26 @@ class Run:
                 f"on its pooled features; nets of {', '.join(MODELS)} have one."
             )
         self.variables[name] = {**self.variables[name], "params": {**own, "head": head}}
+
+    def _loaded(self, name: str, given: Mapping[str, Any], fresh: str) -> Variables:
+        """A net with the weights given, but random ones in the layers whose paths match `fresh`."""
+        if not fresh:
+            return load_float(self._shapes(name), given)
+
+        def matches(path: str) -> bool:
+            _, *layer, _ = path.split("/")
+            return bool(re.fullmatch(fresh, "/".join(layer)))
+
+        random = flatten(self._random(name))
+        if not any(map(matches, random)):
+            layers = sorted({path.split("/")[1] for path in random})
+            raise ValueError(
+                f"nets.{name}.fresh is {fresh!r} and matches no layer; there are "
+                f"{', '.join(layers)}. It must match a whole path, such as 'head'."
+            )
+        kept = {path: leaf for path, leaf in flatten(dict(given)).items() if not matches(path)}
+        new = {path: leaf for path, leaf in random.items() if matches(path)}
+        return load_float(self._shapes(name), nested({**kept, **new}))
 
     def _random(self, name: str) -> Variables:
         key = stream_key(self.settings["seed"], f"init/{name}")

@@ -18,7 +18,13 @@ import jax
 import numpy as np
 
 from qkd_jax import checks, presets, weights
-from qkd_jax.experiment.values import check_frame, check_origins, check_tables, mapping
+from qkd_jax.experiment.values import (
+    check_augment,
+    check_frame,
+    check_origins,
+    check_tables,
+    mapping,
+)
 from qkd_jax.models import MODELS, BorrowedClassifier, create
 from qkd_jax.quantize import QuantizedModel, quantize
 from qkd_jax.training.rows import as_sources
@@ -36,7 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "parallel": {"mode": "jit", "devices": 0},
 }
 STRUCTURE = ("nets", "stages", "schedule")
-NET_FIELDS = ("model", "rules", "init_from", "head_from", "reduce_range")
+NET_FIELDS = ("model", "rules", "init_from", "head_from", "reduce_range", "fresh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +200,8 @@ def read(
     check_origins(plain["nets"])
     stages = _schedule(plain, kinds, data)
     for stage in stages:
+        if stage.trains:
+            check_augment(stage.name, stage.fields, plain["data"]["augment"])
         for net in stage.nets:
             if net not in nets:
                 raise checks.unknown(f"net in stages.{stage.name}", net, nets)
@@ -218,9 +226,9 @@ def build_net(
 ) -> QuantizedModel:
     """Builds the quantized model of one entry of `nets`.
 
-    Fields other than `model`, `rules`, `init_from`, `head_from` and `reduce_range` go to the model;
-    a 0 leaves the model's own default. With `head_from` the model ends in a projector and the
-    classifier of that net (`models.BorrowedClassifier`).
+    Fields other than NET_FIELDS go to the model; a 0 leaves the model's own default. With
+    `head_from` the model ends in a projector and the classifier of that net
+    (`models.BorrowedClassifier`).
 
     Raises:
         ValueError: an unknown model, argument of the model, preset or net to start from.
@@ -234,6 +242,11 @@ def build_net(
     source = fields.get("init_from", "")
     if source and not weights.is_source(source) and source not in nets:
         raise checks.unknown(f"net in {where}.init_from", source, nets)
+    if fields.get("fresh") and not source:
+        raise ValueError(
+            f"{where}.fresh is {fields['fresh']!r}, but init_from is '', so every layer is fresh; "
+            "name a net or a file to start from, or drop it."
+        )
     try:
         model = create(fields["model"], classes, **arguments)
         if lender := fields.get("head_from", ""):

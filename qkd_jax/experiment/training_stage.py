@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,12 +70,14 @@ def train(
     epochs: float = 0.0,
     steps: int = 0,
     batch_size: int = 128,
+    augment: Sequence[str] = (),
     hygiene: Mapping[str, Any] | None = None,
 ) -> None:
     """Trains the nets of `learn`; goes on where the stage was interrupted.
 
     All arms of an experiment see the same batches: the order of the data follows the step in the
-    chain of stages that continue one another, so QKD's phases see what its controls see.
+    chain of stages that continue one another, so QKD's phases see what its controls see. `augment`
+    takes the place of the data's own augmentations.
     """
     del learn, optim, epochs, steps, hygiene  # `stage` holds them in the form that the plan reads
     plan = plan_stage(run.nets, stage)
@@ -94,7 +96,7 @@ def train(
         run.dataset,
         batch_size=batch_size,
         seed=run.settings["seed"],
-        augment=run.settings["data"]["augment"],
+        augment=augment or run.settings["data"]["augment"],
     ).iter(start + done, start + stage.steps)
     with Progress(stage.name, stage.steps, batch_size, start=done, enabled=run.verbose) as progress:
         try:

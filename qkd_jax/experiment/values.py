@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,10 @@ import jax
 
 from qkd_jax import checks
 from qkd_jax.data import DATASETS, augment
+from qkd_jax.losses import LOSSES
 from qkd_jax.training.parallel import MODES
 
-__all__ = ["check_frame", "check_origins", "check_tables", "mapping"]
+__all__ = ["check_augment", "check_frame", "check_origins", "check_tables", "mapping"]
 
 
 def mapping(where: str, value: Any, example: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -42,6 +44,29 @@ def check_frame(plain: Mapping[str, Any]) -> None:
     for key in ("nets", "stages"):
         mapping(f"config.{key}", plain[key], {"<name>": {}})
         checks.at_least_one(f"config.{key}", plain[key])
+
+
+def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:
+    """Refuses, in a train stage, an unknown augmentation, or a mixture of images with labels."""
+    own = fields["augment"]
+    where = f"stages.{name}.augment" if own else "config.data.augment"
+    try:
+        parsed = augment.parse(own or default)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if all(entry.keeps_labels for entry, _ in parsed):
+        return
+    for net, terms in fields["learn"].items():
+        for label, term in terms.items():
+            loss = str(term.get("loss") or label)
+            if term.get("weight") == 0 or loss not in LOSSES:
+                continue
+            if "labels" in inspect.signature(LOSSES[loss]).parameters:
+                raise ValueError(
+                    f"{where} mixes images, so that their labels are not theirs any more, and "
+                    f"stages.{name}.learn.{net}.{label} learns from labels (loss {loss!r}). Take "
+                    "the term out (a teacher alone teaches, as with kd), or the augmentation."
+                )
 
 
 def check_origins(nets: Mapping[str, Mapping[str, Any]]) -> None:

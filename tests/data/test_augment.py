@@ -83,3 +83,16 @@ def test_two_of_one_kind_draw_apart():
 def test_errors_name_what_is_allowed(given, message):
     with pytest.raises(ValueError, match=message):
         augment.parse(given)
+
+
+def test_mixup_equals_a_loop():
+    entry = augment.AUGMENTATIONS["mixup"]
+    images = batch((6, 3, 4, 2))
+    raw = words(images, entry)
+    partners = draws.below(6, raw[:, 1:])[:, 0]
+    shares = [int(word) / 2**64 for word in raw[:, 0]]
+    for k, out in enumerate(entry.function(images, raw, 0)):
+        mixed = shares[k] * images[k].astype(np.float64) + (1 - shares[k]) * images[partners[k]]
+        # Half a level of rounding, and the share's 24 bits.
+        np.testing.assert_allclose(out, mixed, atol=0.5 + 255 / 2**24)
+    assert len(set(partners.tolist())) > 1 and 0.1 < np.mean(shares) < 0.9
