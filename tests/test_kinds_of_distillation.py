@@ -98,6 +98,7 @@ def test_the_ensemble_is_the_mean_of_probabilities(tmp_path):
     assert rows["ensemble"]["params"] == 2 * rows["generation0"]["params"]
 
 
+@pytest.mark.slow
 def test_a_new_head_on_old_layers(tmp_path):
     config = small(transfer.get_config(f"{TINY},teacher=mlp"))
     experiment.run(config, tmp_path / "run", report=False, verbose=False)
