@@ -35,12 +35,12 @@ def get_config(arg=""):
     mixed = (*recipe["augment"], "mixup")
     arms = ("patient", "plain", "short", "labels")
     quantized = args.bits != "float"
-    rates = dict(lr=0.05, weight_decay=1e-4) if quantized else dict(lr=0.1, weight_decay=5e-4)
+    rates = (0.05, 1e-4) if quantized else (0.1, 5e-4)  # learning rate, weight decay
 
     def stage(net, learn, factor=1.0, augment=(), rates=rates):
         return common.train(
             learn={net: learn},
-            optim={net: common.sgd(**rates)},
+            optim={net: common.sgd(rates[0], weight_decay=rates[1])},
             epochs=factor * epochs,
             batch_size=recipe["batch_size"],
             augment=augment,
@@ -52,7 +52,7 @@ def get_config(arg=""):
         config.stages[name] = fields
         schedule.append(name)
 
-    labels, of_float = dict(ce=common.ce()), dict(lr=0.1, weight_decay=5e-4)
+    labels, of_float = dict(ce=common.ce()), (0.1, 5e-4)
     config.nets.teacher = common.net(
         args.teacher, width=args.teacher_width, init_from=args.teacher_from
     )
