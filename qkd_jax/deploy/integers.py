@@ -25,6 +25,7 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax import graph as graphs
+from qkd_jax.deploy.integer_only import rewrite as integer_only_program
 from qkd_jax.deploy.pack import pack, packed_bytes
 from qkd_jax.deploy.program import (
     IntegerModel,
@@ -50,6 +51,7 @@ from qkd_jax.ptq.products import (
     view,
 )
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantizers import QUANTIZERS
 
 __all__ = ["convert", "integer_apply"]
 
@@ -58,7 +60,12 @@ INT32_LIMIT = 2**31
 
 
 def convert(
-    net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    images: Any,
+    *,
+    integer_only: bool = False,
+    **kwargs: Any,
 ) -> IntegerModel:
     """Turns a calibrated net into integers.
 
@@ -66,13 +73,19 @@ def convert(
         net: the net.
         variables: calibrated; folded or not (BatchNorm is folded here where it can be).
         images: example input; only its shape counts, and the result takes any batch size.
+        integer_only: no floats between the codes of the input and those of the output: fixed-point
+            multipliers, tables of thresholds up to 4 bits, sums and pools on integers. The net's
+            sums, pools and logits must lie on grids (the preset "w8a8:integer" puts them there).
+            A value that lies within some 2^-10 steps of the boundary between two codes may get
+            the other one.
         **kwargs: further arguments of the model's call.
 
     Returns:
         An `IntegerModel` for `integer_apply`.
 
     Raises:
-        ValueError: the net is not calibrated, or the sums of a layer could exceed int32.
+        ValueError: the net is not calibrated; the sums of a layer could exceed int32; an operand
+            has no codes known beforehand; with `integer_only`, an operation that needs floats.
     """
     if not variables.get("quant"):
         raise ValueError(
@@ -80,7 +93,8 @@ def convert(
         )
     folded = fold_bn(net, variables, images, **kwargs)
     traced = trace_net(net, folded, images, **kwargs)
-    return _Converter(traced).model()
+    model = _Converter(traced).model()
+    return integer_only_program(model, traced.graph) if integer_only else model
 
 
 def integer_apply(
@@ -219,7 +233,10 @@ class _Converter:
         scale, zero_point, format = view(self.traced, node)
         hat = np.asarray(self.graph.constants[node.outputs[0]], np.float32)
         codes = np.round(hat * (np.float32(1) / scale)) + zero_point
-        packed = pack(codes.astype(np.int64), format)
+        spec = self.traced.spec(node)
+        quantizer = QUANTIZERS[spec.quantizer]
+        stride = quantizer.code_stride(spec) if hasattr(quantizer, "code_stride") else 1
+        packed = pack(codes.astype(np.int64), format, stride)
         step = Weight(
             key=self.store(f"{name}/weight", packed),
             shape=codes.shape,
@@ -229,6 +246,7 @@ class _Converter:
             hat=self.new(),
             codes=self.new(),
             dtype=self.graph.dtype(node.outputs[0]),
+            stride=stride,
         )
         self.weights[identity] = step
         self.steps.append(step)
@@ -238,7 +256,7 @@ class _Converter:
                     path=step.key.removesuffix("/weight"),
                     format=format.name,
                     shape=codes.shape,
-                    bytes=packed_bytes(codes.shape, format),
+                    bytes=packed_bytes(codes.shape, format, stride),
                     float_bytes=4 * codes.size,
                 )
             )

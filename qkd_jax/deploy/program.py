@@ -1,8 +1,18 @@
 """The integer model: its arrays, its program, and how the program runs.
 
-A program is a list of steps. Quantizers turn activations into centred codes, products run on codes
-and are scaled by one multiplier per output channel, and everything between (bias, ReLU, sums,
-pooling) is a node of the net's graph, in float32. `integers.convert` writes programs.
+A program is a list of steps over numbered values. Quantizers turn activations into centred codes
+(`Quantize`), weights are unpacked (`Weight`), products run on codes and are scaled by one
+multiplier per output channel (`Multiply`), and everything between (bias, ReLU, sums, pooling) is a
+node of the net's graph, in float32. `integers.convert` writes programs.
+
+An integer-only program (`integer_only.rewrite`) has no floats inside: `Encode` makes the codes of
+the net's input, a `Multiply` without a multiplier leaves its int32 sums, `Rescale` and `Table` turn
+integers into the next codes, nodes of the graph move, pool and concatenate integers, and `Decode`
+scales the codes of the output.
+
+A step names arrays by their key in `IntegerModel.arrays`: `<layer>/weight` packed codes,
+`<layer>/multiplier` float32, `<layer>/zero_point` of a weight, `<layer>/<operand>_quantizer/<name>`
+the parameters of a quantizer, the model's own names for the rest (`<layer>/bias`).
 """
 
 from __future__ import annotations
@@ -17,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import graph as graphs
+from qkd_jax.deploy import fixed_point
 from qkd_jax.deploy.pack import unpack
 from qkd_jax.graph import Node
 from qkd_jax.numerics import IntFormat, Spec
@@ -24,11 +35,15 @@ from qkd_jax.quantizers import QUANTIZERS
 
 __all__ = [
     "FLOAT32_EXACT",
+    "Decode",
+    "Encode",
     "IntegerModel",
     "LayerSize",
     "Multiply",
     "Program",
     "Quantize",
+    "Rescale",
+    "Table",
     "Weight",
     "fresh",
     "run",
@@ -61,6 +76,7 @@ class Weight:
     hat: int
     codes: int
     dtype: np.dtype  # of the float
+    stride: int = 1  # of the packed codes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,9 +88,61 @@ class Multiply:
     inputs: tuple[int, int]  # centred codes
     narrow: bool  # both fit int8
     bound: int
-    multiplier: str
+    multiplier: str  # "" leaves the int32 sums
     output: int
     dtype: np.dtype  # of the net's own product
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encode:
+    """Step: the net's float input to centred codes, clip(round(x / scale), lo, hi)."""
+
+    name: str
+    scale: str
+    zero_point: str
+    lo: int
+    hi: int
+    input: int
+    codes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rescale:
+    """Step: a sum of integers times fixed-point factors to centred codes.
+
+    codes = clip((sum_i x_i * m0_i * 2^(exponent_i - 31) + bias) / 2^shift, lo, hi), each rounded.
+    """
+
+    name: str
+    terms: tuple[tuple[int, str, str], ...]  # (integers, m0, exponent)
+    bias: str
+    zero_point: str  # "" for a tensor in fixed point that no quantizer asked for
+    shift: int
+    lo: int
+    hi: int
+    codes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """Step: integers to centred codes, lo + the number of thresholds that sign * x has reached."""
+
+    name: str
+    input: int
+    thresholds: str
+    sign: str | None
+    zero_point: str
+    lo: int
+    codes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decode:
+    """Step: the codes of the net's output to floats, outside of the integer part."""
+
+    codes: int
+    scale: str
+    output: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +227,7 @@ def run(integer: IntegerModel, images: Any, capture: bool, formulation: str) -> 
             codes = _quantize(step, env, arrays)
             captured[fresh(captured, step.name)] = codes
         elif isinstance(step, Weight):
-            codes = unpack(arrays[step.key], step.shape, step.format)
+            codes = unpack(arrays[step.key], step.shape, step.format, step.stride)
             if step.zero_point is not None:
                 codes = codes.astype(jnp.int32) - arrays[step.zero_point].astype(jnp.int32)
             env[step.codes] = codes
@@ -168,6 +236,13 @@ def run(integer: IntegerModel, images: Any, capture: bool, formulation: str) -> 
                 env[step.hat] = hat.astype(step.dtype)
         elif isinstance(step, Multiply):
             env[step.output] = _multiply(step, env, arrays, formulation)
+        elif isinstance(step, Encode | Rescale | Table):
+            env[step.codes] = _codes(step, env, arrays)
+            if step.zero_point:
+                codes = env[step.codes] + arrays[step.zero_point]
+                captured[fresh(captured, step.name)] = codes
+        elif isinstance(step, Decode):
+            env[step.output] = env[step.codes].astype(jnp.float32) * arrays[step.scale]
         else:
             values = [env[v] for v in step.inputs]
             results = graphs.execute(step, values, program.batch, flat[0].shape[0])
@@ -189,6 +264,20 @@ def _quantize(step: Quantize, env: dict[int, Any], arrays: Mapping[str, Any]) ->
     return (centred + zero_point).astype(jnp.int32)
 
 
+def _codes(step: Any, env: dict[int, Any], arrays: Mapping[str, Any]) -> jax.Array:
+    """Centred codes of an integer-only program, int32."""
+    if isinstance(step, Encode):
+        codes = jnp.round(env[step.input] * (1 / arrays[step.scale]))
+        return jnp.clip(codes, step.lo, step.hi).astype(jnp.int32)
+    if isinstance(step, Table):
+        sign = None if step.sign is None else arrays[step.sign]
+        return fixed_point.table(env[step.input], arrays[step.thresholds], sign) + step.lo
+    total = arrays[step.bias]
+    for value, m0, exponent in step.terms:
+        total = total + fixed_point.rescale(env[value], arrays[m0], arrays[exponent])
+    return jnp.clip(fixed_point.rounding_shift(total, step.shift), step.lo, step.hi)
+
+
 def _multiply(
     step: Multiply, env: dict[int, Any], arrays: Mapping[str, Any], formulation: str
 ) -> jax.Array:
@@ -199,6 +288,8 @@ def _multiply(
             f"the sums of layer {step.path!r} reach {step.bound:,}, and float32 is exact up to "
             f"{FLOAT32_EXACT:,}; use formulation='int32' or 'auto'."
         )
+    if formulation == "auto" and not step.multiplier:
+        formulation = "int32"  # integer-only is to be just that
     if formulation == "auto":
         formulation = "float32" if exact and jax.default_backend() == "cpu" else "int32"
     params = dict(step.node.params)
@@ -211,6 +302,8 @@ def _multiply(
         params["precision"] = None
         operand = jnp.int8 if step.narrow else jnp.int32
     sums = step.node.primitive.bind(lhs.astype(operand), rhs.astype(operand), **params)
+    if not step.multiplier:
+        return sums.astype(jnp.int32)
     return (sums.astype(jnp.float32) * arrays[step.multiplier]).astype(step.dtype)
 
 

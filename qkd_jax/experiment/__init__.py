@@ -52,6 +52,7 @@ __all__ = [
     "main",
     "read",
     "report",
+    "restore",
     "run",
 ]
 
@@ -271,6 +272,15 @@ def _open(workdir: str | Path) -> tuple[RunFolder, Run]:
         )
     state.load(saved)
     return folder, state
+
+
+def restore(workdir: str | Path) -> Run:
+    """Returns a run as its newest checkpoint left it: `nets`, `variables`, `dataset`.
+
+    Raises:
+        ValueError: the folder has no checkpoint yet.
+    """
+    return _open(workdir)[1]
 
 
 def evaluate(workdir: str | Path, *, verbose: bool = True) -> dict[str, Any]:

@@ -216,9 +216,10 @@ def _integer_view(traced: TracedNet, marker: Node) -> Any:
     params: Any = quantizer_params(traced, marker)
     quantizer = QUANTIZERS[spec.quantizer]
     if hasattr(quantizer, "live"):
-        if marker.inputs[0] not in traced.graph.constants:
+        if marker.inputs[0] in traced.graph.constants:
+            params = quantizer.live(traced.graph.constants[marker.inputs[0]], params, spec)
+        elif quantizer.live(np.zeros((1,), np.float32), params, spec) is not params:
             return None  # parameters that depend on activations are known at run time only
-        params = quantizer.live(traced.graph.constants[marker.inputs[0]], params, spec)
     return quantizer.integer_view(params, spec)
 
 

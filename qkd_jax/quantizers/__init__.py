@@ -11,6 +11,8 @@
   parameters as they are for `x`, to hand to the other functions;
 - `pre_affine(params, spec) -> (gain, offset)`, only where the codes are those of
   gain * x + offset instead of x;
+- `code_stride(spec) -> int`, only where not every code of the format occurs: the distance of
+  neighbouring codes, counted from the lowest;
 - `clip_range(params, spec) -> (low, high)`, only where x is bent before it is rounded: the values
   beyond which it is clipped, where else they are the grid's ends.
 

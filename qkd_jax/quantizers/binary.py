@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from qkd_jax import numerics
 from qkd_jax.numerics import IntFormat, Spec, Stats
 
-__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view", "live"]
+__all__ = ["OPTIONS", "check", "code_stride", "fake_quant", "init", "integer_view", "live"]
 
 Params = dict[str, jax.Array]
 
@@ -66,6 +66,11 @@ def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntF
     """What a code means: (alpha, 0, a 2-bit narrow format), codes -1 and 1: one bit each."""
     alpha = jnp.maximum(params["alpha"], numerics.MIN_SCALE)
     return alpha, jnp.zeros_like(alpha), IntFormat(2, True, True)
+
+
+def code_stride(spec: Spec) -> int:
+    """2: the codes are -1 and 1."""
+    return 2
 
 
 def fake_quant(

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 from qkd_jax import numerics
 from qkd_jax.numerics import IntFormat, Spec, Stats
 
-__all__ = ["OPTIONS", "check", "clip_range", "fake_quant", "init", "integer_view", "live"]
+__all__ = [
+    "OPTIONS",
+    "check",
+    "clip_range",
+    "code_stride",
+    "fake_quant",
+    "init",
+    "integer_view",
+    "live",
+]
 
 Params = dict[str, jax.Array]
 
@@ -96,6 +105,11 @@ def clip_range(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """[0, 1] for activations; weights are squeezed by tanh and clipped nowhere."""
     bound = jnp.ones_like(params["bound"])
     return (-jnp.inf * bound, jnp.inf * bound) if spec.signed else (0 * bound, bound)
+
+
+def code_stride(spec: Spec) -> int:
+    """2 for weights, whose codes are odd."""
+    return 2 if spec.signed else 1
 
 
 def fake_quant(

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 from qkd_jax import numerics
 from qkd_jax.numerics import IntFormat, Spec, Stats
 
-__all__ = ["OPTIONS", "check", "clip_range", "fake_quant", "init", "integer_view", "pre_affine"]
+__all__ = [
+    "OPTIONS",
+    "check",
+    "clip_range",
+    "code_stride",
+    "fake_quant",
+    "init",
+    "integer_view",
+    "pre_affine",
+]
 
 Params = dict[str, jax.Array]
 
@@ -107,6 +116,11 @@ def _place(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
     """X's place in the interval: 0 at its lower end, 1 at its upper one."""
     width = jnp.maximum(upper - lower, MIN_WIDTH)
     return (x.astype(numerics.compute_dtype(x)) - lower) * (1 / width)
+
+
+def code_stride(spec: Spec) -> int:
+    """2 for weights, whose codes are odd."""
+    return 2 if spec.signed else 1
 
 
 def fake_quant(

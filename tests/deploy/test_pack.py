@@ -20,7 +20,25 @@ def test_round_trip(bits, signed, size):
     np.testing.assert_array_equal(unpack(np.asarray(packed), codes.shape, format), codes)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("size", [0, 1, 5, 16])
+def test_odd_codes_take_as_many_bits_as_they_carry(bits, size):
+    levels = 2**bits - 1
+    format = IntFormat(bits + 1, True, True)  # -levels .. levels
+    codes = np.random.default_rng(bits).integers(0, levels, size, endpoint=True) * 2 - levels
+    packed = pack(codes, format, 2)
+    assert packed.nbytes == packed_bytes((size,), format, 2) == -(-size * (bits % 7 or 8) // 8)
+    np.testing.assert_array_equal(unpack(np.asarray(packed), (size,), format, 2), codes)
+    with pytest.raises(ValueError, match="there are others between"):
+        pack(np.array([0]), IntFormat(3, True, True), 2)
+
+
 def test_layout_and_sizes():
+    # Three bits: fields 0 to 7 from the lowest bit on.
+    codes = np.arange(8) - 4
+    wanted = sum(f << (3 * i) for i, f in enumerate(range(8))).to_bytes(3, "little")
+    assert pack(codes, IntFormat(3)).tobytes() == wanted
+    assert pack(np.array([-1, 1, 1]), IntFormat(2, True, True), 2) == np.uint8([0b110])
     np.testing.assert_array_equal(pack(np.array([-2, -1, 0, 1, 1]), IntFormat(2)), [0b11100100, 3])
     np.testing.assert_array_equal(
         pack(np.array([[0, 15], [1, 2]]), IntFormat(4, signed=False)), [0xF0, 0x21]
@@ -28,7 +46,7 @@ def test_layout_and_sizes():
     sizes = {
         bits: packed_bytes((3, 3, 8, 8), IntFormat(bits)) for bits in (1, 2, 3, 4, 5, 8, 9, 16)
     }
-    assert sizes == {1: 72, 2: 144, 3: 288, 4: 288, 5: 576, 8: 576, 9: 1152, 16: 1152}
+    assert sizes == {1: 72, 2: 144, 3: 216, 4: 288, 5: 576, 8: 576, 9: 1152, 16: 1152}
     assert pack(np.array([7]), IntFormat(5)).dtype == np.int8
     assert pack(np.array([255]), IntFormat(8, signed=False)).dtype == np.uint8
 

@@ -1,0 +1,82 @@
+"""How products of codes run quickest here: on integers, or on integers held in float32.
+
+    python benchmarks/integer.py [--rounds 15] [--models=resnet20,mlp]
+
+Both give the same bits where a layer's sums stay below 2^24 (`convert` proves the bound from the
+codes). Times of `integer_apply` by formulation, and of the float net, at batches 1 and 64, in turn;
+medians in milliseconds, and the ratio of medians to the float net.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import jax
+import numpy as np
+
+import qkd_jax as qk
+from qkd_jax import presets
+from qkd_jax.deploy import convert, integer_apply
+from qkd_jax.models import create
+
+NETS = {
+    "resnet20": (dict(width=16), (32, 32, 3)),
+    "mlp": (dict(hidden=(2048,) * 4), (32, 32, 2)),
+    "vit_tiny": (dict(), (224, 224, 3)),
+}
+
+
+def clock(run):
+    begin = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - begin
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--models", default="resnet20,mlp")
+    parser.add_argument("--batches", default="1,64")
+    args = parser.parse_args()
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores")
+    print("\n| net | batch | float | integers in float32 | int8, int32 sums | auto |")
+    print("|---|---|---|---|---|---|")
+    for name in args.models.split(","):
+        fields, shape = NETS[name]
+        model = create(name, 10, **fields)
+        example = np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float32)
+        net = qk.quantize(model, presets.rules("w8a8", model=model, images=example))
+        floats = jax.jit(net.init)(jax.random.key(0), example)
+        variables = qk.calibrate(net, floats, [example])
+        integer = convert(net, variables, example)
+        held = max(s.bound for s in integer.program.steps if hasattr(s, "bound")) < 2**24
+        for batch in map(int, args.batches.split(",")):
+            x = np.random.default_rng(1).normal(size=(batch, *shape)).astype(np.float32)
+            ways = ("float32", "int32", "auto") if held else ("int32", "auto")
+            runs = {"float": functools.partial(jax.jit(model.apply), floats, x)}
+            for way in ways:
+                runs[way] = functools.partial(integer_apply, integer, x, formulation=way)
+            times = {way: [] for way in runs}
+            for turn in range(args.rounds + 2):
+                for way, run in runs.items():
+                    taken = clock(run)
+                    if turn >= 2:
+                        times[way].append(1000 * taken)
+            medians = {way: statistics.median(t) for way, t in times.items()}
+            cells = [f"{medians['float']:.2f}"]
+            cells += [
+                f"{medians[w]:.2f} ({medians[w] / medians['float']:.2f})" if w in medians else "-"
+                for w in ("float32", "int32", "auto")
+            ]
+            print(f"| {name} | {batch} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
