@@ -312,7 +312,7 @@ def semckd(
       where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider; 0 at equality. The authors weight it by 400.
+      [batch], float32 or wider; 0 at equality.
 
     Raises:
       ValueError: for shapes that do not fit.

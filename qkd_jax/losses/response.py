@@ -390,7 +390,7 @@ def apprentice(
       classes) gives NaN.
 
     Reference:
-      Mishra, Marr, 2017, arXiv 1711.05852, equation 1.
+      Mishra, Marr, 2017, arXiv 1711.05852.
     """
     for name, value in (("beta", beta), ("gamma", gamma)):
         checks.number(name, value, low=0.0)

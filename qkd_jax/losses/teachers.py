@@ -79,7 +79,7 @@ def kd_sum(
       ValueError: for shapes that differ, no teachers, or a temperature not above 0.
 
     Reference:
-      You et al., KDD 2017; so does the code of Beyer et al., 2021, arXiv 2106.05237.
+      The code of Beyer et al., 2021, arXiv 2106.05237, with several teachers.
     """
     student, teachers, mask = _prepare(student_logits, teachers_logits, where)
     return keep(jnp.sum(_divergences(student, teachers, temperature), axis=0), mask)

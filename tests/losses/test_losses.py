@@ -152,9 +152,13 @@ def value_and_gradients(name, args, where, **keywords):
     return value, grads
 
 
+# Most of a test is compilation, and XLA's optimizations are most of that.
+compile_fast = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 @functools.cache
 def compiled(name):
-    return jax.jit(functools.partial(value_and_gradients, name))
+    return compile_fast(functools.partial(value_and_gradients, name))
 
 
 def run(name, args, where=None):
@@ -211,7 +215,7 @@ def test_hyper_parameters_may_be_traced(name):
     if not hyper:
         pytest.skip("has none")
     traced = {k: jnp.float32(v) for k, v in hyper.items()}
-    value = jax.jit(functools.partial(values, name))(**args, **traced)
+    value = compile_fast(functools.partial(values, name))(**args, **traced)
     np.testing.assert_allclose(value, run(name, args)[0], rtol=1e-5, atol=1e-6)
 
 
@@ -255,7 +259,7 @@ def test_gradients_equal_finite_differences(name):
     with jax.enable_x64(True):
         h = 1e-5
         fixed = {k: v for k, v in args.items() if k not in moving}
-        function = jax.jit(lambda moving: jnp.sum(values(name, **moving, **fixed)))
+        function = compile_fast(lambda moving: jnp.sum(values(name, **moving, **fixed)))
         ends = [
             function(jax.tree.map(lambda a, d, h=h: a.astype(np.float64) + h * d, moving, step))
             for h in (h, -h)
@@ -367,7 +371,7 @@ def test_a_mask_may_be_floating(name):
     if name in COUPLED:
         pytest.skip("goes through the same check as bool")
     args = arguments(name)
-    value = jax.jit(functools.partial(values, name))(**args, where=MASK.astype(np.float32))
+    value = compile_fast(functools.partial(values, name))(**args, where=MASK.astype(np.float32))
     assert_close(value, run(name, args, MASK)[0], 1e-6, 0)
 
 
