@@ -161,8 +161,9 @@ def net(
       rules: a preset ("float", "w2a2", "w<k>a<k>", "ternary") or a tuple of rule dicts.
       init_from: another net of this config, copied when this one first takes part (with its
         quantizers where model and rules are the same, else its weights alone); a net of another run
-        ("<run folder>#<net>") or a flat .npz file, whose weights are taken and whose quantizers are
-        not, so calibrate it; "" starts from random weights.
+        ("<run folder>#<net>"), or a file of `qkd_jax.weights` (.safetensors of torchvision, timm,
+        RepDistiller or ours, .npz, an Orbax folder), whose weights are taken and whose quantizers
+        are not, so calibrate it; "" starts from random weights.
       head_from: another net, in whose classifier this one ends, behind a projector to its features
         (SimKD); it is copied when this net first takes part. Freeze it: `sgd(freeze=("head",))`.
       reduce_range: 7 bits for 8-bit weights, for x86 engines without VNNI.

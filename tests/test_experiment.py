@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_config import get_config
 
 from qkd_jax import experiment
+from qkd_jax.deploy import predict as predictor
 from qkd_jax.training.checkpoint import Checkpoints
 from qkd_jax.training.loop import NonFiniteError, Preempted
 from qkd_jax.training.trees import nested, tree_sha256
@@ -266,7 +268,17 @@ def test_deploying_compares_the_files_with_the_trained_net(tmp_path, capsys):
     assert row["integer"]["argmax_agreement"] == 1.0
     assert row["export"]["engine"] == "ONNX Runtime" and row["export"]["argmax_agreement"] > 0.9
     names = {p.name for p in (tmp_path / "model").iterdir()}
-    assert {"student.onnx", "student_float.onnx", "student_integers.npz", "student.npz"} <= names
+    assert {"student.onnx", "student_float.onnx", "student.npz", "student"} <= names
+    files = {p.name: p.stat().st_size for p in (tmp_path / "model" / "student").iterdir()}
+    assert row["integer"]["files"].items() <= files.items() and "model.stablehlo" in files
+    image = Image.fromarray(np.full((20, 30, 3), 90, np.uint8))
+    image.save(tmp_path / "image.png")
+    for engine in predictor.ENGINES:
+        said = capsys.readouterr()
+        command = [str(tmp_path), str(tmp_path / "image.png"), f"--engine={engine}", "--json"]
+        assert predictor.main(command) == 0, said
+        (found,) = json.loads(capsys.readouterr().out)
+        assert [len(p["class"]) for p in found["predictions"]] == [1, 1, 1]
     timings = json.loads((tmp_path / "timings.json").read_text())
     assert {t["model"] for t in timings["latency"]} == {"student w4a4", "student float32"}
     assert "<svg" in (tmp_path / "report.html").read_text()

@@ -12,6 +12,7 @@ from qkd_jax.deploy.latency import latency
 from qkd_jax.deploy.onnx import OnnxFile, has_vnni, onnx_session, to_onnx
 from qkd_jax.deploy.program import IntegerModel, LayerSize
 from qkd_jax.deploy.stablehlo import load_stablehlo, save_stablehlo
+from qkd_jax.deploy.stamp import read_stamp, stamp_onnx
 
 __all__ = [
     "Description",
@@ -26,7 +27,9 @@ __all__ = [
     "load",
     "load_stablehlo",
     "onnx_session",
+    "read_stamp",
     "save",
     "save_stablehlo",
+    "stamp_onnx",
     "to_onnx",
 ]

@@ -40,7 +40,7 @@ TENSORS, JSON = "model.safetensors", "model.json"
 FORMAT, VERSION = "qkd_jax integer model", 1
 ALONE = 1024  # bytes
 LARGEST = 2**31  # elements of a value, at a batch of `TRIAL`
-TRIAL = 3
+TRIAL = 31  # no ordinary dimension
 BATCH = "batch"
 FIELDS = ("format", "version", "written_by", "description", "outputs", "arrays", "program")
 REPAIR = "export the model again"
@@ -236,7 +236,7 @@ def _shapes(program: Program, arrays: Mapping[str, np.ndarray]) -> list[Any]:
     """
     for step in program.steps:
         if isinstance(step, Weight) and step.key in arrays:
-            array, wanted = arrays[step.key], packed_bytes(step.shape, step.format)
+            array, wanted = arrays[step.key], packed_bytes(step.shape, step.format, step.stride)
             packed = array.dtype == np.uint8 and array.shape == (wanted,)
             plain = array.dtype == step.format.storage and array.shape == step.shape
             if not (packed or plain) or array.nbytes != wanted:
@@ -247,7 +247,7 @@ def _shapes(program: Program, arrays: Mapping[str, np.ndarray]) -> list[Any]:
     # Numbers go in as arguments, so that nothing is computed from them here.
     numbers = {f"number {v}": number for v, number in program.numbers.items()}
     named = {v: f"number {v}" for v in program.numbers}
-    traced = dataclasses.replace(program, numbers={}, arrays={**program.arrays, **named})
+    traced = dataclasses.replace(program, numbers={}, arrays={**named, **program.arrays})
     inputs = [
         jax.ShapeDtypeStruct((TRIAL, *a.shape[1:]) if program.batch else a.shape, a.dtype)
         for a in program.signature
@@ -263,6 +263,14 @@ def _shapes(program: Program, arrays: Mapping[str, np.ndarray]) -> list[Any]:
         raise ValueError(
             f"its program does not fit together: {lines[0] if lines else type(error).__name__}"
         ) from error
+    for eqn in closed.jaxpr.eqns:
+        if eqn.primitive.name == "reshape":  # the one whose primitive does not check
+            (before,), (after,) = eqn.invars, eqn.outvars
+            if math.prod(before.aval.shape) != math.prod(after.aval.shape):
+                raise ValueError(
+                    f"its program reshapes {before.aval.shape} to {after.aval.shape}, which does "
+                    "not fit together"
+                )
     sizes = [math.prod(v.aval.shape) for e in closed.jaxpr.eqns for v in e.outvars]
     if max(sizes, default=0) > LARGEST:
         raise ValueError(f"a value of its program would have {max(sizes):,} elements")

@@ -5,7 +5,7 @@ Into `<run folder>/model` go, for a net `student`:
     student.npz            the trained variables, flat (`init_from` reads it)
     student.onnx           the quantized net with QuantizeLinear / DequantizeLinear
     student_float.onnx     the same architecture in float, for the latency beside it
-    student_integers.npz   packed integer weights, multipliers, biases
+    student/               model.safetensors and model.json: the integer model; model.stablehlo
     layers.json            bits and bytes of every layer
     histograms.json        weights on the code grid, before and after
 
@@ -25,8 +25,10 @@ import numpy as np
 
 from qkd_jax import deploy as shipping
 from qkd_jax import report, weights
+from qkd_jax.data.dataset import Dataset
 from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
+from qkd_jax.hierarchy import TREES
 from qkd_jax.inspection import LayerInfo, layers
 from qkd_jax.quantizers import QUANTIZERS, live
 from qkd_jax.training.tracking import write_json
@@ -72,25 +74,30 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
 
     weights.save(folder / f"{name}.npz", variables)
     integer = shipping.convert(net, variables, images)
-    packed: dict[str, Any] = {key: np.asarray(array) for key, array in integer.arrays.items()}
-    np.savez(folder / f"{name}_integers.npz", **packed)
+    description = _description(run.dataset)
+    sizes = shipping.save(integer, folder / name, description=description)
+    shipping.save_stablehlo(integer, folder / name / "model.stablehlo")
+    integer = shipping.load(folder / name)  # what is compared below is what the files hold
     path, path_float = folder / f"{name}.onnx", folder / f"{name}_float.onnx"
     written = shipping.to_onnx(net, variables, images, path, target=target or None)
     before = _before(run, name)
     shipping.to_onnx(net, before or _floats(variables), images, path_float)
+    onnx_bytes = shipping.stamp_onnx(path, description)
+    shipping.stamp_onnx(path_float, description)
     session, session_float = shipping.onnx_session(path), shipping.onnx_session(path_float)
 
     test = list(run.eval_batches("test"))
     entry = _row(run, name, trained.metrics)
     entry["export"] = {
         "engine": ENGINE,
-        "bytes": written.bytes,
+        "bytes": onnx_bytes,
         "saturating_layers": list(written.saturating),
         **compare(_onnx(session), trained.logits, test),
     }
     entry["integer"] = {
         "bytes": integer.nbytes,
         "weight_bytes": integer.weight_bytes,
+        "files": sizes,
         **compare(lambda x: shipping.integer_apply(integer, x), trained.logits, test),
     }
     infos = layers(net, variables, run.example, **run.apply_arguments(name))
@@ -106,6 +113,17 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
                 rounds,
             )
         )
+
+
+def _description(dataset: Dataset) -> shipping.Description:
+    """The preprocessing of a data set, and the names of its classes where they are known."""
+    tree = TREES[dataset.name]() if dataset.name in TREES else None
+    return shipping.Description(
+        dataset.image_shape,
+        tuple(dataset.mean.tolist()),
+        tuple(dataset.std.tolist()),
+        () if tree is None else tuple(str(tree.names[leaf]) for leaf in tree.classes),
+    )
 
 
 def _row(run: Run, name: str, found: Mapping[str, float]) -> dict[str, Any]:

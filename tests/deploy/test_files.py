@@ -1,6 +1,7 @@
 """model.safetensors + model.json: the same logits in a fresh process, small, and never trusted."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import math
@@ -14,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_nets
+from mutation import mutated
 
 from qkd_jax import data, deploy, inspection, models, presets
 from qkd_jax.calibration import calibrate
 from qkd_jax.deploy import Description, convert, integer_apply
 from qkd_jax.deploy.operations import OPERATIONS, attributes, parameters, primitive
-from qkd_jax.deploy.serial import decode, encode
+from qkd_jax.deploy.serial import STRUCTURES, decode, encode
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, quantize
 from qkd_jax.weights.files import parse_safetensors, safetensors_bytes
@@ -137,6 +139,34 @@ def test_the_file_is_as_small_as_its_rules_imply(depth, tmp_path):
     assert len(layers) == (10 if depth == 8 else 22) and ratio <= 1.05
 
 
+class Pooled(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), strides=2, name="stem")(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+def test_integer_only_nets_are_files_too(tmp_path):
+    images = jax.random.normal(jax.random.key(0), (8, 4, 4, 1))
+    rules = presets.rules("w8a8:integer", model=Pooled(), images=images)
+    net, variables = small_nets.calibrated(Pooled(), rules, images)
+    integer = convert(net, variables, images, integer_only=True)
+    deploy.save(integer, tmp_path)
+    loaded = deploy.load(tmp_path)
+    kinds = [type(step) for step in loaded.program.steps]
+    assert kinds == [type(step) for step in integer.program.steps]
+    assert {"Encode", "Rescale", "Decode"} <= {kind.__name__ for kind in kinds}
+    np.testing.assert_array_equal(integer_apply(loaded, images), integer_apply(integer, images))
+
+
+def test_every_kind_of_step_can_be_saved():
+    from qkd_jax.deploy import program
+
+    kinds = [k for k in vars(program).values() if dataclasses.is_dataclass(k)]
+    ours = [k for k in kinds if k.__module__ == program.__name__ and k is not program.IntegerModel]
+    assert len(ours) > 5 and set(ours) <= set(STRUCTURES.values())
+
+
 def test_damage_is_named_with_its_file_and_repair(saved, tmp_path):
     folder, _, _ = saved
     tensors, text = files(folder)
@@ -196,6 +226,7 @@ def change(body, *keys, to):
         (("program", "steps", 0, "spec", "quantizer"), "__import__", "does not fit together"),
         (("program", "steps", 0, "spec", "bits"), 99, "bits is 99"),
         (("program", "steps", 3, "op"), "infeed", "unknown operation 'infeed'"),
+        (("program", "steps", 10, "inputs"), [31], "reshapes"),
         (("program", "signature", 0, "shape"), [1009, 4, 4, 2], "does not fit together"),
         (("program", "signature", 0, "shape"), [1009, 10**7, 10**7, 1], "fit|elements"),
         (("program", "out_tree", "of"), {"logits": 1}, "leaves of a tree"),
@@ -292,25 +323,6 @@ def test_fuzzed_bytes(saved, tmp_path):
             else:  # white space
                 assert name == "model.json"
                 assert json.loads((tmp_path / name).read_text()) == json.loads(text)
-
-
-def mutated(whole, rng):
-    """Flips, cuts, doubles, inserts or overwrites bytes; the result is never the original."""
-    data = bytearray(whole)
-    while data == whole:
-        at = rng.randrange(len(data))
-        kind = rng.randrange(5)
-        if kind == 0:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del data[at:]
-        elif kind == 2:
-            del data[at : at + rng.randrange(1, 9)]
-        elif kind == 3:
-            data[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 9)))
-        else:
-            data[at : at + 8] = bytes(rng.choice((0, 255, 127)) for _ in range(8))
-    return bytes(data)
 
 
 @pytest.mark.parametrize("op", sorted(OPERATIONS))

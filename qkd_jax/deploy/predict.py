@@ -1,0 +1,278 @@
+"""Classifies image files with an exported model.
+
+    python -m qkd_jax.deploy.predict runs/qkd_digits a.png b.png
+    python -m qkd_jax.deploy.predict runs/qkd_digits/model/student.onnx a.png --engine=openvino
+    python -m qkd_jax.deploy.predict runs/qkd_digits/model/student a.png --top=1 --json
+
+MODEL is a run folder (with --net where it has several), a folder of `model.json`, or an .onnx file.
+Size, channels and normalisation of the image come from the model's files. Exit code 2 says that
+something that was given is wrong; the message says what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax.deploy.description import Description
+from qkd_jax.deploy.files import JSON, describe, load
+from qkd_jax.deploy.integers import integer_apply
+from qkd_jax.deploy.onnx import onnx_session
+from qkd_jax.deploy.stamp import read_stamp
+
+__all__ = ["ENGINES", "Predictor", "main", "open_predictor", "predict"]
+
+BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """A model ready to classify: its description, and normalised images to logits."""
+
+    path: Path
+    engine: str
+    description: Description
+    logits: Callable[[np.ndarray], np.ndarray]
+
+
+def open_predictor(
+    model: str | os.PathLike[str], *, engine: str | None = None, net: str = ""
+) -> Predictor:
+    """Opens an exported model.
+
+    Args:
+        model: a run folder, a folder that `deploy.save` wrote, or an .onnx file.
+        engine: a key of `ENGINES`; None takes "onnxruntime" for an .onnx file, else "jax".
+        net: which net of a run folder; may be left out where there is one.
+
+    Raises:
+        ValueError: no such model or engine, one that the engine does not run, damaged files, or
+            files without preprocessing.
+        ImportError: the engine is not installed.
+    """
+    path = Path(model)
+    if engine is not None:
+        checks.one_of("engine", engine, ENGINES)
+    is_onnx = path.suffix == ".onnx"
+    engine = engine or ("onnxruntime" if is_onnx else "jax")
+    if (path / "model").is_dir() and not (path / JSON).is_file():
+        path = _net_folder(path, net)
+    elif net:
+        raise ValueError(f"net is {net!r}, and {path} is no run folder; leave it out.")
+    if is_onnx and engine == "jax":
+        raise ValueError(f"{path} is an ONNX file; give engine='onnxruntime' or 'openvino'.")
+    if not is_onnx and engine != "jax":
+        path = path.with_name(f"{path.name}.onnx")  # where --mode=export writes it
+        if not path.is_file():
+            raise ValueError(f"{engine} runs ONNX files, and there is no {path}; give one.")
+    return ENGINES[engine](path)
+
+
+def _net_folder(run: Path, net: str) -> Path:
+    found = sorted(p.parent.name for p in (run / "model").glob(f"*/{JSON}"))
+    if not found:
+        raise ValueError(
+            f"{run} has no exported model; run: python launch.py --mode=export --workdir={run}"
+        )
+    if not net and len(found) > 1:
+        raise ValueError(f"{run} has the nets {', '.join(found)}; name one with --net.")
+    if net and net not in found:
+        raise checks.unknown("net", net, found)
+    return run / "model" / (net or found[0])
+
+
+def _jax(path: Path) -> Predictor:
+    integer, description = load(path), describe(path)
+    if description is None:
+        raise ValueError(
+            f"{path / JSON} does not say how images become the model's input; save it with "
+            "qkd_jax.deploy.save(..., description=qkd_jax.deploy.Description(...))."
+        )
+    shape = (1, *description.image_shape)
+    given = [(0, *a.shape[1:]) for a in integer.program.signature]
+    if given != [(0, *shape[1:])]:
+        raise ValueError(f"{path / JSON} has images {shape[1:]} for a model of {given}.")
+    return Predictor(
+        path, "jax", description, lambda images: np.asarray(_single(integer_apply(integer, images)))
+    )
+
+
+def _single(output: Any) -> Any:
+    """The one array that a model returns."""
+    leaves = jax.tree.leaves(output)
+    if len(leaves) != 1:
+        raise ValueError(f"the model returns {len(leaves)} arrays; a classifier returns one.")
+    return leaves[0]
+
+
+def _onnxruntime(path: Path) -> Predictor:
+    _need("onnxruntime")
+    description = _stamp(path)
+    try:
+        session = onnx_session(path)
+        (given,) = session.get_inputs()
+        name = given.name
+    except Exception as error:  # the engine's own
+        raise ValueError(f"ONNX Runtime cannot open {path}: {error}") from error
+    return Predictor(
+        path,
+        "onnxruntime",
+        description,
+        lambda images: _single(session.run(None, {name: _channels_first(images)})),
+    )
+
+
+def _openvino(path: Path) -> Predictor:
+    with _without_telemetry():
+        _need("openvino")
+    description = _stamp(path)
+    openvino = importlib.import_module("openvino")
+    # Without the hint the CPU plugin computes in bfloat16 where the processor has it.
+    config = {"INFERENCE_PRECISION_HINT": "f32"}
+    try:
+        compiled = openvino.Core().compile_model(os.fspath(path), "CPU", config)
+    except Exception as error:  # the engine's own
+        raise ValueError(f"OpenVINO cannot open {path}: {error}") from error
+    return Predictor(
+        path,
+        "openvino",
+        description,
+        lambda images: np.array(_single(list(compiled(_channels_first(images)).values()))),
+    )
+
+
+@contextlib.contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Keeps OpenVINO from loading its telemetry, which forks; JAX's threads may not survive it."""
+    name = "openvino_telemetry"
+    known = name in sys.modules
+    if not known:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if not known:
+            del sys.modules[name]
+
+
+ENGINES: dict[str, Callable[[Path], Predictor]] = {
+    "jax": _jax,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}
+
+
+def _stamp(path: Path) -> Description:
+    _need("onnx")
+    return read_stamp(path)
+
+
+def _need(package: str) -> None:
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f"{package} is not installed; it comes with the `export` extra: in the checkout, "
+            "pip install -e '.[export]'. --engine=jax needs none of it."
+        ) from error
+
+
+def _channels_first(images: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(images, -1, 1))
+
+
+def predict(
+    predictor: Predictor, paths: Sequence[str | os.PathLike[str]], *, top: int = 3
+) -> list[dict[str, Any]]:
+    """Classifies image files.
+
+    Args:
+        predictor: from `open_predictor`.
+        paths: image files that Pillow reads.
+        top: how many classes to give for each image.
+
+    Returns:
+        One {"image", "predictions": [{"class", "index", "probability"}]} for each image, the most
+        probable class first. A class without a name is called by its number.
+
+    Raises:
+        ValueError: a file that is no image, `top` out of range, or logits that do not fit the
+            class names.
+    """
+    checks.integer_in("top", top, 1)
+    description, names = predictor.description, predictor.description.classes
+    pixels = [description.read_image(os.fspath(path)) for path in paths]
+    found: list[dict[str, Any]] = []
+    for start in range(0, len(pixels), BATCH):
+        batch = np.stack(pixels[start : start + BATCH])
+        logits = np.asarray(predictor.logits(description.normalize(batch)), np.float64)
+        if logits.ndim != 2 or len(logits) != len(batch):
+            raise ValueError(
+                f"{predictor.path} gives {logits.shape} for {len(batch)} images; a classifier "
+                "gives [batch, classes]."
+            )
+        if names and len(names) != logits.shape[1]:
+            raise ValueError(
+                f"{predictor.path} has {logits.shape[1]} logits and {len(names)} names of classes."
+            )
+        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        for path, row in zip(paths[start : start + BATCH], shares, strict=True):
+            best = np.argsort(-row, kind="stable")[:top]
+            predictions = [
+                {
+                    "class": names[i] if names else str(i),
+                    "index": int(i),
+                    "probability": float(row[i]),
+                }
+                for i in best
+            ]
+            found.append({"image": os.fspath(path), "predictions": predictions})
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qkd_jax.deploy.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="a run folder, a folder of model.json, or an .onnx file")
+    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument("--engine", choices=list(ENGINES), help="default: jax, or onnxruntime")
+    parser.add_argument("--net", default="", help="which net of a run folder")
+    parser.add_argument("--top", type=int, default=3, help="classes to show (3)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    given = parser.parse_args(arguments)
+    try:
+        predictor = open_predictor(given.model, engine=given.engine, net=given.net)
+        found = predict(predictor, given.images, top=given.top)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if given.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for entry in found:
+        said = ", ".join(
+            f"{p['class']} {100 * p['probability']:.2f} %" for p in entry["predictions"]
+        )
+        print(f"{entry['image']}: {said}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""The predictor: what every engine says of image files, and every way to call it wrongly."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import small_nets
+from mutation import mutated
+from PIL import Image
+
+from qkd_jax import deploy
+from qkd_jax.deploy import Description, predict
+from qkd_jax.deploy.predict import main, open_predictor
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize import Rule
+
+NAMES = ("ant", "bee", "cat")
+SHAPE = (6, 5, 3)
+DESCRIPTION = Description(SHAPE, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), NAMES)
+
+
+class Small(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), name="stem")(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+def net_of(shape=SHAPE):
+    x = jax.random.normal(jax.random.key(0), (8, *shape))
+    return small_nets.calibrated(Small(), [Rule(".*", weight=Spec(7), input=Spec(8))], x), x
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder as --mode=export leaves it, with two images."""
+    folder = tmp_path_factory.mktemp("run")
+    (net, variables), x = net_of()
+    deploy.save(deploy.convert(net, variables, x), folder / "model/net", description=DESCRIPTION)
+    deploy.to_onnx(net, variables, x, folder / "model/net.onnx")
+    deploy.stamp_onnx(folder / "model/net.onnx", DESCRIPTION)
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, SHAPE).astype(np.uint8) for _ in range(2)]
+    for i, array in enumerate(pixels):
+        Image.fromarray(array).save(folder / f"{i}.png")
+    return folder, pixels
+
+
+def test_it_says_what_the_model_computes(run, capsys):
+    folder, pixels = run
+    integer = deploy.load(folder / "model/net")
+    x = (np.stack(pixels) / 255 - DESCRIPTION.mean) / np.array(DESCRIPTION.std)
+    logits = np.asarray(deploy.integer_apply(integer, x.astype(np.float32)), np.float64)
+    wanted = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    images = [str(folder / "0.png"), str(folder / "1.png")]
+    assert main([str(folder), *images, "--json", "--top=3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [f["image"] for f in found] == images
+    for entry, row in zip(found, wanted, strict=True):
+        order = np.argsort(-row)
+        assert [p["index"] for p in entry["predictions"]] == order.tolist()
+        assert [p["class"] for p in entry["predictions"]] == [NAMES[i] for i in order]
+        shares = [p["probability"] for p in entry["predictions"]]
+        np.testing.assert_allclose(shares, row[order], rtol=1e-4)
+    assert main([str(folder / "model/net"), images[0], "--top=1"]) == 0
+    text = capsys.readouterr().out
+    best = found[0]["predictions"][0]
+    assert text == f"{images[0]}: {best['class']} {100 * best['probability']:.2f} %\n"
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_engines_agree(run, engine):
+    folder, _ = run
+    images = [folder / "0.png", folder / "1.png"]
+    ours = predict.predict(open_predictor(folder), images)
+    theirs = predict.predict(open_predictor(folder / "model/net.onnx", engine=engine), images)
+    assert predict.predict(open_predictor(folder, engine=engine), images) == theirs
+    for one, other in zip(ours, theirs, strict=True):
+        for a, b in zip(one["predictions"], other["predictions"], strict=True):
+            assert a["class"] == b["class"] and abs(a["probability"] - b["probability"]) < 0.02
+
+
+def test_images_of_other_sizes_and_kinds(run, tmp_path):
+    grey = np.full((40, 50), 77, np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    wide = np.dstack([np.full((40, 50, 3), 77, np.uint8), np.full((40, 50), 10, np.uint8)])
+    Image.fromarray(wide).save(tmp_path / "alpha.png")
+    for name in ("grey.png", "alpha.png"):
+        read = DESCRIPTION.read_image(str(tmp_path / name))
+        np.testing.assert_array_equal(read, np.full(SHAPE, 77, np.uint8))
+    one = Description((6, 5, 1), (0.4,), (0.2,))
+    red = np.zeros((6, 5, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
+    Image.fromarray(red).save(tmp_path / "red.png")
+    np.testing.assert_array_equal(one.read_image(str(tmp_path / "red.png")), np.full((6, 5, 1), 76))
+
+
+def refused(capsys, match, *arguments):
+    assert main([str(a) for a in arguments]) == 2
+    assert match in capsys.readouterr().err
+
+
+def test_what_is_refused(run, tmp_path, capsys, monkeypatch):
+    folder, _ = run
+    image, path = folder / "0.png", folder / "model/net.onnx"
+    (tmp_path / "text.png").write_text("no image")
+    refused(capsys, "text.png cannot be read as an image", folder, tmp_path / "text.png")
+    refused(capsys, "none.png cannot be read as an image", folder, tmp_path / "none.png")
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
+    refused(capsys, "save it with 8 bits a channel", folder, tmp_path / "deep.png")
+    refused(capsys, "top is 0", folder, image, "--top=0")
+    refused(capsys, "is no folder of a saved model", tmp_path, image)
+    refused(capsys, "unknown net 'nt'; allowed: net. Did you mean 'net'", folder, image, "--net=nt")
+    refused(capsys, "is no run folder", folder / "model/net", image, "--net=net")
+    refused(capsys, "give engine='onnxruntime' or 'openvino'", path, image, "--engine=jax")
+    refused(capsys, "none.onnx cannot be read", tmp_path / "none.onnx", image)
+    (tmp_path / "model").mkdir()
+    refused(capsys, "--mode=export --workdir=", tmp_path, image)
+    for name in ("a", "b"):
+        shutil.copytree(folder / "model/net", tmp_path / "model" / name)
+    refused(capsys, "has the nets a, b; name one with --net", tmp_path, image)
+    refused(capsys, "and there is no", tmp_path / "model/a", image, "--engine=openvino")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    refused(capsys, "onnxruntime is not installed; it comes with the `export` extra", path, image)
+
+
+def test_models_that_take_no_image(tmp_path, run):
+    (net, variables), x = net_of((6, 5, 2))
+    integer = deploy.convert(net, variables, x)
+    two = Description((6, 5, 2), (0.1, 0.2), (1.0, 1.0))
+    deploy.save(integer, tmp_path, description=two)
+    with pytest.raises(ValueError, match="takes 2 channels, and an image file gives 1"):
+        predict.predict(open_predictor(tmp_path), [run[0] / "0.png"])
+    deploy.save(integer, tmp_path, description=DESCRIPTION)
+    with pytest.raises(ValueError, match=r"images \(6, 5, 3\) for a model of"):
+        open_predictor(tmp_path)
+    deploy.save(integer, tmp_path)
+    with pytest.raises(ValueError, match="does not say how images become"):
+        open_predictor(tmp_path)
+    few = Description(SHAPE, (0.1,) * 3, (1.0,) * 3, ("a", "b"))
+    (net, variables), x = net_of()
+    deploy.save(deploy.convert(net, variables, x), tmp_path, description=few)
+    with pytest.raises(ValueError, match="3 logits and 2 names"):
+        predict.predict(open_predictor(tmp_path), [run[0] / "0.png"])
+    deploy.to_onnx(net, variables, x, tmp_path / "plain.onnx")
+    with pytest.raises(ValueError, match=r"plain\.onnx does not say how"):
+        open_predictor(tmp_path / "plain.onnx")
+
+
+def test_the_command_starts_as_a_module():
+    command = [sys.executable, "-m", "qkd_jax.deploy.predict", "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0 and "--engine" in ran.stdout, ran.stderr
+
+
+@pytest.mark.slow
+def test_fuzzed_onnx_files(run, tmp_path):
+    """1,000 mutations: a ValueError, or a file whose graph and description are untouched."""
+    whole, rng = (run[0] / "model/net.onnx").read_bytes(), random.Random(2)
+    path, accepted = tmp_path / "x.onnx", 0
+    for _ in range(1000):
+        path.write_bytes(mutated(whole, rng))
+        try:
+            assert deploy.read_stamp(path) == DESCRIPTION
+        except ValueError as error:
+            assert str(path) in str(error)
+            continue
+        accepted += 1
+        try:  # what is left to change is not in the graph: the producer's name, the version
+            predictor = open_predictor(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+        else:
+            assert predictor.logits(np.zeros((2, *SHAPE), np.float32)).shape == (2, 3)
+    assert accepted < 100
