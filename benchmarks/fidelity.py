@@ -2,8 +2,9 @@
 
     python benchmarks/fidelity.py [--models=resnet20,vit] [--rules=w8a8:integer,w2a2]
 
-For every model and set of rules a net is trained (`configs/qat.py`, float and then quantized; a run
-folder is reused) and compared on the whole test split with what `convert` makes of it:
+For every model and set of rules a net is trained (`configs/qat.py`: float, where `--float` has no
+run of `configs/float.py` named <model>_s<seed>, then quantized; a run folder is reused) and
+compared on the whole test split with what `convert` makes of it:
 
 - fake: the trained net with its BatchNorms folded, as it is evaluated, beside the net as trained;
 - integer: products on integers, the rest in float32;
@@ -44,12 +45,18 @@ def trained(model, rules, args):
     """Returns (net, variables, test images, labels) of a run that is made if it is not there."""
     arg = f"data={args.data},model={model},width={WIDTHS[model]},bits={rules}"
     arg += f",train_examples={args.train_examples},epochs={args.epochs},seed={args.seed}"
-    config = arms.undeployed(qat.get_config(arg))
-    if model == "vit":  # transformers are trained by Adam
-        config = config.unlock()
+    source = pathlib.Path(args.float) / f"{model}_s{args.seed}"
+    if args.float and source.exists():
+        arg += f",init_from={source}#net"
+    config = arms.undeployed(qat.get_config(arg)).unlock()
+    kinds = ("train", "calibrate", "reestimate_bn")
+    config.schedule = tuple(s for s in config.schedule if config.stages[s].kind in kinds)
+    if model == "vit":  # transformers are trained by Adam, and have no BatchNorm
+        config.schedule = tuple(s for s in config.schedule if s != "reestimate_bn")
         for stage, lr in (("pretrain", 1e-3), ("qat", 5e-4)):
-            config.stages[stage].optim.net.update(name="adam", lr=lr, weight_decay=0.0)
-        config.lock()
+            if stage in config.stages:
+                config.stages[stage].optim.net.update(name="adamw", lr=lr, weight_decay=0.0)
+    config.lock()
     folder = pathlib.Path(args.runs) / f"{model}_{rules.replace(':', '_')}"
     arms.run_arm(config, folder)
     state = experiment.restore(folder)
@@ -148,11 +155,12 @@ def bytes_of(net, integer):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", default="runs/fidelity")
+    parser.add_argument("--float", default="runs/float", help="folder of float runs")
     parser.add_argument("--data", default="fashion_mnist")
     parser.add_argument("--models", default="resnet20,vit")
     parser.add_argument("--rules", default="w8a8:integer,w4a4:integer,w2a2")
     parser.add_argument("--train_examples", type=int, default=10_000)
-    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--images", type=int, default=0, help="test images; 0 is all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -14,13 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qkd_jax import checks
 from qkd_jax.numerics import IntFormat
 
 __all__ = ["field_bits", "pack", "packed_bytes", "unpack"]
 
 
 def field_bits(format: IntFormat, stride: int = 1) -> int:
-    """Returns the bits that one stored code takes: 1 to 4, 8 or 16."""
+    """Returns the bits that one stored code takes: 1 to 4, 8 or 16.
+
+    Raises:
+        ValueError: a stride that is not between 1 and the largest difference of two codes.
+    """
+    checks.integer_in("stride", stride, 1, max(format.qmax - format.qmin, 1))
     width = max(((format.qmax - format.qmin) // stride).bit_length(), 1)
     return width if width <= 4 else 8 * format.storage.itemsize
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small_nets
 
-from qkd_jax import ptq
+from qkd_jax import models, presets, ptq
 from qkd_jax.deploy import convert, integer_apply
 from qkd_jax.numerics import Spec
 from qkd_jax.presets import PAIRS
@@ -136,3 +136,17 @@ def test_weights_rounded_after_training_keep_their_codes(method):
     rounded = getattr(ptq, method)(net, variables, [IMAGES], **options)
     assert np.any(rounded["params"]["dense"]["kernel"] != variables["params"]["dense"]["kernel"])
     check(net, rounded, IMAGES)
+
+
+@pytest.mark.slow
+def test_a_transformer_has_the_codes_that_were_trained():
+    """Attention's products on codes; LayerNorm, GELU and softmax in float between them."""
+    model = models.create("vit", 3, depth=2, width=16, heads=2)
+    images = np.random.default_rng(0).normal(0, 1, (16, 12, 12, 1)).astype(np.float32)
+    rules = presets.rules("w4a8", model=model, images=images)
+    net, variables = small_nets.calibrated(model, rules, images)
+    integer = check(net, variables, images)
+    names = {layer.path for layer in integer.program.layers}
+    assert {"block0/attention/query", "block1/mlp2", "stem", "head"} <= names
+    kernel = integer.arrays["block0/mlp1/weight"]
+    assert kernel.nbytes == 16 * 32 // 2

@@ -409,3 +409,28 @@ def test_a_description_normalizes_as_the_data_set_does():
     again = Description.from_json(json.loads(json.dumps(description.to_json())))
     assert again == description
     np.testing.assert_array_equal(again.normalize(images), dataset.normalize(images))
+
+
+@pytest.mark.slow
+def test_integer_only_programs_and_odd_codes_are_files_too(tmp_path):
+    images = np.asarray(small_nets.images(4))
+    model = small_nets.Mixed()
+    for place, rules in enumerate(("w8a8:integer", "w2a2:dorefa")):
+        fitted = presets.rules(rules, model=model, images=images)
+        net, variables = small_nets.calibrated(model, fitted, images)
+        integer = convert(net, variables, images, integer_only=not place)
+        deploy.save(integer, tmp_path / rules)
+        loaded = deploy.load(tmp_path / rules)
+        np.testing.assert_array_equal(
+            integer_apply(loaded, images[:3]), integer_apply(integer, images[:3])
+        )
+        assert [type(s) for s in loaded.program.steps] == [type(s) for s in integer.program.steps]
+    # A stride that no code has is a wrong file, not a crash.
+    step = next(s for s in encode(integer.program)["steps"] if s["is"] == "weight")
+    body = json.loads((tmp_path / "w2a2:dorefa" / "model.json").read_text())
+    for entry in body["program"]["steps"]:
+        if entry.get("key") == step["key"]:
+            entry["stride"] = 0
+    tensors = dict(parse_safetensors(files(tmp_path / "w2a2:dorefa")[0], "model.safetensors")[0])
+    with pytest.raises(ValueError, match="stride is 0"):
+        deploy.load(sealed(tmp_path / "wrong", body, tensors))
