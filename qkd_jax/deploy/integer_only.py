@@ -87,6 +87,7 @@ class Linear:
 class Raw:
     """The net's own input, moved: still float."""
 
+    value: int
     shape: tuple[int, ...]
 
 
@@ -118,7 +119,7 @@ class _Rewriter:
 
     def model(self) -> IntegerModel:
         for value in self.source.inputs:
-            self.env[value] = Raw(self.shape(value))
+            self.env[value] = Raw(value, self.shape(value))
         for value, key in self.source.arrays.items():
             self.env[value] = self.given[key].astype(np.float64)
         for value, number in self.source.numbers.items():
@@ -200,7 +201,7 @@ class _Rewriter:
                     f"{spec.quantizer!r}; use 'uniform' or 'lsq' there."
                 )
             key = self.store(f"{step.name}/scale", scale, np.float32)
-            self.steps.append(Encode(step.name, key, offset, *ends, step.input, step.codes))
+            self.steps.append(Encode(step.name, key, offset, *ends, found.value, step.codes))
         elif isinstance(found, Linear):
             single = len(found.terms) == 1
             if single and (not plain or ends[1] - ends[0] < TABLE_CODES):
@@ -350,12 +351,13 @@ class _Rewriter:
     def applied(self, node: Node, values: list[Any]) -> Any:
         op, x = node.op, values[0]
         if op in SAME:
-            return x
+            same = self.graph.dtype(node.inputs[0]) == self.graph.dtype(node.outputs[0])
+            return x if same or not isinstance(x, Raw) else None
         if isinstance(x, Raw):
             if op not in MOVES:
                 return None
-            self.steps.append(node)
-            return Raw(self.shape(node.outputs[0]))
+            self.steps.append(dataclasses.replace(node, inputs=(x.value,)))
+            return Raw(node.outputs[0], self.shape(node.outputs[0]))
         if len(values) == 1:
             if op == "neg":
                 return _negated(x)
@@ -425,7 +427,7 @@ class _Rewriter:
         reach = float(np.abs(x.bias).max()) + sum(
             float(np.abs(m).max()) * bound for _, m, bound in x.terms
         )
-        unit, codes = reach / 2.0 ** (GROUND - 1), self.new()
+        unit, codes = max(reach, 1e-30) / 2.0 ** (GROUND - 1), self.new()
         ends = -(2 ** (GROUND - 1)), 2 ** (GROUND - 1)
         self.steps.append(self.fixed(f"{node.scope}/fixed_point", x, unit, ends, "", codes))
         return Linear(((codes, np.asarray(unit), ends[1]),), np.zeros(()), x.shape)
