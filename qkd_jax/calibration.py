@@ -59,9 +59,10 @@ def calibrate(
       The variables with `quant` added; everything else is as it was.
 
     Raises:
-      ValueError: no batch; no layer quantized; non-finite data; an operand with negative values
-        under an unsigned symmetric spec; an unknown observer or operand; variables whose
-        BatchNorms were folded into quantized layers. The message names the layer.
+      ValueError: no batch; a rule that matches nothing; no layer quantized; non-finite data; an
+        input that is 0 throughout; an operand with negative values under an unsigned symmetric
+        spec; an unknown observer or operand; variables whose BatchNorms were folded into quantized
+        layers. The message names the layer.
     """
     if observer is not None and observer not in OBSERVERS:
         raise checks.unknown("observer", observer, OBSERVERS)
@@ -76,9 +77,11 @@ def calibrate(
     kept = _kept(variables.get("quant", {}), chosen, "")
     start = {**floats, "quant": kept} if kept else floats
 
-    first = _observe(net, start, inputs, kwargs, specs, chosen, _Moments())
+    modules: set[str] = set()
+    first = _observe(net, start, inputs, kwargs, specs, chosen, _Moments(), modules=modules)
+    # `init` has checked this, but a net may start from a float checkpoint without it.
+    net.check_rules(modules)
     if not first:
-        net.check_rules(_paths(net, floats, inputs[0], kwargs))
         raise ValueError(
             "no operand of this net is quantized: none of its rules gives a layer it uses a "
             f"{' or '.join(chosen)} spec. `coverage` lists what the rules reach."
@@ -101,6 +104,7 @@ def calibrate(
             _put(quant, path, f"{operand}_quantizer", {"dynamic": mark})
             continue
         _check_sign(path, operand, spec, moments)
+        _check_silent(path, operand, moments)
         state = second[key]["observer"] if key in searching else first[key]["observer"]
         lo, hi = _named(key, OBSERVERS[specs.observer(path, operand)].range, state, spec)
         params = QUANTIZERS[spec.quantizer].init(moments._replace(lo=lo, hi=hi), spec)
@@ -211,9 +215,12 @@ class _Search:
 
 
 def _observe(
-    net, variables, inputs, kwargs, specs, chosen, task, known=None
+    net, variables, inputs, kwargs, specs, chosen, task, known=None, modules=None
 ) -> dict[tuple[str, str], Tree]:
-    """Runs the net over all inputs; each operand's state lies at its quantizer's place."""
+    """Runs the net over all inputs; each operand's state lies at its quantizer's place.
+
+    Adds the paths of all modules that ran to `modules`.
+    """
     variables = join_quant(variables)
 
     def run(states, arguments, record):
@@ -230,6 +237,8 @@ def _observe(
                 "nn.RNN's cells do), where statistics can't be kept. Leave it in float with a rule "
                 f"without specs before the others, or unroll the loop. ({error})"
             ) from error
+        if modules is not None:
+            modules.update(frame.modules)
         return _split(out["params"])
 
     def start(found, path, operand, x, spec, axes):
@@ -313,7 +322,12 @@ def _check_sign(path: str, operand: str, spec: Spec, moments: stats.Stats) -> No
         )
 
 
-def _paths(net: QuantizedModel, floats: Tree, arguments: tuple, kwargs: Tree) -> set[str]:
-    frame = Frame(net.spec_of)
-    jax.eval_shape(lambda a: net._apply(frame, floats, *a, **kwargs), arguments)
-    return frame.modules
+def _check_silent(path: str, operand: str, moments: stats.Stats) -> None:
+    """An all-zero weight is exact on any grid, but the range of a silent input is not known."""
+    if operand in ("input", "other") and not np.any(moments.lo) and not np.any(moments.hi):
+        raise ValueError(
+            f"{operand} of layer {path!r} is 0 in all the calibration data, so its range is not "
+            "known: real values would meet a grid of step 1. Give batches of real inputs; where "
+            "the layer before it is dead, leave this one in float with a rule without specs before "
+            "the others."
+        )

@@ -87,6 +87,8 @@ def test_batches_may_be_dicts_or_argument_tuples():
         ([{"pixels": jnp.ones((2, 5))}], "needs 'image'"),
         ([jnp.full((2, 5), jnp.nan)], "input of layer 'second'.*NaN"),
         ([jnp.full((2, 5), jnp.inf)], "input of layer 'second'"),
+        ([jnp.ones((0, 5))], "input of layer 'second': no calibration data.*non-empty batch"),
+        ([jnp.zeros((2, 5))] * 2, "input of layer 'second' is 0 in all.*batches of real inputs"),
     ],
 )
 def test_bad_batches(batches, message):
@@ -102,9 +104,42 @@ def test_negative_values_under_an_unsigned_symmetric_spec():
         calibrate(net, net.init(KEY, x), [x])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite(bad):
+    net, variables, x = build()
+    variables["params"]["second"]["kernel"] = jnp.full((8, 3), bad)
+    with pytest.raises(ValueError, match=r"weight of layer 'second'.*finite data.*float net's"):
+        calibrate(net, variables, [x])
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.3, -2.0])
+def test_constant_weights_and_inputs_lie_on_their_grid(constant):
+    spec = Spec(4, symmetric=False)
+    net = quantize(Net(), [Rule("second", weight=Spec(4), input=spec), Rule("first")])
+    _, variables, _ = build()
+    variables["params"]["first"]["bias"] = jnp.full((8,), 0.7)
+    variables["params"]["second"]["kernel"] = jnp.full((8, 3), constant)
+    x = jnp.zeros((6, 5))  # so the second layer sees 0.7 alone
+    want = net.apply(variables, x)
+    found = net.apply(calibrate(net, variables, [x]), x)
+    np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-7)
+
+
+def test_an_input_that_is_0_once_is_no_error():
+    net, variables, x = build()
+    assert calibrate(net, variables, [jnp.zeros((2, 5)), x])["quant"]
+    # What has no range to learn is not asked for one.
+    only_weights = calibrate(net, variables, [jnp.zeros((2, 5))], operands=("weight",))
+    assert set(only_weights["quant"]["second"]) == {"weight_quantizer"}
+
+
 def test_errors_of_names_and_of_rules_that_do_nothing():
     net, variables, x = build()
     with pytest.raises(ValueError, match="Did you mean 'minmax'"):
         calibrate(net, variables, [x], observer="minmaxx")
     with pytest.raises(ValueError, match="no operand of this net is quantized"):
         calibrate(quantize(Net(), [Rule(".*")]), variables, [x])
+    # A float checkpoint drops in without `init`, so a rule for nothing has to be found here too.
+    rules = [Rule("secnd", weight=Spec(8)), Rule("second", weight=Spec(4))]
+    with pytest.raises(ValueError, match=r"rules\[0\] 'secnd' matches no layer.*'second'"):
+        calibrate(quantize(Net(), rules), variables, [x])

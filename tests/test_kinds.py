@@ -319,6 +319,8 @@ def test_a_bad_scale_is_refused_before_anything_is_shipped(bad):
     variables["quant"]["dense"]["weight_quantizer"]["scale"] = jnp.float32(bad)
     with pytest.raises(ValueError, match=r"scale.* holds .*greater than 0. Calibrate again"):
         net.apply(variables, images)
-    if not bad <= 0:  # what is too small counts as the smallest scale
-        with pytest.raises(ValueError, match=r"weight of layer 'dense'.*holds (nan|inf)"):
-            qk.convert(net, variables, images)
+    named = r"weight of layer 'dense'.*holds .*greater than 0"
+    with pytest.raises(ValueError, match=named):
+        qk.convert(net, variables, images)
+    with pytest.raises(ValueError, match=named):
+        qk.deploy.to_onnx(net, variables, images, "nothing.onnx")

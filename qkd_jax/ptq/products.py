@@ -189,7 +189,7 @@ def view(traced: TracedNet, marker: Node) -> tuple[np.ndarray, np.ndarray, IntFo
             scale is NaN, infinite, zero or negative.
     """
     spec = traced.spec(marker)
-    where = f"{marker.params['operand']} of layer {marker.params['path']!r} ({spec.label})"
+    where = _named(traced, marker)
     if spec.dynamic:
         raise ValueError(
             f"{where} finds its range at run time, and the integer path works with scales that are "
@@ -220,7 +220,15 @@ def _integer_view(traced: TracedNet, marker: Node) -> Any:
             params = quantizer.live(traced.graph.constants[marker.inputs[0]], params, spec)
         elif quantizer.live(np.zeros((1,), np.float32), params, spec) is not params:
             return None  # parameters that depend on activations are known at run time only
+    if spec.quantizer == "uniform":
+        # Nothing learns it, so one that is 0 or below is no step that shrank but a mistake.
+        check_scale(f"the scale of {_named(traced, marker)}", params["scale"])
     return quantizer.integer_view(params, spec)
+
+
+def _named(traced: TracedNet, marker: Node) -> str:
+    label = traced.spec(marker).label
+    return f"{marker.params['operand']} of layer {marker.params['path']!r} ({label})"
 
 
 def scale_in_output(product: Product, side: int, scale: np.ndarray) -> np.ndarray:
