@@ -131,6 +131,7 @@ def frame(*, data: str, seed: int, train_examples: int = -1) -> ConfigDict:
         dir="",  # "": TFDS_DATA_DIR or TFDS's own default
         train_examples=known["train_examples"] if train_examples < 0 else train_examples,
         augment=known["augment"],
+        tree="",  # "": the data set's own class tree, if it has one; "none": without
     )
     config.nets = {}
     config.stages = {}

@@ -10,6 +10,7 @@ stages      the kinds of stages: STAGES
 deployment  the `deploy` stage: integers, ONNX, agreement, latency
 diagnosis   the `diagnose` stage: ranges, clipping, codes, SQNR, oscillation by operand
 hygiene     the checks of a train stage's hygiene
+soft_labels what the report shows of soft labels
 overview    `--mode=inspect`
 """
 
@@ -26,6 +27,7 @@ import jax
 from qkd_jax import data, weights
 from qkd_jax.data import DATASETS, NotPreparedError
 from qkd_jax.experiment import settings as reading
+from qkd_jax.experiment import soft_labels
 from qkd_jax.experiment.hygiene import check_hygiene
 from qkd_jax.experiment.overview import overview
 from qkd_jax.experiment.run import Run
@@ -202,6 +204,8 @@ def run(
                 nets={name: {"sha256": tree_sha256(v)} for name, v in state.variables.items()}
             )
             folder.write_results(results)
+            if report:
+                soft_labels.write(state, folder.path)
         if report:
             _write_report(folder, say)
         _show(results, say)
@@ -325,7 +329,19 @@ def report(workdir: str | Path, *, verbose: bool = True) -> None:
     results = folder.read_results()
     if results is not None:
         _show(results, say)
+        if _is_older(folder.path / soft_labels.FILE, folder.path / "results.json"):
+            _look_at_soft_labels(workdir, say)
     _write_report(folder, say)
+
+
+def _look_at_soft_labels(workdir: str | Path, say: Callable[[str], None]) -> None:
+    """Makes soft_labels.json of a finished run that lacks it; it needs the run's data."""
+    try:
+        folder, state = _open(workdir)
+    except NotPreparedError as error:
+        say(f"no pictures of soft labels: {error}")
+        return
+    soft_labels.write(state, folder.path)
 
 
 def inspect(config: Any, *, verbose: bool = True) -> str:

@@ -203,7 +203,26 @@ class Run:
             total = sums if total is None else metrics.add(total, sums)
             logits.append(out[batch["mask"]])
         assert total is not None
-        return Evaluation(metrics.finish(total), np.concatenate(logits))
+        found = np.concatenate(logits)
+        return Evaluation({**metrics.finish(total), **self.severity(found, split)}, found)
+
+    def severity(self, logits: np.ndarray, split: str = "test") -> dict[str, float]:
+        """How bad the mistakes of logits [examples, classes] are by the class tree, by name.
+
+        See `metrics.hierarchical`. Nothing where there is no tree; means over mistakes are left out
+        where there is no mistake.
+        """
+        if not self.settings.tree:
+            return {}
+        of_batch, size = hierarchical_step(self.settings.tree), self.settings["eval_batch_size"]
+        total: dict[str, float] = {}
+        for batch in self.eval_batches(split):
+            mask = batch["mask"]
+            padded = np.zeros((size, logits.shape[1]), np.float32)
+            padded[mask] = logits[batch["index"][mask]]
+            total = metrics.add(total, jax.device_get(of_batch(padded, batch["label"], mask)))
+        found = metrics.finish_hierarchical(total)
+        return {k: v for k, v in found.items() if v is not None and k not in ("count", "mistakes")}
 
     def apply_arguments(self, name: str) -> dict[str, bool]:
         """Arguments that put a net's model into evaluation mode."""
@@ -271,6 +290,14 @@ class Run:
         """Writes a line to metrics.jsonl at a step of a stage (counted from 1)."""
         if self.folder is not None:
             self.folder.log(stage.first + step, stage.name, split, values)
+
+
+@functools.lru_cache(maxsize=16)
+def hierarchical_step(tree: str) -> Callable[..., Any]:
+    """Compiled sums of `metrics.hierarchical`: fn(logits, labels, mask)."""
+    return jax.jit(
+        lambda logits, labels, mask: metrics.hierarchical(logits, labels, tree=tree, where=mask)
+    )
 
 
 def place(tree: Any) -> Any:

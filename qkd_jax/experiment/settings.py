@@ -24,6 +24,8 @@ from qkd_jax.experiment.values import (
     check_origins,
     check_tables,
     mapping,
+    tree_of,
+    with_tree,
 )
 from qkd_jax.models import MODELS, BorrowedClassifier, create
 from qkd_jax.quantize import QuantizedModel, quantize
@@ -35,7 +37,7 @@ __all__ = ["Settings", "Stage", "build_net", "read", "resolve", "shapes"]
 # Everything a config may say outside of `nets`, `stages` and `schedule`, with its default.
 DEFAULTS: dict[str, Any] = {
     "seed": 0,
-    "data": {"name": "digits", "dir": "", "train_examples": 0, "augment": ()},
+    "data": {"name": "digits", "dir": "", "train_examples": 0, "augment": (), "tree": ""},
     "eval_batch_size": 500,
     "log": {"every_steps": 10, "eval_every_steps": 0, "quant_every_steps": 0},
     "checkpoint": {"every_seconds": 30.0, "every_steps": 0},
@@ -95,6 +97,11 @@ class Settings:
 
     def __getitem__(self, key: str) -> Any:
         return self.config[key]
+
+    @property
+    def tree(self) -> str:
+        """The class tree, as `hierarchy.find` takes it; "" where there is none."""
+        return tree_of(self.config["data"])
 
     @property
     def total_steps(self) -> int:
@@ -299,6 +306,7 @@ def _schedule(
         done = {s.name: s for s in stages}
         steps, starts, data_start = 1, {}, 0
         if kind == "train":
+            fields["learn"] = with_tree(f"stages.{name}", fields["learn"], plain["data"])
             _check_chain(name, fields, done, schedule)
             steps, epochs[name] = _steps(name, fields, done, epochs, data.examples)
             for net in fields["learn"]:

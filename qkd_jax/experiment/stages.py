@@ -171,8 +171,9 @@ def ensemble_row(
     """
     scores = np.stack([jax.nn.log_softmax(z) for z in logits.values()])
     mean = jax.nn.logsumexp(scores, axis=0) - np.log(len(logits))
-    found = jax.device_get(_classification(mean, run.dataset.test_labels))
-    rows = [row(run, net, stage.name, metrics.finish(found)) for net in logits]
+    sums = jax.device_get(_classification(mean, run.dataset.test_labels))
+    found = {**metrics.finish(sums), **run.severity(np.asarray(mean))}
+    rows = [row(run, net, stage.name, found) for net in logits]
     added = {key: sum(r[key] for r in rows) for key in ("student_steps", "params", "weight_bytes")}
     widths = {key: max(r[key] for r in rows) for key in ("weight_bits", "activation_bits")}
     models = " + ".join(dict.fromkeys(r["model"] for r in rows))
@@ -233,6 +234,12 @@ def row(
         found_layers = layers(net, variables, run.example, **arguments)
         weight_bits = min(x.weight.bits if x.weight else 32 for x in found_layers)
         activation_bits = min(x.input.bits if x.input else 32 for x in found_layers)
+    # With a class tree: None where no mistake was made.
+    of_tree: dict[str, Any] = {"severity": found.get("severity")} if run.settings.tree else {}
+    shared = ("top1", "top5", "loss", "count", "severity")
+    rest = {key: value for key, value in found.items() if key not in shared}
+    if rest:
+        of_tree["hierarchy"] = rest
     return {
         "net": name,
         "method": method,
@@ -240,6 +247,7 @@ def row(
         "top1": found["top1"],
         "top5": found["top5"],
         "loss": found["loss"],
+        **of_tree,
         "weight_bits": weight_bits,
         "activation_bits": activation_bits,
         "student_steps": run.student_steps(name),

@@ -10,10 +10,19 @@ import jax
 
 from qkd_jax import checks
 from qkd_jax.data import DATASETS, augment
+from qkd_jax.hierarchy import TREES, find
 from qkd_jax.losses import LOSSES
 from qkd_jax.training.parallel import MODES
 
-__all__ = ["check_augment", "check_frame", "check_origins", "check_tables", "mapping"]
+__all__ = [
+    "check_augment",
+    "check_frame",
+    "check_origins",
+    "check_tables",
+    "mapping",
+    "tree_of",
+    "with_tree",
+]
 
 
 def mapping(where: str, value: Any, example: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -31,6 +40,11 @@ def check_frame(plain: Mapping[str, Any]) -> None:
         augment.parse(plain["data"]["augment"])
     except ValueError as error:
         raise ValueError(f"config.data.augment: {error}") from error
+    if tree := tree_of(plain["data"]):
+        try:
+            find(tree, DATASETS[plain["data"]["name"]].num_classes)
+        except ValueError as error:
+            raise ValueError(f"config.data.tree: {error}") from error
     checks.integer_in("config.seed", plain["seed"], 0, 2**32 - 1)
     checks.integer_in("config.eval_batch_size", plain["eval_batch_size"], 1)
     for key, value in plain["log"].items():
@@ -67,6 +81,37 @@ def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:
                     f"stages.{name}.learn.{net}.{label} learns from labels (loss {loss!r}). Take "
                     "the term out (a teacher alone teaches, as with kd), or the augmentation."
                 )
+
+
+def tree_of(data: Mapping[str, Any]) -> str:
+    """The class tree of config.data: the one named, else the data set's own, else ""; "none" is "".
+
+    A name is a key of `hierarchy.TREES` or a file, "tree.txt#classes.txt".
+    """
+    named = data["tree"] or (data["name"] if data["name"] in TREES else "")
+    return "" if named == "none" else named
+
+
+def with_tree(where: str, learn: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """`learn` with the data's class tree in each term whose loss takes one and names none.
+
+    Raises:
+        ValueError: there is no tree to take.
+    """
+    found = {net: dict(terms) for net, terms in learn.items()}
+    for net, terms in found.items():
+        for label, row in terms.items():
+            loss = LOSSES.get(str(row.get("loss") or label))
+            if loss is None or "tree" not in inspect.signature(loss).parameters or row.get("tree"):
+                continue
+            if not (tree := tree_of(data)):
+                raise ValueError(
+                    f"{where}.learn.{net}.{label} needs a class tree, and data set "
+                    f"{data['name']!r} has none; name one as tree= there or as config.data.tree: "
+                    f"{', '.join(TREES)}, or a file."
+                )
+            terms[label] = {**row, "tree": tree}
+    return found
 
 
 def check_origins(nets: Mapping[str, Mapping[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from qkd_jax.report import plots
+from qkd_jax.report import plots, soft_labels
 from qkd_jax.report.page import (
     as_records,
     cell,
@@ -37,6 +37,11 @@ def _headline(rows: Sequence[Mapping[str, Any]], examples: int | None) -> str:
         parts.append(
             '<p class="quiet">Agreement: test images with the same argmax as '
             f"{escape(reference(rows))}.</p>"
+        )
+    if any("severity" in row for row in rows):
+        parts.append(
+            '<p class="quiet">Severity: over the mistakes, the mean height of the lowest common '
+            "ancestor of prediction and label in the class tree; 1 is a sibling.</p>"
         )
     if any(row.get("student_steps") is not None for row in rows):
         parts.append(
@@ -209,6 +214,47 @@ def _curves_part(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _soft_labels_part(data: Mapping[str, Any]) -> str:
+    """What the teacher says of test images and classes beside what its students say."""
+    pictures = []
+    if svg := soft_labels.distributions(data):
+        others = "".join(
+            f", <b>{escape(net)}</b>, the same net taught by labels alone,"
+            for net in data["others"]
+        )
+        pictures.append(
+            html_figure(
+                svg,
+                "A hard label names one class (grey ground). The teacher "
+                f"<b>{escape(data['teacher'])}</b> says more, and more of it shows as the "
+                f"temperature T rises; beside it <b>{escape(data['student'])}</b>, taught at "
+                f"T = {data['temperature']:g}{others} at the same temperatures. The images are of "
+                "the test split, chosen for what stands below them.",
+            )
+        )
+    if svg := soft_labels.similarities(data):
+        told = [
+            f"{escape(net)} {value:+.2f}"
+            for net in data["similarity"]
+            if (value := soft_labels.rank_correlation(data, net)) is not None
+        ]
+        tree = (
+            " The last panel has the distances in the class tree, which no net has seen. Rank "
+            f"correlation of likeness with nearness in the tree: {', '.join(told)}."
+            if told
+            else ""
+        )
+        pictures.append(
+            html_figure(
+                svg,
+                "The likeness of classes that soft labels carry: each row is the mean softened "
+                "distribution over the test images of one true class. The diagonal is written and "
+                f"not coloured: hard labels have nothing but it.{tree}",
+            )
+        )
+    return "".join(pictures)
+
+
 def _quant_part(
     rows: Sequence[Mapping[str, Any]], nets: Sequence[str], order: Sequence[str]
 ) -> str:
@@ -267,6 +313,7 @@ def render(folder: str | Path) -> str:
     layers = read_json(folder / "model" / "layers.json") or []
     histograms = read_json(folder / "model" / "histograms.json") or {}
     diagnosis = read_json(folder / "diagnosis.json") or {}
+    soft = read_json(folder / "soft_labels.json") or {}
     metrics = read_metrics(folder)
 
     rows = results.get("rows") or []
@@ -281,6 +328,7 @@ def render(folder: str | Path) -> str:
         add("results", "Results", _headline(rows, dataset.get("test_examples")))
     add("latency", "Latency", _latency(timings))
     add("curves", "Loss and accuracy", _curves_part(metrics))
+    add("soft-labels", "Soft and hard labels", _soft_labels_part(soft))
     order = [str(layer.get("path")) for layer in layers]
     nets = _net_order(rows, config)
     add("steps", "Step sizes and ranges", _quant_part(metrics, nets, order))

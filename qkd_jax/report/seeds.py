@@ -22,7 +22,11 @@ from qkd_jax import checks
 
 __all__ = ["collect", "markdown", "paired_interval"]
 
-MEASURES = {"top1": ("top-1 %", 100.0, 2), "loss": ("cross-entropy", 1.0, 3)}
+MEASURES = {
+    "top1": ("top-1 %", 100.0, 2),
+    "severity": ("severity", 1.0, 3),
+    "loss": ("cross-entropy", 1.0, 3),
+}
 
 
 def paired_interval(
@@ -81,17 +85,24 @@ def collect(folders: Sequence[Path]) -> dict[str, list[Mapping[str, Any]]]:
 def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], *, against: str = "") -> str:
     """The tables of `collect`'s rows, as Markdown."""
     seeds = len(next(iter(rows.values())))
+    every = [row for found in rows.values() for row in found]
+    measures = {k: m for k, m in MEASURES.items() if any(row.get(k) is not None for row in every)}
+    headings = " | ".join(heading for heading, _, _ in measures.values())
+    rule = "|---" * (1 + len(measures)) + "|"
     lines = [f"{seeds} seeds; mean +- standard deviation over seeds.", ""]
-    lines += [
-        "| net: method | " + " | ".join(m[0] for m in MEASURES.values()) + " |",
-        "|---|---|---|",
-    ]
+    lines += [f"| net: method | {headings} |", rule]
     for name, found in rows.items():
         cells = []
-        for key, (_, factor, digits) in MEASURES.items():
-            values = [r[key] * factor for r in found]
-            spread = statistics.stdev(values) if seeds > 1 else float("nan")
-            cells.append(f"{statistics.fmean(values):.{digits}f} +- {spread:.{digits}f}")
+        for key, (_, factor, digits) in measures.items():
+            # A net without a mistake has no severity: the seeds that have one are averaged.
+            values = [row[key] * factor for row in found if row.get(key) is not None]
+            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+            few = f" ({len(values)} seeds)" if values and len(values) < seeds else ""
+            cells.append(
+                f"{statistics.fmean(values):.{digits}f} +- {spread:.{digits}f}{few}"
+                if values
+                else "-"
+            )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     anchors = [name for name in rows if name.endswith(f": {against}")] if against else []
     if against and not anchors:
@@ -100,18 +111,21 @@ def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], *, against: str = 
         anchors = []  # no interval without a spread
     for anchor in anchors:
         lines += ["", f"Paired differences, {anchor} minus the row, mean [95 % t interval]:", ""]
-        lines += [
-            "| against | " + " | ".join(m[0] for m in MEASURES.values()) + " |",
-            "|---|---|---|",
-        ]
+        lines += [f"| against | {headings} |", rule]
         for name in rows:
             if name == anchor:
                 continue
             cells = []
-            for key, (_, factor, digits) in MEASURES.items():
-                ours = [r[key] * factor for r in rows[anchor]]
-                theirs = [r[key] * factor for r in rows[name]]
-                mean, low, high = paired_interval(ours, theirs)
+            for key, (_, factor, digits) in measures.items():
+                pairs = [
+                    (ours[key] * factor, theirs[key] * factor)
+                    for ours, theirs in zip(rows[anchor], rows[name], strict=True)
+                    if ours.get(key) is not None and theirs.get(key) is not None
+                ]
+                if len(pairs) < 2:
+                    cells.append("-")
+                    continue
+                mean, low, high = paired_interval(*zip(*pairs, strict=True))
                 cells.append(f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

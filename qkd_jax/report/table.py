@@ -14,7 +14,11 @@ __all__ = ["columns", "count", "number", "percent", "reference", "table"]
 Row = Mapping[str, Any]
 NONE = "-"
 # Headings that are not broken at their space on a narrow terminal.
-NARROW = {"cross-entropy": "cross-\nentropy", "agreement %": "agree-\nment %"}
+NARROW = {
+    "cross-entropy": "cross-\nentropy",
+    "agreement %": "agree-\nment %",
+    "severity": "sever-\nity",
+}
 
 
 def percent(value: Any, digits: int = 2) -> str:
@@ -59,6 +63,11 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, bool, Callable[[Row], str]]]
         ("net", False, lambda row: str(row.get("net", NONE))),
         ("method", False, lambda row: str(row.get("method", NONE))),
         ("top-1 %", True, lambda row: percent(row.get("top1"))),
+        *(
+            [("severity", True, lambda row: number(row.get("severity"), 3))]
+            if any("severity" in row for row in rows)
+            else []
+        ),
         ("cross-entropy", True, lambda row: number(row.get("loss"))),
         ("bits W/A", True, _bits),
         ("weight bytes", True, lambda row: count(row.get("weight_bytes"))),
@@ -101,6 +110,8 @@ def _caption(results: Mapping[str, Any]) -> str:
         lines.append(f"{int(examples):,} test images")
     if any(row.get("agreement") is not None for row in results.get("rows") or []):
         lines.append(f"agreement: same argmax as {reference(results['rows'])}")
+    if any("severity" in row for row in results.get("rows") or []):
+        lines.append("severity: mean height of a mistake in the class tree")
     lines = [", ".join(lines)] if lines else []
     for row in results.get("rows") or []:
         export = row.get("export")

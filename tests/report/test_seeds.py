@@ -36,6 +36,23 @@ def test_table_over_three_runs(tmp_path):
     assert "| qat_only: QAT alone | +2.00 [-0.48, +4.48] |" in text
 
 
+def test_severity_is_shown_where_there_is_a_tree(tmp_path):
+    severities = [(1.5, 2.0), (2.0, 3.0), (None, 3.5)]
+    folders = []
+    for i, (ours, theirs) in enumerate(severities):
+        folder = run(tmp_path / str(i), 0.9, 0.8)
+        results = json.loads((folder / "results.json").read_text())
+        results["rows"][0]["severity"], results["rows"][1]["severity"] = ours, theirs
+        (folder / "results.json").write_text(json.dumps(results))
+        folders.append(folder)
+    text = markdown(collect(folders), against="QKD")
+    assert "| net: method | top-1 % | severity | cross-entropy |" in text
+    # Seeds without a mistake have no severity: two values, and two pairs.
+    assert "| student: QKD | 90.00 +- 0.00 | 1.750 +- 0.354 (2 seeds) |" in text
+    assert "| 2.833 +- 0.764 |" in text
+    assert "| -0.750 [-3.927, +2.427] |" in text  # t(0.975, 1) = 12.706205, sd 0.353553
+
+
 def test_errors(tmp_path):
     with pytest.raises(ValueError, match=r"no results\.json"):
         collect([tmp_path])
