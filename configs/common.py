@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 __all__ = [
     "DATA",
     "HYGIENE",
+    "cache",
     "calibrate",
     "ce",
     "deploy",
@@ -292,6 +293,17 @@ def pretrain(net: str, *, data: str, epochs: float = 0.0) -> dict[str, Any]:
         epochs=epochs or known["epochs"],
         batch_size=known["batch_size"],
     )
+
+
+def cache(*, views: int = 1, top_k: int = 0) -> dict[str, Any]:
+    """Returns the `cache` of a train stage: its frozen teachers' logits, computed once.
+
+    Args:
+      views: augmented views of each training image, drawn beforehand; 1 trains on the images as
+        they are.
+      top_k: logits kept of each view; 0 keeps all.
+    """
+    return dict(views=views, top_k=top_k, dir="")
 
 
 def calibrate(*nets: str, operands: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -20,6 +20,7 @@ def get_config(arg=""):
         seed=0,
         train_examples=-1,
         epochs=0.0,
+        views=0,
     )
     config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
     recipe = common.recipe(args.data)
@@ -37,11 +38,14 @@ def get_config(arg=""):
     config.nets.student = common.net(args.student, width=args.student_width)
     config.stages.teach = stage("teacher", ce=common.ce())
     config.stages.alone = stage("alone", ce=common.ce())
-    config.stages.distil = stage(
+    distil = stage(
         "student",
         ce=common.ce(1.0 - args.kd_weight),
         kd=common.kd("teacher", args.kd_weight, temperature=args.temperature),
     )
+    if args.views:  # the teacher speaks once of so many views of each image
+        distil["cache"] = common.cache(views=args.views)
+    config.stages.distil = distil
     config.stages.evaluate = common.evaluate(
         "teacher", teacher="labels", alone="labels", student="distilled"
     )

@@ -44,6 +44,13 @@ class Views:
         self.seed = int(seed)
         self.augment = tuple(augment) if views > 1 else ()
         self._augment = augmentations.parse(self.augment)
+        for text, (entry, _) in zip(self.augment, self._augment, strict=True):
+            if not entry.keeps_labels:
+                raise ValueError(
+                    f"augment has {text!r}, which mixes the images of a batch: a view shows an "
+                    "image by itself, whatever batch it is in. Take it out, or draw anew at every "
+                    "step (views=0)."
+                )
         # A batch sits in two epochs at most.
         self._raw = functools.lru_cache(maxsize=2 * max(len(self._augment), 1))(self._words)
 

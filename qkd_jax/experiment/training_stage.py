@@ -13,6 +13,7 @@ import numpy as np
 from qkd_jax import data
 from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
+from qkd_jax.experiment.teacher_cache import cache_fields, cached_nets, prepare
 from qkd_jax.training import hygiene as healthy
 from qkd_jax.training.loop import Hooks, Window, run_steps
 from qkd_jax.training.plan import Plan, plan_step
@@ -56,6 +57,7 @@ def plan_stage(nets: Mapping[str, Any], stage: Stage) -> Plan:
             steps=stage.steps,
             data=stage.data,
             first=stage.first,
+            cached=cached_nets(stage),
         )
     except ValueError as error:
         raise ValueError(f"stages.{stage.name}: {error}") from error
@@ -72,14 +74,18 @@ def train(
     batch_size: int = 128,
     augment: Sequence[str] = (),
     hygiene: Mapping[str, Any] | None = None,
+    cache: Mapping[str, Any] | None = None,
 ) -> None:
     """Trains the nets of `learn`; goes on where the stage was interrupted.
 
     All arms of an experiment see the same batches: the order of the data follows the step in the
     chain of stages that continue one another, so QKD's phases see what its controls see. `augment`
-    takes the place of the data's own augmentations.
+    takes the place of the data's own augmentations. With `cache` the frozen teachers are not run:
+    see `teacher_cache`.
     """
-    del learn, optim, epochs, steps, hygiene  # `stage` holds them in the form that the plan reads
+    # `stage` holds these in the form that the plan reads.
+    del learn, optim, epochs, steps, hygiene, cache
+    augment = augment or run.settings["data"]["augment"]
     plan = plan_stage(run.nets, stage)
     compiled = run.steps.get(plan)
     done = run.stage_step
@@ -96,7 +102,9 @@ def train(
         run.dataset,
         batch_size=batch_size,
         seed=run.settings["seed"],
-        augment=augment or run.settings["data"]["augment"],
+        augment=augment,
+        views=(cache_fields(stage) or {"views": 0})["views"],
+        known=prepare(run, stage, plan, augment),
     ).iter(start + done, start + stage.steps)
     with Progress(stage.name, stage.steps, batch_size, start=done, enabled=run.verbose) as progress:
         try:

@@ -70,6 +70,11 @@ def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:
         raise ValueError(f"{where}: {error}") from error
     if all(entry.keeps_labels for entry, _ in parsed):
         return
+    if fields["cache"]:
+        raise ValueError(
+            f"{where} mixes the images of a batch, and stages.{name}.cache holds what a teacher says "
+            "of an image by itself; take the mixing out, or the cache."
+        )
     for net, terms in fields["learn"].items():
         for label, term in terms.items():
             loss = str(term.get("loss") or label)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import losses
+from qkd_jax.hierarchy import find
 from qkd_jax.quantize import quantize
 from qkd_jax.training import adaptors
 from qkd_jax.training.taps import DataShape, features_of, resolve_taps
@@ -149,9 +150,9 @@ class Owned:
         teacher = zeros(self.sources[0], term.teacher_taps) if self.sources else ()
         return zeros(self.net, term.taps), teacher
 
-    def _inputs(self, term: Term, state: Mapping[str, Any]) -> dict[str, Any]:
+    def _inputs(self, term: Term, state: Mapping[str, Any], classes: int = 4) -> dict[str, Any]:
         """What the loss is given, for a batch of 2."""
-        logits = jnp.zeros((2, 4))
+        logits = jnp.zeros((2, classes))
         features = self._zeros(term)
         given = loss_inputs(features[0], features[1], logits, (logits,) * len(self.sources))
         given |= {"labels": jnp.zeros(2, jnp.int32), "index": jnp.zeros(2, jnp.int32)}
@@ -170,7 +171,10 @@ class Owned:
 
         def run() -> Any:
             state = {} if start is None else start(jax.random.key(0), None)
-            given = self._inputs(term, state)
+            tree = arguments.get("tree")
+            # A class tree says how many classes it is for.
+            classes = len(find(tree).classes) if tree else 4
+            given = self._inputs(term, state, classes)
             for name in term.inputs:
                 if name not in given:
                     raise ValueError(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from qkd_jax import checks
@@ -26,7 +26,7 @@ from qkd_jax.training.rows import COURSE, plan_terms
 from qkd_jax.training.taps import DataShape
 from qkd_jax.training.terms import Term
 
-__all__ = ["Learner", "Plan", "StepStructure", "Term", "plan_step"]
+__all__ = ["Learner", "Plan", "StepStructure", "Term", "cached_key", "plan_step"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class StepStructure:
 
     learners: tuple[Learner, ...]
     teachers: tuple[tuple[str, Any], ...] = ()
+    cached: tuple[str, ...] = ()  # slots of teachers whose logits come with the batch
 
     @functools.cached_property
     def optim(self) -> dict[str, OptimStructure]:
@@ -142,6 +143,7 @@ def plan_step(
     steps: int | None = None,
     data: DataShape | None = None,
     first: int = 0,
+    cached: Collection[str] = (),
 ) -> Plan:
     """Checks the table of a stage and splits it into structure and numbers.
 
@@ -155,6 +157,7 @@ def plan_step(
             None takes the horizon.
         data: Shapes of the data, which terms need that look at features or keep a memory.
         first: Global step at which the stage starts.
+        cached: Frozen nets that are not run: the batch brings their logits, as `cached_key` says.
 
     Returns:
         The plan of the stage's step.
@@ -198,10 +201,12 @@ def plan_step(
         if optim[net].get("continues"):
             continues[net] = str(optim[net]["continues"])
     teachers = tuple(net for net in slots if net not in learn)
+    _check_cached(cached, teachers, slots, learners)
     return Plan(
         structure=StepStructure(
             learners=tuple(learners),
             teachers=tuple((slots[net], _hashable(net, modules[net])) for net in teachers),
+            cached=tuple(slots[net] for net in teachers if net in cached),
         ),
         hyper=hyper,
         slots=slots,
@@ -211,6 +216,32 @@ def plan_step(
         continues=continues,
         starts=starts,
     )
+
+
+def cached_key(slot: str) -> str:
+    """Where a batch has the logits of the teacher in a slot, float32 [batch, classes]."""
+    return f"logits/{slot}"
+
+
+def _check_cached(
+    cached: Collection[str],
+    teachers: tuple[str, ...],
+    slots: Mapping[str, str],
+    learners: Sequence[Learner],
+) -> None:
+    for net in cached:
+        if net not in teachers:
+            raise ValueError(
+                f"cached has {net!r}, which is not frozen here: its logits change or are not asked "
+                f"for. Frozen teachers of this stage: {', '.join(teachers) or '(none)'}."
+            )
+        for term in (term for learner in learners for term in learner.terms):
+            if term.teacher_taps and term.sources[0] == slots[net]:
+                raise ValueError(
+                    f"cached has {net!r}, but loss {term.loss!r} looks at its features "
+                    f"({', '.join(term.teacher_taps)}), and only logits are cached; leave the "
+                    "cache away, or the loss."
+                )
 
 
 def _hashable(net: str, module: Any) -> Any:

@@ -20,7 +20,7 @@ from qkd_jax.losses import LOSSES
 from qkd_jax.metrics import classification
 from qkd_jax.training import hygiene, optim
 from qkd_jax.training.forward import forward, forward_taps
-from qkd_jax.training.plan import Learner, Plan, StepStructure
+from qkd_jax.training.plan import Learner, Plan, StepStructure, cached_key
 from qkd_jax.training.state import TrainState, join, split, step_key
 from qkd_jax.training.terms import Term, loss_inputs, term_numbers
 
@@ -135,7 +135,8 @@ def total_loss(
         learned: {slot: {"params", "quant"}}, the differentiated argument.
         carried: {slot: other collections}.
         state: For numbers, step and seed.
-        batch: "image" [batch, ...], "label" int32 [batch], optionally "mask" bool [batch].
+        batch: "image" [batch, ...], "label" int32 [batch], optionally "mask" bool [batch], and for
+            teachers that are not run their logits under `plan.cached_key`.
         frozen: {slot: variables} of the nets that only teach.
         adaptors: {slot: {term: parameters of its adaptor}}, differentiated too; None takes those
             of the state.
@@ -171,6 +172,9 @@ def total_loss(
             axis_name=axis_name,
         )
     for slot, module in structure.teachers:
+        if slot in structure.cached:
+            logits[slot] = batch[cached_key(slot)]
+            continue
         logits[slot], _, features[slot] = forward_taps(
             module, frozen[slot], images, taps=structure.taps[slot], axis_name=axis_name
         )

@@ -1,0 +1,152 @@
+"""A train stage's `cache`: what frozen teachers say of each view, computed once, read from disk.
+
+    config.stages.distil.cache = dict(views=8, top_k=0, dir="")
+
+`views` says how many augmented views of each training image there are (1: the images as they are),
+`top_k` how many logits of each are kept (0: all), `dir` where the files lie ("": in the run
+folder's `cache`; a folder of your own is shared by runs that agree on teacher, data, views and
+seed).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax.data import logits as files
+from qkd_jax.data.views import Views
+from qkd_jax.experiment.run import Run
+from qkd_jax.experiment.settings import Stage
+from qkd_jax.training.plan import Plan, cached_key
+from qkd_jax.training.rows import as_sources
+from qkd_jax.training.step import eval_step
+from qkd_jax.training.tracking import tree_sha256
+
+__all__ = ["cache_fields", "cached_nets", "prepare"]
+
+DEFAULTS: dict[str, Any] = {"views": 1, "top_k": 0, "dir": ""}
+
+
+def cache_fields(stage: Stage) -> dict[str, Any] | None:
+    """The stage's `cache` with its defaults, checked; None without."""
+    given = stage.fields["cache"]
+    if not given:
+        return None
+    where = f"stages.{stage.name}.cache"
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where} is {given!r}; it must be a dict, such as {DEFAULTS!r}.")
+    for key in given:
+        if key not in DEFAULTS:
+            raise checks.unknown(f"field {where}", key, DEFAULTS)
+    fields = {**DEFAULTS, **given}
+    checks.integer_in(f"{where}.views", fields["views"], 1, 2**16 - 1)
+    checks.integer_in(f"{where}.top_k", fields["top_k"], 0)
+    if not isinstance(fields["dir"], str):
+        raise ValueError(
+            f"{where}.dir is {fields['dir']!r}; it must be the path of a folder or ''."
+        )
+    return fields
+
+
+def cached_nets(stage: Stage) -> tuple[str, ...]:
+    """The teachers of a stage whose logits are cached: all that are frozen in it.
+
+    Raises:
+        ValueError: a `cache` in a stage without a frozen teacher, or with wrong fields.
+    """
+    if cache_fields(stage) is None:
+        return ()
+    learn = stage.fields["learn"]
+    sources = [
+        source
+        for terms in learn.values()
+        for row in terms.values()
+        for source in as_sources(row.get("source"))
+    ]
+    frozen = tuple(net for net in dict.fromkeys(sources) if net not in learn)
+    if not frozen:
+        raise ValueError(
+            f"stages.{stage.name}.cache is set, but no frozen net teaches in this stage; a teacher "
+            "that learns says something new at each step. Drop the cache."
+        )
+    return frozen
+
+
+def prepare(
+    run: Run, stage: Stage, plan: Plan, augment: Sequence[str]
+) -> dict[str, files.CachedLogits]:
+    """Reads the cached logits of a stage's teachers, computing what is not there or is stale.
+
+    Args:
+        run: the run.
+        stage: a `train` stage.
+        plan: its plan.
+        augment: of its images.
+
+    Returns:
+        {key in the batch: logits}, for `data.train_batches(known=...)`.
+
+    Raises:
+        ValueError: a file is damaged, or its folder cannot hold these logits.
+    """
+    fields = cache_fields(stage)
+    if fields is None:
+        return {}
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(fields["dir"]) if fields["dir"] else None
+        if base is None:
+            base = Path(scratch) if run.folder is None else run.folder.path / "cache"
+        for net in cached_nets(stage):
+            name = f"{net}_views{fields['views']}_top{fields['top_k'] or 'all'}"
+            found[cached_key(plan.slots[net])] = _of_teacher(run, net, fields, base / name, augment)
+    return found
+
+
+def _of_teacher(
+    run: Run, net: str, fields: Mapping[str, Any], folder: Path, augment: Sequence[str]
+) -> files.CachedLogits:
+    seed = run.settings["seed"]
+    views = Views(run.dataset, fields["views"], augment=augment, seed=seed)
+    wanted = files.Wanted(
+        teacher_sha256=tree_sha256(run.variables[net]),
+        dataset=run.dataset.name,
+        fingerprint=run.dataset.fingerprint,
+        examples=len(run.dataset.train_images),
+        classes=run.dataset.num_classes,
+        views=fields["views"],
+        augment=views.augment,
+        seed=views.seed if views.augment else 0,
+        top_k=fields["top_k"],
+    )
+    try:
+        known = files.read(folder, wanted)
+    except files.StaleError as error:
+        known = None
+        if run.verbose:
+            print(f"{error} Computing those of {net!r} anew.", flush=True)
+    return files.write(folder, wanted, _logits(run, net, views)) if known is None else known
+
+
+def _logits(run: Run, net: str, views: Views) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(view, first row, logits) of the whole training split, batch by batch."""
+    compiled, variables = eval_step(run.nets[net]), run.variables[net]
+    size, total = run.settings["eval_batch_size"], len(run.dataset.train_images)
+    for view in range(views.count):
+        for first in range(0, total, size):
+            rows = np.arange(first, min(first + size, total))
+            # One shape, so one program: the last batch is filled up with its own last image.
+            filled = np.minimum(np.arange(first, first + size), total - 1)
+            batch: dict[str, Any] = {
+                "image": run.dataset.normalize(views.images(filled, view)),
+                "label": run.dataset.train_labels[filled],
+                "mask": np.arange(size) < len(rows),
+            }
+            _, logits = compiled(variables, batch)
+            yield view, first, jax.device_get(logits)[: len(rows)]
