@@ -143,7 +143,7 @@ def test_losses_over_a_tree_take_the_datas(tmp_path):
     ("change", "message"),
     [
         (lambda c: c.stages.distil.cache.update(views=0), r"distil.cache.views is 0"),
-        (lambda c: c.data.update(augment=("mixup",)), "mixes the images.*distil.cache"),
+        (lambda c: c.stages.distil.update(augment=("mixup",)), "mixes the images.*distil.cache"),
         (lambda c: c.stages.distil.cache.update(top_k=-1), "cache.top_k is -1"),
         (lambda c: c.stages.alone.update(cache=dict(views=1)), "stages.alone.cache is set, but no"),
         (

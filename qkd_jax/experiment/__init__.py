@@ -11,6 +11,7 @@ deployment  the `deploy` stage: integers, ONNX, agreement, latency
 diagnosis   the `diagnose` stage: ranges, clipping, codes, SQNR, oscillation by operand
 hygiene     the checks of a train stage's hygiene
 soft_labels what the report shows of soft labels
+teacher_cache  a train stage's cached logits
 overview    `--mode=inspect`
 """
 

@@ -72,8 +72,8 @@ def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:
         return
     if fields["cache"]:
         raise ValueError(
-            f"{where} mixes the images of a batch, and stages.{name}.cache holds what a teacher says "
-            "of an image by itself; take the mixing out, or the cache."
+            f"{where} mixes the images of a batch, and stages.{name}.cache holds what a teacher "
+            "says of an image by itself; take the mixing out, or the cache."
         )
     for net, terms in fields["learn"].items():
         for label, term in terms.items():
