@@ -235,7 +235,7 @@ def _soft_labels_part(data: Mapping[str, Any]) -> str:
     if svg := soft_labels.similarities(data):
         told = [
             f"{escape(net)} {value:+.2f}"
-            for net in data["similarity"]
+            for net in soft_labels.nets_of(data)
             if (value := soft_labels.rank_correlation(data, net)) is not None
         ]
         tree = (

@@ -138,7 +138,7 @@ def distributions(data: Mapping[str, Any]) -> str | None:
     images = data.get("images") or []
     if not images:
         return None
-    nets = [data["teacher"], data["student"], *data["others"]]
+    nets = nets_of(data)
     temperatures, names = data["temperatures"], data["names"]
     with plots._context():
         figure, grid = plots._figure(
@@ -180,6 +180,11 @@ def distributions(data: Mapping[str, Any]) -> str | None:
         )
         plots._legend(figure, list(handles.values()), list(handles), inches=0.05)
         return plots._svg(figure, "softened distributions of teacher and students on test images")
+
+
+def nets_of(data: Mapping[str, Any]) -> list[str]:
+    """The nets in the order in which all figures have them: a JSON file sorts its keys."""
+    return [data["teacher"], data["student"], *data["others"]]
 
 
 def _classes(image: Mapping[str, Any], data: Mapping[str, Any]) -> np.ndarray:
@@ -252,7 +257,7 @@ def similarities(data: Mapping[str, Any]) -> str | None:
     if not matrices:
         return None
     order, names = np.asarray(data["order"]), data["names"]
-    shown = [(net, np.asarray(matrix)) for net, matrix in matrices.items()]
+    shown = [(net, np.asarray(matrices[net])) for net in nets_of(data)]
     panels = len(shown) + ("distance" in data)
     few = len(order) <= SHOWN
     # A tick a group of five would crowd 100 classes' axes too: many classes go unnamed.
