@@ -34,6 +34,7 @@ __all__ = [
     "recipe",
     "reestimate_bn",
     "sgd",
+    "term",
     "train",
 ]
 
@@ -191,6 +192,49 @@ def ce(weight: float = 1.0, *, label_smoothing: float = 0.0) -> dict[str, Any]:
 def kd(source: str, weight: float = 1.0, *, temperature: float = 2.0) -> dict[str, Any]:
     """Returns the entry of a net that learns from the logits of the net `source`."""
     return dict(loss="kd", source=source, weight=weight, temperature=temperature)
+
+
+def term(
+    loss: str,
+    source: str | tuple[str, ...] = "",
+    weight: float | dict[str, Any] = 1.0,
+    *,
+    taps: str | tuple[str, ...] = "",
+    teacher_taps: str | tuple[str, ...] = "",
+    start: float = 0.0,
+    end: float = 0.0,
+    warmup: float = 0.0,
+    decay: float = 0.0,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Returns the entry of a net that learns by any loss.
+
+    Args:
+      loss: a name in `qkd_jax.losses.LOSSES`.
+      source: the net that teaches; several for a loss of several teachers.
+      weight: a number, or a ramp over the stage such as dict(begin=1.0, end=0.1, shape="cosine"),
+        as every number of the loss may be.
+      taps: where the loss looks in the net that learns: features or modules by name, or "last",
+        "stages", "pre"; "" leaves it to the loss.
+      teacher_taps: the same for the source.
+      start: from where on the term counts; steps, or below 1 a fraction of the stage.
+      end: until where; 0 is the end of the stage.
+      warmup: length over which its weight rises from `start` on.
+      decay: length over which it falls before `end`.
+      **fields: the loss's own hyper-parameters, and `adaptor`, a dict of its options.
+    """
+    return dict(
+        loss=loss,
+        source=source,
+        weight=weight,
+        taps=taps,
+        teacher_taps=teacher_taps,
+        start=start,
+        end=end,
+        warmup=warmup,
+        decay=decay,
+        **fields,
+    )
 
 
 def sgd(lr: float, *, weight_decay: float, continues: str = "", **fields: Any) -> dict[str, Any]:

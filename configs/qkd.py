@@ -10,10 +10,12 @@ student steps: QAT alone, and QAT with the fixed teacher. Agreement is counted w
 row: the float teacher as it was before co-studying, which `teacher_before` keeps.
 
 The recipe: SGD with one cosine over all three phases (15, 50 and 35 % of the steps), T = 2, unit
-weights, the teacher at a tenth of the student's rate, first and last layer at 8 bits.
+weights, the teacher at a tenth of the student's rate, first and last layer at 8 bits. `loss` takes
+the place of the KL divergence in co-studying and tutoring, in both directions and at its published
+weight: `loss=rkd`, say.
 """
 
-from configs import common
+from configs import common, terms
 
 
 def get_config(arg=""):
@@ -26,6 +28,7 @@ def get_config(arg=""):
         student_width=8,
         teacher_width=16,
         bits="w2a2",
+        loss="kd",
         seed=0,
         train_examples=-1,
         epochs=0.0,
@@ -60,8 +63,16 @@ def get_config(arg=""):
     def low_bit(continues=""):
         return common.sgd(0.05, weight_decay=1e-4, continues=continues)
 
-    def taught():
-        return dict(ce=common.ce(), kd=common.kd("teacher", temperature=2.0))
+    if args.loss in ("simkd", *terms.SEVERAL):
+        raise ValueError(
+            f"loss is {args.loss!r}, which needs another student or several teachers; use "
+            "configs/feature_kd.py."
+        )
+
+    def taught(source="teacher"):
+        if args.loss == "kd":
+            return dict(ce=common.ce(), kd=common.kd(source, temperature=2.0))
+        return terms.learn(args.loss, source)
 
     stages = config.stages
     stages.pretrain_teacher = of_float("teacher")
@@ -82,7 +93,7 @@ def get_config(arg=""):
         0.50,
         dict(
             student=taught(),
-            teacher=dict(ce=common.ce(), kd=common.kd("student", temperature=2.0)),
+            teacher=taught("student"),
         ),
         dict(student=low_bit("self_study"), teacher=common.sgd(0.005, weight_decay=1e-4)),
     )

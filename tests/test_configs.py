@@ -13,7 +13,7 @@ from qkd_jax.experiment import settings
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
-    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common")
+    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common", "terms")
 )
 
 

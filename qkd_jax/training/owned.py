@@ -100,7 +100,17 @@ class Owned:
         fields = zip(("taps", "teacher_taps"), (self.net, *self.sources), default, strict=False)
         for field, net, usual in fields:
             wanted = self.fields.get(field) or usual
-            found.append(resolve_taps(f"{self.where}.{field}", self._features(net), wanted))
+            try:
+                taps = resolve_taps(f"{self.where}.{field}", self._features(net), wanted)
+            except ValueError as error:
+                if wanted != "projected":
+                    raise
+                raise ValueError(
+                    f"{error} A net has that tap if it ends in its teacher's classifier: "
+                    f"nets.{self.net}.head_from={self.sources[0]!r}, as in "
+                    "configs/feature_kd.py:loss=simkd."
+                ) from None
+            found.append(taps)
             if single and len(found[-1]) > 1:
                 raise ValueError(
                     f"{self.where}.{field} is {wanted!r}: {len(found[-1])} taps, but loss "
@@ -131,6 +141,11 @@ class Owned:
                 features = self._zeros(term)
                 state = dict(term.adaptor.init(jax.random.fold_in(key, 0), *features, train=False))
                 state.setdefault("params", {})
+                if "teacher" in state and teacher is not None:
+                    net = self.modules[self.sources[0]]
+                    state["teacher"] = adaptors.teacher_margins(
+                        state["teacher"], net, teacher, term.teacher_taps, self._data().image
+                    )
             if "memory" in term.inputs:
                 first = jax.eval_shape(lambda: self._inputs(term, state)[term.inputs[0]])
                 state["memory"] = losses.MEMORY[self.loss](

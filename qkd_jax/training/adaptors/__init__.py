@@ -24,23 +24,26 @@ from typing import Any
 import flax.linen as nn
 
 from qkd_jax import checks
-from qkd_jax.training.adaptors.fusion import cc_adjacent, crd, ctkd, reviewkd, semckd
+from qkd_jax.training.adaptors.fusion import ctkd, embeddings, reviewkd, semckd
 from qkd_jax.training.adaptors.maps import Views
-from qkd_jax.training.adaptors.regressors import ab, fitnet, fsp, ft, ickd, vid
+from qkd_jax.training.adaptors.margins import teacher_margins
+from qkd_jax.training.adaptors.regressors import ab, fitnet, fsp, ft, ickd, ofd, vid
 
-__all__ = ["ADAPTORS", "TAPS", "UNPAIRED", "build", "default_taps"]
+__all__ = ["ADAPTORS", "TAPS", "UNPAIRED", "build", "default_taps", "teacher_margins"]
 
 ADAPTORS: dict[str, Callable[..., nn.Module | None]] = {
     "fitnet": fitnet,
     "ab": ab,
     "vid": vid,
+    "ofd": ofd,
     "fsp": fsp,
     "ft": ft,
     "ickd": ickd,
     "reviewkd": reviewkd,
     "semckd": semckd,
-    "crd": crd,
-    "cc_adjacent": cc_adjacent,
+    "crd": embeddings,
+    "crd_in_batch": embeddings,
+    "cc_adjacent": embeddings,
     "ctkd": ctkd,
 }
 
@@ -50,8 +53,10 @@ TAPS: dict[str, tuple[Any, Any]] = {
     "ofd": ("pre", "pre"),
     "reviewkd": (("stages", "pooled"), ("pre", "pooled")),
     "simkd": ("projected", "last"),
-    "sp": ("last", "last"),
-    **dict.fromkeys(("rkd", "cc", "cc_adjacent", "pkt", "irg", "crd"), ("pooled", "pooled")),
+    "irg": (("stages", "pooled"), ("stages", "pooled")),
+    **dict.fromkeys(
+        ("rkd", "cc", "cc_adjacent", "pkt", "crd", "crd_in_batch"), ("pooled", "pooled")
+    ),
 }
 # Losses that compare every feature of one net with every one of the other.
 UNPAIRED = ("semckd",)

@@ -24,9 +24,8 @@ __all__ = [
     "Embeddings",
     "Review",
     "Temperature",
-    "cc_adjacent",
-    "crd",
     "ctkd",
+    "embeddings",
     "reviewkd",
     "semckd",
 ]
@@ -135,15 +134,16 @@ def semckd(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, dim: int =
 
 
 class Embeddings(nn.Module):
-    """One linear layer on either net's feature, pooled if it is a map.
+    """One linear layer on either net's feature, averaged over positions if it is a map.
+
+    The losses that take embeddings bring them to unit length themselves where their paper does.
 
     Attributes:
-      dim: of the embedding.
-      normalize: whether embeddings have unit length.
+      dim: of the embeddings; 128 in contrastive distillation (Tian, Krishnan, Isola, 2019, arXiv
+        1910.10699) and in the code of correlation congruence.
     """
 
     dim: int = 128
-    normalize: bool = True
 
     @nn.compact
     def __call__(self, students: Features, teachers: Features, train: bool = False):
@@ -152,23 +152,15 @@ class Embeddings(nn.Module):
         found = {}
         for name, feature in (("student", students[-1]), ("teacher", teachers[-1])):
             vector = jnp.mean(as_map(feature), axis=(1, 2))
-            embedding = nn.Dense(self.dim, name=name)(vector)
-            found[f"{name}_embedding"] = unit(embedding) if self.normalize else embedding
+            found[f"{name}_embedding"] = nn.Dense(self.dim, name=name)(vector)
         return found
 
 
-def crd(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, dim: int = 128):
-    """Embeddings of unit length (Tian, Krishnan, Isola, 2019, arXiv 1910.10699)."""
+def embeddings(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, dim: int = 128):
+    """`dim` is the size of the embeddings."""
     del student, teacher
     checks.integer_in("dim", dim, 1)
     return Embeddings(dim)
-
-
-def cc_adjacent(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, dim: int = 128):
-    """Embeddings of any length, as the code of correlation congruence has them."""
-    del student, teacher
-    checks.integer_in("dim", dim, 1)
-    return Embeddings(dim, normalize=False)
 
 
 class Temperature(nn.Module):

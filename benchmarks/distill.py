@@ -1,0 +1,133 @@
+"""What distillation costs in a step: the teacher inside it, and each family of losses.
+
+    python benchmarks/distill.py [--batch 128] [--rounds 9] [--losses rkd,crd]
+
+A ResNet-8 student of width 8 and a ResNet-20 teacher of width 16 on 28x28x1 images. The programs
+run in turn (the order alternates), so that a machine whose speed drifts slows all of them alike;
+quoted are medians and the median of the ratios round by round.
+
+- `student step`: cross-entropy alone.
+- `teacher forward`: the teacher's pass in evaluation mode, a program of its own.
+- `kd step`: cross-entropy and `kd`, the teacher inside: at most 1.05 times the sum of the two.
+- `kd step, cached`: the same with the teacher's logits in the batch, as `data.logits` reads them
+  from disk: at most 1.1 times the student's step.
+- other losses: their step over that same sum, for what the loss and its adaptor cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax import MODELS, quantize
+from qkd_jax.training import (
+    DataShape,
+    compile_step,
+    forward,
+    frozen_variables,
+    make_step,
+    plan_step,
+    start_state,
+)
+from qkd_jax.training.state import jit_once
+
+Runner = Callable[[], Any]
+IMAGE, EXAMPLES = (28, 28, 1), 10_000
+OPTIM = {"lr": 0.01, "weight_decay": 1e-4}
+
+
+def step_of(
+    nets: dict[str, Any], variables: dict[str, Any], rows: dict[str, Any], batch: dict[str, Any]
+) -> Runner:
+    """Runs one training step of the student."""
+    plan = plan_step(
+        nets, {"student": rows}, {"student": OPTIM}, horizon=1000, data=DataShape(IMAGE, EXAMPLES)
+    )
+    step = compile_step(make_step(plan.structure), devices=jax.devices()[:1])
+    held = [start_state(plan, variables)]
+    frozen = step.replicate(frozen_variables(plan, variables))
+    batch = step.shard_batch(batch)
+
+    def run() -> None:
+        held[0], metrics = step(held[0], batch, frozen)
+        jax.block_until_ready((held[0].nets, metrics))
+
+    return run
+
+
+def forward_of(net: Any, variables: Any, images: jax.Array) -> Runner:
+    """Runs a net's pass in evaluation mode."""
+    compiled = jax.jit(functools.partial(forward, net))
+    return lambda: jax.block_until_ready(compiled(variables, images)[0])
+
+
+def timed(runners: dict[str, Runner], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every runner, round by round."""
+    for run in runners.values():
+        run()
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for turn in range(rounds):
+        order = list(runners) if turn % 2 == 0 else list(runners)[::-1]
+        for name in order:
+            begin = time.perf_counter()
+            runners[name]()
+            times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--losses", default="", help="more losses, with commas between")
+    args = parser.parse_args()
+
+    nets = {
+        "student": quantize(MODELS["resnet8"](num_classes=10, width=8)),
+        "teacher": quantize(MODELS["resnet20"](num_classes=10, width=16)),
+    }
+    keys = jax.random.split(jax.random.key(0), 4)
+    batch = {
+        "image": jax.random.normal(keys[0], (args.batch, *IMAGE)),
+        "label": jax.random.randint(keys[1], (args.batch,), 0, 10),
+        "index": jnp.arange(args.batch, dtype=jnp.int32),
+    }
+    variables = {
+        name: jit_once(net.init)(key, batch["image"])
+        for (name, net), key in zip(nets.items(), keys[2:], strict=True)
+    }
+    build = functools.partial(step_of, nets, variables, batch=batch)
+    teach: dict[str, Any] = {"source": "teacher"}
+    runners = {
+        "student step": build({"ce": {}}),
+        "teacher forward": forward_of(nets["teacher"], variables["teacher"], batch["image"]),
+        "kd step": build({"ce": {}, "kd": teach}),
+    }
+    for loss in filter(None, args.losses.split(",")):
+        runners[f"{loss} step"] = build({"ce": {}, loss: teach})
+
+    times = timed(runners, args.rounds)
+    parts = [a + b for a, b in zip(times["student step"], times["teacher forward"], strict=True)]
+    print(
+        f"{platform.processor() or platform.machine()}, jax {jax.__version__}, batch {args.batch}"
+    )
+    for name, seconds in times.items():
+        line = f"{name:24s} {1e3 * statistics.median(seconds):8.1f} ms"
+        if name not in ("student step", "teacher forward"):
+            ratio = statistics.median(s / p for s, p in zip(seconds, parts, strict=True))
+            line += f"   {ratio:.3f} of student step + teacher forward"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What a student learns by, for any loss: weights, temperatures and courses, as published.
+
+`TERMS[loss]` is (weight of the cross-entropy beside it, fields of the loss's row). Weights are
+those of the authors or, for losses that came before, of RepDistiller's commands (Tian et al. 2019,
+arXiv 1910.10699), both for CIFAR-100; courses of 20, 30 or 10 epochs of their 240 are fractions
+here.
+Where no published weight could be read, the row says so and has 1. Taps and adaptors are the loss's
+own (`training/adaptors`) unless a row says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs import common
+
+__all__ = ["SEVERAL", "TERMS", "learn"]
+
+# Losses of several teachers at once.
+SEVERAL = ("kd_mean", "kd_sum", "ca_mkd")
+
+TERMS: dict[str, tuple[float, dict[str, Any]]] = {
+    # Logits.
+    "kd": (0.1, dict(weight=0.9, temperature=4.0)),
+    "lskd": (0.1, dict(weight=9.0, temperature=2.0)),
+    "dkd": (1.0, dict(weight=1.0, alpha=1.0, beta=8.0, temperature=4.0, warmup=20 / 240)),
+    "nkd": (1.0, dict(weight=1.0, gamma=3.5, temperature=3.0)),
+    "dist": (1.0, dict(weight=2.0, beta=1.0, gamma=1.0, temperature=4.0)),
+    "mlkd": (1.0, dict(weight=1.0, temperature=4.0)),  # weight not read
+    "ctkd": (
+        0.1,
+        dict(weight=0.9, reversal=dict(begin=0.0, end=1.0, shape="cosine", steps=10 / 240)),
+    ),
+    "sqakd": (0.0, dict(weight=1.0, temperature=4.0)),  # no labels: the method
+    "apprentice": (0.0, dict(weight=1.0, beta=0.5, gamma=0.5)),  # has the labels' term itself
+    "dml": (1.0, dict(weight=1.0)),
+    "hard_target": (0.5, dict(weight=0.5)),
+    "logit_regression": (0.0, dict(weight=0.2)),  # 2 / classes for ten: a mean squared error
+    "kd_mean": (0.1, dict(weight=0.9, temperature=4.0)),
+    "kd_sum": (0.1, dict(weight=0.45, temperature=4.0)),  # two teachers
+    "ca_mkd": (1.0, dict(weight=1.0, temperature=4.0)),
+    # Features.
+    "fitnet": (1.0, dict(weight=100.0)),
+    "at": (1.0, dict(weight=1000.0, mode="code")),
+    "nst": (1.0, dict(weight=50.0)),
+    "vid": (1.0, dict(weight=1.0)),
+    "ofd": (1.0, dict(weight=1e-3)),
+    "reviewkd": (1.0, dict(weight=5.0, warmup=20 / 240)),
+    "semckd": (1.0, dict(weight=400.0)),
+    "ickd": (1.0, dict(weight=1.0)),  # weight not read
+    "simkd": (0.0, dict(weight=1.0)),  # the student's own classifier is the teacher's
+    # Stages of their own in the paper: first these alone, then the labels.
+    "fsp": (1.0, dict(weight=50.0, end=30 / 240)),
+    "ab": (1.0, dict(weight=3e-3, margin=1.0, end=30 / 240)),
+    # The paraphraser learns alone until the term starts.
+    "ft": (1.0, dict(weight=200.0, start=30 / 240)),
+    # Relations and contrasts.
+    "rkd": (1.0, dict(weight=1.0, distance=25.0, angle=50.0)),
+    "cc": (1.0, dict(weight=100.0, gamma=0.4)),
+    "cc_adjacent": (1.0, dict(weight=0.02)),
+    "sp": (1.0, dict(weight=3000.0)),
+    "pkt": (1.0, dict(weight=30000.0)),
+    "irg": (1.0, dict(weight=1.0, vertex=0.1, edge=5.0, transformation=5.0)),
+    "crd": (1.0, dict(weight=0.8, negatives=16384, mode="exact", temperature=0.07)),
+    "crd_in_batch": (1.0, dict(weight=0.8, temperature=0.07)),
+}
+
+
+def learn(loss: str, source: str | tuple[str, ...]) -> dict[str, Any]:
+    """Returns the rows of a net that learns from `source` by a loss, and from labels beside it.
+
+    Raises:
+      ValueError: for a loss without a row, with those that have one.
+    """
+    if loss not in TERMS:
+        raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(TERMS)}.")
+    of_labels, fields = TERMS[loss]
+    rows: dict[str, Any] = {loss: common.term(loss, source, **fields)}
+    if of_labels:
+        # Where the loss is a stage of its own, the labels wait for its end.
+        rows["ce"] = dict(common.ce(of_labels), start=fields.get("end", 0.0))
+    return rows
