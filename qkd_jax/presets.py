@@ -39,19 +39,26 @@ UNSIGNED_ONLY = ("pact", "dorefa", "ewgs")
 
 
 # How each quantizer is used for a net: fields of the inner layers' weights, and of their inputs.
-# PACT has no weights of its own and takes DoReFa's, as in its paper; the one- and two-bit weight
-# quantizers leave the inputs to LSQ.
+# PACT has no weights of its own and takes DoReFa's, as in its paper; the weight-only quantizers
+# leave the inputs to LSQ. Where a paper starts from the data's distribution, so does the pair:
+# TQT's inputs from the entropy, LSQ+'s from the least squared error, the staircases of sigmoids
+# from a clustering, which is that too. A range up to the largest value leaves 2-bit inputs at 0.
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "uniform": (dict(quantizer="uniform", observer="mse"), dict(quantizer="uniform")),
+    "uniform": (dict(quantizer="uniform", observer="mse"),) * 2,
     "lsq": (dict(quantizer="lsq"), dict(quantizer="lsq")),
-    "lsq_plus": (dict(quantizer="lsq_plus"), dict(quantizer="lsq_plus", symmetric=False)),
-    "tqt": (dict(quantizer="tqt"), dict(quantizer="tqt")),
+    "lsq_plus": (
+        dict(quantizer="lsq_plus"),
+        dict(quantizer="lsq_plus", symmetric=False, observer="mse"),
+    ),
+    "tqt": (dict(quantizer="tqt"), dict(quantizer="tqt", observer="entropy")),
     "pact": (dict(quantizer="dorefa"), dict(quantizer="pact")),
     "dorefa": (dict(quantizer="dorefa"), dict(quantizer="dorefa")),
     "ewgs": (dict(quantizer="ewgs"), dict(quantizer="ewgs")),
-    "dsq": (dict(quantizer="dsq"), dict(quantizer="dsq")),
-    "sigmoid": (dict(quantizer="sigmoid"), dict(quantizer="sigmoid")),
+    "dsq": (dict(quantizer="dsq", observer="mse"),) * 2,
+    "sigmoid": (dict(quantizer="sigmoid", observer="mse"),) * 2,
     "qil": (dict(quantizer="qil"), dict(quantizer="qil")),
+    "apot": (dict(quantizer="apot"), dict(quantizer="apot")),
+    "codebook": (dict(quantizer="codebook"), dict(quantizer="lsq")),
     "binary": (dict(quantizer="binary"), dict(quantizer="lsq")),
     "ternary": (dict(quantizer="ternary"), dict(quantizer="lsq")),
 }

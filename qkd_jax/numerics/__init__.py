@@ -5,6 +5,7 @@ values, `mapping` turns ranges into scales and numbers into codes, `rounding` ho
 building blocks. Pure functions of arrays; nothing here knows of models.
 """
 
+from qkd_jax.numerics.backward import cotangents, mean_of, partial_sums
 from qkd_jax.numerics.features import adaptive_avg_pool
 from qkd_jax.numerics.fixed import FixedPointFormat
 from qkd_jax.numerics.floats import FLOAT_FORMATS, FloatFormat
@@ -20,6 +21,7 @@ from qkd_jax.numerics.mapping import (
     decode,
     encode,
     guarded,
+    nearest_level,
     power_of_two_above,
     range_parameters,
     shared_axes,
@@ -29,7 +31,6 @@ from qkd_jax.numerics.rounding import (
     STRENGTHS,
     at_least,
     compute_dtype,
-    computed_once,
     gradient_scale,
     match_cotangent,
     round_codes,
@@ -90,7 +91,7 @@ __all__ = [
     "check_scale",
     "check_sign",
     "compute_dtype",
-    "computed_once",
+    "cotangents",
     "decode",
     "empty",
     "empty_histogram",
@@ -100,8 +101,11 @@ __all__ = [
     "guarded",
     "magnitudes",
     "match_cotangent",
+    "mean_of",
     "measure",
     "merge",
+    "nearest_level",
+    "partial_sums",
     "power_of_two_above",
     "range_parameters",
     "reduced_axes",

@@ -64,6 +64,10 @@ class FloatFormat:
         return top - int(self.specials == "nan")
 
     @property
+    def _smallest_normal(self) -> float:
+        return 2.0 ** (1 - self.bias)
+
+    @property
     def max(self) -> float:
         """The highest value."""
         return float(_value(self._highest, self))
@@ -104,7 +108,10 @@ class FloatFormat:
             # Its subnormals are subnormal in float32 too, which arithmetic may flush to zero.
             near = size.astype(jnp.bfloat16).astype(jnp.float32)
             return jnp.where(jnp.isnan(x), x, jnp.copysign(near, x))
-        unit = self._unit(size)
+        # The power of two below a magnitude is its exponent field alone; frexp and ldexp are slow.
+        field = jax.lax.bitcast_convert_type(size, jnp.int32) & jnp.int32(0x7F800000)
+        power = jax.lax.bitcast_convert_type(field, jnp.float32)
+        unit = jnp.clip(power, self._smallest_normal, self.max) * 2.0**-self.mantissa_bits
         near = jnp.round(size / unit) * unit
         beyond = jnp.inf if self.specials == "ieee" else jnp.nan
         near = jnp.where(near > self.max, beyond, near)

@@ -10,6 +10,7 @@ twin give the same codes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -30,6 +31,7 @@ __all__ = [
     "decode",
     "encode",
     "guarded",
+    "nearest_level",
     "power_of_two_above",
     "range_parameters",
     "shared_axes",
@@ -179,6 +181,17 @@ def encode(
 def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | float) -> jax.Array:
     """Codes to real numbers: (codes - zero_point) * scale."""
     return (codes - zero_point) * scale
+
+
+def nearest_level(u: jax.Array, levels: Sequence[float]) -> jax.Array:
+    """The nearest of some ascending levels, the lower of two at equal distance; NaN stays NaN.
+
+    A chain of selections, which compilers vectorise, where a search would gather.
+    """
+    found = jnp.where(jnp.isnan(u), u, levels[0])
+    for low, high in itertools.pairwise(levels):
+        found = jnp.where(u > (low + high) / 2, high, found)
+    return found
 
 
 def check_scale(name: str, scale: jax.Array) -> None:

@@ -23,7 +23,6 @@ __all__ = [
     "STRENGTHS",
     "at_least",
     "compute_dtype",
-    "computed_once",
     "gradient_scale",
     "match_cotangent",
     "round_codes",
@@ -186,15 +185,6 @@ def sum_to(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     if len(shape) == 0:
         return jnp.sum(_sum_inner_axes(x))
     return jnp.sum(x, axis=tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True)
-
-
-def computed_once(dx: jax.Array, stored: jax.Array) -> jax.Array:
-    """Makes sums over the gradient of `x` read it back, where XLA would compute it anew in each.
-
-    Worth its while for surrogates with a transcendental function. Where it is stored in another
-    type than it is computed in, `stored` being an example, nothing changes.
-    """
-    return jax.lax.optimization_barrier(dx) if dx.dtype == stored.dtype else dx
 
 
 def match_cotangent(cotangent: jax.Array, primal: jax.Array) -> jax.Array:

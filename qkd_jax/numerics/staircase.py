@@ -22,14 +22,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from qkd_jax.numerics.backward import cotangents
 from qkd_jax.numerics.mapping import MIN_SCALE, decode, encode
-from qkd_jax.numerics.rounding import (
-    compute_dtype,
-    computed_once,
-    match_cotangent,
-    round_codes,
-    through_rounding,
-)
+from qkd_jax.numerics.rounding import compute_dtype, round_codes, through_rounding
 
 if TYPE_CHECKING:
     from qkd_jax.numerics.spec import Spec
@@ -90,37 +85,45 @@ def _backward(spec, factor, learned, residuals, g):
     n, p = spec.format.qmin, spec.format.qmax
     s = jnp.maximum(step, MIN_SCALE)
     z = 0 if offset is None else snapped_zero_point(s, offset, spec)
-    place = x.astype(compute_dtype(x)) * (1 / s)
-    u = place + z
-    inside = (n < u) & (u < p)
-    rounded = round_codes(place, spec.rounding, key)  # as in the forward pass, before z
-    wide = g.astype(u.dtype)
-    # Outside, u clips to n or p. A NaN is outside and stays one, so a bad step is noticed.
-    clipped = jnp.clip(u, n, p)
-    if spec.backward == "ste":
-        dx = jnp.where(inside, wide, 0)
-        dstep = wide * jnp.where(inside, rounded - place, clipped)
-    else:
-        through = through_rounding(wide, clipped, spec, strength=strength)
-        dx = computed_once(jnp.where(inside, through, 0), g)
-        dstep = wide * jnp.where(inside, rounded + z, clipped) - dx * jnp.where(inside, u, 0)
-    grads: list[jax.Array | None] = [
-        match_cotangent(dx.astype(g.dtype), x),
-        _reduced(dstep, step, factor),
-        None if offset is None else _reduced(wide - dx, offset, factor),
-    ]
-    if strength is None:
-        grads.append(None)
-    elif learned:
-        bend = jnp.where(inside, wide * s * _dsq_bend(clipped, strength), 0)
-        grads.append(_reduced(bend, strength, factor))
-    else:
-        grads.append(jnp.zeros_like(strength))
-    return (*grads, None)
+    dtype, soft = compute_dtype(x), spec.backward != "ste"
 
+    def places(x, g):
+        place = x.astype(dtype) * (1 / s)
+        u = place + z
+        # Outside, u clips to n or p. A NaN is outside and stays one, so a bad step is noticed.
+        return place, u, (n < u) & (u < p), jnp.clip(u, n, p), g.astype(dtype)
 
-def _reduced(cotangent: jax.Array, param: jax.Array, factor: float) -> jax.Array:
-    return (match_cotangent(cotangent, param) * factor).astype(param.dtype)
+    def slope(x, g):
+        _, _, inside, clipped, wide = places(x, g)
+        return jnp.where(inside, through_rounding(wide, clipped, spec, strength=strength), 0)
+
+    def terms(x, g, dx):
+        place, u, inside, clipped, wide = places(x, g)
+        rounded = round_codes(place, spec.rounding, key)  # as in the forward pass, before z
+        if not soft:
+            yield wide * jnp.where(inside, rounded - place, clipped)
+        else:
+            bent = jnp.where(inside, dx.astype(dtype) * u, 0)  # u may be infinite outside
+            yield wide * jnp.where(inside, rounded + z, clipped) - bent
+        if offset is not None:
+            yield wide - dx.astype(dtype) if soft else jnp.where(inside, 0, wide)
+        if learned:
+            yield jnp.where(inside, wide * s * _dsq_bend(clipped, strength), 0)
+
+    params = [step, *(() if offset is None else (offset,)), *((strength,) if learned else ())]
+    dx, *grads = cotangents(
+        x,
+        g,
+        params,
+        slope,
+        lambda *arrays: tuple(terms(*arrays)),
+        factor=factor,
+        as_given=key is not None,
+        apart=soft,
+    )
+    found = dict(zip(map(id, params), grads, strict=True))
+    dstrength = None if strength is None else found.get(id(strength), jnp.zeros_like(strength))
+    return dx, found[id(step)], found.get(id(offset)), dstrength, None
 
 
 def _dsq_bend(u: jax.Array, alpha: jax.Array) -> jax.Array:
@@ -128,9 +131,7 @@ def _dsq_bend(u: jax.Array, alpha: jax.Array) -> jax.Array:
 
     The staircase is floor(u) + 1/2 + tanh(k f) / (2 (1 - alpha)), k = log(2 / alpha - 1).
     """
-    # Spelled otherwise than in `through_rounding`: XLA would recognise the tanh there as this one,
-    # and write it to memory for both, which takes longer than computing it twice.
-    k = jnp.log((2 - alpha) / alpha)
+    k = jnp.log(2 / alpha - 1)  # as in `through_rounding`, so that a loop has one tanh for both
     place = u - jnp.floor(u) - 0.5
     bent = jnp.tanh(k * place)
     dk = -2 / (alpha * (2 - alpha))

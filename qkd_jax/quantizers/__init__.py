@@ -29,7 +29,9 @@ import jax
 from qkd_jax import checks
 from qkd_jax.numerics import Spec
 from qkd_jax.quantizers import (
+    apot,
     binary,
+    codebook,
     dorefa,
     dsq,
     ewgs,
@@ -46,8 +48,10 @@ from qkd_jax.quantizers import (
 
 __all__ = [
     "QUANTIZERS",
+    "apot",
     "binary",
     "check",
+    "codebook",
     "dorefa",
     "dsq",
     "ewgs",
@@ -74,8 +78,10 @@ QUANTIZERS: dict[str, ModuleType] = {
     "dsq": dsq,
     "sigmoid": sigmoid,
     "qil": qil,
+    "apot": apot,
     "binary": binary,
     "ternary": ternary,
+    "codebook": codebook,
     "float": floating,
 }
 

@@ -53,13 +53,8 @@ def live(x: jax.Array, params: Params, spec: Spec) -> Params:
     """The magnitude of this tensor, E|x| over what shares it (equation 6), without gradient."""
     if spec.option("static", False):
         return params
-    size = jnp.abs(jax.lax.stop_gradient(x).astype(numerics.compute_dtype(x)))
-    alpha = params["alpha"]
-    return {
-        "alpha": numerics.guarded(
-            numerics.sum_to(size, alpha.shape) * (alpha.size / max(x.size, 1))
-        )
-    }
+    alpha, wide = params["alpha"], jax.lax.stop_gradient(x).astype(numerics.compute_dtype(x))
+    return {"alpha": numerics.guarded(numerics.mean_of(jnp.abs, wide, alpha))}
 
 
 def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
@@ -131,16 +126,24 @@ def _forward(x, alpha, spec, factor):
 
 def _backward(spec, factor, residuals, g):
     x, alpha = residuals
-    wide, gain = x.astype(numerics.compute_dtype(x)), g.astype(numerics.compute_dtype(x))
-    sign = _sign(wide)
-    dx = jnp.where(jnp.abs(wide) <= 1, alpha * gain, 0)
-    pull = numerics.match_cotangent(gain * sign, alpha)
+    dtype = numerics.compute_dtype(x)
+
+    def slope(x, g):
+        return jnp.where(jnp.abs(x.astype(dtype)) <= 1, alpha * g.astype(dtype), 0)
+
+    def terms(x, g, *_):
+        return (g.astype(dtype) * _sign(x.astype(dtype)),)
+
     if spec.option("static", False):
-        dalpha = pull * factor
+        return numerics.cotangents(x, g, (alpha,), slope, terms, factor=factor)
+    share = alpha.size / x.size
+    if alpha.ndim:
+        part = terms(x, g)[0] * share
     else:
-        dx = dx + sign * (pull * (alpha.size / x.size))
-        dalpha = jnp.zeros_like(alpha)
-    return numerics.match_cotangent(dx.astype(g.dtype), x), dalpha.astype(alpha.dtype)
+        (part,) = numerics.partial_sums(terms, x, g, factor=share)
+    pull = numerics.match_cotangent(part, alpha)
+    dx = slope(x, g) + _sign(x.astype(dtype)) * pull
+    return numerics.match_cotangent(dx.astype(g.dtype), x), jnp.zeros_like(alpha)
 
 
 _fake_quant.defvjp(_forward, _backward)

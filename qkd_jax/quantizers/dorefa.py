@@ -74,11 +74,11 @@ def live(x: jax.Array, params: Params, spec: Spec) -> Params:
     if not spec.signed:
         return params
     bound = params["bound"]
-    size = jax.lax.stop_gradient(jnp.abs(x.astype(numerics.compute_dtype(x))))
+    wide = jax.lax.stop_gradient(x).astype(numerics.compute_dtype(x))
     if spec.bits == 1:
-        bound = numerics.sum_to(size, bound.shape) * (bound.size / max(x.size, 1))
+        bound = numerics.mean_of(jnp.abs, wide, bound)
     else:
-        top = jnp.max(size, axis=numerics.shared_axes(x, bound))
+        top = jnp.max(jnp.abs(wide), axis=numerics.shared_axes(x, bound))
         bound = jnp.tanh(jnp.reshape(top, bound.shape))
     return {"bound": numerics.guarded(bound)}
 

@@ -187,30 +187,34 @@ def _forward(x, lower, upper, gain, key, spec, factor):
 
 def _backward(spec, factor, residuals, g):
     x, lower, upper, gain = residuals
-    levels = _levels(spec)
-    t = _place(x, lower, upper)
-    inside = (t > 0) & (t < 1)
-    normal = jnp.clip(t, 0, 1)
-    rounded = jnp.round(levels * normal) / levels
-    wide = g.astype(t.dtype)
-    out = 2 * rounded - 1 if spec.signed else rounded
-    g_rounded = wide * (jnp.abs(gain) * (1 + int(spec.signed)))
-    delta = spec.option("delta", OPTIONS["delta"])
-    g_normal = g_rounded * (1 + delta * jnp.sign(g_rounded) * (normal - rounded))
-    dx = jnp.where(inside, g_normal, 0) * (1 / jnp.maximum(upper - lower, MIN_WIDTH))
-    dx = numerics.computed_once(dx, g)
-    lever = jnp.where(inside, t, 0)  # t may be infinite
+    levels, delta = _levels(spec), spec.option("delta", OPTIONS["delta"])
+    dtype = numerics.compute_dtype(x)
+    slopes = jnp.abs(gain) * ((1 + int(spec.signed)) / jnp.maximum(upper - lower, MIN_WIDTH))
 
-    def reduced(cotangent, param):
-        return (numerics.match_cotangent(cotangent, param) * factor).astype(param.dtype)
+    def parts(x, g):
+        t, wide = _place(x, lower, upper), g.astype(dtype)
+        normal = jnp.clip(t, 0, 1)
+        rounded = jnp.round(levels * normal) * (1 / levels)
+        # g (1 + delta sign(g) (xn - xq)), times what lies before and behind the rounding.
+        dx = slopes * (wide + delta * jnp.abs(wide) * (normal - rounded))
+        return t, wide, rounded, (t > 0) & (t < 1), dx
 
-    return (
-        numerics.match_cotangent(dx.astype(g.dtype), x),
-        reduced(dx * (lever - 1), lower),
-        reduced(-dx * lever, upper),
-        reduced(wide * out * jnp.where(gain < 0, -1, 1), gain),  # at 0 it can leave
-        None,
-    )
+    def slope(x, g):
+        _, _, _, inside, dx = parts(x, g)
+        return jnp.where(inside, dx, 0)
+
+    def terms(x, g, _):
+        t, wide, rounded, inside, dx = parts(x, g)
+        out = 2 * rounded - 1 if spec.signed else rounded
+        lever = jnp.where(inside, dx * t, 0)  # t may be infinite
+        return (
+            lever - jnp.where(inside, dx, 0),
+            -lever,
+            wide * out * jnp.where(gain < 0, -1, 1),  # at 0 it can leave
+        )
+
+    ends = (lower, upper, gain)
+    return *numerics.cotangents(x, g, ends, slope, terms, factor=factor), None
 
 
 _fake_quant.defvjp(_forward, _backward)

@@ -124,15 +124,23 @@ def _forward(x, scale, spec, factor):
 
 def _backward(spec, factor, residuals, g):
     x, scale = residuals
-    format, u = _format(spec), _place(x, scale)
-    inside = jnp.abs(u) <= format.max
-    dx = g if spec.mask == "none" else jnp.where(inside, g, jnp.zeros_like(g))
+    format = _format(spec)
+
+    def slope(x, g):
+        return (
+            g if spec.mask == "none" else jnp.where(jnp.abs(_place(x, scale)) <= format.max, g, 0)
+        )
+
     if not spec.option("learned", False):
-        return numerics.match_cotangent(dx, x), jnp.zeros_like(scale)
-    cast = format.fake_cast(u)
-    slope = g.astype(u.dtype) * jnp.where(inside, cast - u, cast)
-    dscale = numerics.match_cotangent(slope, scale) * factor
-    return numerics.match_cotangent(dx, x), dscale.astype(scale.dtype)
+        return numerics.match_cotangent(slope(x, g), x), jnp.zeros_like(scale)
+
+    def terms(x, g, _):
+        u = _place(x, scale)
+        cast = format.fake_cast(u)
+        inside = jnp.abs(u) <= format.max
+        return (g.astype(u.dtype) * jnp.where(inside, cast - u, cast),)
+
+    return numerics.cotangents(x, g, (scale,), slope, terms, factor=factor)
 
 
 _fake_quant.defvjp(_forward, _backward)

@@ -166,18 +166,22 @@ def _backward(spec, factor, residuals, g):
     x, step, bits = residuals
     s = jnp.maximum(step, numerics.MIN_SCALE)
     low, high, power = _ends(bits, spec)
-    u = x.astype(numerics.compute_dtype(x)) * (1 / s)
-    inside = (low < u) & (u < high)
-    dx = jnp.where(inside, g, jnp.zeros_like(g))
-    wide = g.astype(u.dtype)
-    dstep = wide * jnp.where(inside, jnp.round(u) - u, jnp.clip(u, low, high))
-    end = jnp.where(u >= high, power, -power if spec.signed else 0)
-    dbits = wide * jnp.where(inside, 0, s * math.log(2) * end)
-    return (
-        numerics.match_cotangent(dx, x),
-        (numerics.match_cotangent(dstep, step) * factor).astype(step.dtype),
-        (numerics.match_cotangent(dbits, bits) * factor).astype(bits.dtype),
-    )
+    dtype = numerics.compute_dtype(x)
+
+    def slope(x, g):
+        u = x.astype(dtype) * (1 / s)
+        return jnp.where((low < u) & (u < high), g, 0)
+
+    def terms(x, g, _):
+        u, wide = x.astype(dtype) * (1 / s), g.astype(dtype)
+        inside = (low < u) & (u < high)
+        end = jnp.where(u >= high, power, -power if spec.signed else 0)
+        return (
+            wide * jnp.where(inside, jnp.round(u) - u, jnp.clip(u, low, high)),
+            wide * jnp.where(inside, 0, s * math.log(2) * end),
+        )
+
+    return numerics.cotangents(x, g, (step, bits), slope, terms, factor=factor)
 
 
 _learned_bits.defvjp(_forward, _backward)

@@ -121,13 +121,17 @@ def _forward(x, alpha, key, spec, factor):
 
 def _backward(spec, factor, residuals, g):
     x, alpha = residuals
-    u = x.astype(numerics.compute_dtype(x)) * (1 / _step(alpha, spec))
-    p = spec.format.qmax
-    wide = g.astype(u.dtype)
-    through = numerics.through_rounding(wide, jnp.clip(u, 0, p), spec)
-    dx = jnp.where((0 < u) & (u < p), through, 0).astype(g.dtype)
-    dalpha = numerics.match_cotangent(jnp.where(u >= p, wide, 0), alpha) * factor
-    return numerics.match_cotangent(dx, x), dalpha.astype(alpha.dtype), None
+    step, p, dtype = _step(alpha, spec), spec.format.qmax, numerics.compute_dtype(x)
+
+    def slope(x, g):
+        u = x.astype(dtype) * (1 / step)
+        through = numerics.through_rounding(g.astype(dtype), jnp.clip(u, 0, p), spec)
+        return jnp.where((0 < u) & (u < p), through, 0)
+
+    def terms(x, g, _):
+        return (jnp.where(x.astype(dtype) * (1 / step) >= p, g.astype(dtype), 0),)
+
+    return *numerics.cotangents(x, g, (alpha,), slope, terms, factor=factor), None
 
 
 _fake_quant.defvjp(_forward, _backward)

@@ -7,6 +7,7 @@ quantizer: the exponent gamma of the paper's transformer is 1 here.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -66,9 +67,14 @@ def _scale(low: jax.Array, half: jax.Array, format: IntFormat) -> jax.Array:
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """The interval [0, max|x|]: center = half_width = max|x| / 2, so nothing is pruned or clipped.
+    """An interval that starts at 0: nothing is pruned below it, and rounding has LSQ's first step.
 
-    This start is ours; the paper names none. All-zero data give the grid of scale 1.
+        center = half_width = min(max|x|, 2 sqrt(q) E|x|) / 2
+
+    This start is ours; the paper names none (its nets come down from 32 bits width by width). An
+    interval up to max|x| is right for many bits; with two, where a weight is -1, 0 or 1, it has
+    its threshold at half the largest weight and prunes nearly all of a layer. With `spec.observer`
+    named the interval ends at its range's farther end. All-zero data give the grid of scale 1.
 
     Returns:
         `center` and `half_width`, float32, of the statistics' shape, in input units.
@@ -78,8 +84,10 @@ def init(stats: Stats, spec: Spec) -> Params:
     """
     check(spec)
     numerics.check_sign(stats.lo, spec.format)
-    amax = jnp.maximum(-stats.lo, stats.hi) if spec.signed else jnp.maximum(stats.hi, 0)
-    half = jnp.where(amax == 0, jnp.full_like(amax, spec.format.qmax), amax) / 2
+    far = jnp.maximum(-stats.lo, stats.hi) if spec.signed else jnp.maximum(stats.hi, 0)
+    if spec.observer is None:
+        far = jnp.minimum(far, 2 * math.sqrt(spec.format.qmax) * stats.abs_mean)
+    half = jnp.where(far == 0, jnp.full_like(far, spec.format.qmax), far) / 2
     half = jnp.maximum(half, MIN_HALF_WIDTH)
     return {"center": half, "half_width": half}
 
@@ -202,28 +210,28 @@ def _forward(x, center, half_width, key, spec, factor):
 def _backward(spec, factor, residuals, g):
     x, center, half_width = residuals
     low, half = _interval(center, half_width)
-    wide = x.astype(numerics.compute_dtype(x))
-    sign = jnp.sign(wide) if spec.signed else 1
-    distance = jnp.abs(wide) - low if spec.signed else wide - low
-    inside = (distance > 0) & (distance < 2 * half)
-    through = g.astype(wide.dtype)
-    if spec.backward != "ste":
-        # What is rounded is the magnitude, so its gradient it is that is shaped.
-        place = jnp.clip(_place(distance, half, spec.format), 0, spec.format.qmax)
-        through = sign * numerics.through_rounding(sign * through, place, spec)
-    dx = jnp.where(inside, through * ((low + 2 * half) / (2 * half)), 0)
-    dx = numerics.computed_once(dx, g)
-    pull = -sign * dx
-    # Zero outside, where the distance may be infinite.
-    lever = jnp.where(inside, (distance - half) * (1 / half), 0)
-    dcenter = numerics.match_cotangent(pull, center) * factor
-    dhalf = numerics.match_cotangent(pull * lever, half_width) * factor
-    return (
-        numerics.match_cotangent(dx, x),
-        dcenter.astype(center.dtype),
-        dhalf.astype(half_width.dtype),
-        None,
-    )
+    dtype = numerics.compute_dtype(x)
+    rise = (low + 2 * half) / (2 * half)
+
+    def parts(x, g):
+        wide, through = x.astype(dtype), g.astype(dtype)
+        sign = jnp.sign(wide) if spec.signed else 1
+        distance = jnp.abs(wide) - low if spec.signed else wide - low
+        inside = (distance > 0) & (distance < 2 * half)
+        if spec.backward != "ste":
+            # What is rounded is the magnitude, so its gradient it is that is shaped.
+            place = jnp.clip(_place(distance, half, spec.format), 0, spec.format.qmax)
+            through = sign * numerics.through_rounding(sign * through, place, spec)
+        return jnp.where(inside, through * rise, 0), inside, distance, sign
+
+    def terms(x, g, dx):
+        again, inside, distance, sign = parts(x, g)
+        pull = -sign * (again if spec.backward == "ste" else dx.astype(dtype))
+        # Zero outside, where the distance may be infinite.
+        return pull, jnp.where(inside, pull * ((distance - half) * (1 / half)), 0)
+
+    ends = (center, half_width)
+    return *numerics.cotangents(x, g, ends, lambda *a: parts(*a)[0], terms, factor=factor), None
 
 
 _fake_quant.defvjp(_forward, _backward)

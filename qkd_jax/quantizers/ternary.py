@@ -59,12 +59,16 @@ def init(stats: Stats, spec: Spec) -> Params:
 def live(x: jax.Array, params: Params, spec: Spec) -> Params:
     """Threshold 0.7 E|w| and magnitude E[|w| : |w| > threshold] of these weights (section 2.2)."""
     shape = params["alpha"].shape
-    size = jnp.abs(jax.lax.stop_gradient(x).astype(numerics.compute_dtype(x)))
-    mean = numerics.sum_to(size, shape) * (params["alpha"].size / max(x.size, 1))
-    threshold = spec.option("threshold", 0.7) * mean
-    above = size > threshold
-    count = numerics.sum_to(above.astype(size.dtype), shape)
-    alpha = numerics.sum_to(jnp.where(above, size, 0), shape)
+    wide = jax.lax.stop_gradient(x).astype(numerics.compute_dtype(x))
+    threshold = spec.option("threshold", 0.7) * numerics.mean_of(jnp.abs, wide, params["alpha"])
+
+    def above(x):
+        size = jnp.abs(x)
+        kept = size > threshold
+        return jnp.where(kept, size, 0), kept.astype(size.dtype)
+
+    parts = above(wide) if shape else numerics.partial_sums(above, wide)
+    alpha, count = (numerics.sum_to(part, shape) for part in parts)
     alpha = jnp.where(count > 0, alpha / jnp.maximum(count, 1), 1)
     return {"alpha": jnp.maximum(alpha, numerics.MIN_SCALE), "threshold": threshold}
 

@@ -20,6 +20,11 @@ from torchao.quantization.quant_primitives import (
 )
 
 OUT = pathlib.Path(__file__).with_name("papers.npz")
+# The 16 values of NF4, from appendix E of its paper, to seven places.
+NF4 = [
+    *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0),
+]
 
 
 class Pass(torch.autograd.Function):
@@ -147,6 +152,47 @@ def ternary(x, params, bits, signed, options):
     return straight(x, code)
 
 
+def apot(x, params, bits, signed, options):
+    # The exponents that the paper's own code lists, by bits of magnitude.
+    table = {
+        1: [[1]],
+        2: [[1, 2, 3]],
+        3: [[1, 2, 4], [3]],
+        4: [[1, 3, 5], [2, 4, 6]],
+        5: [[1, 3, 6], [2, 4, 7], [5]],
+        6: [[1, 4, 7], [2, 5, 8], [3, 6, 9]],
+    }
+    grid = torch.zeros(1).double()
+    for exponents in table[bits - signed]:
+        grid = (grid[:, None] + torch.tensor([0.0, *(2.0**-e for e in exponents)])).flatten()
+    grid = grid / grid.max()
+    spread = 1.0
+    if options.get("normalize"):
+        spread = x.detach().std(correction=0)
+        x = (x - x.detach().mean()) / spread
+
+    def nearest(u):
+        return grid[(u.abs()[..., None] - grid).abs().argmin(-1)] * torch.sign(u)
+
+    u = torch.clamp(x / params["alpha"], -1 if signed else 0, 1)
+    return straight(u, nearest) * params["alpha"] * spread
+
+
+def codebook(x, params, bits, signed, options):
+    if bits == 4:  # as published
+        grid = torch.tensor(NF4).double()
+    else:
+        half, top = 2 ** (bits - 1), 1 - (1 / 2 ** (bits + 1) + 1 / (2 ** (bits + 1) - 2)) / 2
+        up = torch.special.ndtri(torch.linspace(0.5, top, half + 1).double())
+        down = torch.special.ndtri(torch.linspace(0.5, top, half).double())
+        grid = torch.cat([-down.flip(0)[:-1], up]) / up[-1]
+    u = torch.clamp(x / params["scale"].detach(), -1, 1)
+    return (
+        straight(u, lambda u: grid[(u[..., None] - grid).abs().argmin(-1)])
+        * params["scale"].detach()
+    )
+
+
 def learn_bits(x, params, bits, signed, options):
     b = straight(params["bits"])
     high = 2 ** (b - int(signed)) - 1
@@ -209,12 +255,19 @@ CASES = [
         for s in (True, False)
     ),
 ]
+# With random numbers of their own, so that those above stay.
+NON_UNIFORM = [
+    *(("apot", b, True, {}, {"alpha": 1.3}) for b in (2, 3, 4, 5, 6)),
+    *(("apot", b, False, {}, {"alpha": 1.3}) for b in (1, 2, 3, 4, 6)),
+    ("apot", 4, True, {"normalize": True}, {"alpha": 1.1}),
+    *(("codebook", b, True, {}, {"scale": 1.4}) for b in (2, 3, 4, 5)),
+]
 
 
-def main():
-    generator = torch.Generator().manual_seed(0)
+def restated(cases, generator):
+    """The arrays of each case's group."""
     out = {}
-    for name, bits, signed, options, values in CASES:
+    for name, bits, signed, options, values in cases:
         x = torch.randn((6, 5), generator=generator).float().double()
         x = (x if signed or "offset" in values else x.abs()).requires_grad_()
         g = torch.randn((6, 5), generator=generator).float().double()
@@ -236,6 +289,13 @@ def main():
             found[key] = value
             found["d" + key] = torch.zeros(()) if value.grad is None else value.grad
         out |= {f"{group}/{k}": np.asarray(v.detach()) for k, v in found.items()}
+    return out
+
+
+def main():
+    generator = torch.Generator().manual_seed(0)
+    out = restated(CASES, generator)
+    out |= restated(NON_UNIFORM, torch.Generator().manual_seed(1))
 
     # The three conventions of a symmetric scale, and the affine one, as torchao chooses them.
     weights = torch.randn((6, 8), generator=generator) + 0.2

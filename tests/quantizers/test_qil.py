@@ -174,23 +174,40 @@ def test_infinite_input_leaves_the_parameters_gradient_finite():
     assert np.isfinite(dcenter) and np.isfinite(dhalf)
 
 
-def test_init_covers_the_data():
-    x = np.array([-3.0, 0.5, 2.0], np.float32)
+def test_the_interval_starts_at_zero_with_the_step_of_lsq():
+    x = np.array([-3.0, 0.5, 2.0, 0.5], np.float32)
     stats = numerics.finish(numerics.measure(x))
-    params = qil.init(stats, Spec(4, quantizer="qil"))
-    assert params == {"center": 1.5, "half_width": 1.5}
-    unsigned = numerics.finish(numerics.measure(abs(x)))
-    assert qil.init(unsigned, Spec(4, quantizer="qil", signed=False))["center"] == 1.5
+    # E|x| is 3/2, and 2 sqrt(q) E|x| with q = 1: 3, the largest value; with q = 3 it is beyond.
+    for bits, end in ((2, 3.0), (3, 3.0)):
+        params = qil.init(stats, Spec(bits, quantizer="qil"))
+        assert params == {"center": end / 2, "half_width": end / 2}
+    heavy = np.concatenate([np.full(99, 0.5), [20.0]]).astype(np.float32)
+    stats = numerics.finish(numerics.measure(heavy))
+    mean = heavy.mean(dtype=np.float64)
+    for fields, q in ((dict(), 1), (dict(signed=False), 3)):
+        params = qil.init(stats, Spec(2, quantizer="qil", **fields))
+        np.testing.assert_allclose(params["center"], math.sqrt(q) * mean, rtol=1e-6)
+        np.testing.assert_array_equal(params["center"], params["half_width"])
+    ranged = qil.init(stats, Spec(2, quantizer="qil", observer="minmax"))
+    assert ranged == {"center": 10, "half_width": 10}
     zero = numerics.finish(numerics.measure(0 * x))
     spec = Spec(4, quantizer="qil")
     assert qil.integer_view(qil.init(zero, spec), spec)[0] == 1
+
+
+def test_a_layer_of_two_bits_does_not_start_pruned():
+    x = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    spec = Spec(2, quantizer="qil")
+    y = qil.fake_quant(x, qil.init(numerics.finish(numerics.measure(x)), spec), spec)
+    # The threshold is the mean magnitude, above which are 42 % of a Gaussian.
+    assert 0.38 < np.mean(y != 0) < 0.46
 
 
 def test_at_the_start_it_is_the_uniform_narrow_grid():
     x = np.random.default_rng(0).normal(size=100).astype(np.float32)
     stats = numerics.finish(numerics.measure(x))
     for bits in (2, 4, 8):
-        spec = Spec(bits, quantizer="qil")
+        spec = Spec(bits, quantizer="qil", observer="minmax")
         scale, _, form = qil.integer_view(qil.init(stats, spec), spec)
         assert (form.qmin, form.narrow_range) == (-form.qmax, True)
         np.testing.assert_allclose(scale, abs(x).max() / form.qmax, rtol=1e-6)
