@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import assistant, born_again, mutual, patient, transfer
+from configs import assistant, born_again, multi_teacher, mutual, patient, transfer
 from qkd_jax import experiment
 
 TINY = "data=synthetic,epochs=0.5,train_examples=64"
@@ -112,6 +112,43 @@ def test_a_new_head_on_old_layers(tmp_path):
     correlation = lambda a, b: np.corrcoef(np.ravel(a), np.ravel(b))[0, 1]
     assert correlation(source["dense1"]["kernel"], tuned["dense1"]["kernel"]) > 0.9
     assert abs(correlation(source["head"]["kernel"], tuned["head"]["kernel"])) < 0.9
+
+
+@pytest.mark.parametrize("combine", ["sum", "mean", "confidence"])
+def test_several_teachers_and_each_alone(combine):
+    config = multi_teacher.get_config(f"teachers=mlp,teacher_widths=0+8+4,combine={combine}")
+    learn = config.stages.distil.learn
+    assert learn.student.kd.source == ("teacher0", "teacher1", "teacher2")
+    assert learn.student.kd.loss == multi_teacher.COMBINE[combine]
+    assert [learn[f"single{k}"].kd.source for k in range(3)] == ["teacher0", "teacher1", "teacher2"]
+    assert all(config.nets[net].init_from == "student" for net in learn if net != "student")
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("teachers=resnet8", "two teachers or more"),
+        ("teachers=resnet8+mlp,teacher_widths=8+8+8", "as many of the other"),
+        ("combine=max", "allowed: sum, mean, confidence"),
+    ],
+)
+def test_several_teachers_say_what_is_wrong(arg, message):
+    with pytest.raises(ValueError, match=message):
+        multi_teacher.get_config(arg)
+
+
+@pytest.mark.slow
+def test_arms_of_several_teachers_differ_by_their_lessons_alone(tmp_path):
+    """With the teachers' weight at 0 every quantized student ends where `labels` ends."""
+    config = small(multi_teacher.get_config(f"{TINY},bits=w4a4,combine=confidence,kd_weight=0.0"))
+    done = experiment.run(config, tmp_path / "run", report=False, verbose=False)
+    rows = {row["net"]: row for row in done["rows"]}
+    for name in ("student", "single0", "single1"):
+        assert rows[name]["loss"] == pytest.approx(rows["labels"]["loss"], rel=1e-6)
+        assert rows[name]["weight_bits"] == 8  # the first and the last layer are all there is
+    assert len({row["student_steps"] for row in rows.values() if row["net"][0] in "sl"}) == 1
+    assert rows["teachers"]["method"] == "mean of 2"
+    assert rows["teachers"]["loss"] != rows["teacher0"]["loss"]
 
 
 def test_mixtures_are_for_teachers_alone():
