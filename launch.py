@@ -3,6 +3,7 @@
 python launch.py --config=configs/qkd.py[:k=v,k=v] --workdir=DIR [--config.x.y=value]
 python launch.py --config=configs/qkd.py --mode=inspect
 python launch.py --workdir=DIR --mode=eval|export|report
+python launch.py --workdir=DIR --mode=export --target=onnxruntime-x86   # a key of deploy/targets.py
 
 Exit codes: 0 done; 2 a mistake in the flags or the config; 3 a loss or gradient that is not
 finite; 75 stopped by SIGTERM or SIGINT after saving: the same command goes on from there.
@@ -35,6 +36,9 @@ flags.DEFINE_enum(
     MODES,
     "run: train, or go on with an interrupted run. inspect: print the schedule and every net's "
     "layers, computing nothing. eval, export, report: from a run folder alone.",
+)
+flags.DEFINE_string(
+    "target", "", "With --mode=export: the engine that the files are for (deploy/targets.py)."
 )
 flags.DEFINE_bool("debug", False, "Show the traceback of an error in the flags or the config.")
 
@@ -108,9 +112,16 @@ def main(argv: list[str]) -> int:
             raise UsageError(
                 f"--mode={FLAGS.mode} needs --workdir, for example --workdir=runs/qkd_digits."
             )
+        if FLAGS.target and FLAGS.mode != "export":
+            raise UsageError(
+                f"--target goes with --mode=export, not {FLAGS.mode}; a run takes its target from "
+                "the config: --config.target=..."
+            )
         from qkd_jax import experiment
 
-        return experiment.main(FLAGS.mode, config=config, workdir=FLAGS.workdir)
+        return experiment.main(
+            FLAGS.mode, config=config, workdir=FLAGS.workdir, target=FLAGS.target
+        )
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -128,6 +128,7 @@ def frame(*, data: str, seed: int, train_examples: int = -1) -> ConfigDict:
     known = recipe(data)
     config = ConfigDict()
     config.seed = seed
+    config.target = ""  # what will run the nets, a key of qkd_jax/deploy/targets.py
     config.data = dict(
         name=data,
         dir="",  # "": TFDS_DATA_DIR or TFDS's own default

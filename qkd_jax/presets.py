@@ -259,7 +259,8 @@ def _any(paths: Iterable[str]) -> str:
 
 
 def _output(unsigned: bool, bits: int) -> dict[str, Any]:
-    return dict(bits=bits, quantizer="lsq", signed=not unsigned)
+    # The whole range of the type: engines have no kernel that also cuts off the lowest code.
+    return dict(bits=bits, quantizer="lsq", signed=not unsigned, narrow_range=False)
 
 
 def _ends_by_place(fields: Mapping[str, Any], found: Placement) -> Mapping[str, Any]:
@@ -278,7 +279,7 @@ def _signed(fields: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
     spec = out.get("input")
     if not spec or spec.get("signed", True) or not spec.get("symmetric", True):
         return out
-    signed = {**spec, "signed": True}
+    signed = {**spec, "signed": True, "narrow_range": False}
     if spec.get("quantizer") in UNSIGNED_ONLY:
         signed["quantizer"] = "lsq"
     operands = layer.unsigned

@@ -2,10 +2,13 @@
 
 `convert` and `integer_apply` are the integer model, `save` and `load` its files, `save_stablehlo`
 the same for XLA without `qkd_jax`, `to_onnx` and `onnx_session` the ONNX file and its engine,
-`latency` times engines side by side. A new kind of file is a module here.
+`latency` times engines side by side, `placed` says which products an engine runs on integers, and
+`targets` which rules an engine takes. A new kind of file is a module here.
 """
 
+from qkd_jax.deploy import targets
 from qkd_jax.deploy.description import Description
+from qkd_jax.deploy.engines import Placed, openvino_model, placed
 from qkd_jax.deploy.files import describe, load, save
 from qkd_jax.deploy.integers import convert, integer_apply
 from qkd_jax.deploy.latency import latency
@@ -19,6 +22,7 @@ __all__ = [
     "IntegerModel",
     "LayerSize",
     "OnnxFile",
+    "Placed",
     "convert",
     "describe",
     "has_vnni",
@@ -27,9 +31,12 @@ __all__ = [
     "load",
     "load_stablehlo",
     "onnx_session",
+    "openvino_model",
+    "placed",
     "read_stamp",
     "save",
     "save_stablehlo",
     "stamp_onnx",
+    "targets",
     "to_onnx",
 ]

@@ -32,6 +32,7 @@ from qkd_jax.deploy.onnx_patterns import find
 from qkd_jax.deploy.onnx_products import write_product
 from qkd_jax.deploy.onnx_quantizers import needs_opset_21, write_quantizer
 from qkd_jax.deploy.onnx_writer import Tensor, Writer
+from qkd_jax.deploy.targets import TARGETS, file_options
 from qkd_jax.graph import Node
 from qkd_jax.numerics import IntFormat
 from qkd_jax.ptq.fold_bn import fold_bn
@@ -41,8 +42,9 @@ from qkd_jax.quantize import QuantizedModel
 __all__ = ["OnnxFile", "has_vnni", "onnx_session", "to_onnx"]
 
 OPSETS = (13, 21)
+DEFAULTS = {"opset": 17, "int4": False, "unsigned": True}
 INT4_OPSET = 21
-TARGETS = (None, "x86", "host")
+HOST = "host"
 # The oldest ONNX file format that carries each opset.
 IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
 
@@ -73,9 +75,10 @@ def to_onnx(
     images: Any,
     path: str | os.PathLike[str],
     *,
-    opset: int = 17,
+    opset: int | None = None,
     target: str | None = None,
-    int4: bool = False,
+    int4: bool | None = None,
+    unsigned: bool | None = None,
     **kwargs: Any,
 ) -> OnnxFile:
     """Writes a net, float or quantized, as an ONNX file.
@@ -89,15 +92,18 @@ def to_onnx(
         images: example input, [batch, height, width, channels]; only its shape and type count.
         path: the file to write.
         opset: ONNX operator set, 13 to 21. Quantized tensors of 9 to 16 bits need 21.
-        target: what will run the file. On x86 processors without VNNI, engines add two products of
-            an activation and a weight in 16 bits, and the sum saturates where 255 * |code| * 2
-            exceeds 32767: 8-bit weights on 8-bit inputs give wrong logits there, and accuracy
-            alone does not show it. "x86" refuses such layers; "host" warns if this machine is one;
+        target: what will run the file, a key of `targets.TARGETS`, which decides the options that
+            are not given (else opset 17, int4 off, unsigned on) and refuses layers whose sums
+            would saturate there: on x86 without VNNI, 8-bit weights on 8-bit inputs give wrong
+            logits, and accuracy alone does not show it. "host" warns if this machine is such one;
             None does neither. 7-bit weights are safe everywhere, and so is ONNX Runtime with the
             session of `onnx_session`.
         int4: store weights of up to 4 bits as int4 or uint4, two to a byte, which needs opset 21.
             Engines for CPUs have no products of them: they unpack such weights when they load the
             file, and run those layers in float.
+        unsigned: store the codes of activations as uint8, or, False, as int8; the zero point of a
+            grid that is of the other kind moves by 128. Engines have kernels for sums of grids of
+            one type only.
         **kwargs: further arguments of the model's call.
 
     Returns:
@@ -109,13 +115,22 @@ def to_onnx(
             `target` out of range, or layers that saturate on `target="x86"`.
     """
     onnx = _import("onnx")
+    checks.one_of("target", target, (None, HOST, *TARGETS))
+    wanted = file_options(target) if target in TARGETS else DEFAULTS
+    opset, int4, unsigned = (
+        wanted[name] if given is None else given
+        for name, given in (("opset", opset), ("int4", int4), ("unsigned", unsigned))
+    )
     checks.integer_in("opset", opset, *OPSETS)
-    checks.one_of("target", target, TARGETS)
+    if target in TARGETS and TARGETS[target].file != "onnx":
+        raise ValueError(
+            f"target is {target!r}, which takes {TARGETS[target].file} and no ONNX file."
+        )
     if int4 and opset < INT4_OPSET:
         raise ValueError(f"opset is {opset}, and ONNX has int4 since {INT4_OPSET}; give opset=21.")
     folded = fold_bn(net, variables, images, **kwargs)
     traced = trace_net(net, folded, images, **kwargs)
-    export = Export(traced, opset, int4=int4)
+    export = Export(traced, opset, int4=int4, unsigned=unsigned)
     outputs = export.write()
     saturating = tuple(export.saturating)
     _check_target(target, saturating)
@@ -131,7 +146,12 @@ def to_onnx(
     return OnnxFile(path, counts, len(data), saturating, export.stored)
 
 
-def onnx_session(path: str | os.PathLike[str], *, threads: int | None = None) -> Any:
+def onnx_session(
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    optimized: str | os.PathLike[str] | None = None,
+) -> Any:
     """Opens a file in ONNX Runtime on the CPU, with exact 8-bit products on every x86 processor.
 
     `session.x64quantprecision` is set on x86 without VNNI: it costs some speed there and avoids the
@@ -140,6 +160,7 @@ def onnx_session(path: str | os.PathLike[str], *, threads: int | None = None) ->
     Args:
         path: an ONNX file.
         threads: threads per operation, or None for the engine's choice.
+        optimized: where to write the graph as the engine has optimized it, or None.
 
     Returns:
         An `onnxruntime.InferenceSession`; run it as `session.run(None, {"images": nchw})`.
@@ -149,6 +170,8 @@ def onnx_session(path: str | os.PathLike[str], *, threads: int | None = None) ->
     options.log_severity_level = 3  # warnings about missing GPUs say nothing here
     if threads is not None:
         options.intra_op_num_threads = threads
+    if optimized is not None:
+        options.optimized_model_filepath = os.fspath(optimized)
     if _is_x86() and not has_vnni():
         options.add_session_config_entry("session.x64quantprecision", "1")
     # Two optimizations that change numbers: a fused 4- or 8-bit MatMul of lower accuracy, and the
@@ -187,9 +210,9 @@ def _check_target(target: str | None, saturating: tuple[str, ...]) -> None:
         "Give these weights 7 bits, or run ONNX Runtime through `onnx_session`, which sets "
         "session.x64quantprecision=1."
     )
-    if target == "x86":
+    if target in TARGETS and TARGETS[target].reduce_range:
         raise ValueError(message)
-    if _is_x86() and not has_vnni():
+    if target == HOST and _is_x86() and not has_vnni():
         warnings.warn(message, stacklevel=3)
 
 
@@ -206,9 +229,9 @@ def _import(name: str) -> Any:
 class Export:
     """One export: walks the graph and remembers which ONNX tensor holds which value."""
 
-    def __init__(self, traced: TracedNet, opset: int, *, int4: bool = False):
+    def __init__(self, traced: TracedNet, opset: int, *, int4: bool = False, unsigned: bool = True):
         self.traced, self.graph = traced, traced.graph
-        self.int4 = int4
+        self.int4, self.unsigned = int4, unsigned
         self.stored: dict[str, tuple[str, str]] = {}  # layer -> its codes, and what holds them
         self.writer = Writer(opset)
         self.products = {p.node: p for p in products(traced.graph)}

@@ -328,8 +328,9 @@ def _reduced(export: Export, node: Node, x: Tensor, axes: tuple[int, ...], kind:
     where = sorted(x.perm.index(a) for a in axes)
     # Of a map: the mean over the features of tokens has its own kernel.
     if kind == "Mean" and len(x.shape) > 3 and where == list(range(2, len(x.shape))):
+        # Engines let grids pass a Squeeze, so that the pool too runs on codes; not a Flatten.
         pooled = export.add("GlobalAveragePool", [x.name], node)
-        return export.add("Flatten", [pooled], node, axis=1)
+        return export.add("Squeeze", [pooled, export.writer.shape_constant(where, "axes")], node)
     # The axes are an input of ReduceSum since opset 13 and of its siblings since 18.
     if export.writer.opset >= 18 or kind == "Sum":
         inputs = [x.name, export.writer.shape_constant(where, "axes")]

@@ -98,6 +98,11 @@ def _grid(
     clipped: bool,
 ) -> str:
     writer = export.writer
+    storage, stored_zero_point = np.dtype(format.storage), zero_point
+    if export.unsigned and storage == np.int8:
+        storage, stored_zero_point = np.dtype(np.uint8), zero_point + 128
+    elif not export.unsigned and storage == np.uint8:
+        storage, stored_zero_point = np.dtype(np.int8), zero_point - 128
     limits = np.iinfo(format.storage)
     scale32 = np.float32(scale)
     ends = [np.float32(code - zero_point) * scale32 for code in (format.qmin, format.qmax)]
@@ -108,7 +113,7 @@ def _grid(
         name = export.add("Clip", [name, *(writer.constant(e, "bound") for e in ends)], node)
     grid = [
         writer.constant(scale32, f"{node.params['path']}/{node.params['operand']}_scale"),
-        writer.constant(format.storage.type(zero_point), "zero_point"),
+        writer.constant(storage.type(stored_zero_point), "zero_point"),
     ]
     codes = export.add("QuantizeLinear", [name, *grid], node)
     real = export.add("DequantizeLinear", [codes, *grid], node)

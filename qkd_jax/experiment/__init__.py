@@ -17,6 +17,8 @@ overview    `--mode=inspect`
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -302,8 +304,14 @@ def evaluate(workdir: str | Path, *, verbose: bool = True) -> dict[str, Any]:
     return results
 
 
-def export(workdir: str | Path, *, verbose: bool = True) -> dict[str, Any]:
-    """Writes the deployable models of a run folder's newest checkpoint into `<workdir>/model`."""
+def export(workdir: str | Path, *, target: str = "", verbose: bool = True) -> dict[str, Any]:
+    """Writes the deployable models of a run folder's newest checkpoint into `<workdir>/model`.
+
+    `target`, a key of `deploy.targets.TARGETS`, stands in for that of the stages and the config.
+
+    Raises:
+        ValueError: no deploy stage; a net that has not been trained; a target that cannot run it.
+    """
     enable_compilation_cache()
     folder, state = _open(workdir)
     state.folder, state.rows = folder, []
@@ -314,12 +322,39 @@ def export(workdir: str | Path, *, verbose: bool = True) -> dict[str, Any]:
         missing = [name for name in stage.nets if name not in state.variables]
         if missing:
             raise ValueError(f"net {missing[0]!r} has not been trained yet in {workdir}.")
+        if target:
+            stage = dataclasses.replace(stage, fields={**stage.fields, "target": target})
+            CHECKS["deploy"](state.settings.nets, stage)
         STAGES["deploy"](state, stage, **stage.fields)
     results = _results(state, state.rows)
     say = _printer(verbose)
     _show(results, say)
+    for text in _targets(folder, stages):
+        say(text)
     say(f"written to {folder.model}")
     return results
+
+
+def _targets(folder: RunFolder, stages: list[Stage]) -> list[str]:
+    """Says for each net of a named target what was written and what stays in float."""
+    lines = []
+    for name in dict.fromkeys(name for stage in stages for name in stage.nets):
+        path = folder.model / f"{name}_target.json"
+        if not path.exists():
+            continue
+        made = json.loads(path.read_text())
+        lines.append(f"{made['file']} for {made['target']}, {made['bytes']:,} bytes")
+        if "float_products" in made:
+            floats, count = made["float_products"], len(made["integer_products"])
+            lines.append(
+                f"  {count} of {count + len(floats)} products run on integers"
+                + (f"; in float: {', '.join(floats)}" if floats else "")
+            )
+        by_table = ", ".join(made["stays_float_by_the_table"])
+        lines.append(f"  float there, where a net has them: {by_table or 'nothing'}")
+        if made["cannot_be_made_here"]:
+            lines.append(f"  not made here: {made['cannot_be_made_here']}")
+    return lines
 
 
 def report(workdir: str | Path, *, verbose: bool = True) -> None:
@@ -411,7 +446,7 @@ def _times(timings: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(mode: str, *, config: Any, workdir: str | Path) -> int:
+def main(mode: str, *, config: Any, workdir: str | Path, target: str = "") -> int:
     """Does what the command line asked for; returns the exit code.
 
     Raises:
@@ -422,8 +457,10 @@ def main(mode: str, *, config: Any, workdir: str | Path) -> int:
             run(config, workdir)
         elif mode == "inspect":
             inspect(config)
+        elif mode == "export":
+            export(workdir, target=target)
         else:
-            {"eval": evaluate, "export": export, "report": report}[mode](workdir)
+            {"eval": evaluate, "report": report}[mode](workdir)
     except NonFiniteError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return EXIT_NONFINITE

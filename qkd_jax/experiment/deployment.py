@@ -6,6 +6,7 @@ Into `<run folder>/model` go, for a net `student`:
     student.onnx           the quantized net with QuantizeLinear / DequantizeLinear
     student_float.onnx     the same architecture in float, for the latency beside it
     student/               model.safetensors and model.json: the integer model; model.stablehlo
+    student_target.json    for a named target: the file for it, what stays in float there
     layers.json            bits and bytes of every layer
     histograms.json        weights on the code grid, before and after
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -53,9 +55,12 @@ def deploy(
     """Writes a net's deployable files and adds what they do to its row of the results.
 
     `latency_rounds` runs of each engine and batch size are timed in turns; 0 times nothing.
-    `target="x86"` refuses layers whose 8-bit weights saturate on x86 without VNNI (train them with
-    `reduce_range`), `"host"` warns of them if this machine is one.
+    `target` is a key of `deploy.targets.TARGETS` (the config's own `target` where it is empty): it
+    chooses the form of the ONNX file, refuses what would go wrong there, and writes
+    `<net>_target.json`, which says what stays in float and what cannot be made here. `"host"` warns
+    of 8-bit weights that saturate if this machine is an x86 without VNNI.
     """
+    target = target or run.settings["target"]
     for name in nets:
         if not run.variables[name].get("quant"):
             raise ValueError(
@@ -79,11 +84,16 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
     shipping.save_stablehlo(integer, folder / name / "model.stablehlo")
     integer = shipping.load(folder / name)  # what is compared below is what the files hold
     path, path_float = folder / f"{name}.onnx", folder / f"{name}_float.onnx"
-    written = shipping.to_onnx(net, variables, images, path, target=target or None)
+    # What takes another kind of file is compared on ONNX Runtime all the same.
+    takes = shipping.targets.TARGETS.get(target)
+    onnx_target = target if target and (takes is None or takes.file == "onnx") else None
+    written = shipping.to_onnx(net, variables, images, path, target=onnx_target)
     before = _before(run, name)
     shipping.to_onnx(net, before or _floats(variables), images, path_float)
     onnx_bytes = shipping.stamp_onnx(path, description)
     shipping.stamp_onnx(path_float, description)
+    if takes is not None:
+        write_json(folder / f"{name}_target.json", _made(folder, name, target, written))
     session, session_float = shipping.onnx_session(path), shipping.onnx_session(path_float)
 
     test = list(run.eval_batches("test"))
@@ -124,6 +134,29 @@ def _description(dataset: Dataset) -> shipping.Description:
         tuple(dataset.std.tolist()),
         () if tree is None else tuple(str(tree.names[leaf]) for leaf in tree.classes),
     )
+
+
+def _made(
+    folder: Path, name: str, target: str, written: shipping.OnnxFile
+) -> dict[str, Any]:
+    """What was written for a target, and what it cannot run on integers."""
+    takes = shipping.targets.lookup(target)
+    path = written.path
+    if takes.file == "stablehlo":
+        path = folder / name / "model.stablehlo"
+    found: dict[str, Any] = {
+        "target": target,
+        "file": str(path.relative_to(folder)),
+        "bytes": path.stat().st_size,
+        "stays_float_by_the_table": list(takes.stays_float),
+        "cannot_be_made_here": takes.not_made,
+        "sources": list(takes.sources),
+    }
+    if takes.engine in ("onnxruntime", "openvino"):
+        where = shipping.placed(path, takes.engine)
+        found["integer_products"] = list(where.integer)
+        found["float_products"] = list(where.floating)
+    return found
 
 
 def _row(run: Run, name: str, found: Mapping[str, float]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from qkd_jax import checks, presets, weights
+from qkd_jax.deploy import targets
 from qkd_jax.experiment.values import (
     check_augment,
     check_frame,
@@ -37,6 +38,7 @@ __all__ = ["Settings", "Stage", "build_net", "read", "resolve", "shapes"]
 # Everything a config may say outside of `nets`, `stages` and `schedule`, with its default.
 DEFAULTS: dict[str, Any] = {
     "seed": 0,
+    "target": "",
     "data": {"name": "digits", "dir": "", "train_examples": 0, "augment": (), "tree": ""},
     "eval_batch_size": 500,
     "log": {"every_steps": 10, "eval_every_steps": 0, "quant_every_steps": 0},
@@ -201,7 +203,7 @@ def read(
     plain = resolve(config)
     check_frame(plain)
     nets = {
-        name: build_net(name, fields, plain["nets"], data, classes)
+        name: build_net(name, fields, plain["nets"], data, classes, plain["target"])
         for name, fields in plain["nets"].items()
     }
     check_origins(plain["nets"])
@@ -229,16 +231,22 @@ def shapes(net: QuantizedModel, image_shape: tuple[int, ...]) -> Any:
 
 
 def build_net(
-    name: str, fields: Mapping[str, Any], nets: Mapping[str, Any], data: DataShape, classes: int
+    name: str,
+    fields: Mapping[str, Any],
+    nets: Mapping[str, Any],
+    data: DataShape,
+    classes: int,
+    target: str = "",
 ) -> QuantizedModel:
     """Builds the quantized model of one entry of `nets`.
 
     Fields other than NET_FIELDS go to the model; a 0 leaves the model's own default. With
     `head_from` the model ends in a projector and the classifier of that net
-    (`models.BorrowedClassifier`).
+    (`models.BorrowedClassifier`). With a `target`, 8-bit weights get the range that it needs.
 
     Raises:
-        ValueError: an unknown model, argument of the model, preset or net to start from.
+        ValueError: an unknown model, argument of the model, preset or net to start from; rules that
+            the target cannot run.
     """
     where = f"nets.{name}"
     mapping(where, fields, {"model": "resnet8", "rules": "w4a4"})
@@ -270,6 +278,9 @@ def build_net(
             model=model,
             images=jax.ShapeDtypeStruct((1, *data.image), np.float32),
         )
+        if target:
+            rules = targets.fit(rules, target)
+            targets.check(rules, target)
         return quantize(model, rules)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

@@ -16,7 +16,7 @@ import numpy as np
 
 from qkd_jax import checks, metrics, ptq, weights
 from qkd_jax.calibration import calibrate as calibrate_net
-from qkd_jax.deploy.onnx import TARGETS
+from qkd_jax.deploy import targets
 from qkd_jax.experiment.deployment import deploy
 from qkd_jax.experiment.diagnosis import check_diagnose, diagnose
 from qkd_jax.experiment.ptq_stages import PTQ_CHECKS, PTQ_STAGES
@@ -202,7 +202,13 @@ def check_evaluate(nets: Mapping[str, Any], stage: Stage) -> None:
 def check_deploy(nets: Mapping[str, Any], stage: Stage) -> None:
     """Checks the fields of a `deploy` stage."""
     where, fields = f"stages.{stage.name}", stage.fields
-    checks.one_of(f"{where}.target", fields["target"], ("", *filter(None, TARGETS)))
+    target = fields["target"]
+    checks.one_of(f"{where}.target", target, ("", "host", *targets.TARGETS))
+    for name in stage.nets if target in targets.TARGETS else ():
+        try:
+            targets.check(nets[name].rules, target)
+        except ValueError as error:
+            raise ValueError(f"{where}.target: {error} (nets.{name})") from error
     checks.integer_in(f"{where}.latency_rounds", fields["latency_rounds"], 0)
     batches = fields["latency_batches"]
     if not isinstance(batches, list | tuple):

@@ -10,6 +10,7 @@ import jax
 
 from qkd_jax import checks
 from qkd_jax.data import DATASETS, augment
+from qkd_jax.deploy.targets import TARGETS
 from qkd_jax.hierarchy import TREES, find
 from qkd_jax.losses import LOSSES
 from qkd_jax.training.parallel import MODES
@@ -36,6 +37,8 @@ def check_frame(plain: Mapping[str, Any]) -> None:
     """Checks what is neither a net nor a stage."""
     checks.one_of("config.data.name", plain["data"]["name"], DATASETS)
     checks.integer_in("config.data.train_examples", plain["data"]["train_examples"], 0)
+    if plain["target"]:
+        checks.one_of("config.target", plain["target"], TARGETS)
     try:
         augment.parse(plain["data"]["augment"])
     except ValueError as error:

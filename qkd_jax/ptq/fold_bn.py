@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import unfreeze
 
-from qkd_jax.graph import Graph, Node
+from qkd_jax.graph import MARKERS, Graph, Node
 from qkd_jax.ptq.products import (
     Product,
     TracedNet,
@@ -153,7 +153,8 @@ def _module(sources: frozenset[str], norms: frozenset[str]) -> str | None:
 
 def _whole(graph: Graph, norm: str, walked: list[Node], readers: dict[str, list[Node]]) -> bool:
     """Whether the walked nodes are all of a BatchNorm that runs once and uses its statistics."""
-    inside = [n for n in graph.nodes if n.scope == norm or n.scope.startswith(norm + "/")]
+    own = [n for n in graph.nodes if n.op not in MARKERS]  # a grid of its output comes after it
+    inside = [n for n in own if n.scope == norm or n.scope.startswith(norm + "/")]
     leaves = [p for p in readers if p.partition("/")[2].rpartition("/")[0] == norm]
     statistics = any(p.startswith("batch_stats/") for p in leaves)
     used = {node for p in leaves for node in readers[p]}

@@ -1,0 +1,241 @@
+"""What each engine takes, in one table, and a check of rules against it before training starts.
+
+    rules = fit(rules, "onnxruntime-x86")    # 8-bit weights get 7 bits, for there they saturate
+    check(rules, "onnxruntime-x86")          # an error that names the rule and the repair
+
+A target is a name, not this machine: a file may be made here for hardware that is elsewhere. To add
+an engine, add an entry to `TARGETS`.
+
+Saturation: x86 processors without VNNI multiply 8-bit integers with an instruction that adds two
+products into 16 bits, and the sum saturates where 255 * |code| * 2 > 32767. Logits go wrong
+without a word, and accuracy alone does not show it. Weights of 7 bits are safe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qkd_jax import checks
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize import Rule
+
+__all__ = ["TARGETS", "Target", "check", "fit"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What an engine takes.
+
+    Attributes:
+        file: "onnx" or "stablehlo".
+        weight_bits: widths of weights that a file for it can hold.
+        input_bits: widths of activations (inputs and outputs of layers).
+        fast: widths of weight and activation below which its products run in float: codes are
+            then stored small, and unpacked to float when the file is loaded.
+        symmetric_weights: zero points of weights must be 0.
+        symmetric_inputs: those of activations too, and their codes are signed.
+        weight_granularity: "channel" (one scale per output channel), "tensor".
+        reduce_range: 8-bit weights are given 7 bits, because full-range ones saturate.
+        dynamic: ranges of activations found at run time.
+        folded_activations: what it computes inside a product's kernel.
+        opset: of the ONNX file.
+        int4: weights of up to 4 bits are stored in 4.
+        unsigned: activations are stored as uint8, else as int8 (zero points move by 128).
+        engine: what runs the file here, or "" where nothing does.
+        stays_float: operations that it has no integer kernel for.
+        not_made: what such a target needs that cannot be made here.
+        sources: where this was read; "measured" where it was run.
+    """
+
+    file: str = "onnx"
+    weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    input_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    fast: int = 8
+    symmetric_weights: bool = True
+    symmetric_inputs: bool = False
+    weight_granularity: tuple[str, ...] = ("tensor", "channel")
+    reduce_range: bool = False
+    dynamic: bool = False
+    folded_activations: tuple[str, ...] = ("relu",)
+    opset: int = 21
+    int4: bool = False
+    unsigned: bool = True
+    engine: str = ""
+    stays_float: tuple[str, ...] = ()
+    not_made: str = ""
+    sources: tuple[str, ...] = ()
+
+
+_ORT = Target(
+    fast=7,
+    engine="onnxruntime",
+    stays_float=("Softmax", "LayerNormalization", "Gelu", "convolutions whose output has no grid"),
+    sources=(
+        "measured: onnxruntime 1.32, CPU",
+        "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
+    ),
+)
+_OPENVINO = Target(
+    fast=7,
+    folded_activations=("relu", "clip", "add"),
+    engine="openvino",
+    stays_float=("Softmax", "LayerNormalization", "Gelu"),
+    sources=(
+        "measured: openvino 2026.4, CPU",
+        "https://docs.openvino.ai/2024/documentation/openvino-ir-format/"
+        "intermediate-representation-int8-inference.html",
+    ),
+)
+
+TARGETS: dict[str, Target] = {
+    # x86 without VNNI; a file for it is right on every x86 processor.
+    "onnxruntime-x86": dataclasses.replace(_ORT, reduce_range=True),
+    "openvino-cpu": dataclasses.replace(_OPENVINO, reduce_range=True),
+    # Processors with VNNI or AMX (flags avx512_vnni, avx_vnni, amx_int8 in /proc/cpuinfo).
+    "onnxruntime-x86-vnni": _ORT,
+    "openvino-cpu-vnni": _OPENVINO,
+    "litert": Target(
+        weight_bits=(8,),
+        input_bits=(8,),
+        folded_activations=("relu", "relu6"),
+        opset=17,
+        unsigned=False,
+        stays_float=("LayerNormalization",),
+        not_made="the .tflite flatbuffer: the ONNX file holds int8 codes as LiteRT's specification "
+        "has them (weights in [-127, 127] with zero point 0, activations in [-128, 127]), for a "
+        "converter such as onnx2tf",
+        sources=(
+            "read, not run: https://developers.google.com/edge/litert/quantization/"
+            "quantization_spec",
+        ),
+    ),
+    "tensorrt": Target(
+        weight_bits=(8,),
+        input_bits=(8,),
+        symmetric_inputs=True,
+        opset=17,
+        unsigned=False,
+        folded_activations=("relu", "add"),
+        stays_float=("Softmax", "LayerNormalization", "Gelu"),
+        not_made="the engine plan: build it from the ONNX file on the GPU, with strong typing",
+        sources=(
+            "read, not run: https://docs.nvidia.com/deeplearning/tensorrt/latest/"
+            "inference-library/work-quantized-types.html",
+            "read, not run: https://docs.nvidia.com/deeplearning/tensorrt/latest/"
+            "inference-library/quantized-types-explicit-quantization.html",
+        ),
+    ),
+    "xla": Target(
+        file="stablehlo",
+        weight_bits=tuple(range(1, 17)),
+        input_bits=tuple(range(1, 17)),
+        fast=1,
+        symmetric_weights=False,
+        folded_activations=(),
+        engine="xla",
+        stays_float=("everything between products",),
+        sources=("measured: jax 0.10 on CPU; lowered, not run, for cuda and tpu",),
+    ),
+}
+
+GRIDS = frozenset(
+    "uniform lsq lsq_plus tqt pact dorefa ewgs dsq sigmoid qil binary ternary".split()
+)
+
+
+def fit(rules: Iterable[Rule], target: str) -> tuple[Rule, ...]:
+    """Returns rules with the range that a target needs: 7 bits for 8-bit weights that saturate.
+
+    Raises:
+        ValueError: an unknown target.
+    """
+    takes, rules = lookup(target), tuple(rules)
+    if not (takes.reduce_range and _on_codes(rules)):
+        return rules
+    return tuple(
+        dataclasses.replace(rule, weight=dataclasses.replace(rule.weight, bits=7))
+        if rule.weight is not None and rule.weight.bits == 8
+        else rule
+        for rule in rules
+    )
+
+
+def check(rules: Iterable[Rule], target: str) -> None:
+    """Checks that a target can run nets with these rules.
+
+    Args:
+        rules: of a net.
+        target: a key of TARGETS.
+
+    Raises:
+        ValueError: naming the rule, what the engine takes, and the repair.
+    """
+    takes, rules = lookup(target), tuple(rules)
+    if not _on_codes(rules):
+        takes = dataclasses.replace(takes, reduce_range=False)
+    for place, rule in enumerate(rules):
+        for operand in ("weight", "input", "other", "output"):
+            spec = getattr(rule, operand, None)
+            if spec is None:
+                continue
+            where = f"rules[{place}] ({rule.pattern!r}).{operand}"
+            _check_spec(where, operand, spec, takes, target)
+
+
+def lookup(target: str) -> Target:
+    """Returns a target by name."""
+    if target not in TARGETS:
+        raise checks.unknown("target", target, TARGETS)
+    return TARGETS[target]
+
+
+def file_options(target: str) -> Mapping[str, Any]:
+    """Returns the options of `to_onnx` that a target wants."""
+    takes = lookup(target)
+    return {"opset": takes.opset, "int4": takes.int4, "unsigned": takes.unsigned}
+
+
+def _on_codes(rules: tuple[Rule, ...]) -> bool:
+    """Whether any product has activations on a grid; weights alone on one are read as floats."""
+    return any(rule.input or rule.output or rule.other for rule in rules)
+
+
+def _check_spec(where: str, operand: str, spec: Spec, takes: Target, target: str) -> None:
+    weight = operand == "weight"
+    if spec.quantizer not in GRIDS:
+        raise ValueError(
+            f"{where} has quantizer {spec.quantizer!r}, whose grid is not uniform; {target} "
+            "computes with integer codes and one scale. Use 'lsq' or 'uniform'."
+        )
+    allowed = takes.weight_bits if weight else takes.input_bits
+    if spec.bits not in allowed:
+        listed = ", ".join(map(str, allowed))
+        raise ValueError(f"{where} has {spec.bits} bits; {target} takes {listed}. Use one of them.")
+    if spec.dynamic and not takes.dynamic:
+        raise ValueError(
+            f"{where} finds its range at run time (dynamic=True); a file for {target} has ranges "
+            "that are known beforehand. Use dynamic=False and calibrate."
+        )
+    if weight and spec.granularity not in takes.weight_granularity:
+        raise ValueError(
+            f"{where} has granularity {spec.granularity!r}; {target} takes "
+            f"{' or '.join(map(repr, takes.weight_granularity))}. Use 'channel'."
+        )
+    if weight and takes.symmetric_weights and not (spec.symmetric and spec.signed):
+        raise ValueError(
+            f"{where} is {'unsigned' if spec.symmetric else 'affine'}; {target} takes weights "
+            "with zero point 0 alone. Use signed=True, symmetric=True."
+        )
+    if not weight and takes.symmetric_inputs and not (spec.symmetric and spec.signed):
+        raise ValueError(
+            f"{where} is {'unsigned' if spec.symmetric else 'affine'}; {target} takes signed "
+            "activations with zero point 0 alone. Use signed=True, symmetric=True."
+        )
+    if weight and takes.reduce_range and spec.bits == 8:
+        raise ValueError(
+            f"{where} has 8 bits, whose sums saturate on {target} (x86 without VNNI): logits go "
+            "wrong there and accuracy may not show it. Use 7 bits (`targets.fit`, or the net's "
+            f"reduce_range=true), or the target {target}-vnni for processors that have VNNI."
+        )

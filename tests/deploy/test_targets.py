@@ -1,0 +1,130 @@
+"""The table of engines against the engines, and rules against the table."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import small_nets
+
+from qkd_jax import presets
+from qkd_jax.deploy import placed, targets, to_onnx
+from qkd_jax.deploy.targets import TARGETS
+from qkd_jax.experiment.settings import build_net
+from qkd_jax.models import create
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize import Rule
+from qkd_jax.training.taps import DataShape
+
+DATA = DataShape((4, 4, 1), examples=8)
+W8, A8 = Spec(8, granularity="channel"), Spec(8, symmetric=False)
+
+
+def test_every_target_names_what_it_was_read_from():
+    for name, takes in TARGETS.items():
+        assert takes.sources and all(
+            s.startswith(("measured", "read", "http")) for s in takes.sources
+        )
+        # What nothing here can run was only read, and says what is missing.
+        assert bool(takes.engine) == any(s.startswith("measured") for s in takes.sources), name
+        assert bool(takes.engine) != bool(takes.not_made), name
+
+
+def test_the_target_chooses_the_range():
+    rules = (Rule("stem", weight=W8, input=A8), Rule(".*", weight=Spec(4), input=A8))
+    fitted = targets.fit(rules, "onnxruntime-x86")
+    assert [r.weight.bits for r in fitted] == [7, 4]
+    assert targets.fit(rules, "onnxruntime-x86-vnni") == rules
+    targets.check(fitted, "onnxruntime-x86")
+    with pytest.raises(ValueError, match=r"rules\[0\] \('stem'\).weight has 8 bits, whose sums"):
+        targets.check(rules, "openvino-cpu")
+    alone = (Rule(".*", weight=W8),)  # products of weights alone are float: nothing saturates
+    assert targets.fit(alone, "onnxruntime-x86") == alone
+    targets.check(alone, "onnxruntime-x86")
+
+
+@pytest.mark.parametrize(
+    ("target", "rule", "message"),
+    [
+        ("tensorrt", Rule("a", weight=W8, input=A8), r"\('a'\).input is affine; tensorrt takes"),
+        ("tensorrt", Rule("a", weight=W8, output=Spec(8, signed=False)), "output is unsigned"),
+        ("tensorrt", Rule("a", weight=Spec(4), input=Spec(8)), "4 bits; tensorrt takes 8"),
+        ("litert", Rule("a", weight=Spec(2), input=A8), "weight has 2 bits; litert takes 8"),
+        ("litert", Rule("a", weight=Spec(8, symmetric=False), input=A8), "affine; litert takes"),
+        ("xla", Rule("a", weight=Spec(8, granularity=32)), "granularity 32; xla takes"),
+        ("onnxruntime-x86", Rule("a", weight=Spec(12)), "12 bits; onnxruntime-x86 takes"),
+        (
+            "openvino-cpu",
+            Rule("a", weight=Spec(7), input=Spec(8, dynamic=True, granularity="token")),
+            "input finds its range at run time",
+        ),
+        ("xla", Rule("a", weight=Spec(4, quantizer="float")), "grid is not uniform"),
+        ("onnxruntime", Rule("a"), "target 'onnxruntime'.*onnxruntime-x86"),
+    ],
+)  # fmt: skip
+def test_rules_that_an_engine_cannot_run_are_named(target, rule, message):
+    with pytest.raises(ValueError, match=message):
+        targets.check([rule], target)
+
+
+def test_a_config_that_names_a_target_gets_rules_that_fit():
+    fields = {"model": "mlp", "hidden": (8,), "rules": "w8a8"}
+    net = build_net("student", fields, {}, DATA, 3, "openvino-cpu")
+    assert {rule.weight.bits for rule in net.rules if rule.weight} == {7}
+    with pytest.raises(ValueError, match=r"nets.student: rules\[0\].*tensorrt"):
+        build_net("student", fields, {}, DATA, 3, "tensorrt")
+
+
+@pytest.fixture(scope="module")
+def integer_net():
+    model = create("resnet8", 5, width=4)
+    images = jax.random.normal(jax.random.key(1), (16, 8, 8, 3))
+    rules = targets.fit(presets.rules("w8a8:integer", model=model, images=images), "openvino-cpu")
+    return *small_nets.calibrated(model, rules, images), images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnxruntime-x86", "openvino-cpu"])
+def test_every_product_of_a_requantizing_net_runs_on_integers(
+    tmp_path, integer_net, target, monkeypatch
+):
+    import sys
+
+    # OpenVINO's telemetry forks this process, which JAX's threads do not survive for sure.
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
+    engine = TARGETS[target].engine
+    pytest.importorskip(engine)
+    net, variables, images = integer_net
+    written = to_onnx(net, variables, images, tmp_path / "m.onnx", target=target)
+    found = placed(written.path, engine)
+    assert found.share == 1 and len(found.integer) == 10 and not found.floating
+    floats = {k: v for k, v in variables.items() if k != "quant"}
+    plain = to_onnx(net, floats, images, tmp_path / "f.onnx")
+    found = placed(plain.path, engine)
+    assert found.share == 0 and len(found.floating) == 10
+
+
+@pytest.mark.slow
+def test_signed_and_unsigned_storage_hold_the_same_grids(tmp_path, integer_net):
+    onnx = pytest.importorskip("onnx")
+    from qkd_jax.deploy import onnx_session
+
+    net, variables, images = integer_net
+    given = np.moveaxis(np.asarray(images), -1, 1)
+    results, types = [], []
+    for unsigned in (True, False):
+        path = to_onnx(net, variables, images, tmp_path / "m.onnx", unsigned=unsigned).path
+        results.append(onnx_session(path).run(None, {"images": given})[0])
+        graph = onnx.load(path).graph
+        stored = {i.name: i.data_type for i in graph.initializer}
+        types.append({stored[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"})
+    assert types == [{onnx.TensorProto.UINT8}, {onnx.TensorProto.INT8}]
+    step = float(np.abs(np.diff(np.unique(results[0]))).min())  # logits lie on a grid
+    assert np.abs(results[0] - results[1]).max() <= 2.01 * step
+
+
+def test_stablehlo_targets_take_no_onnx(tmp_path):
+    net, variables, images = small_nets.case("w2a2")
+    with pytest.raises(ValueError, match="target is 'xla', which takes stablehlo"):
+        to_onnx(net, variables, images, tmp_path / "m.onnx", target="xla")
+    assert dataclasses.asdict(TARGETS["xla"])["file"] == "stablehlo"
