@@ -136,9 +136,7 @@ def _description(dataset: Dataset) -> shipping.Description:
     )
 
 
-def _made(
-    folder: Path, name: str, target: str, written: shipping.OnnxFile
-) -> dict[str, Any]:
+def _made(folder: Path, name: str, target: str, written: shipping.OnnxFile) -> dict[str, Any]:
     """What was written for a target, and what it cannot run on integers."""
     takes = shipping.targets.lookup(target)
     path = written.path

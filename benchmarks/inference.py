@@ -1,0 +1,221 @@
+"""Our int8 exports beside float on every engine: does quantization make a net faster here?
+
+    python benchmarks/inference.py [--models=resnet20,mlp,vit_tiny] [--batches=1,64] [--rounds=21]
+
+ResNet-20 (32x32x3, width 16), an MLP of four 2048-wide layers and ViT-Tiny at 224, with random
+weights (speed does not depend on them), quantized by `--rules` and written by `to_onnx` for
+ONNX Runtime and OpenVINO; the float nets run on XLA, ONNX Runtime, OpenVINO and, where it is
+installed, torch (the same layers with BatchNorm folded, not the same weights). Engines run in
+turns, the order alternating, each with `--threads` threads; quoted are medians and minima of
+milliseconds a batch, and the ratios of both. "On integers" is the share of products that an engine
+runs on integers, read from its optimized graph.
+"""
+
+import argparse
+import importlib.util
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Calibration would otherwise fold the statistics of 16 million constant weights while it compiles.
+os.environ.setdefault("XLA_FLAGS", "--xla_disable_hlo_passes=constant_folding")
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax import calibrate, presets, quantize
+from qkd_jax.deploy import has_vnni, onnx_session, openvino_model, placed, to_onnx
+from qkd_jax.models import create
+
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # it forks the process
+
+MODELS = {
+    "resnet20": (lambda: create("resnet20", 10, width=16), (32, 32, 3)),
+    "mlp": (lambda: create("mlp", 2048, hidden=(2048,) * 3), (1, 1, 2048)),
+    "vit_tiny": (lambda: create("vit_tiny", 1000), (224, 224, 3)),
+}
+
+
+def random_variables(net, images):
+    """Variables of a trained net's sizes: gains near 1, kernels scaled by their fan-in."""
+    rng = np.random.default_rng(0)
+
+    def value(path, leaf):
+        kind, shape = path[-1].key, leaf.shape
+        if kind in ("scale", "var"):
+            array = rng.uniform(0.5, 1.5, shape)
+        elif kind in ("bias", "mean", "positions", "token"):
+            array = rng.normal(0, 0.1, shape)
+        else:
+            array = rng.normal(0, 1, shape) / np.sqrt(max(np.prod(shape[:-1]), 1))
+        return jnp.asarray(array, leaf.dtype)
+
+    shapes = jax.eval_shape(net.init, jax.random.key(0), images)
+    return jax.tree_util.tree_map_with_path(value, shapes)
+
+
+def engines(name, rules, threads, folder):
+    """Returns {label: function of images}, and the shares of products on integers."""
+    build, shape = MODELS[name]
+    model = build()
+    images = np.random.default_rng(1).normal(size=(4, *shape)).astype(np.float32)
+    net = quantize(model, presets.rules(rules, model=model, images=images))
+    floats = random_variables(net, images)
+    quantized = calibrate(net, floats, [images], observer="minmax")
+    paths = {"float32": folder / f"{name}_float.onnx", "int8": folder / f"{name}_int8.onnx"}
+    to_onnx(net, floats, images, paths["float32"], target="onnxruntime-x86-vnni")
+    to_onnx(net, quantized, images, paths["int8"], target="openvino-cpu-vnni")
+    found, shares = {}, {}
+    compiled = jax.jit(net.apply)
+    found["XLA float32"] = lambda x: jax.block_until_ready(compiled(floats, x))
+    for kind, path in paths.items():
+        session, request = (
+            onnx_session(path, threads=threads),
+            openvino_model(path, threads=threads).create_infer_request(),
+        )
+        given = session.get_inputs()[0].name
+        found[f"ONNX Runtime {kind}"] = lambda x, s=session, n=given: s.run(None, {n: _first(x)})
+        found[f"OpenVINO {kind}"] = lambda x, r=request: r.infer([_first(x)])
+        sizes = path.stat().st_size
+        shares[kind] = f"{sizes:,} bytes"
+    for engine in ("onnxruntime", "openvino"):
+        shares[f"products on integers, {engine}"] = f"{placed(paths['int8'], engine).share:.0%}"
+    if importlib.util.find_spec("torch"):
+        found["torch float32"] = torch_net(name, threads)
+    return found, shares
+
+
+def _first(x):
+    """Channels first; for the one-pixel images of the MLP and one channel this only reshapes."""
+    return np.ascontiguousarray(np.moveaxis(x, -1, 1))
+
+
+def torch_net(name, threads):
+    """The same layers in torch, convolutions channels last and scripted."""
+    import torch
+    from torch import nn
+
+    torch.set_num_threads(threads)
+
+    class Block(nn.Module):
+        def __init__(self, inputs, width, stride):
+            super().__init__()
+            self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1)
+            self.conv2 = nn.Conv2d(width, width, 3, 1, 1)
+            self.shortcut = nn.Identity()
+            if stride != 1:
+                self.shortcut = nn.Conv2d(inputs, width, 1, stride)
+
+        def forward(self, x):
+            return (self.conv2(self.conv1(x).relu()) + self.shortcut(x)).relu()
+
+    class ViT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 192, 16, 16)
+            layer = nn.TransformerEncoderLayer(
+                192, 3, 768, 0.0, "gelu", batch_first=True, norm_first=True
+            )
+            self.blocks = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+            self.norm, self.head = nn.LayerNorm(192), nn.Linear(192, 1000)
+
+        def forward(self, x):
+            tokens = self.stem(x).flatten(2).transpose(1, 2)
+            return self.head(self.norm(self.blocks(tokens)).mean(1))
+
+    if name == "mlp":
+        layers = [nn.Linear(2048, 2048) for _ in range(4)]
+        net = nn.Sequential(nn.Flatten(), *[m for x in layers for m in (x, nn.ReLU())][:-1])
+    elif name == "resnet20":
+        blocks, inputs = [], 16
+        for stage in range(3):
+            for block in range(3):
+                width = 16 * 2**stage
+                blocks.append(Block(inputs, width, 2 if stage and not block else 1))
+                inputs = width
+        stem, pool = nn.Conv2d(3, 16, 3, 1, 1), nn.AdaptiveAvgPool2d(1)
+        net = nn.Sequential(stem, nn.ReLU(), *blocks, pool, nn.Flatten(), nn.Linear(64, 10))
+        net = net.to(memory_format=torch.channels_last)
+    else:
+        net = ViT()
+    net = net.eval()
+    if name != "vit_tiny":
+        example = torch.zeros(2, *(MODELS[name][1][-1], *MODELS[name][1][:2]))
+        net = torch.jit.freeze(torch.jit.trace(net, example))
+
+    def run(x):
+        with torch.inference_mode():
+            given = torch.from_numpy(_first(x))
+            return net(given.contiguous(memory_format=torch.channels_last)).numpy()
+
+    return run
+
+
+def timed(calls, images, rounds):
+    """{label: [milliseconds]}, one entry a round, in turns."""
+    times = {label: [] for label in calls}
+    for call in calls.values():
+        call(images)
+        call(images)
+    for turn in range(rounds):
+        for label in sorted(calls, reverse=turn % 2 == 1):
+            begin = time.perf_counter()
+            calls[label](images)
+            times[label].append(1e3 * (time.perf_counter() - begin))
+    return times
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="resnet20,mlp,vit_tiny")
+    parser.add_argument("--batches", default="1,64")
+    parser.add_argument("--rules", default="w8a8:integer")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    versions = {"jax": jax.__version__}
+    for module in ("onnxruntime", "openvino", "torch"):
+        if importlib.util.find_spec(module):
+            versions[module] = importlib.import_module(module).__version__
+    print(", ".join(f"{k} {v}" for k, v in versions.items()))
+    vnni = "with" if has_vnni() else "without"
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {vnni} VNNI; {args.threads} threads\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.models.split(","):
+            calls, shares = engines(name, args.rules, args.threads, pathlib.Path(folder))
+            print(f"{name} {args.rules}: {', '.join(f'{k} {v}' for k, v in shares.items())}")
+            print("| batch | engine | median ms | min ms | over own float | over fastest float |")
+            print("|---|---|---|---|---|---|")
+            for batch in map(int, args.batches.split(",")):
+                shape = (batch, *MODELS[name][1])
+                images = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+                times = timed(calls, images, args.rounds)
+                for label, values in times.items():
+                    print(f"| {batch} | {label} | {_row(times, label, values)} |", flush=True)
+            print()
+
+
+def _row(times, label, values):
+    cells = [f"{statistics.median(values):.2f}", f"{min(values):.2f}"]
+    if label.endswith("int8"):
+        own = times[label.replace("int8", "float32")]
+        floats = [v for k, v in times.items() if k.endswith("float32")]
+        for what in (statistics.median, min):
+            best = min(what(v) for v in floats)
+            cells.append(f"{what(values) / what(own):.2f}|{what(values) / best:.2f}")
+        (a, b), (c, d) = (cell.split("|") for cell in cells[2:])
+        cells[2:] = [f"{a} ({c})", f"{b} ({d})"]
+    else:
+        cells += ["", ""]
+    return " | ".join(cells)
+
+
+if __name__ == "__main__":
+    main()
