@@ -99,8 +99,8 @@ def _first(x):
 
 def torch_net(name, threads):
     """The same layers in torch, convolutions channels last and scripted."""
-    import torch
-    from torch import nn
+    import torch  # pyrefly: ignore[missing-import]  # optional peer
+    from torch import nn  # pyrefly: ignore[missing-import]
 
     torch.set_num_threads(threads)
 

@@ -112,15 +112,14 @@ def to_onnx(
     Raises:
         ImportError: the `export` extra is not installed.
         ValueError: an operation that cannot be written (named with its module), an `opset` or
-            `target` out of range, or layers that saturate on `target="x86"`.
+            `target` out of range, or layers that saturate on the target.
     """
     onnx = _import("onnx")
     checks.one_of("target", target, (None, HOST, *TARGETS))
-    wanted = file_options(target) if target in TARGETS else DEFAULTS
-    opset, int4, unsigned = (
-        wanted[name] if given is None else given
-        for name, given in (("opset", opset), ("int4", int4), ("unsigned", unsigned))
-    )
+    wanted: Mapping[str, Any] = file_options(target) if target in TARGETS else DEFAULTS
+    opset = wanted["opset"] if opset is None else opset
+    int4 = bool(wanted["int4"] if int4 is None else int4)
+    unsigned = bool(wanted["unsigned"] if unsigned is None else unsigned)
     checks.integer_in("opset", opset, *OPSETS)
     if target in TARGETS and TARGETS[target].file != "onnx":
         raise ValueError(
