@@ -161,10 +161,10 @@ def test_what_stays_in_float_is_named(model, rules, message):
 
 
 @pytest.mark.slow
-def test_a_transformer_is_refused_by_its_softmax():
+def test_a_transformer_is_refused_by_its_layer_norm():
     model = create("vit", 3, depth=1, width=8, heads=2)
     net, variables = fitted(model, IMAGES, "w8a8:integer")
-    with pytest.raises(ValueError, match="'rsqrt' in 'block0/norm1' stays in float"):
+    with pytest.raises(ValueError, match="'square' in 'block0/norm1' stays in float"):
         convert(net, variables, IMAGES, integer_only=True)
 
 
