@@ -10,6 +10,7 @@ import pytest
 
 from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec
+from qkd_jax.observers import OBSERVERS
 from qkd_jax.quantize import Rule, quantize
 
 KEY = jax.random.key(0)
@@ -51,6 +52,18 @@ def test_an_observer_that_is_named_sets_the_range():
     quant = calibrate(net, variables, [x[:5], x[5:]], observer="minmax")["quant"]["second"]
     want = hidden(variables, x).max() / 15
     np.testing.assert_allclose(quant["input_quantizer"]["step"], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_batches_that_four_devices_hold_calibrate_as_on_one(observer):
+    net, variables, x = build(quantizer="uniform")
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    across = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    one = calibrate(net, variables, [x[:8], x[8:]], observer=observer)["quant"]
+    batches = [jax.device_put(part, across) for part in (x[:8], x[8:])]
+    four = calibrate(net, variables, batches, observer=observer)["quant"]
+    # Counts and extremes are the same, sums of floats to rounding.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), four, one)
 
 
 def test_the_mse_observer_finds_the_best_of_its_grid():
