@@ -1,6 +1,7 @@
 """Runs with a class tree, a cached teacher and soft labels shown: MLPs on synthetic images."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +9,10 @@ from ml_collections import ConfigDict
 
 from configs import common
 from qkd_jax import experiment, hierarchy
+from qkd_jax.experiment import teacher_cache
+from qkd_jax.models import create
+from qkd_jax.presets import rules
+from qkd_jax.quantize import quantize
 from qkd_jax.report.soft_labels import choose, rank_correlation
 
 STEPS = 12
@@ -125,6 +130,17 @@ def test_a_changed_teacher_is_told_and_its_logits_are_made_anew(tmp_path, capsys
     data.write_bytes(data.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match=r"is damaged.*Remove"):
         experiment.run({**config.to_dict(), "seed": 0}, tmp_path / "c", report=False, verbose=False)
+
+
+def test_a_teachers_key_knows_what_leaves_no_array():
+    variables = {"params": {"head": {"kernel": np.ones((2, 3), np.float32)}}}
+    programs = [("vit", {}, "float"), ("vit", {"heads": 2}, "float"), ("vit", {}, "w4a4")]
+    keys = []
+    for _ in range(2):
+        nets = {i: quantize(create(n, 3, **f), rules(r)) for i, (n, f, r) in enumerate(programs)}
+        run = types.SimpleNamespace(nets=nets, variables=dict.fromkeys(nets, variables))
+        keys.append([teacher_cache._sha256(run, net) for net in nets])
+    assert keys[0] == keys[1] and len(set(keys[0])) == 3
 
 
 def test_losses_over_a_tree_take_the_datas(tmp_path):

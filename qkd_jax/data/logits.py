@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import tempfile
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +29,8 @@ __all__ = ["CachedLogits", "DamagedError", "StaleError", "Wanted", "read", "writ
 
 INFO = "info.json"
 FORMAT = 1
+# A temporary file that is younger may be of a process that still writes; seconds.
+ABANDONED = 24 * 3600.0
 
 
 class StaleError(ValueError):
@@ -43,7 +46,7 @@ class Wanted:
     """What cached logits are of.
 
     Attributes:
-        teacher_sha256: of the teacher's variables.
+        teacher_sha256: of all that makes the teacher: its program and its variables.
         dataset: name of the data set.
         fingerprint: sha256 of its arrays.
         examples: of its training split.
@@ -205,9 +208,8 @@ def write(
             os.fsync(file.fileno())
         os.replace(note, folder / INFO)
         for other in folder.iterdir():  # what is not in use: older logits, killed writers' files
-            if other.name not in (INFO, data.name) and (
-                other.name.startswith(".writing-") or other.suffix == ".array_record"
-            ):
+            old = other.suffix == ".array_record" and other.name != data.name
+            if old or (other.name.startswith(".writing-") and _is_abandoned(other)):
                 other.unlink(missing_ok=True)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -253,6 +255,12 @@ def read(folder: str | os.PathLike[str], wanted: Wanted) -> CachedLogits | None:
     table = np.zeros((wanted.views, wanted.examples), wanted.record)
     table[records["view"], records["example"]] = records
     return CachedLogits(wanted, table)
+
+
+def _is_abandoned(path: pathlib.Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > ABANDONED
+    return False
 
 
 def _damaged(path: pathlib.Path, what: str) -> str:

@@ -10,6 +10,7 @@ seed).
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -115,7 +116,7 @@ def _of_teacher(
     seed = run.settings["seed"]
     views = Views(run.dataset, fields["views"], augment=augment, seed=seed)
     wanted = files.Wanted(
-        teacher_sha256=tree_sha256(run.variables[net]),
+        teacher_sha256=_sha256(run, net),
         dataset=run.dataset.name,
         fingerprint=run.dataset.fingerprint,
         examples=len(run.dataset.train_images),
@@ -132,6 +133,12 @@ def _of_teacher(
         if run.verbose:
             print(f"{error} Computing those of {net!r} anew.", flush=True)
     return files.write(folder, wanted, _logits(run, net, views)) if known is None else known
+
+
+def _sha256(run: Run, net: str) -> str:
+    """Of a net's program and variables: strides, activations, bits and heads leave no array."""
+    told = f"{run.nets[net]!r} {tree_sha256(run.variables[net])}"
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _logits(run: Run, net: str, views: Views) -> Iterator[tuple[int, int, np.ndarray]]:

@@ -128,8 +128,23 @@ t.cached.write({str(tmp_path)!r}, t.WANTED, parts())
         np.testing.assert_array_equal(found.rows([4], 2), made()[2, 4:5].astype(np.float16))
     else:
         assert found is None
-    cached.write(tmp_path, WANTED, parts(made(seed=1)))  # and a new start cleans up
+    cached.write(tmp_path, WANTED, parts(made(seed=1)))
+    (left,) = tmp_path.glob(".writing-*")  # it might be of a process that still writes
+    os.utime(left, (0, 0))
+    cached.write(tmp_path, WANTED, parts(made(seed=1)))  # and a later start cleans up
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".array_record", ".json"]
+
+
+def test_two_processes_may_write_at_once(tmp_path):
+    def slowly():
+        for number, part in enumerate(parts(made())):
+            if number == 4:
+                cached.write(tmp_path, WANTED, parts(made()))
+            yield part
+
+    cached.write(tmp_path, WANTED, slowly())
+    found = cached.read(tmp_path, WANTED)
+    np.testing.assert_array_equal(found.rows([4], 2), made()[2, 4:5].astype(np.float16))
 
 
 def _environment():
