@@ -8,6 +8,7 @@ evaluation mode. Nothing here knows of devices; `parallel.compile_step` compiles
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -333,10 +334,11 @@ def _move_adaptor(
     """Updates an adaptor's parameters and optimizer in place; returns its gradient's norm.
 
     It learns with the optimizer, the rates and the schedule of the net, and is clipped by itself:
-    kernels are decayed like the net's weights, biases, norms and variances are not.
+    kernels are decayed like the net's weights, biases, norms and variances are not. `freeze` names
+    layers of the net, not its own.
     """
     moved, new, rates = optim.update_optimizer(
-        learner.optim,
+        dataclasses.replace(learner.optim, freeze=()),
         state.hyper[learner.slot]["optim"],
         {"params": gradient},
         {"position": state.opt[learner.slot]["position"], "inner": own["opt"]},

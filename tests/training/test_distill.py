@@ -118,9 +118,17 @@ def test_a_step_moves_an_adaptor_by_its_gradient():
 
 
 def test_adaptors_learn_with_the_nets_optimizer():
-    """Momentum of its own, the net's decay on kernels only, and frozen layers are the net's."""
+    """Momentum of its own, the net's decay on kernels only, and frozen layers are the net's.
+
+    The adaptor has a layer "student", which one of the patterns would match.
+    """
     _, variables = tiny.nets()
-    optim = {"lr": 0.1, "weight_decay": 0.5, "schedule": "constant", "freeze": ("c1", "head")}
+    optim = {
+        "lr": 0.1,
+        "weight_decay": 0.5,
+        "schedule": "constant",
+        "freeze": ("c1", "head|student"),
+    }
     plan = plan_of("cc_adjacent", optim=optim, weight=0.0)
     state, frozen = start_state(plan, variables), frozen_variables(plan, variables)
     step = jax.jit(make_step(plan.structure))
