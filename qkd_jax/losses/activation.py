@@ -49,7 +49,7 @@ def ab(
       ValueError: for shapes that do not fit, or a negative margin.
 
     Adaptor:
-      A 1x1 convolution with BatchNorm and no ReLU.
+      `fitnet`'s regressor without its ReLU.
 
     Note:
       A stage of its own comes before the labels. Common code weights it by 3 / 1000. The powers of

@@ -179,9 +179,9 @@ def vid(
       ValueError: for shapes that do not fit.
 
     Adaptor:
-      1x1 convolutions without bias to twice the teacher's channels, again, and to the teacher's
-      channels, ReLU between them (the paper has BatchNorm as well). The variance is
-      softplus(a) + 1e-5 of a learned a per channel, which starts where that is 5.
+      Three 1x1 convolutions without bias, each to the teacher's channels, ReLU between them (the
+      paper has BatchNorm as well). The variance is softplus(a) + 1e-5 of a learned a per channel,
+      which starts where that is 5.
 
     Note:
       In one well-known code base the a are not registered as parameters and never learned.
@@ -266,7 +266,7 @@ def reviewkd(
 
     Adaptor:
       Attention-based fusion, deep to shallow: x is BatchNorm of a 1x1 convolution of the student's
-      map to min(512, channels of the deepest teacher's) channels, y the deeper stage's x, enlarged
+      map to min(512, channels of the student's deepest) channels, y the deeper stage's x, enlarged
       to nearest neighbours; (a, b) = sigmoid of a 1x1 convolution of both, x becomes a x + b y, and
       BatchNorm of a 3x3 convolution of it goes to the loss. The deepest stage is the pooled
       feature, as a map of 1x1.

@@ -4,14 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_inputs import waves
 
 from qkd_jax.losses import crd, crd_in_batch, crd_memory
 from qkd_jax.losses.contrastive import _by_class, _draw_others, _draw_same, _noise_contrast
-
-
-def waves(shape, k):
-    i = np.arange(np.prod(shape), dtype=np.float64)
-    return np.float32(1.5 * np.sin(0.7 * i + k) + np.cos(0.013 * i**2 + 2 * k)).reshape(shape)
 
 
 def unit(x):

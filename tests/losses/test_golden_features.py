@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_inputs import maps, waves
 
 from qkd_jax.losses import LOSSES
 
@@ -65,3 +66,30 @@ def test_values_and_gradients_equal_pytorch(key):
         assert np.any(other)
         atol = (1e-5 if name == "pkt" else 2e-6) * np.abs(other).max()
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=atol)
+
+
+MAPS, SECOND_MAPS = maps(6, 8, 3, 4), maps(5, 4, 7, 8)
+LOGITS = waves((8, 10), 1), waves((8, 10), 2)
+LISTS = tuple((x,) for x in MAPS)
+PAIRS = tuple(zip(MAPS, SECOND_MAPS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "keywords", "wanted"),
+    [
+        ("dist", LOGITS, {}, 1.8398972),
+        ("dist", LOGITS, {"temperature": 4.0}, 24.1790733),
+        ("fitnet", MAPS, {}, 2.4784783),
+        ("at", LISTS, {}, 0.00543559),
+        ("at", LISTS, {"mode": "paper"}, 0.58878944),
+        ("nst", LISTS, {}, 0.2276509),
+        ("fsp", PAIRS, {}, 0.0961573),
+        ("ft", MAPS, {}, 0.0516113),
+        ("ab", LISTS, {}, 637.396933),
+        ("vid", (*MAPS, np.full(6, 5.0)), {}, 1.0525668),
+        ("ofd", (*LISTS, (np.full(6, -0.5),)), {}, 637.975629),
+        ("reviewkd", LISTS, {}, 1.7090451),
+    ],
+)
+def test_golden_numbers(name, inputs, keywords, wanted):
+    np.testing.assert_allclose(jnp.mean(LOSSES[name](*inputs, **keywords)), wanted, rtol=1e-5)

@@ -3,18 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_inputs import maps, waves
 
 from qkd_jax.losses import cc, cc_adjacent, pkt, rkd, sp
 
-
-def waves(shape, k):
-    """The golden inputs, of PyTorch's layout."""
-    i = np.arange(np.prod(shape), dtype=np.float64)
-    return np.float32(1.5 * np.sin(0.7 * i + k) + np.cos(0.013 * i**2 + 2 * k)).reshape(shape)
-
-
 VECTORS = waves((8, 16), 5), waves((8, 16), 6)
-MAPS = tuple(np.moveaxis(waves((8, 6, 8, 8), k), 1, -1) for k in (3, 4))
+MAPS = maps(6, 8, 3, 4)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ class Review(nn.Module):
     its size by the nearest pixel) and [a, b] = sigmoid(1x1([x; y])): x <- a x + b y is handed up,
     and BatchNorm(3x3(x)) is compared with the teacher's feature.
 
+    Deviation: where the teacher's map is of another size, the authors' code brings x to it before
+    the 3x3 convolution, and this what comes out of it.
+
     Attributes:
       teachers: maps of the teacher, shallow to deep.
       middle: channels of x.
