@@ -4,8 +4,9 @@
 those of the authors or, for losses that came before, of RepDistiller's commands (Tian et al. 2019,
 arXiv 1910.10699), both for CIFAR-100; courses of 20, 30 or 10 epochs of their 240 are fractions
 here.
-Where no published weight could be read, the row says so and has 1. Taps and adaptors are the loss's
-own (`training/adaptors`) unless a row says otherwise.
+Where no published weight could be read, the row says so. Taps and adaptors are the loss's own
+(`training/adaptors`) unless a row says otherwise: `fitnet` and `vid` look at the last map alone,
+where the papers have a middle one and all of them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ TERMS: dict[str, tuple[float, dict[str, Any]]] = {
     "logit_regression": (0.0, dict(weight=0.2)),  # 2 / classes for ten: a mean squared error
     "kd_mean": (0.1, dict(weight=0.9, temperature=4.0)),
     "kd_sum": (0.1, dict(weight=0.45, temperature=4.0)),  # two teachers
-    "ca_mkd": (1.0, dict(weight=1.0, temperature=4.0)),
+    "ca_mkd": (1.0, dict(weight=1.0, temperature=4.0)),  # weight not read
     # Features.
     "fitnet": (1.0, dict(weight=100.0)),
     "at": (1.0, dict(weight=1000.0, mode="code")),
@@ -46,7 +47,7 @@ TERMS: dict[str, tuple[float, dict[str, Any]]] = {
     "vid": (1.0, dict(weight=1.0)),
     "ofd": (1.0, dict(weight=1e-3)),
     "reviewkd": (1.0, dict(weight=5.0, warmup=20 / 240)),
-    "semckd": (1.0, dict(weight=400.0)),
+    "semckd": (1.0, dict(weight=400.0)),  # weight not read: from memory
     "ickd": (1.0, dict(weight=1.0)),  # weight not read
     "simkd": (0.0, dict(weight=1.0)),  # the student's own classifier is the teacher's
     # Stages of their own in the paper: first these alone, then the labels.
@@ -56,13 +57,14 @@ TERMS: dict[str, tuple[float, dict[str, Any]]] = {
     "ft": (1.0, dict(weight=200.0, start=30 / 240)),
     # Relations and contrasts.
     "rkd": (1.0, dict(weight=1.0, distance=25.0, angle=50.0)),
-    "cc": (1.0, dict(weight=100.0, gamma=0.4)),
+    "cc": (1.0, dict(weight=100.0, gamma=0.4)),  # a re-implementation's
     "cc_adjacent": (1.0, dict(weight=0.02)),
     "sp": (1.0, dict(weight=3000.0)),
     "pkt": (1.0, dict(weight=30000.0)),
+    # Those of a re-implementation.
     "irg": (1.0, dict(weight=1.0, vertex=0.1, edge=5.0, transformation=5.0)),
     "crd": (1.0, dict(weight=0.8, negatives=16384, mode="exact", temperature=0.07)),
-    "crd_in_batch": (1.0, dict(weight=0.8, temperature=0.07)),
+    "crd_in_batch": (1.0, dict(weight=0.8, temperature=0.07)),  # as crd: none is published
 }
 
 
