@@ -47,7 +47,7 @@ TERMS: dict[str, tuple[float, dict[str, Any]]] = {
     "vid": (1.0, dict(weight=1.0)),
     "ofd": (1.0, dict(weight=1e-3)),
     "reviewkd": (1.0, dict(weight=5.0, warmup=20 / 240)),
-    "semckd": (1.0, dict(weight=400.0)),  # weight not read: from memory
+    "semckd": (1.0, dict(weight=400.0)),  # weight not verified
     "ickd": (1.0, dict(weight=1.0)),  # weight not read
     "simkd": (0.0, dict(weight=1.0)),  # the student's own classifier is the teacher's
     # Stages of their own in the paper: first these alone, then the labels.
