@@ -80,13 +80,21 @@ def save(
             PyTorch's ResNets, without the quantizers (see `to_torch`).
 
     Raises:
-        ValueError: another ending or layout, or a net that the layout does not know.
+        ValueError: another ending or layout, a net that the layout does not know, or a .npz file
+            for arrays of bfloat16.
     """
     path = Path(path)
     checks.one_of("the ending of path", path.suffix, SUFFIXES)
     checks.one_of("layout", layout, LAYOUTS)
     flat = to_torch(variables) if layout == "torch" else flatten(dict(variables))
     arrays: dict[str, Any] = {name: np.asarray(array) for name, array in flat.items()}
+    if path.suffix == ".npz":
+        for name, array in arrays.items():
+            if array.dtype.kind not in "biufc":
+                raise ValueError(
+                    f"array {name!r} is {array.dtype}, whose type a .npz file does not keep; give "
+                    "path the ending '.safetensors'."
+                )
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npz":
         np.savez(path, **arrays)

@@ -1,7 +1,8 @@
 """Files of named arrays: safetensors and .npz, read without trusting a word of them.
 
-A file that is cut off, damaged or made to mislead gives a ValueError with its name, and no more
-memory than the file is large is taken for it. Nothing is unpickled.
+A file that is cut off, damaged or made to mislead gives a ValueError with its name, and no memory
+is taken for sizes that the file only claims (deflated, it may hold a thousand times its own).
+Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -172,10 +173,11 @@ def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Any) -> np.
             shape, fortran, dtype = NPY_HEADERS[version](file)
         except (ValueError, KeyError, TypeError, SyntaxError, RecursionError) as error:
             raise damaged(path, f"{info.filename!r} has no header of an array") from error
-        if dtype.hasobject or dtype.fields is not None or dtype.subdtype is not None:
+        if dtype.kind not in "biufc":
             raise ValueError(
                 f"{os.fspath(path)} has {info.filename!r} in {dtype}; only arrays of plain numbers "
-                "are read, and nothing is unpickled. Save plain arrays with numpy.savez."
+                "are read, and nothing is unpickled. Save plain arrays with numpy.savez, or, with "
+                "bfloat16 among them, a .safetensors file."
             )
         data = file.read()
     if (

@@ -10,6 +10,7 @@ import zipfile
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -140,6 +141,18 @@ def test_pickled_objects_in_npz_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match=r"nothing is unpickled"):
         weights.load(tmp_path / "x.npz")
+
+
+def test_what_npz_cannot_keep_is_refused_both_ways(tmp_path):
+    for array in (np.zeros(2, ml_dtypes.bfloat16), np.array(["a"])):
+        np.savez(tmp_path / "x.npz", **{"params/a": array})
+        with pytest.raises(ValueError, match=r"only arrays of plain numbers.*\.safetensors file"):
+            weights.load(tmp_path / "x.npz")
+    half = {"params": {"a": jnp.zeros(2, jnp.bfloat16)}}
+    with pytest.raises(ValueError, match=r"'params/a' is bfloat16.*ending '\.safetensors'"):
+        weights.save(tmp_path / "y.npz", half)
+    weights.save(tmp_path / "y.safetensors", half)
+    assert weights.load(tmp_path / "y.safetensors")["params"]["a"].dtype == jnp.bfloat16
 
 
 def test_names_of_no_known_layer_are_listed(tmp_path):
