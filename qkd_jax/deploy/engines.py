@@ -6,16 +6,19 @@ looks quantized may run in float from end to end, dequantizing as it goes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qkd_jax import checks
 
-__all__ = ["Placed", "openvino_model", "placed"]
+__all__ = ["Placed", "openvino_model", "placed", "without_telemetry"]
 
 # Products by the names that ONNX Runtime gives them after its optimizations.
 ORT_INTEGER = frozenset(
@@ -79,8 +82,23 @@ def openvino_model(path: str | os.PathLike[str], *, threads: int | None = None) 
     config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
-    openvino = importlib.import_module("openvino")
+    with without_telemetry():
+        openvino = importlib.import_module("openvino")
     return openvino.Core().compile_model(os.fspath(path), "CPU", config)
+
+
+@contextlib.contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Keeps OpenVINO from loading its telemetry, which forks; JAX's threads may not survive it."""
+    name = "openvino_telemetry"
+    known = name in sys.modules
+    if not known:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if not known:
+            del sys.modules[name]
 
 
 def _onnxruntime(path: str | os.PathLike[str]) -> tuple[list[str], list[str]]:

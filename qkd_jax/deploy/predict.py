@@ -12,13 +12,12 @@ something that was given is wrong; the message says what.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.deploy.description import Description
+from qkd_jax.deploy.engines import openvino_model, without_telemetry
 from qkd_jax.deploy.files import JSON, describe, load
 from qkd_jax.deploy.integers import integer_apply
 from qkd_jax.deploy.onnx import onnx_session
@@ -135,14 +135,11 @@ def _onnxruntime(path: Path) -> Predictor:
 
 
 def _openvino(path: Path) -> Predictor:
-    with _without_telemetry():
+    with without_telemetry():
         _need("openvino")
     description = _stamp(path)
-    openvino = importlib.import_module("openvino")
-    # Without the hint the CPU plugin computes in bfloat16 where the processor has it.
-    config = {"INFERENCE_PRECISION_HINT": "f32"}
     try:
-        compiled = openvino.Core().compile_model(os.fspath(path), "CPU", config)
+        compiled = openvino_model(path)
     except Exception as error:  # the engine's own
         raise ValueError(f"OpenVINO cannot open {path}: {error}") from error
     return Predictor(
@@ -151,20 +148,6 @@ def _openvino(path: Path) -> Predictor:
         description,
         lambda images: np.array(_single(list(compiled(_channels_first(images)).values()))),
     )
-
-
-@contextlib.contextmanager
-def _without_telemetry() -> Iterator[None]:
-    """Keeps OpenVINO from loading its telemetry, which forks; JAX's threads may not survive it."""
-    name = "openvino_telemetry"
-    known = name in sys.modules
-    if not known:
-        sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if not known:
-            del sys.modules[name]
 
 
 ENGINES: dict[str, Callable[[Path], Predictor]] = {
