@@ -353,7 +353,7 @@ class _Rewriter:
         if op in SAME:
             same = self.graph.dtype(node.inputs[0]) == self.graph.dtype(node.outputs[0])
             return x if same or not isinstance(x, Raw) else None
-        if isinstance(x, Raw):
+        if any(isinstance(v, Raw) for v in values):
             if op not in MOVES:
                 return None
             self.steps.append(dataclasses.replace(node, inputs=(x.value,)))
@@ -378,7 +378,8 @@ class _Rewriter:
         if op == "clamp" and isinstance(values[1], Linear):
             low, high = values[0], values[2]
             if isinstance(low, np.ndarray) and isinstance(high, np.ndarray):
-                return _clipped(values[1], float(low.max()), float(high.min()))
+                if low.max() == low.min() and high.max() == high.min():
+                    return _clipped(values[1], float(low.max()), float(high.max()))
             return None
         if len(values) != 2:
             return None
@@ -449,9 +450,6 @@ class _Rewriter:
         if array.size == 1:
             return array.reshape(())
         whole = np.broadcast_to(array, x.shape)
-        if node.op in ("reduce_max", "reduce_window_max"):
-            # A maximum over places with one multiplier: any of the places has it.
-            whole = whole.astype(np.float32)
         (result,) = graphs.execute(node, [whole], self.batch, 1)
         return _compressed(np.asarray(result, np.float64))
 

@@ -265,7 +265,9 @@ def _repeated(export: Export, node: Node, part: np.ndarray, beside: Tensor) -> s
         return name
     # Its shape at run time: the other tensor's batch, then the constant's own sizes.
     writer, place = export.writer, beside.perm.index(0)
-    sizes = export.add("Shape", [beside.name], node, start=place, end=place + 1)
+    # Shape has had bounds of its own since opset 15 only.
+    sizes = export.add("Shape", [beside.name], node)
+    sizes = export.add("Gather", [sizes, writer.shape_constant([place])], node)
     own = [part.shape[a] for a in beside.perm]
     pieces = [own[:place], sizes, own[place + 1 :]]
     shape = [p if isinstance(p, str) else writer.shape_constant(p) for p in pieces if len(p)]

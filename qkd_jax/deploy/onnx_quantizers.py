@@ -47,7 +47,7 @@ def write_quantizer(export: Export, node: Node) -> Tensor:
         if not _transformed(export, node):
             return x  # on this very grid already: its codes would come out as they are
     key = (x.name, node.inputs[1:] if _transformed(export, node) else float(scale), int(zero_point))
-    key = (*key, format)
+    key = (*key, format, export.traced.spec(node).rounding)
     if key not in export.grids:
         name, clipped = _before(export, node, x.name, scale, format)
         export.grids[key] = _grid(export, node, name, scale, int(zero_point), format, clipped)
@@ -55,6 +55,9 @@ def write_quantizer(export: Export, node: Node) -> Tensor:
 
 
 def _transformed(export: Export, node: Node) -> bool:
+    spec = export.traced.spec(node)
+    if spec.rounding == "floor" and hasattr(QUANTIZERS[spec.quantizer], "pre_affine"):
+        return True  # these round the magnitude, which is another thing below zero
     return _pre_affine(export, node) != (1.0, 0.0)
 
 
@@ -72,13 +75,14 @@ def _before(
 ) -> tuple[str, bool]:
     """Writes what a quantizer does before its grid; returns the name and whether it has clipped."""
     gain, offset = _pre_affine(export, node)
-    if (gain, offset) == (1.0, 0.0):
-        return name, False
+    if not _transformed(export, node):
+        return _floored(export, node, name, scale), False
     writer = export.writer
     constants = [writer.constant(np.float32(c), "quantizer_constant") for c in (gain, offset)]
     magnitude = export.add("Abs", [name], node) if format.signed else name
     affine = export.add("Mul", [magnitude, constants[0]], node)
     affine = export.add("Add", [affine, constants[1]], node)
+    affine = _floored(export, node, affine, scale)
     if not format.signed:
         return affine, False
     # Signed grids treat magnitudes alike on both sides of zero.
@@ -86,6 +90,16 @@ def _before(
     bounds = [writer.constant(np.float32(b), "bound") for b in ends]
     clipped = export.add("Clip", [affine, *bounds], node)
     return export.add("Mul", [clipped, export.add("Sign", [name], node)], node), True
+
+
+def _floored(export: Export, node: Node, name: str, scale: np.ndarray) -> str:
+    """Takes values down to their codes where the spec does; QuantizeLinear takes the nearest."""
+    if export.traced.spec(node).rounding != "floor":
+        return name
+    steps = (np.float32(1) / np.float32(scale), np.float32(scale))
+    down, back = (export.writer.constant(s, "quantizer_constant") for s in steps)
+    codes = export.add("Floor", [export.add("Mul", [name, down], node)], node)
+    return export.add("Mul", [codes, back], node)
 
 
 def _grid(

@@ -178,13 +178,20 @@ def _padded(x: np.ndarray, amounts: Sequence[Sequence[int]], value: int) -> np.n
 
 
 def _windows(params: Mapping[str, Any], x: np.ndarray, fill: int, combine: Any) -> np.ndarray:
+    if any(d != 1 for d in params["base_dilation"]):
+        raise ValueError("a pool dilates its input, which no layer of linen does.")
     x = _padded(x, params["padding"], fill)
     window, steps = params["window_dimensions"], params["window_strides"]
-    sizes = [(n - k) // s + 1 for n, k, s in zip(x.shape, window, steps, strict=True)]
+    dilation = params["window_dilation"]
+    sizes = [
+        (n - (k - 1) * d - 1) // s + 1
+        for n, k, d, s in zip(x.shape, window, dilation, steps, strict=True)
+    ]
     out = np.full(sizes, fill, x.dtype)
     for at in np.ndindex(*window):
         places = tuple(
-            slice(i, i + (n - 1) * s + 1, s) for i, n, s in zip(at, sizes, steps, strict=True)
+            slice(i * d, i * d + (n - 1) * s + 1, s)
+            for i, d, n, s in zip(at, dilation, sizes, steps, strict=True)
         )
         out = combine(out, x[places])
     return out

@@ -69,7 +69,9 @@ def save_stablehlo(
         for a in program.signature
     ]
     arrays = jax.tree.map(np.asarray, integer)  # constants of the module, not arguments
-    exact = all(s.bound <= FLOAT32_EXACT for s in program.steps if isinstance(s, Multiply))
+    # An integer-only program has products without multipliers, and no floats on any platform.
+    products = [s for s in program.steps if isinstance(s, Multiply)]
+    exact = all(s.multiplier and s.bound <= FLOAT32_EXACT for s in products)
 
     def integers(*images: Any) -> Any:
         return run(arrays, list(images), False, "int32")

@@ -1,6 +1,9 @@
 """Integer-only nets: no float inside, the trained net's codes, and a NumPy twin bit for bit."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -131,9 +134,31 @@ class Branches(nn.Module):
         return nn.Dense(2, name="head")(nn.tanh(a) + nn.relu(b))
 
 
+class Touched(nn.Module):
+    """Its input, or what is between its layers, is changed in float."""
+
+    change: Callable
+    first: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(3, name="a")(self.change(x) if self.first else x)
+        return nn.Dense(2, name="b")(x if self.first else self.change(x))
+
+
+def clamped(x):
+    high = jnp.broadcast_to(jnp.array([0.1, 0.2, 0.3]), x.shape)
+    return jax.lax.clamp(-jnp.ones_like(x), x, high)
+
+
+GRIDS = [Rule("a|b", weight=Spec(8), input=Spec(8), output=Spec(8))]
+
+
 @pytest.mark.parametrize(
     ("model", "rules", "message"),
     [
+        (Touched(lambda x: 1 - x, first=True), GRIDS, "'sub' in 'the root module' stays in float"),
+        (Touched(clamped, first=False), GRIDS, "'clamp' in 'the root module' stays in float"),
         (
             Branches(),
             [Rule("left|right", weight=Spec(8), input=Spec(8)),

@@ -1,5 +1,7 @@
 """Every model of MODELS as an ONNX file, float and quantized, on ONNX Runtime; and its idioms."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -150,3 +152,28 @@ def test_quantized_attention_products(tmp_path):
     assert difference < 0.03
     # stem, query/key/value, both operands of both products, out, mlp1, mlp2, head
     assert written.operations["QuantizeLinear"] == 10
+
+
+class Token(nn.Module):
+    """A learned row before those of the input, as transformers have it."""
+
+    @nn.compact
+    def __call__(self, x):
+        token = self.param("token", nn.initializers.normal(), (1, 1, x.shape[-1]))
+        row = jnp.broadcast_to(token, (x.shape[0], 1, x.shape[-1]))
+        return nn.Dense(2)(jnp.concatenate([row, x], 1))
+
+
+def test_a_constant_beside_the_input_at_the_oldest_opset(tmp_path):
+    x = jax.random.normal(jax.random.key(0), (5, 3, 4))
+    _, difference = exported(Token(), (), x, tmp_path / "m.onnx", opset=13)
+    assert difference < 1e-5
+
+
+@pytest.mark.parametrize("spec", [Spec(4), Spec(4, quantizer="qil")], ids=lambda s: s.quantizer)
+def test_codes_that_are_rounded_down(tmp_path, spec):
+    x = jax.random.normal(jax.random.key(0), (32, 6))
+    down = dataclasses.replace(spec, rounding="floor")
+    rules = [Rule(".*", weight=Spec(8), input=down)]
+    _, difference = exported(nn.Dense(3), rules, x, tmp_path / "m.onnx")
+    assert difference < 1e-5

@@ -60,7 +60,7 @@ def test_products(lhs, rhs, numbers):
         lambda x: lax.reduce_window_max_p.bind(
             x, window_dimensions=(1, 3, 2, 1), window_strides=(1, 2, 1, 1),
             padding=((0, 0), (1, 0), (0, 1), (0, 0)), base_dilation=(1,) * 4,
-            window_dilation=(1,) * 4),
+            window_dilation=(1, 2, 3, 1)),
         lambda x: lax.reduce_window_sum_p.bind(
             x, window_dimensions=(1, 2, 3, 1), window_strides=(1, 1, 2, 1),
             padding=((0, 0), (0, 1), (1, 1), (0, 0)), base_dilation=(1,) * 4,

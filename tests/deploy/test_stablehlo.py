@@ -4,11 +4,15 @@ import json
 import subprocess
 import sys
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 import small_nets
 
 from qkd_jax.deploy import convert, integer_apply, load_stablehlo, save_stablehlo
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize import Rule
 
 FRESH = """
 import sys
@@ -48,6 +52,17 @@ def test_the_record_beside_it(saved):
     assert card["inputs"] == [{"dtype": "float32", "shape": ["batch", *small_nets.IMAGES]}]
     assert card["outputs"] == [{"dtype": "float32", "shape": ["batch", 5]}]
     assert b".py" not in path.read_bytes()  # no paths of source files
+
+
+@pytest.mark.parametrize("integer_only", [False, True])
+def test_products_of_an_integer_only_net_are_on_integers_everywhere(tmp_path, integer_only):
+    grids = Rule(".*", weight=Spec(8), input=Spec(8), output=Spec(8))
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    net, variables = small_nets.calibrated(nn.Dense(3), [grids], x)
+    save_stablehlo(convert(net, variables, x, integer_only=integer_only), tmp_path / "x")
+    module = jax.export.deserialize(bytearray((tmp_path / "x").read_bytes())).mlir_module()
+    products = [line for line in module.splitlines() if "stablehlo.dot_general" in line]
+    assert products and any("f32" in line for line in products) != integer_only
 
 
 def test_what_is_refused(saved, tmp_path):
