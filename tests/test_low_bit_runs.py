@@ -117,6 +117,14 @@ def test_killed_while_freezing_it_goes_on_from_its_last_checkpoint(finished, tmp
     assert_same_diagnosis(finished, tmp_path)
 
 
+def test_a_later_stage_that_does_not_track_leaves_no_shares_of_an_earlier_one(tmp_path):
+    config = healthy()
+    config.stages.more.hygiene = dict(qat_only=common.hygiene(max_ratio=4.0))
+    experiment.run(config, tmp_path, report=False, verbose=False)
+    found = json.loads((tmp_path / "diagnosis.json").read_text())["diagnose"]["qat_only"]
+    assert found and all(d["oscillating"] is None for d in found)
+
+
 def assert_same_diagnosis(folder, other):
     assert (folder / "diagnosis.json").read_bytes() == (other / "diagnosis.json").read_bytes()
 

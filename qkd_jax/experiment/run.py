@@ -53,7 +53,7 @@ class Run:
         optimizers: {stage: {net: flat optimizer state}} of stages that go on or are continued.
         rows: the results table so far; no times.
         oscillating: {net: {path of a layer: share of its weights that oscillate}}, as the net's
-            last training stage that tracked them left it.
+            last training stage left it; empty where that one did not track them.
         timings: everything that is a time.
         stage_index: place in the schedule.
         stage_step: steps of that stage that are done.

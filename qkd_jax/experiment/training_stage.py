@@ -204,8 +204,7 @@ def _take(run: Run, stage: Stage, plan: Plan, state: TrainState, step: int, wind
     for net, opt in optimizer_states(plan, state).items():
         of_terms = {f"{OWNED}{name}": leaf for name, leaf in flatten(owned.get(net, {})).items()}
         run.optimizers[stage.name][net] = {**flatten(opt), **of_terms}
-        if "hygiene" in opt and (shares := healthy.oscillating(opt["hygiene"])):
-            run.oscillating[net] = shares
+        run.oscillating[net] = healthy.oscillating(opt.get("hygiene", {}))
     run.stage_step, run.window = step, window
 
 

@@ -15,7 +15,8 @@
   value at the stage's end, by equal ratios.
 - **Size budget** for learned bits: `size_weight * max(size / size_bytes - 1, 0)` is added to the
   loss, size being that of all weights whose bits are learned (Uhlich et al., 2019, arXiv
-  1905.11452, with a hinge in place of their squared one).
+  1905.11452, with a hinge in place of their squared one). Their bits are kept between the fewest
+  and the most there can be, so that none goes on falling while others are still too many.
 
 The state of all this lies beside the optimizer's, so that a run that is killed resumes exactly.
 """
@@ -23,6 +24,7 @@ The state of all this lies beside the optimizer's, so that a run that is killed 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -262,7 +264,18 @@ def init(
                 }
     wanted = (*(_STEPS + _LOG2_STEPS if hygiene.clamp else ()), *hygiene.anneal)
     state["start"] = {name: leaf for name, leaf in names.items() if _last(name) in wanted}
+    for name, leaf in state["start"].items():
+        if _last(name) in hygiene.anneal and not isinstance(leaf, jax.core.Tracer):
+            _refuse_sign(f"{where}.anneal.{_last(name)}", name, leaf)
     return state
+
+
+def _refuse_sign(where: str, name: str, start: jax.Array) -> None:
+    if not np.all(np.asarray(start) > 0):
+        raise ValueError(
+            f"{where}: {name} starts at {float(np.min(start)):.4g}, and equal ratios lead from "
+            "there to no positive value. Anneal one that is positive, such as a temperature."
+        )
 
 
 def _refuse_bent(where: str, path: str, spec: Spec) -> None:
@@ -319,6 +332,16 @@ def _learns_bits(spec: Spec) -> bool:
     return spec.quantizer == "lsq" and spec.option("learn_bits", False)
 
 
+def _bounded_bits(module: Any, learned: Tree) -> Tree:
+    """{name in "quant": function} that takes learned bits back into their range."""
+    return {
+        "/".join((*weight.keys, "weight_quantizer", "bits")): functools.partial(
+            jnp.clip, min=1 + int(weight.spec.signed), max=weight.spec.bits
+        )
+        for weight in _with_learned_bits(module, learned)
+    }
+
+
 def _bytes(learned: Tree, weight: Weight) -> jax.Array:
     """Bytes of the codes at the bits in use, with a gradient to the bits."""
     tree = learned["quant"]
@@ -352,6 +375,8 @@ def apply(
         },
     )
     learned = {**learned, "quant": quant} if quant else learned
+    if hygiene.budget:
+        learned = {**learned, "quant": _map_leaves(quant, _bounded_bits(module, learned))}
     metrics: dict[str, jax.Array] = {}
     weights: Tree = {}
     if hygiene.track:

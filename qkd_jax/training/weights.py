@@ -90,8 +90,10 @@ def rounded(learned: Tree, weight: Weight) -> Rounded:
     }
     params = quantizers.live(wide, params, spec)
     on_grid = quantizer.fake_quant(wide, params, spec)
-    scale, zero_point, format = quantizer.integer_view(params, spec)
-    low, high = (scale * (end - zero_point) for end in (format.qmin, format.qmax))
+    scale, *_ = quantizer.integer_view(params, spec)
+    # Asked, not read from the format, whose ends are those of the upper bound of learned bits.
+    beyond = jnp.full_like(scale, jnp.inf)
+    low, high = (quantizer.fake_quant(end, params, spec) for end in (-beyond, beyond))
     return Rounded(wide, on_grid, jnp.round(on_grid * (1 / scale)), scale, low, high)
 
 

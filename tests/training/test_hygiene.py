@@ -274,6 +274,34 @@ def test_a_size_budget_takes_learned_bits_down():
     assert float(grads["quant"]["dense"]["weight_quantizer"]["bits"]) == pytest.approx(5 / 4)
 
 
+def test_a_budget_out_of_reach_leaves_bits_where_they_can_come_back():
+    spec = Spec(8, quantizer="lsq", options={"learn_bits": True})
+    fields = dict(size_bytes=1.0, size_weight=50.0)  # less than the fewest bits take
+    found = toy_run(30, spec=spec, lr=0.1, hygiene_fields=fields)[0]
+    assert found["quant"]["dense"]["weight_quantizer"]["bits"] == 2
+
+
+def test_dampening_clips_at_the_grid_of_the_bits_in_use():
+    structure, hyper = planned(dampen=1.0, dampen_start=1.0)
+    net, learned = dense(Spec(8, quantizer="lsq", options={"learn_bits": True}), (1, 3))
+    learned["quant"]["weight_quantizer"]["bits"] = jnp.float32(2.8)  # 3 bits, so -4 .. 3
+    learned["params"]["kernel"] = jnp.array([[1.3, 3.4, -9.0]])
+    state = hygiene.init(structure, net, learned)
+    value, grads = jax.value_and_grad(
+        lambda tree: hygiene.penalty(structure, net, hyper, tree, state)
+    )(learned)
+    assert float(value) == pytest.approx(0.3**2)
+    np.testing.assert_allclose(grads["params"]["kernel"], [[0.6, 0, 0]], rtol=1e-5)
+
+
+def test_annealing_from_what_is_not_positive_is_refused():
+    structure, _ = planned(anneal={"log2_threshold": 2.0})
+    net, learned = dense(Spec(3, quantizer="tqt"))
+    learned["quant"] = {"weight_quantizer": {"log2_threshold": jnp.float32(-1.0)}}
+    with pytest.raises(ValueError, match=r"anneal.log2_threshold: .* starts at -1"):
+        hygiene.init(structure, net, learned)
+
+
 def test_a_run_that_goes_on_is_the_run_that_was_not_broken():
     fields = dict(freeze=0.02, momentum=0.05, dampen=0.1, max_ratio=2.0)
     whole = toy_run(40, lr=0.3, hygiene_fields=fields)
