@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from qkd_jax import graph
 from qkd_jax.interception import Frame, LayerUse
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.quantizers import QUANTIZERS, lsq
 
 __all__ = ["Coverage", "Covered", "LayerInfo", "Size", "coverage", "layers", "size"]
 
@@ -85,6 +86,14 @@ def _count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+def _width(spec: Spec, params: Any) -> int:
+    """Bits of a weight's codes; of learned bits those in use, once they have values."""
+    learned = spec.option("learn_bits", False) and (params or {}).get("bits")
+    if not isinstance(learned, jax.Array | np.ndarray):
+        return spec.bits
+    return int(np.max(lsq.used_bits({"bits": learned}, spec)))
+
+
 def _scales(spec: Spec, params: Any, use: LayerUse) -> int:
     """How many float32 numbers a weight's scales (and zero points) are, measured or planned."""
     if params is not None and not spec.dynamic:
@@ -127,7 +136,7 @@ def layers(
         bits = 32 * _count(params)
         if weight is not None:
             scales = _scales(weight, quant.get("weight_quantizer"), use)
-            bits += table * (weight.bits - 32) + 32 * scales
+            bits += table * (_width(weight, quant.get("weight_quantizer")) - 32) + 32 * scales
         found.append(
             LayerInfo(
                 path=path,

@@ -42,6 +42,7 @@ from qkd_jax.deploy.program import (
     fresh,
 )
 from qkd_jax.graph import Graph, Node
+from qkd_jax.ptq.products import known_view
 from qkd_jax.quantizers import QUANTIZERS
 
 __all__ = ["rewrite"]
@@ -183,7 +184,7 @@ class _Rewriter:
     def quantize(self, step: Quantize) -> None:
         spec, quantizer = step.spec, QUANTIZERS[step.spec.quantizer]
         params = {name: self.given[key] for name, key in step.params}
-        scale, zero_point, format = quantizer.integer_view(params, spec)
+        scale, zero_point, format = known_view(params, spec)
         scale, zero_point = np.asarray(scale), np.asarray(zero_point)
         if scale.size != 1:
             raise ValueError(

@@ -18,9 +18,18 @@ from qkd_jax import graph as graphs
 from qkd_jax.graph import Graph, Node
 from qkd_jax.numerics import IntFormat, Spec, check_scale
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.quantizers import QUANTIZERS, lsq
 
-__all__ = ["Operand", "Product", "TracedNet", "products", "quantizer_params", "trace_net", "view"]
+__all__ = [
+    "Operand",
+    "Product",
+    "TracedNet",
+    "known_view",
+    "products",
+    "quantizer_params",
+    "trace_net",
+    "view",
+]
 
 LAYOUT = frozenset({"reshape", "transpose", "rev", "squeeze", "expand_dims", "copy"})
 PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
@@ -223,7 +232,21 @@ def _integer_view(traced: TracedNet, marker: Node) -> Any:
     if spec.quantizer == "uniform":
         # Nothing learns it, so one that is 0 or below is no step that shrank but a mistake.
         check_scale(f"the scale of {_named(traced, marker)}", params["scale"])
-    return quantizer.integer_view(params, spec)
+    return known_view(params, spec)
+
+
+def known_view(params: Any, spec: Spec) -> Any:
+    """A quantizer's integer view where its parameters are known; None for grids without codes.
+
+    Learned bits are then a number: the format is that of the bits in use (the most that a channel
+    uses), where `integer_view` has that of their upper bound.
+    """
+    found = QUANTIZERS[spec.quantizer].integer_view(params, spec)
+    if not spec.option("learn_bits", False):
+        return found
+    scale, zero_point, format = found
+    bits = int(np.max(lsq.used_bits(params, spec)))
+    return scale, zero_point, IntFormat(bits, format.signed, format.narrow_range)
 
 
 def _named(traced: TracedNet, marker: Node) -> str:

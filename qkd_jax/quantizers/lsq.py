@@ -110,7 +110,7 @@ def fake_quant(
 
         db = gs * sum g * s * (ln 2 * 2^(b-1) above,  -ln 2 * 2^(b-1) below,  0 inside)
 
-    They shrink under a penalty on the size (`training.regularizers`), after Uhlich et al., 2019
+    They shrink under a penalty on the size (`training.hygiene`), after Uhlich et al., 2019
     (arXiv 1905.11452), who learn the step and the range instead and get b from both.
 
     Args:

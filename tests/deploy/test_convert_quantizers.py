@@ -3,6 +3,8 @@
 The other quantizers, and scales that vary along a sum, are refused by name.
 """
 
+import copy
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 import small_nets
 
-from qkd_jax import models, presets, ptq
+from qkd_jax import deploy, models, presets, ptq
 from qkd_jax.deploy import convert, integer_apply
+from qkd_jax.inspection import layers
 from qkd_jax.numerics import Spec
 from qkd_jax.presets import PAIRS
 from qkd_jax.quantize import Rule
@@ -98,6 +101,39 @@ def test_codes_and_logits_are_those_of_the_net(case):
         assert integer.arrays[f"{layer.path}/weight"].nbytes == layer.bytes
     floats = [a.size for a in integer.arrays.values() if a.dtype == jnp.float32]
     assert max(floats, default=0) <= 8  # scales and biases: no copy of a weight
+
+
+@pytest.mark.parametrize("learns", ["weight", "input"])
+def test_bits_that_training_took_away_are_gone_in_every_export(tmp_path, learns):
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Dense(6, name="first")(x))
+            return nn.Dense(3, name="last")(x)
+
+    x = IMAGES[:, 0, 0]
+    learned = {learns: {"options": {"learn_bits": True}}}
+    specs = {
+        "weight": Spec(6, quantizer="lsq", **learned.get("weight", {})),
+        "input": Spec(6, quantizer="lsq", signed=False, **learned.get("input", {})),
+    }
+    rules = [Rule("first", weight=Spec(8), input=Spec(8)), Rule("last", **specs, output=Spec(8))]
+    net, variables = small_nets.calibrated(Two(), rules, x)
+    fresh = copy.deepcopy(variables)
+    variables["quant"]["last"][f"{learns}_quantizer"]["bits"] = jnp.float32(2.6)
+    wanted = net.apply(variables, x)
+    integer = check(net, variables, x)
+    bytes_ = {layer.path: layer.bytes for layer in integer.program.layers}
+    assert bytes_["last"] == (-(-18 * 3 // 8) if learns == "weight" else 18)
+    before, after = (layers(net, v, x)[-1].bits for v in (fresh, variables))
+    assert before - after == (18 * 3 if learns == "weight" else 0)
+    found = integer_apply(convert(net, variables, x, integer_only=True), x)
+    step = variables["quant"]["last"]["output_quantizer"]["scale"]
+    np.testing.assert_allclose(found, wanted, atol=1.01 * float(step))
+    deploy.to_onnx(net, variables, x, tmp_path / "net.onnx")
+    session = deploy.onnx_session(tmp_path / "net.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: np.asarray(x)})
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_every_quantizer_is_converted_or_refused():
