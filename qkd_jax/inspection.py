@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import graph
@@ -91,7 +92,7 @@ def _width(spec: Spec, params: Any) -> int:
     learned = spec.option("learn_bits", False) and (params or {}).get("bits")
     if not isinstance(learned, jax.Array | np.ndarray):
         return spec.bits
-    return int(np.max(lsq.used_bits({"bits": learned}, spec)))
+    return int(np.max(lsq.used_bits({"bits": jnp.asarray(learned)}, spec)))
 
 
 def _scales(spec: Spec, params: Any, use: LayerUse) -> int:
