@@ -34,6 +34,7 @@ __all__ = [
     "recipe",
     "reestimate_bn",
     "sgd",
+    "synthesize",
     "term",
     "train",
 ]
@@ -310,10 +311,12 @@ def train(
     batch_size: int,
     augment: tuple[str, ...] = (),
     hygiene: dict[str, Any] | None = None,
+    images: str = "",
 ) -> dict[str, Any]:
     """Returns a `train` stage. `steps` above 0 decides its length instead of `epochs`.
 
-    `augment` takes the place of the data's own augmentations.
+    `augment` takes the place of the data's own augmentations; `images` names a `synthesize` stage
+    whose images take the place of the training split.
 
     `hygiene` is {net: what the function `hygiene` returns}; a net that is left out has it all off.
     """
@@ -325,6 +328,7 @@ def train(
         learn=learn,
         optim=optim,
         augment=augment,
+        images=images,
         hygiene={**{net: dict(HYGIENE) for net in learn}, **(hygiene or {})},
     )
 
@@ -351,13 +355,44 @@ def cache(*, views: int = 1, top_k: int = 0) -> dict[str, Any]:
     return dict(views=views, top_k=top_k, dir="")
 
 
-def calibrate(*nets: str, operands: tuple[str, ...] = ()) -> dict[str, Any]:
+def calibrate(
+    *nets: str, operands: tuple[str, ...] = (), images: str = "", examples: int = 256
+) -> dict[str, Any]:
     """Returns a `calibrate` stage; `observer=""` leaves the choice to each spec.
 
     `operands` ("weight", "input", "other", "output") calibrates some and keeps the others; empty
-    means all.
+    means all. `images` names a `synthesize` stage; "" is the training split.
     """
-    return dict(kind="calibrate", nets=nets, examples=256, observer="", operands=operands)
+    return dict(
+        kind="calibrate",
+        nets=nets,
+        examples=examples,
+        observer="",
+        operands=operands,
+        images=images,
+    )
+
+
+def synthesize(
+    net: str, *, examples: int, method: str = "deep_inversion", steps: int = 0
+) -> dict[str, Any]:
+    """Returns a `synthesize` stage: images made from a trained net with BatchNorm.
+
+    `method` is "deep_inversion" or "zeroq"; `steps=0` and `lr=0.0` are the method's own.
+    """
+    return dict(
+        kind="synthesize",
+        nets=(net,),
+        examples=examples,
+        method=method,
+        batch_size=256,
+        steps=steps,
+        lr=0.0,
+        bn_weight=10.0,
+        tv_weight=2.5e-5,
+        l2_weight=0.0,
+        jitter=2,
+    )
 
 
 def diagnose(*nets: str) -> dict[str, Any]:

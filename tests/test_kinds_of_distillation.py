@@ -1,10 +1,12 @@
 """Who learns from whom in the configs of online, chained and self distillation."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from configs import assistant, born_again, multi_teacher, mutual, patient, transfer
+from configs import assistant, born_again, data_free, multi_teacher, mutual, patient, transfer
 from qkd_jax import experiment
 
 TINY = "data=synthetic,epochs=0.5,train_examples=64"
@@ -149,6 +151,93 @@ def test_arms_of_several_teachers_differ_by_their_lessons_alone(tmp_path):
     assert len({row["student_steps"] for row in rows.values() if row["net"][0] in "sl"}) == 1
     assert rows["teachers"]["method"] == "mean of 2"
     assert rows["teachers"]["loss"] != rows["teacher0"]["loss"]
+
+
+def without_data(arg=""):
+    config = small(data_free.get_config(f"{TINY},bits=w8a8:static,calibration=16,steps=20{arg}"))
+    config.unlock()
+    for fields in config.nets.values():
+        fields.batch_norm = True
+    return config
+
+
+def test_made_images_are_a_stage_of_the_schedule():
+    config = without_data()
+    config.stages.deep_inversion.examples = 128
+    stages = {s.name: s for s in experiment.read(config).stages}
+    # Half an epoch of 128 images, and of 64: epochs are counted on what is shown.
+    assert stages["student"].steps == 2 * stages["student_real"].steps > 0
+    assert stages["student_real"].steps == stages["teach"].steps
+    assert stages["student"].data.examples == 128
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("stages.student.images", "deep_invrsion", "Did you mean 'deep_inversion'"),
+        ("stages.student_real.images", "zeroq", "later in the schedule"),
+        ("stages.calibrate.images", "teach", "an earlier synthesize stage: deep_inversion, zeroq"),
+        ("stages.student.optim.student.continues", "extra", "runs over one set of images"),
+        ("stages.zeroq.method", "dafl", "stages.zeroq.method"),
+        ("stages.zeroq.nets", ("teacher", "student"), "made from one net"),
+        ("stages.zeroq.examples", 0, "stages.zeroq.examples"),
+        ("nets.teacher.batch_norm", False, "no BatchNorm"),
+    ],
+)
+def test_made_images_say_what_is_wrong(path, value, message):
+    config = without_data()
+    if value == "extra":
+        config.stages.extra = config.stages.student_real.copy_and_resolve_references()
+        config.stages.extra.learn = {"student": config.stages.student.learn.student.to_dict()}
+        config.stages.extra.optim = {"student": config.stages.student.optim.student.to_dict()}
+        config.stages.extra.hygiene = {}
+        config.schedule = ("teach", "deep_inversion", "extra", "student", "evaluate")
+    *keys, last = path.split(".")
+    node = config
+    for key in keys:
+        node = node[key]
+    with node.ignore_type():
+        node[last] = value
+    with pytest.raises(ValueError, match=message):
+        experiment.read(config)
+
+
+@pytest.mark.slow
+def test_a_run_without_data(tmp_path, monkeypatch):
+    """Stopped behind the making of images, it goes on with the file; another file is refused."""
+    folder = tmp_path / "run"
+    config = without_data()
+
+    @functools.wraps(experiment.STAGES["calibrate"])
+    def stop(*args, **fields):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(experiment.STAGES, "calibrate", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            experiment.run(config, folder, report=False, verbose=False)
+    file = folder / "synthetic" / "zeroq.npz"
+    kept = file.read_bytes()
+    made = dict(np.load(file))
+    np.savez(file, images=made["images"] + 1, labels=made["labels"])
+    with pytest.raises(ValueError, match=r"zeroq.npz does not hold what stage 'zeroq' made"):
+        experiment.run(config, folder, report=False, verbose=False)
+    file.write_bytes(kept)
+    done = experiment.run(config, folder, report=False, verbose=False)
+    rows = {row["net"]: row for row in done["rows"]}
+    assert rows["student"]["student_steps"] == rows["student_real"]["student_steps"] > 0
+    assert rows["student"]["loss"] != rows["student_real"]["loss"]
+    assert rows["quantized"]["loss"] != rows["quantized_real"]["loss"]
+    whole = experiment.run(config, tmp_path / "whole", report=False, verbose=False)
+    assert whole == done and (tmp_path / "whole" / "synthetic" / "zeroq.npz").read_bytes() == kept
+    inverted = np.load(folder / "synthetic" / "deep_inversion.npz")
+    assert inverted["images"].shape == (64, 8, 8, 1) and inverted["images"].dtype == np.float32
+    _, run = experiment._open(folder)
+    pixels = run.dataset.pixels(inverted["images"])
+    np.testing.assert_allclose(  # within the range of pixels, so that rounding alone changes them
+        run.dataset.normalize(pixels), inverted["images"], atol=0.51 / 255 / run.dataset.std.min()
+    )
+    assert set(run.synthetic) == {"deep_inversion", "zeroq"}
 
 
 def test_mixtures_are_for_teachers_alone():

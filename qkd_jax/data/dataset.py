@@ -76,6 +76,18 @@ class Dataset:
             return self.train_images, self.train_labels
         return self.test_images, self.test_labels
 
+    def with_train(self, images: np.ndarray, labels: np.ndarray) -> Dataset:
+        """Returns the set with other training images, normalised as these are.
+
+        Args:
+            images: uint8 [examples, H, W, C].
+            labels: int32 [examples].
+        """
+        other = dataclasses.replace(self, train_images=images, train_labels=labels)
+        # Nets know one normalisation, whatever the images: that of the split they learned on.
+        other.__dict__["_moments"] = self._moments
+        return other
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
@@ -114,6 +126,10 @@ class Dataset:
     def std(self) -> np.ndarray:
         """Standard deviation of each channel over the train split, float32 [C], pixels in 0..1."""
         return self._moments[1]
+
+    def pixels(self, images: np.ndarray) -> np.ndarray:
+        """Inverse of `normalize`: float [..., H, W, C] to uint8, rounded and cut at 0 and 255."""
+        return np.rint(np.clip((images * self.std + self.mean) * 255, 0, 255)).astype(np.uint8)
 
     def normalize(self, images: np.ndarray) -> np.ndarray:
         """Returns (images / 255 - mean) / std.

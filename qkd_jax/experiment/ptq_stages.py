@@ -1,7 +1,8 @@
 """The post-training methods as kinds of stages: one for each, thin over `qkd_jax.ptq`.
 
-A stage takes `nets`, the number of training images to show (`examples`) and whatever the method
-takes by keyword; the field's default is the method's own.
+A stage takes `nets`, the number of training images to show (`examples`), the `synthesize` stage
+whose images to show instead (`images`) and whatever the method takes by keyword; the field's
+default is the method's own.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ def _stage(name: str) -> Callable[..., None]:
         *,
         nets: Sequence[str],
         examples: int = DEFAULT_EXAMPLES,
+        images: str = "",
         **options: Any,
     ) -> None:
-        batches = run.images(examples, batch_size=min(examples, 256))
+        batches = run.images(examples, batch_size=min(examples, 256), source=images)
         # What works on the graph alone needs images for their shape only.
         given = batches[0] if "images" in taken else batches
         extra = {"seed": run.settings["seed"]} if "seed" in taken else {}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from qkd_jax.training.loop import Window
 from qkd_jax.training.parallel import StepCache
 from qkd_jax.training.state import jit_once, stream_key
 from qkd_jax.training.step import eval_step
+from qkd_jax.training.tracking import tree_sha256
 from qkd_jax.training.trees import flatten, nested
 
 __all__ = ["Evaluation", "Run", "place"]
@@ -54,6 +57,7 @@ class Run:
         rows: the results table so far; no times.
         oscillating: {net: {path of a layer: share of its weights that oscillate}}, as the net's
             last training stage left it; empty where that one did not track them.
+        synthetic: {stage: {"sha256"}} of the images that `synthesize` stages made.
         timings: everything that is a time.
         stage_index: place in the schedule.
         stage_step: steps of that stage that are done.
@@ -71,10 +75,12 @@ class Run:
     optimizers: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     oscillating: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    synthetic: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     timings: dict[str, Any] = dataclasses.field(default_factory=dict)
     stage_index: int = 0
     stage_step: int = 0
     window: Window = dataclasses.field(default_factory=Window)
+    _made: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     # --- nets ---------------------------------------------------------------------------------
 
@@ -174,20 +180,65 @@ class Run:
         """The batches of a split, in order, padded, with masks."""
         return self._eval_batches[split]
 
-    def images(self, count: int, *, batch_size: int = 64) -> list[np.ndarray]:
+    def keep_images(self, stage: str, images: np.ndarray, labels: np.ndarray) -> None:
+        """Keeps what a `synthesize` stage made: `synthetic/<stage>.npz`, and its hash."""
+        self._made[stage] = {"images": images, "labels": labels}
+        self.synthetic[stage] = {"sha256": tree_sha256(self._made[stage])}
+        if self.folder is not None:
+            path = self._images_file(stage)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{stage}.tmp.npz")
+            np.savez(temporary, images=images, labels=labels)
+            os.replace(temporary, path)
+            self.folder.write_run(synthetic={stage: self.synthetic[stage]})
+
+    def _images_file(self, stage: str) -> Path:
+        return self.folder.path / "synthetic" / f"{stage}.npz"
+
+    def made_images(self, stage: str) -> dict[str, np.ndarray]:
+        """{"images" float32, "labels" int32} of a `synthesize` stage that is done.
+
+        Raises:
+            ValueError: the file is not there or not the one that the stage wrote.
+        """
+        if stage not in self._made:
+            path = self._images_file(stage)
+            found = weights.read_npz(path)
+            if tree_sha256(found) != self.synthetic[stage]["sha256"]:
+                raise ValueError(
+                    f"{path} does not hold what stage {stage!r} made; put that file back, or run "
+                    "the config in a new folder."
+                )
+            self._made[stage] = found
+        return self._made[stage]
+
+    def training_set(self, source: str) -> Dataset:
+        """The data with the images of a `synthesize` stage to train on; "" is the data itself.
+
+        Training reads 8-bit images, so what was made is rounded to them.
+        """
+        if not source:
+            return self.dataset
+        made = self.made_images(source)
+        return self.dataset.with_train(self.dataset.pixels(made["images"]), made["labels"])
+
+    def images(self, count: int, *, batch_size: int = 64, source: str = "") -> list[np.ndarray]:
         """Training images in a random order, without augmentation, in near-equal batches.
+
+        `source` names a `synthesize` stage whose images are taken instead, as they were made.
 
         All `count` of them (0: the whole split) are there, none is padded, no batch is larger than
         `batch_size`, and the sizes of two batches differ by one at most: two programs compile.
         """
-        total = len(self.dataset.train_images)
+        dataset = self.training_set(source)
+        total = len(dataset.train_images)
         count = min(count or total, total)
         seed = self.settings["seed"]
-        order = data.train_batches(self.dataset, batch_size=count, seed=seed).indices(0)
-        return [
-            self.dataset.normalize(self.dataset.train_images[index])
-            for index in np.array_split(order, -(-count // batch_size))
-        ]
+        order = data.train_batches(dataset, batch_size=count, seed=seed).indices(0)
+        parts = np.array_split(order, -(-count // batch_size))
+        if source:
+            return [self.made_images(source)["images"][index] for index in parts]
+        return [dataset.normalize(dataset.train_images[index]) for index in parts]
 
     def evaluate(
         self, name: str, split: str = "test", variables: Mapping[str, Any] | None = None
@@ -253,6 +304,7 @@ class Run:
             "window": dataclasses.asdict(self.window),
             "rows": self.rows,
             "oscillating": self.oscillating,
+            "synthetic": self.synthetic,
             "timings": self.timings,
             "lines": 0 if self.folder is None else self.folder.lines,
         }
@@ -272,6 +324,7 @@ class Run:
         self.window = Window(**saved.meta["window"])
         self.rows = saved.meta["rows"]
         self.oscillating = saved.meta.get("oscillating", {})
+        self.synthetic = saved.meta.get("synthetic", {})
         self.timings = saved.meta["timings"]
 
     @property

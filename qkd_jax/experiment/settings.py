@@ -22,6 +22,7 @@ from qkd_jax.deploy import targets
 from qkd_jax.experiment.values import (
     check_augment,
     check_frame,
+    check_images,
     check_origins,
     check_tables,
     mapping,
@@ -316,10 +317,13 @@ def _schedule(
         fields = {**_stage_fields(kinds[kind])[1], **fields}
         done = {s.name: s for s in stages}
         steps, starts, data_start = 1, {}, 0
+        made = {s.name: s.fields["examples"] for s in stages if s.kind == "synthesize"}
+        source = check_images(name, fields.get("images") or "", made, schedule)
+        shape = dataclasses.replace(data, examples=made[source]) if source else data
         if kind == "train":
             fields["learn"] = with_tree(f"stages.{name}", fields["learn"], plain["data"])
             _check_chain(name, fields, done, schedule)
-            steps, epochs[name] = _steps(name, fields, done, epochs, data.examples)
+            steps, epochs[name] = _steps(name, fields, done, epochs, shape.examples)
             for net in fields["learn"]:
                 before = _continues(fields, net)
                 starts[net] = done[before].starts[net] + done[before].steps if before else 0
@@ -336,7 +340,7 @@ def _schedule(
                 nets,
                 starts,
                 data_start=data_start,
-                data=data,
+                data=shape,
             )
         )
         first += steps
@@ -366,6 +370,12 @@ def _check_chain(
             raise ValueError(
                 f"{where} is {before!r}, but net {net!r} does not learn there, so there is no "
                 "optimizer to carry on; name a stage in which it learns, or ''."
+            )
+        if done[before].fields["images"] != fields["images"]:
+            raise ValueError(
+                f"stages.{name}.images is {fields['images']!r} and that of {before!r}, which it "
+                f"continues, {done[before].fields['images']!r}; one schedule runs over one set of "
+                f"images. Give both the same, or start anew with {where}=''."
             )
         for other in done.values():
             if other.trains and _continues(other.fields, net) == before:

@@ -22,6 +22,7 @@ from qkd_jax.experiment.diagnosis import check_diagnose, diagnose
 from qkd_jax.experiment.ptq_stages import PTQ_CHECKS, PTQ_STAGES
 from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
+from qkd_jax.experiment.synthesis import check_synthesize, synthesize
 from qkd_jax.experiment.training_stage import plan_stage, quantizer_means, train
 from qkd_jax.inspection import layers, size
 from qkd_jax.interception import OPERANDS
@@ -39,13 +40,15 @@ def calibrate(
     examples: int = 256,
     observer: str = "",
     operands: Sequence[str] = (),
+    images: str = "",
 ) -> None:
     """Gives each net the `quant` collection from training images; from here on it is quantized.
 
     With `operands` ("weight", "input", "other", "output") these alone, and the others as they are:
     weights first and inputs after some training, say. Empty means all.
+    `images` names a `synthesize` stage, whose images are taken in place of training images.
     """
-    batches = run.images(examples, batch_size=256)
+    batches = run.images(examples, batch_size=256, source=images)
     for name in nets:
         quant = flatten(run.variables[name].get("quant", {}))
         float_still = not any("_quantizer/" in f"/{path}" for path in quant)
@@ -267,6 +270,7 @@ def row(
 STAGES: dict[str, Callable[..., None]] = {
     "train": train,
     "calibrate": calibrate,
+    "synthesize": synthesize,
     "reestimate_bn": reestimate_bn,
     "evaluate": evaluate,
     "diagnose": diagnose,
@@ -277,6 +281,7 @@ STAGES: dict[str, Callable[..., None]] = {
 CHECKS: dict[str, Callable[[Mapping[str, Any], Stage], Any]] = {
     "train": plan_stage,
     "calibrate": check_calibrate,
+    "synthesize": check_synthesize,
     "reestimate_bn": check_reestimate_bn,
     "evaluate": check_evaluate,
     "diagnose": check_diagnose,

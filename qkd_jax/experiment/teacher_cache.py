@@ -21,6 +21,7 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.data import logits as files
+from qkd_jax.data.dataset import Dataset
 from qkd_jax.data.views import Views
 from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
@@ -100,27 +101,36 @@ def prepare(
     if fields is None:
         return {}
     found = {}
+    dataset, source = run.training_set(stage.fields["images"]), stage.fields["images"]
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(fields["dir"]) if fields["dir"] else None
         if base is None:
             base = Path(scratch) if run.folder is None else run.folder.path / "cache"
         for net in cached_nets(stage):
             name = f"{net}_views{fields['views']}_top{fields['top_k'] or 'all'}"
-            found[cached_key(plan.slots[net])] = _of_teacher(run, net, fields, base / name, augment)
+            folder = base / (f"{name}_{source}" if source else name)
+            found[cached_key(plan.slots[net])] = _of_teacher(
+                run, dataset, net, fields, folder, augment
+            )
     return found
 
 
 def _of_teacher(
-    run: Run, net: str, fields: Mapping[str, Any], folder: Path, augment: Sequence[str]
+    run: Run,
+    dataset: Dataset,
+    net: str,
+    fields: Mapping[str, Any],
+    folder: Path,
+    augment: Sequence[str],
 ) -> files.CachedLogits:
     seed = run.settings["seed"]
-    views = Views(run.dataset, fields["views"], augment=augment, seed=seed)
+    views = Views(dataset, fields["views"], augment=augment, seed=seed)
     wanted = files.Wanted(
         teacher_sha256=_sha256(run, net),
-        dataset=run.dataset.name,
-        fingerprint=run.dataset.fingerprint,
-        examples=len(run.dataset.train_images),
-        classes=run.dataset.num_classes,
+        dataset=dataset.name,
+        fingerprint=dataset.fingerprint,
+        examples=len(dataset.train_images),
+        classes=dataset.num_classes,
         views=fields["views"],
         augment=views.augment,
         seed=views.seed if views.augment else 0,
@@ -132,7 +142,9 @@ def _of_teacher(
         known = None
         if run.verbose:
             print(f"{error} Computing those of {net!r} anew.", flush=True)
-    return files.write(folder, wanted, _logits(run, net, views)) if known is None else known
+    return (
+        files.write(folder, wanted, _logits(run, dataset, net, views)) if known is None else known
+    )
 
 
 def _sha256(run: Run, net: str) -> str:
@@ -141,18 +153,20 @@ def _sha256(run: Run, net: str) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-def _logits(run: Run, net: str, views: Views) -> Iterator[tuple[int, int, np.ndarray]]:
+def _logits(
+    run: Run, dataset: Dataset, net: str, views: Views
+) -> Iterator[tuple[int, int, np.ndarray]]:
     """(view, first row, logits) of the whole training split, batch by batch."""
     compiled, variables = eval_step(run.nets[net]), run.variables[net]
-    size, total = run.settings["eval_batch_size"], len(run.dataset.train_images)
+    size, total = run.settings["eval_batch_size"], len(dataset.train_images)
     for view in range(views.count):
         for first in range(0, total, size):
             rows = np.arange(first, min(first + size, total))
             # One shape, so one program: the last batch is filled up with its own last image.
             filled = np.minimum(np.arange(first, first + size), total - 1)
             batch: dict[str, Any] = {
-                "image": run.dataset.normalize(views.images(filled, view)),
-                "label": run.dataset.train_labels[filled],
+                "image": dataset.normalize(views.images(filled, view)),
+                "label": dataset.train_labels[filled],
                 "mask": np.arange(size) < len(rows),
             }
             _, logits = compiled(variables, batch)

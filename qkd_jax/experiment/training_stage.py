@@ -75,13 +75,15 @@ def train(
     augment: Sequence[str] = (),
     hygiene: Mapping[str, Any] | None = None,
     cache: Mapping[str, Any] | None = None,
+    images: str = "",
 ) -> None:
     """Trains the nets of `learn`; goes on where the stage was interrupted.
 
     All arms of an experiment see the same batches: the order of the data follows the step in the
     chain of stages that continue one another, so QKD's phases see what its controls see. `augment`
     takes the place of the data's own augmentations. With `cache` the frozen teachers are not run:
-    see `teacher_cache`.
+    see `teacher_cache`. `images` names a `synthesize` stage, whose images and labels take the place
+    of the training split.
     """
     # `stage` holds these in the form that the plan reads.
     del learn, optim, epochs, steps, hygiene, cache
@@ -99,7 +101,7 @@ def train(
     )
     start = stage.data_start
     batches = data.train_batches(
-        run.dataset,
+        run.training_set(images),
         batch_size=batch_size,
         seed=run.settings["seed"],
         augment=augment,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -120,6 +120,18 @@ def with_tree(where: str, learn: Mapping[str, Any], data: Mapping[str, Any]) -> 
                 )
             terms[label] = {**row, "tree": tree}
     return found
+
+
+def check_images(name: str, source: str, made: Mapping[str, int], schedule: Sequence[str]) -> str:
+    """Returns the `synthesize` stage that a stage's `images` names: it must be an earlier one."""
+    if source and source not in made:
+        late = " (it comes later in the schedule)" if source in schedule else ""
+        raise ValueError(
+            f"stages.{name}.images is {source!r}{late}; it must be '' (the training split) or an "
+            f"earlier synthesize stage: {', '.join(made) or '(none)'}."
+            f"{checks.nearest(source, made)}"
+        )
+    return source
 
 
 def check_origins(nets: Mapping[str, Mapping[str, Any]]) -> None:

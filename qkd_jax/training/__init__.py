@@ -10,6 +10,7 @@ optim      optimizers and schedules over the groups weights, plain and quant
 state      what a step reads and writes; random streams
 step       the step and the evaluation, pure functions
 parallel   the step compiled for devices; the compilation cache
+synthesis  images from the statistics that a net remembers
 nonfinite  which layer went bad first
 loop, checkpoint, tracking are imported by name: they reach for the disk
 """
@@ -35,6 +36,7 @@ from qkd_jax.training.state import (
     stream_key,
 )
 from qkd_jax.training.step import eval_step, make_step, name_metrics
+from qkd_jax.training.synthesis import Synthesis, synthesize
 from qkd_jax.training.taps import DataShape
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "Plan",
     "StepCache",
     "StepStructure",
+    "Synthesis",
     "TrainState",
     "compile_step",
     "enable_compilation_cache",
@@ -62,4 +65,5 @@ __all__ = [
     "start_state",
     "step_key",
     "stream_key",
+    "synthesize",
 ]

@@ -25,7 +25,7 @@ from qkd_jax.training.trees import flatten, nested
 from qkd_jax.weights.files import damaged, read_npz, read_safetensors, safetensors_bytes
 from qkd_jax.weights.layouts import from_torch, is_torch, to_torch
 
-__all__ = ["from_torch", "is_source", "load", "save", "to_torch"]
+__all__ = ["from_torch", "is_source", "load", "read_npz", "save", "to_torch"]
 
 SUFFIXES = (".npz", ".safetensors")
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".pickle")
