@@ -1,0 +1,137 @@
+"""One student by every loss of `configs/terms.py`, at equal budgets, beside labels alone.
+
+    for s in 0 1 2; do
+      python launch.py --workdir=runs/float/resnet20_s$s \
+        --config=configs/float.py:data=fashion_mnist,model=resnet20,width=8,train_examples=10000,epochs=10,seed=$s
+    done
+    python benchmarks/kd_table.py --teachers='runs/float/resnet20_s{seed}' --out=runs/kd
+
+Every arm is a run folder of its own under --out, the student's part of `configs/feature_kd.py`, so
+a stopped table goes on where it was; finished arms are read, not run. Seeds come one after another,
+so that an unfinished table has equal seeds in most rows. Losses of several teachers are left out. Prints a markdown table (mean +- standard deviation over seeds) and writes kd_table.json and
+kd_table.png. `mistake severity` is the mean height of the lowest common ancestor of the predicted
+and the true class in the data set's class tree, over the mistakes; `s/step` is wall time on the
+machine as it was, whose other work is in it.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+
+import arms
+
+from configs import feature_kd, terms
+
+ALONE = "labels alone"
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teachers", default="runs/float/resnet20_s{seed}")
+    parser.add_argument("--students", default="", help="float students to start from (for --bits)")
+    parser.add_argument("--out", default="runs/kd")
+    parser.add_argument("--data", default="fashion_mnist")
+    parser.add_argument("--teacher", default="resnet20")
+    parser.add_argument("--teacher_width", type=int, default=8)
+    parser.add_argument("--student", default="resnet8")
+    parser.add_argument("--student_width", type=int, default=8)
+    parser.add_argument("--bits", default="float")
+    parser.add_argument("--train_examples", type=int, default=10_000)
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--losses", default="", help="comma-separated; empty means all")
+    parser.add_argument("--dry", action="store_true", help="read what is finished, run nothing")
+    return parser.parse_args()
+
+
+def config_of(args, loss, seed):
+    """`configs/feature_kd.py` with a trained teacher, and the one of its arms that is wanted."""
+    given = dict(
+        loss="kd" if loss == ALONE else loss,
+        data=args.data,
+        teacher=args.teacher,
+        teacher_width=args.teacher_width,
+        student=args.student,
+        student_width=args.student_width,
+        bits=args.bits,
+        teacher_from=args.teachers.format(seed=seed) + "#net",
+        seed=seed,
+        train_examples=args.train_examples,
+        epochs=args.epochs,
+    )
+    if args.students and loss != "simkd":
+        given["init_from"] = args.students.format(seed=seed) + "#net"
+    config = arms.undeployed(feature_kd.get_config(",".join(f"{k}={v}" for k, v in given.items())))
+    config = config.unlock()
+    if loss == ALONE:
+        # Its weights are drawn as the students' of the other arms are: by the net's name.
+        row = {"ce": dict(loss="ce", weight=1.0, label_smoothing=0.0)}
+        config.stages.distil.learn = {"student": row}
+        config.stages.evaluate.methods["student"] = ALONE
+    config.schedule = tuple(s for s in config.schedule if s not in ("alone", "teach"))
+    for stage in config.stages.values():
+        if "nets" in stage:
+            stage.nets = tuple(n for n in stage.nets if n != "alone")
+        if stage.kind == "evaluate":
+            stage.methods = {n: m for n, m in stage.methods.items() if n != "alone"}
+    return config.lock()
+
+
+def show(found, teachers):
+    """Prints the markdown table and returns it as data."""
+    table = {}
+    for (loss, _), (rows, timings) in found.items():
+        cells = table.setdefault(loss, {"top1": [], "loss": [], "severity": [], "step": []})
+        row = next((r for r in rows if r["net"] == "student"), {})
+        times = timings.get("stages", {}).get("distil", {})
+        cells["top1"].append(100 * row.get("top1", float("nan")))
+        cells["loss"].append(row.get("loss", float("nan")))
+        cells["severity"].append(row.get("severity") or float("nan"))
+        cells["step"].append(times.get("train_seconds", float("nan")) / times.get("steps", 1))
+    for loss in table:
+        table[loss] = {key: arms.floats_of(values) for key, values in table[loss].items()}
+    order = sorted(table, key=lambda n: -statistics.fmean(table[n]["top1"] or [0.0]))
+    heads = {"top1": "top-1 %", "loss": "cross-entropy", "severity": "mistake severity"}
+    lines = {}
+    for loss in order:
+        cells = {h: arms.spread(table[loss][k], 2 + (k != "top1")) for k, h in heads.items()}
+        cells["s/step"] = f"{statistics.median(table[loss]['step'] or [float('nan')]):.2f}"
+        cells["seeds"] = str(len(table[loss]["top1"]))
+        lines[loss] = cells
+    print(f"teachers: {arms.spread(teachers)}\n")
+    print("\n".join(arms.table_lines("loss", [*heads.values(), "s/step", "seeds"], lines)))
+    return table
+
+
+def main():
+    args = parse()
+    out = pathlib.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    losses = [n for n in args.losses.split(",") if n] or [
+        ALONE,
+        *(n for n in terms.TERMS if n not in terms.SEVERAL),
+    ]
+    found, teachers = {}, {}
+    for seed in map(int, args.seeds.split(",")):
+        for loss in losses:
+            name = f"{args.student}_{args.bits}_{loss.replace(' ', '_')}_s{seed}"
+            result = arms.run_arm(config_of(args, loss, seed), out / name, dry=args.dry)
+            if result is None:
+                continue
+            found[loss, seed] = result
+            for row in result[0]:
+                if row["net"] == "teacher":
+                    teachers[seed] = 100 * row["top1"]
+    if not found:
+        raise SystemExit(f"No arm is finished under {out}; run without --dry.")
+    table = show(found, list(teachers.values()))
+    (out / "kd_table.json").write_text(json.dumps({"teacher": teachers, "losses": table}, indent=1))
+    series = {"top-1": {loss: cells["top1"] for loss, cells in table.items()}}
+    alone = table.get(ALONE, {}).get("top1")
+    line = statistics.fmean(alone) if alone else None
+    arms.plot(series, out / "kd_table.png", ylabel="top-1 %", line=line, line_label=ALONE)
+
+
+if __name__ == "__main__":
+    main()
