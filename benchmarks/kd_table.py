@@ -8,7 +8,8 @@
 
 Every arm is a run folder of its own under --out, the student's part of `configs/feature_kd.py`, so
 a stopped table goes on where it was; finished arms are read, not run. Seeds come one after another,
-so that an unfinished table has equal seeds in most rows. Losses of several teachers are left out. Prints a markdown table (mean +- standard deviation over seeds) and writes kd_table.json and
+so that an unfinished table has equal seeds in most rows. Losses of several teachers are left out.
+Prints a markdown table (mean +- standard deviation over seeds) and writes kd_table.json and
 kd_table.png. `mistake severity` is the mean height of the lowest common ancestor of the predicted
 and the true class in the data set's class tree, over the mistakes; `s/step` is wall time on the
 machine as it was, whose other work is in it.
