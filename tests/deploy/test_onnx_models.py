@@ -26,8 +26,10 @@ TINY = {
     "vit": dict(depth=1, width=16, heads=2),
     "vit_tiny": dict(depth=1, width=16, heads=2, patch=4, pool="class"),
     "resnet8": dict(width=4),
+    "resnet18": dict(width=4, blocks=(1, 1)),
 }
 OTHERS = {f"resnet{depth}" for depth in (14, 20, 32, 44, 56, 110, "8x4", "32x4")}
+OTHERS |= {"resnet34", "resnet50"}
 
 
 def logits(path, images):

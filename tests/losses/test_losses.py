@@ -406,7 +406,9 @@ def test_four_devices_give_what_one_gives(name):
             )
             for k, v in grads.items()
         }
-        assert_close((value.reshape(-1), joined), run(name, args, mask), 1e-5, 1e-6)
+        # Sums over pairs of examples run in another order, and gradients of distances cancel in
+        # them: 32 roundings of float32 are 4e-6 of the largest number.
+        assert_close((value.reshape(-1), joined), run(name, args, mask), 1e-5, 4e-6)
 
 
 def test_wrong_shapes_are_named(name):
