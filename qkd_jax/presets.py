@@ -8,7 +8,9 @@ Add a preset as one entry of PRESETS: a function from no arguments to such a tup
 `w<k>a<k>` is understood for any widths, listed or not; `w<k>a<k>:<quantizer>` trains with any key
 of PAIRS; `w<k>a<k>:static` and `w<k>a<k>:dynamic` are for nets that are not trained any more, with
 `:tensor`, `:channel` or a group size behind; `int<k>_weight_only:<group size>` as it says;
-`w<k>a<k>:integer` is for nets that run on integers from end to end.
+`w<k>a<k>:integer` is for nets that run on integers from end to end, and `w<k>a<k>:fused` for
+engines that add a shortcut to a convolution's sums before they round (OpenVINO): what only goes
+into a sum, and the logits, have no grid of their own.
 
 What a preset cannot know is the model. Given it, `rules` makes inputs that may be negative (behind
 a LayerNorm, a GELU, a linear bottleneck) signed, and finds the ends of a net that does not call
@@ -33,7 +35,7 @@ __all__ = ["PAIRS", "PRESETS", "low_bit", "post_training", "rules", "weight_only
 
 RuleDicts = tuple[Mapping[str, Any], ...]
 KINDS = ("static", "dynamic")
-INTEGER = "integer"
+INTEGER, FUSED = "integer", "fused"
 # Their inputs are for what follows a ReLU; where both signs come in, LSQ takes their place.
 UNSIGNED_ONLY = ("pact", "dorefa", "ewgs")
 
@@ -178,16 +180,17 @@ def rules(
       The rules, in order.
 
     Raises:
-      ValueError: an unknown preset, field or value; ":integer" without a model.
+      ValueError: an unknown preset, field or value; ":integer" or ":fused" without a model.
     """
     if isinstance(given, str):
         name, given = given, _preset(given)
-        integer = name.endswith(f":{INTEGER}")
+        ending = name.rpartition(":")[2]
+        placed = ending if ending in (INTEGER, FUSED) else ""
         if model is not None and images is None:
             raise ValueError("model came without images; give an example batch, or its shape.")
         if model is not None and given:
-            given = _fitted(given, placement(model, images), integer)
-        elif integer:
+            given = _fitted(given, placement(model, images), placed)
+        elif placed:
             raise ValueError(
                 f"rules preset {name!r} depends on the model's sums and pools; give model=<the "
                 "linen module> and images=<an example batch>."
@@ -206,7 +209,7 @@ def _preset(name: str) -> RuleDicts:
     kind = form[3] or "lsq" if form else ""
     if form is None or (form[4] and kind not in KINDS):
         forms = ["w<k>a<k>", "w<k>a<k>:<quantizer>", "w<k>a<k>:static:<granularity>"]
-        forms.append(f"w<k>a<k>:{INTEGER}")
+        forms += [f"w<k>a<k>:{INTEGER}", f"w<k>a<k>:{FUSED}"]
         raise checks.unknown("rules preset", name, [*PRESETS, *forms])
     bits = [int(form[1]), int(form[2])]
     fewest = 1 if kind in ("binary", "dorefa", "ewgs") else 2
@@ -215,15 +218,22 @@ def _preset(name: str) -> RuleDicts:
     if kind in KINDS:
         granularity = _granularity(name, form[4] or "channel")
         return post_training(*bits, granularity=granularity, dynamic=kind == "dynamic")
-    return low_bit(*bits, quantizer="lsq" if kind == INTEGER else kind)
+    return low_bit(*bits, quantizer="lsq" if kind in (INTEGER, FUSED) else kind)
 
 
-def _fitted(dicts: RuleDicts, found: Placement, integer: bool) -> RuleDicts:
-    """Fits a preset to a model: rules for the layers that differ stand before the general ones."""
+def _fitted(dicts: RuleDicts, found: Placement, placed: str) -> RuleDicts:
+    """Fits a preset to a model: rules for the layers that differ stand before the general ones.
+
+    `placed`: INTEGER gives every site a grid, FUSED those that a layer reads or a pool, "" none.
+    """
     if not found.layers:
         return dicts
     dicts = tuple(_ends_by_place(fields, found) for fields in dicts)
-    sites = {site.path: site for site in found.sites} if integer else {}
+    sites = {
+        site.path: site
+        for site in found.sites
+        if placed == INTEGER or (placed == FUSED and (site.readers or site.why == "pool"))
+    }
     special: list[dict[tuple, list[str]]] = [{} for _ in dicts]
     fields_of: dict[tuple, dict[str, Any]] = {}
     outputs: dict[tuple, list[str]] = {}

@@ -42,7 +42,8 @@ from qkd_jax.quantize import QuantizedModel
 __all__ = ["OnnxFile", "has_vnni", "onnx_session", "to_onnx"]
 
 OPSETS = (13, 21)
-DEFAULTS = {"opset": 17, "int4": False, "unsigned": True}
+ACTIVATIONS = ("uint8", "int8", "own")
+DEFAULTS = {"opset": 17, "int4": False, "activations": "uint8"}
 INT4_OPSET = 21
 HOST = "host"
 # The oldest ONNX file format that carries each opset.
@@ -78,7 +79,7 @@ def to_onnx(
     opset: int | None = None,
     target: str | None = None,
     int4: bool | None = None,
-    unsigned: bool | None = None,
+    activations: str | None = None,
     **kwargs: Any,
 ) -> OnnxFile:
     """Writes a net, float or quantized, as an ONNX file.
@@ -93,7 +94,7 @@ def to_onnx(
         path: the file to write.
         opset: ONNX operator set, 13 to 21. Quantized tensors of 9 to 16 bits need 21.
         target: what will run the file, a key of `targets.TARGETS`, which decides the options that
-            are not given (else opset 17, int4 off, unsigned on) and refuses layers whose sums
+            are not given (else opset 17, int4 off, "uint8") and refuses layers whose sums
             would saturate there: on x86 without VNNI, 8-bit weights on 8-bit inputs give wrong
             logits, and accuracy alone does not show it. "host" warns if this machine is such one;
             None does neither. 7-bit weights are safe everywhere, and so is ONNX Runtime with the
@@ -101,9 +102,8 @@ def to_onnx(
         int4: store weights of up to 4 bits as int4 or uint4, two to a byte, which needs opset 21.
             Engines for CPUs have no products of them: they unpack such weights when they load the
             file, and run those layers in float.
-        unsigned: store the codes of activations as uint8, or, False, as int8; the zero point of a
-            grid that is of the other kind moves by 128. Engines have kernels for sums of grids of
-            one type only.
+        activations: the type that holds the codes of activations: "uint8" or "int8" for all, where
+            the zero point of a grid of the other kind moves by 128, or "own", each grid's own.
         **kwargs: further arguments of the model's call.
 
     Returns:
@@ -119,7 +119,8 @@ def to_onnx(
     wanted: Mapping[str, Any] = file_options(target) if target in TARGETS else DEFAULTS
     opset = wanted["opset"] if opset is None else opset
     int4 = bool(wanted["int4"] if int4 is None else int4)
-    unsigned = bool(wanted["unsigned"] if unsigned is None else unsigned)
+    chosen, activations = activations, activations or wanted["activations"]
+    checks.one_of("activations", activations, ACTIVATIONS)
     checks.integer_in("opset", opset, *OPSETS)
     if target in TARGETS and TARGETS[target].file != "onnx":
         raise ValueError(
@@ -129,8 +130,14 @@ def to_onnx(
         raise ValueError(f"opset is {opset}, and ONNX has int4 since {INT4_OPSET}; give opset=21.")
     folded = fold_bn(net, variables, images, **kwargs)
     traced = trace_net(net, folded, images, **kwargs)
-    export = Export(traced, opset, int4=int4, unsigned=unsigned)
+    export = Export(traced, opset, int4=int4, activations=activations)
     outputs = export.write()
+    takes = TARGETS.get(target or "")
+    if takes and not takes.keeps_sum_grids and chosen is None and export.sums_of_grids():
+        # In int8 no sum is fused with the convolution before it; uint8 came out one code off,
+        # one sum in four.
+        export = Export(traced, opset, int4=int4, activations="int8")
+        outputs = export.write()
     saturating = tuple(export.saturating)
     _check_target(target, saturating)
     model = _model(onnx, export, outputs)
@@ -228,9 +235,11 @@ def _import(name: str) -> Any:
 class Export:
     """One export: walks the graph and remembers which ONNX tensor holds which value."""
 
-    def __init__(self, traced: TracedNet, opset: int, *, int4: bool = False, unsigned: bool = True):
+    def __init__(
+        self, traced: TracedNet, opset: int, *, int4: bool = False, activations: str = "uint8"
+    ):
         self.traced, self.graph = traced, traced.graph
-        self.int4, self.unsigned = int4, unsigned
+        self.int4, self.activations = int4, activations
         self.stored: dict[str, tuple[str, str]] = {}  # layer -> its codes, and what holds them
         self.writer = Writer(opset)
         self.products = {p.node: p for p in products(traced.graph)}
@@ -292,6 +301,14 @@ class Export:
         perm = (0, rank - 1, *range(1, rank - 1)) if rank >= 4 else tuple(range(rank))
         name = "images" if len(self.graph.inputs) == 1 else f"input{len(self.tensors)}"
         return Tensor(self.writer.fresh(name), shape, perm)
+
+    def sums_of_grids(self) -> bool:
+        """Whether a sum is written whose two sides are on grids."""
+        makers = {name: node[0] for node in self.writer.nodes for name in node[2]}
+        return any(
+            op == "Add" and all(makers.get(name) == "DequantizeLinear" for name in inputs)
+            for op, inputs, *_ in self.writer.nodes
+        )
 
     # -- what the writers of operations use --------------------------------------------------
 

@@ -113,9 +113,9 @@ def _grid(
 ) -> str:
     writer = export.writer
     storage, stored_zero_point = np.dtype(format.storage), zero_point
-    if export.unsigned and storage == np.int8:
+    if export.activations == "uint8" and storage == np.int8:
         storage, stored_zero_point = np.dtype(np.uint8), zero_point + 128
-    elif not export.unsigned and storage == np.uint8:
+    elif export.activations == "int8" and storage == np.uint8:
         storage, stored_zero_point = np.dtype(np.int8), zero_point - 128
     limits = np.iinfo(format.storage)
     scale32 = np.float32(scale)

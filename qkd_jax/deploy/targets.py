@@ -39,10 +39,14 @@ class Target:
         weight_granularity: "channel" (one scale per output channel), "tensor".
         reduce_range: 8-bit weights are given 7 bits, because full-range ones saturate.
         dynamic: ranges of activations found at run time.
+        keeps_sum_grids: whether both sides of a sum are rounded to grids of their own. Where not,
+            the sum is added inside a convolution's kernel before anything is rounded: rules
+            "w8a8:fused" train nets for that. A net with such grids is written so that its sums
+            are not fused, which is right and slow.
         folded_activations: what it computes inside a product's kernel.
         opset: of the ONNX file.
         int4: weights of up to 4 bits are stored in 4.
-        unsigned: activations are stored as uint8, else as int8 (zero points move by 128).
+        activations: type that holds the codes of activations, as `to_onnx` takes it.
         engine: what runs the file here, or "" where nothing does.
         stays_float: operations that it has no integer kernel for.
         not_made: what such a target needs that cannot be made here.
@@ -58,10 +62,11 @@ class Target:
     weight_granularity: tuple[str, ...] = ("tensor", "channel")
     reduce_range: bool = False
     dynamic: bool = False
+    keeps_sum_grids: bool = True
     folded_activations: tuple[str, ...] = ("relu",)
     opset: int = 21
     int4: bool = False
-    unsigned: bool = True
+    activations: str = "uint8"
     engine: str = ""
     stays_float: tuple[str, ...] = ()
     not_made: str = ""
@@ -80,6 +85,7 @@ _ORT = Target(
 _OPENVINO = Target(
     fast=7,
     folded_activations=("relu", "clip", "add"),
+    keeps_sum_grids=False,
     engine="openvino",
     stays_float=("Softmax", "LayerNormalization", "Gelu"),
     sources=(
@@ -101,7 +107,7 @@ TARGETS: dict[str, Target] = {
         input_bits=(8,),
         folded_activations=("relu", "relu6"),
         opset=17,
-        unsigned=False,
+        activations="int8",
         stays_float=("LayerNormalization",),
         not_made="the .tflite flatbuffer: the ONNX file holds int8 codes as LiteRT's specification "
         "has them (weights in [-127, 127] with zero point 0, activations in [-128, 127]), for a "
@@ -116,7 +122,7 @@ TARGETS: dict[str, Target] = {
         input_bits=(8,),
         symmetric_inputs=True,
         opset=17,
-        unsigned=False,
+        activations="int8",
         folded_activations=("relu", "add"),
         stays_float=("Softmax", "LayerNormalization", "Gelu"),
         not_made="the engine plan: build it from the ONNX file on the GPU, with strong typing",
@@ -194,7 +200,7 @@ def lookup(target: str) -> Target:
 def file_options(target: str) -> Mapping[str, Any]:
     """Returns the options of `to_onnx` that a target wants."""
     takes = lookup(target)
-    return {"opset": takes.opset, "int4": takes.int4, "unsigned": takes.unsigned}
+    return {"opset": takes.opset, "int4": takes.int4, "activations": takes.activations}
 
 
 def _on_codes(rules: tuple[Rule, ...]) -> bool:

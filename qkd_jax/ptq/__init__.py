@@ -1,6 +1,7 @@
 """Steps after training: functions from variables to variables, in the order in which they run.
 
-`reestimate_batch_norm` renews BatchNorm's statistics, `fold_bn` takes BatchNorm out of the graph.
+`reestimate_batch_norm` renews BatchNorm's statistics, `fold_bn` takes BatchNorm out of the graph,
+`integer_bias` does that and rounds biases as integer kernels do.
 `equalize`, `absorb_bias` and `smooth` move factors and constants between the layers of a float net,
 before `calibrate`; `gptq`, `adaround`, `brecq` and `qdrop` round the weights of a calibrated one
 better than to the nearest code, and `correct_bias` takes the mean error out of its layers.
@@ -12,6 +13,7 @@ from qkd_jax.ptq.correct_bias import correct_bias
 from qkd_jax.ptq.equalize import equalization_pairs, equalize
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.ptq.gptq import gptq
+from qkd_jax.ptq.integer_bias import integer_bias
 from qkd_jax.ptq.reconstruct import adaround, brecq, qdrop
 from qkd_jax.ptq.reestimate_bn import reestimate_batch_norm
 from qkd_jax.ptq.smooth import smooth
@@ -25,6 +27,7 @@ __all__ = [
     "equalize",
     "fold_bn",
     "gptq",
+    "integer_bias",
     "qdrop",
     "reestimate_batch_norm",
     "smooth",

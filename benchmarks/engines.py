@@ -1,0 +1,118 @@
+"""Whether engines compute what was trained: logits on ONNX Runtime and OpenVINO, step by step.
+
+    python benchmarks/engines.py [--models=resnet20,vit] [--rules=w8a8:integer,w8a8:fused,w2a2]
+
+Nets are trained as in `benchmarks/fidelity.py` (and its run folders are used where they are), then
+written for each engine and run over the whole test split. They are compared with two nets in JAX:
+
+- as trained;
+- as deployed: BatchNorm folded, biases on the grid of their sums (`ptq.integer_bias`), as integer
+  kernels have them. It is an ordinary fake-quantized net, and what an engine should reproduce.
+
+Differences of logits are in steps: the grid of the logits where they have one, else the largest
+logit over 127. `integers` is the share of products that the engine runs on integers.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+import tempfile
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import arms
+import fidelity
+import jax
+import numpy as np
+
+from qkd_jax import ptq
+from qkd_jax.deploy import has_vnni, onnx_session, openvino_model, placed, to_onnx
+from qkd_jax.deploy.targets import TARGETS
+from qkd_jax.quantizers import QUANTIZERS
+
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # it forks the process
+
+BATCH = 500
+COLUMNS = [
+    "top-1 %", "trained %", "argmax as trained %", "argmax as deployed %",
+    "steps max", "steps mean", "integers", "bytes",
+]  # fmt: skip
+
+
+def logits(call, images):
+    """Logits of all images, batch by batch."""
+    parts = (images[i : i + BATCH] for i in range(0, len(images), BATCH))
+    return np.concatenate([np.asarray(call(part)) for part in parts])
+
+
+def step_of(net, variables, logits):
+    """The step of the logits' grid, or the largest logit over 127."""
+    spec = net.spec_of("head", "output")
+    if spec is None:
+        return float(np.abs(logits).max()) / 127
+    params = variables["quant"]["head"]["output_quantizer"]
+    return float(np.asarray(QUANTIZERS[spec.quantizer].integer_view(params, spec)[0]))
+
+
+def engine_call(engine, path):
+    """images [batch, height, width, channels] -> logits, on an engine."""
+    if engine == "openvino":
+        request = openvino_model(path, threads=2).create_infer_request()
+        return lambda x: request.infer([_first(x)])[0].copy()
+    session = onnx_session(path, threads=2)
+    return lambda x: session.run(None, {"images": _first(x)})[0]
+
+
+def _first(x):
+    return np.ascontiguousarray(np.moveaxis(np.asarray(x, np.float32), -1, 1))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", default="runs/fidelity")
+    parser.add_argument("--float", default="runs/float", help="folder of float runs")
+    parser.add_argument("--data", default="fashion_mnist")
+    parser.add_argument("--models", default="resnet20,vit")
+    parser.add_argument("--rules", default="w8a8:integer,w8a8:fused,w4a4,w2a2")
+    parser.add_argument("--train_examples", type=int, default=10_000)
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--images", type=int, default=0, help="test images; 0 is all")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    vnni = "-vnni" if has_vnni() else ""
+    print(f"jax {jax.__version__}, {'with' if vnni else 'without'} VNNI, {os.cpu_count()} cores\n")
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for model in args.models.split(","):
+            for rules in args.rules.split(","):
+                net, variables, images, labels = fidelity.trained(model, rules, args)
+                deployed = ptq.integer_bias(net, variables, images[:2])
+                apply = jax.jit(net.apply)
+                as_trained = logits(lambda x, v=variables, f=apply: f(v, x), images)
+                wanted = logits(lambda x, v=deployed, f=apply: f(v, x), images)
+                step = step_of(net, variables, wanted)
+                for target in (f"onnxruntime-x86{vnni}", f"openvino-cpu{vnni}"):
+                    path = pathlib.Path(folder) / "net.onnx"
+                    written = to_onnx(net, deployed, images[:2], path, target=target)
+                    engine = TARGETS[target].engine
+                    found = logits(engine_call(engine, path), images)
+                    gap = np.abs(found - wanted) / step
+                    cells = [
+                        f"{100 * (found.argmax(-1) == labels).mean():.2f}",
+                        f"{100 * (as_trained.argmax(-1) == labels).mean():.2f}",
+                        f"{100 * (found.argmax(-1) == as_trained.argmax(-1)).mean():.2f}",
+                        f"{100 * (found.argmax(-1) == wanted.argmax(-1)).mean():.2f}",
+                        f"{gap.max():.2f}",
+                        f"{gap.mean():.4f}",
+                        f"{placed(path, engine).share:.0%}",
+                        f"{written.bytes:,}",
+                    ]
+                    name = f"{model} {rules}, {engine}"
+                    rows[name] = dict(zip(COLUMNS, cells, strict=True))
+                print("\n".join(arms.table_lines("net, engine", COLUMNS, rows)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

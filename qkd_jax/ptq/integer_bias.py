@@ -1,0 +1,82 @@
+"""Biases on the grid of their sums, as engines with integer kernels have them.
+
+    b <- round(b / (s_x s_w)) s_x s_w
+
+An engine adds the bias to the sums of a quantized product, as an int32, and so rounds it to their
+unit, the product of the two scales (Jacob et al. 2018, arXiv 1712.05877, section 2.4). The step is
+some hundredth of an output code, yet one output in a thousand then gets another code, and twenty
+layers further on a third of them. Rounded beforehand, the net that is evaluated is the net that
+runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.core import unfreeze
+
+from qkd_jax.ptq.fold_bn import fold_bn
+from qkd_jax.ptq.products import has_codes, products, scale_in_output, trace_net, view
+from qkd_jax.ptq.trees import at, get, put
+from qkd_jax.quantize import QuantizedModel
+
+__all__ = ["integer_bias"]
+
+FINE_BITS = 7
+"""Below this width of weight or input the unit is coarse, and a bias is better added in float."""
+
+
+def integer_bias(
+    net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """Folds BatchNorm and rounds the biases of quantized layers to the unit of their sums.
+
+    Layers with fewer than 7 bits on a side keep their biases: `to_onnx` leaves those outside of
+    the engine's integer kernel.
+
+    Args:
+        net: the net.
+        variables: calibrated.
+        images: example input; only its shape is used.
+        **kwargs: further arguments of the model's call.
+
+    Returns:
+        Variables for `net.apply` in eval mode, `convert` and `to_onnx`.
+    """
+    result = unfreeze(dict(fold_bn(net, variables, images, **kwargs)))
+    traced = trace_net(net, result, images, **kwargs)
+    for product in products(traced.graph):
+        if not all(has_codes(traced, operand) for operand in product.operands):
+            continue
+        scales, bits = [], []
+        for side, operand in enumerate(product.operands):
+            assert operand.marker is not None
+            scale, _, format = view(traced, operand.marker)
+            scales.append(scale_in_output(product, side, scale).astype(np.float64))
+            bits.append(format.bits)
+        if min(bits) < FINE_BITS:
+            continue
+        unit = traced.multipliers.get(product.path)
+        if unit is None:
+            unit = functools.reduce(np.multiply, scales)
+        for place in (
+            at("quant", product.path, "folded", "bias"),
+            at("params", product.path, "bias"),
+        ):
+            with contextlib.suppress(KeyError):  # a layer without a bias, or with one of the two
+                bias = np.asarray(get(result, place))
+                result = put(result, place, _rounded(bias, np.asarray(unit)))
+    return result
+
+
+def _rounded(bias: np.ndarray, unit: np.ndarray) -> Any:
+    """Rounds a bias to multiples of a unit per channel, or of one for all."""
+    unit = unit.astype(np.float64)
+    if unit.size > 1:
+        unit = unit.reshape(unit.shape[unit.ndim - bias.ndim :])
+    return jnp.asarray(np.round(bias / unit) * unit, bias.dtype)
