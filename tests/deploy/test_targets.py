@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import small_nets
 
-from qkd_jax import presets
-from qkd_jax.deploy import placed, targets, to_onnx
+from qkd_jax import presets, ptq, quantize
+from qkd_jax.deploy import openvino_model, placed, targets, to_onnx
 from qkd_jax.deploy.targets import TARGETS
 from qkd_jax.experiment.settings import build_net
 from qkd_jax.models import create
@@ -130,3 +130,49 @@ def test_stablehlo_targets_take_no_onnx(tmp_path):
     with pytest.raises(ValueError, match="target is 'xla', which takes stablehlo"):
         to_onnx(net, variables, images, tmp_path / "m.onnx", target="xla")
     assert dataclasses.asdict(TARGETS["xla"])["file"] == "stablehlo"
+
+
+@pytest.mark.slow
+def test_sums_of_grids_are_not_fused_for_an_engine_that_leaves_the_grid_out(
+    tmp_path, integer_net, monkeypatch
+):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
+    pytest.importorskip("openvino")
+    onnx = pytest.importorskip("onnx")
+    net, variables, images = integer_net
+    deployed = ptq.integer_bias(net, variables, images)
+    wanted = np.asarray(jax.jit(net.apply)(deployed, images))
+    given = np.moveaxis(np.asarray(images), -1, 1)
+    shares = {}
+    for stored in ("uint8", None):  # as the engine fuses sums, and as the target has it
+        path = to_onnx(
+            net, deployed, images, tmp_path / "m.onnx", target="openvino-cpu", activations=stored
+        ).path
+        found = openvino_model(path)(given)[0]
+        shares[stored] = float(np.mean(np.abs(found - wanted) < 1e-4 * np.abs(wanted).max()))
+        grids = {n.op_type: n for n in onnx.load(path).graph.node}
+        assert "Clip" not in grids
+    assert shares[None] > 0.9 and shares[None] >= shares["uint8"]
+
+
+def test_the_fused_preset_leaves_what_only_goes_into_a_sum_without_a_grid():
+    model = create("resnet8", 5, width=4)
+    images = np.zeros((1, 8, 8, 3), np.float32)
+    rules = {
+        kind: presets.rules(f"w8a8:{kind}", model=model, images=images)
+        for kind in ("integer", "fused")
+    }
+    outputs = {
+        kind: {
+            path
+            for path in ("stem_relu", "stage1_block0", "stage2_block0/bn2", "head")
+            if quantize(model, given).spec_of(path, "output")
+        }
+        for kind, given in rules.items()
+    }
+    assert outputs["integer"] == {"stem_relu", "stage1_block0", "stage2_block0/bn2", "head"}
+    assert outputs["fused"] == {"stem_relu", "stage1_block0"}
+    with pytest.raises(ValueError, match="'w8a8:fused' depends on the model's sums"):
+        presets.rules("w8a8:fused")
