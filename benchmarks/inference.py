@@ -3,12 +3,12 @@
     python benchmarks/inference.py [--models=resnet20,mlp,vit_tiny] [--batches=1,64] [--rounds=21]
 
 ResNet-20 (32x32x3, width 16), an MLP of four 2048-wide layers and ViT-Tiny at 224, with random
-weights (speed does not depend on them), quantized by `--rules` and written by `to_onnx` for
-ONNX Runtime and OpenVINO; the float nets run on XLA, ONNX Runtime, OpenVINO and, where it is
-installed, torch (the same layers with BatchNorm folded, not the same weights). Engines run in
-turns, the order alternating, each with `--threads` threads; quoted are medians and minima of
-milliseconds a batch, and the ratios of both. "On integers" is the share of products that an engine
-runs on integers, read from its optimized graph.
+weights (speed does not depend on them), quantized at W8A8 where each engine rounds (`RULES`) and
+written by `to_onnx` for ONNX Runtime and OpenVINO; the float nets run on XLA, ONNX Runtime,
+OpenVINO and, where it is installed, torch (the same layers with BatchNorm folded, not the same
+weights). Engines run in turns, the order alternating, each with `--threads` threads; quoted are
+milliseconds a batch, and ratios of medians with those of minima behind them. The share of products
+on integers is read from the engines' optimized graphs.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from qkd_jax.models import create
 
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # it forks the process
 
+RULES = {"ONNX Runtime": "w8a8:integer", "OpenVINO": "w8a8:fused"}
 MODELS = {
     "resnet20": (lambda: create("resnet20", 10, width=16), (32, 32, 3)),
     "mlp": (lambda: create("mlp", 2048, hidden=(2048,) * 3), (1, 1, 2048)),
@@ -62,31 +63,28 @@ def random_variables(net, images):
     return jax.tree_util.tree_map_with_path(value, shapes)
 
 
-def engines(name, rules, threads, folder):
+def engines(name, threads, folder):
     """Returns {label: function of images}, and the shares of products on integers."""
     build, shape = MODELS[name]
     model = build()
     images = np.random.default_rng(1).normal(size=(4, *shape)).astype(np.float32)
-    rules = presets.rules(rules, model=model, images=images)
-    if not has_vnni():  # 7 bits, whose sums do not saturate
-        rules = fit(rules, "onnxruntime-x86")
-    net = quantize(model, rules)
+    net, found, shares = quantize(model), {}, {}
     floats = random_variables(net, images)
-    quantized = calibrate(net, floats, [images], observer="minmax")
-    vnni = "-vnni" if has_vnni() else ""
-    targets = {"ONNX Runtime": f"onnxruntime-x86{vnni}", "OpenVINO": f"openvino-cpu{vnni}"}
-    open_file = {
-        "ONNX Runtime": lambda path: onnx_session(path, threads=threads),
-        "OpenVINO": lambda path: openvino_model(path, threads=threads).create_infer_request(),
-    }
-    found, shares = {}, {}
     compiled = jax.jit(net.apply)
     found["XLA float32"] = lambda x: jax.block_until_ready(compiled(floats, x))
-    for kind, variables in (("float32", floats), ("int8", quantized)):
-        for engine, target in targets.items():
-            path = folder / f"{name}.onnx"
-            written = to_onnx(net, variables, images, path, target=target)
-            found[f"{engine} {kind}"] = _call(open_file[engine](path))
+    vnni = "-vnni" if has_vnni() else ""
+    targets = {"ONNX Runtime": f"onnxruntime-x86{vnni}", "OpenVINO": f"openvino-cpu{vnni}"}
+    for engine, target in targets.items():
+        rules = presets.rules(RULES[engine], model=model, images=images)
+        quantized = quantize(model, fit(rules, target))
+        calibrated = calibrate(quantized, floats, [images], observer="minmax")
+        for kind, shipped, variables in (
+            ("float32", net, floats),
+            ("int8", quantized, calibrated),
+        ):
+            path = folder / f"{name}_{kind}_{TARGETS[target].engine}.onnx"
+            written = to_onnx(shipped, variables, images, path, target=target)
+            found[f"{engine} {kind}"] = _call(engine, path, threads)
             shares[f"{engine} {kind}"] = f"{written.bytes:,} bytes"
             if kind == "int8":
                 on = placed(path, TARGETS[target].engine)
@@ -96,12 +94,21 @@ def engines(name, rules, threads, folder):
     return found, shares
 
 
-def _call(opened):
-    """images -> result, of an ONNX Runtime session or an OpenVINO request."""
-    if hasattr(opened, "infer"):
-        return lambda x: opened.infer([_first(x)])
-    (given,) = opened.get_inputs()
-    return lambda x: opened.run(None, {given.name: _first(x)})
+def _call(engine, path, threads):
+    """images -> result, on an engine; OpenVINO compiles the file anew for each batch size."""
+    if engine == "ONNX Runtime":
+        session = onnx_session(path, threads=threads)
+        name = session.get_inputs()[0].name
+        return lambda x: session.run(None, {name: _first(x)})
+    requests = {}
+
+    def call(x):
+        if len(x) not in requests:
+            compiled = openvino_model(path, threads=threads, batch=len(x))
+            requests[len(x)] = compiled.create_infer_request()
+        return requests[len(x)].infer([_first(x)])
+
+    return call
 
 
 def _first(x):
@@ -110,7 +117,7 @@ def _first(x):
 
 
 def torch_net(name, threads):
-    """The same layers in torch, convolutions channels last and scripted."""
+    """The same layers in torch, convolutions channels last."""
     import torch  # pyrefly: ignore[missing-import]  # optional peer
     from torch import nn  # pyrefly: ignore[missing-import]
 
@@ -158,9 +165,6 @@ def torch_net(name, threads):
     else:
         net = ViT()
     net = net.eval()
-    if name != "vit_tiny":
-        example = torch.zeros(2, *(MODELS[name][1][-1], *MODELS[name][1][:2]))
-        net = torch.jit.freeze(torch.jit.trace(net, example))
 
     def run(x):
         with torch.inference_mode():
@@ -188,7 +192,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="resnet20,mlp,vit_tiny")
     parser.add_argument("--batches", default="1,64")
-    parser.add_argument("--rules", default="w8a8:integer")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -201,8 +204,8 @@ def main():
     print(f"{platform.machine()}, {os.cpu_count()} cores, {vnni} VNNI; {args.threads} threads\n")
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models.split(","):
-            calls, shares = engines(name, args.rules, args.threads, pathlib.Path(folder))
-            print(f"{name} {args.rules}: {', '.join(f'{k} {v}' for k, v in shares.items())}")
+            calls, shares = engines(name, args.threads, pathlib.Path(folder))
+            print(f"{name}: {', '.join(f'{k} {v}' for k, v in shares.items())}")
             print("| batch | engine | median ms | min ms | over own float | over fastest float |")
             print("|---|---|---|---|---|---|")
             for batch in map(int, args.batches.split(",")):

@@ -285,6 +285,17 @@ def test_deploying_compares_the_files_with_the_trained_net(tmp_path, capsys):
 
     (tmp_path / "model" / "student.onnx").unlink()
     (tmp_path / "report.html").unlink()
+    with pytest.raises(ValueError, match=r"deploy.target: rules\[0\].*whose sums saturate on onnx"):
+        experiment.main("export", config=None, workdir=tmp_path, target="onnxruntime-x86")
+    vnni = "onnxruntime-x86-vnni"
+    assert experiment.main("export", config=None, workdir=tmp_path, target=vnni) == 0
+    said = capsys.readouterr().out
+    made = json.loads((tmp_path / "model" / "student_target.json").read_text())
+    assert made["target"] == vnni and made["file"] == "student.onnx"
+    products = len(made["integer_products"]) + len(made["float_products"])
+    assert f"{len(made['integer_products'])} of {products} products run on integers" in said
+    assert all(name in said for name in made["float_products"])
+    (tmp_path / "model" / "student.onnx").unlink()
     assert experiment.main("export", config=None, workdir=tmp_path) == 0
     assert (tmp_path / "model" / "student.onnx").exists()
     assert experiment.main("report", config=None, workdir=tmp_path) == 0

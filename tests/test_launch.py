@@ -64,6 +64,9 @@ CONFIG = "--config=configs/qkd.py"
         ([CONFIG, "--mode=inspect", "--config.schedule=self_study,tutor"], "'self_study', 'tutor'"),
         ([CONFIG, "--mode=inspect", "--config.nets.student.model=resnet8x"], "Did you mean"),
         ([CONFIG, "--mode=inspect", "tutor"], "unexpected argument 'tutor'"),
+        ([CONFIG, "--workdir=x", "--target=xla"], "--target goes with --mode=export, not run"),
+        ([CONFIG, "--mode=inspect", "--config.target=tpu"], "config.target"),
+        ([CONFIG, "--mode=inspect", "--config.target=tensorrt"], "tensorrt takes 8"),
         (["--mode=report", "--workdir=/nowhere/at/all"], "does not exist"),
     ],
 )
