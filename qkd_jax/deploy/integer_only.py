@@ -52,7 +52,7 @@ HEADROOM = 30  # bits that a rescaled sum may take
 GROUND = 20  # bits of a tensor in fixed point, so that 1,024 of its numbers can be added
 LIMIT = 2**31
 SAME = frozenset({"copy", "stop_gradient", "optimization_barrier", "convert_element_type"})
-MOVES = frozenset("reshape transpose rev squeeze slice broadcast_in_dim expand_dims".split())
+MOVES = frozenset("reshape transpose rev squeeze slice broadcast_in_dim".split())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

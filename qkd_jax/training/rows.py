@@ -232,6 +232,11 @@ def _course(where: str, fields: Mapping[str, Any], steps: int) -> dict[str, floa
     given = {name: fields.get(name) or 0 for name in COURSE}
     for name, value in given.items():
         checks.in_range(f"{where}.{name}", value, 0, steps)
+        if isinstance(value, float) and value == 1:
+            raise ValueError(
+                f"{where}.{name} is 1.0, which may mean one step or the whole stage; write 1 for "
+                "one step, 0.0 to leave it off, or a fraction below 1."
+            )
     if not any(given.values()):
         return {}
     found = {name: float(in_steps(value, steps)) for name, value in given.items()}

@@ -89,15 +89,14 @@ def test_devices_add_up(spec):
         )
 
 
-def test_second_derivatives_of_sums_exist():
+def test_sums_can_be_differentiated_again():
+    """Value and slope are finite; the slope ignores the jumps at the codes' borders."""
     x, g, params, gradients = setup(Spec(4, quantizer="qil"))
     loss = lambda p: jnp.sum(
         jnp.stack([v**2 for v in gradients(x, g * p["center"], p)[1].values()])
     )
     slope = jax.grad(loss)(params)["center"]
-    near = {**params, "center": params["center"] * 1.0}
-    bumped = lambda e: loss({**near, "center": near["center"] + e})
-    assert np.isfinite(slope) and np.isfinite(bumped(1e-3))
+    assert np.isfinite(loss(params)) and np.isfinite(slope) and slope != 0
 
 
 @pytest.mark.parametrize("quantizer", ["binary", "ternary", "dorefa"])

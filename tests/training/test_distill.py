@@ -203,6 +203,7 @@ BAD = [
     ("kd", {"source": ("teacher", "other")}, "names 2 nets, but loss 'kd' takes one"),
     ("kd", {"source": ("teacher", "teecher")}, "names 2 nets|Did you mean 'teacher'"),
     ("kd", {"warmup": -1}, "warmup is -1"),
+    ("kd", {"end": 1.0}, "end is 1.0, which may mean one step"),
     ("kd", {"start": 0.5, "end": 0.25}, "starts at step 5 and ends at 2"),
     ("kd", {"decay": 11}, "decay is 11"),
     ("kd", {"temperature": {"begin": 4.0}}, "temperature.end is missing"),
