@@ -177,7 +177,7 @@ def changed(**changes):
         ("stages__reestimate_bn__keep", "beter", "Did you mean 'better'"),
         ("stages__reestimate_bn__examples", 0.5, "at least 0"),
         ("stages__evaluate__methods", {"studnt": "QKD"}, "Did you mean 'student'"),
-        ("stages__deploy__target", "x87", "Did you mean 'x86'"),
+        ("stages__deploy__target", "onnxruntime-x87", "Did you mean 'onnxruntime-x86'"),
         ("stages__deploy__latency_rounds", -1, "at least 0"),
         ("stages__deploy__latency_batches", [1, 0], r"latency_batches\[1\] is 0"),
         ("stages__deploy__latency_batches", 64, r"such as \(1, 64\)"),

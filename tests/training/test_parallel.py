@@ -48,12 +48,12 @@ def stored(plan, alone):
     return run(alone, start_state(plan, tiny_nets.conv_nets()[1]), WARM + STATES)
 
 
-def close(got, want, tolerance, what):
+def close(got, want, tolerance, what, least=0.0):
     """Every array within `tolerance` of its largest entry: sums are taken in another order."""
 
     def check(path, a, b):
         assert np.shape(a) == np.shape(b)
-        scale = tolerance * np.max(np.abs(b))
+        scale = np.maximum(tolerance * np.max(np.abs(b)), least)
         message = f"{what}, {jax.tree_util.keystr(path)}"
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=scale, err_msg=message)
 
@@ -67,7 +67,9 @@ def test_four_devices_equal_one(plan, stored, mode):
         new, metrics = shared(before, tiny_nets.batch(WARM + index), {})
         # The nets hold parameters, BatchNorm's statistics and the quantizers' steps.
         close(jax.device_get(new.nets), want.nets, 1e-5, f"state {index}")
-        close(jax.device_get(metrics), want_metrics, 2e-5, f"metrics {index}")
+        # A divergence is a small difference of terms of order T^2 = 4: float32 gives 4e-7 an example.
+        least = 4e-7 * len(tiny_nets.batch()["label"])
+        close(jax.device_get(metrics), want_metrics, 2e-5, f"metrics {index}", least)
         assert new.step == want.step
     assert shared.traces == 1
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new))
