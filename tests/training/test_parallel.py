@@ -67,7 +67,7 @@ def test_four_devices_equal_one(plan, stored, mode):
         new, metrics = shared(before, tiny_nets.batch(WARM + index), {})
         # The nets hold parameters, BatchNorm's statistics and the quantizers' steps.
         close(jax.device_get(new.nets), want.nets, 1e-5, f"state {index}")
-        # A divergence is a small difference of terms of order T^2 = 4: float32 gives 4e-7 an example.
+        # A divergence is a small difference of terms of order T^2: 4e-7 an example in float32.
         least = 4e-7 * len(tiny_nets.batch()["label"])
         close(jax.device_get(metrics), want_metrics, 2e-5, f"metrics {index}", least)
         assert new.step == want.step
