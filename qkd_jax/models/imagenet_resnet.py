@@ -11,7 +11,6 @@ torchvision or timm gives the same logits; `qkd_jax.weights` reads one.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 
 from qkd_jax import checks
 from qkd_jax.models.features import sow_feature
-from qkd_jax.models.resnet import ONE_PIXEL, BasicBlock, conv_and_norm
+from qkd_jax.models.resnet import ONE_PIXEL, BasicBlock, conv_and_norm, residual_stages
 
 __all__ = ["EXPANSION", "Bottleneck", "ImageNetResNet"]
 
@@ -124,21 +123,7 @@ class ImageNetResNet(nn.Module):
         x = conv(self.width, (7, 7), strides=(2, 2), padding=((3, 3), (3, 3)), name="stem")(images)
         x = nn.relu(norm(name="stem_bn")(x))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=ONE_PIXEL)
-        for stage, count in enumerate(self.blocks, 1):
-            for block in range(count):
-                last = block == count - 1
-                x = block_type(
-                    width=self.width * 2 ** (stage - 1),
-                    stride=2 if stage > 1 and block == 0 else 1,
-                    dtype=self.dtype,
-                    axis_name=self.axis_name,
-                    name=f"stage{stage}_block{block}",
-                )(
-                    x,
-                    train,
-                    functools.partial(sow_feature, self, f"stage{stage}_pre") if last else None,
-                )
-            sow_feature(self, f"stage{stage}", x)
+        x = residual_stages(self, block_type, self.blocks, x, train)
         x = jnp.mean(x, axis=(1, 2))
         sow_feature(self, "pooled", x)
         logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)

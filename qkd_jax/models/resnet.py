@@ -14,7 +14,7 @@ slower on CPU, and a layer that has a path of its own can be given its own numbe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -131,6 +131,38 @@ class BasicBlock(nn.Module):
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra)))
 
 
+def residual_stages(
+    net: Any, block_type: Callable[..., Any], counts: Sequence[int], x: jax.Array, train: bool
+) -> jax.Array:
+    """Stages of residual blocks inside a net's compact call, each named and its features sown.
+
+    Stage s has width w 2^(s - 1); every stage but the first halves the map in its first block.
+
+    Args:
+      net: the module that calls; its `width`, `dtype` and `axis_name` are the blocks'.
+      block_type: constructor of a block.
+      counts: blocks of each stage.
+      x: [batch, height, width, channels], after the stem.
+      train: as the net's.
+    """
+    for stage, count in enumerate(counts, 1):
+        for block in range(count):
+            last = block == count - 1
+            x = block_type(
+                width=net.width * 2 ** (stage - 1),
+                stride=2 if stage > 1 and block == 0 else 1,
+                dtype=net.dtype,
+                axis_name=net.axis_name,
+                name=f"stage{stage}_block{block}",
+            )(
+                x,
+                train,
+                functools.partial(sow_feature, net, f"stage{stage}_pre") if last else None,
+            )
+        sow_feature(net, f"stage{stage}", x)
+    return x
+
+
 class ResNet(nn.Module):
     """A ResNet of depth 6n + 2 with three stages.
 
@@ -191,22 +223,8 @@ class ResNet(nn.Module):
         checks.integer_in("stem_width", stem_width, 1)
         x = conv(stem_width, (3, 3), padding=ONE_PIXEL, name="stem")(images)
         x = Activation(name="stem_relu")(norm(name="stem_bn")(x))
-        for stage in (1, 2, 3):
-            for block in range(blocks):
-                last = block == blocks - 1
-                x = BasicBlock(
-                    width=self.width * 2 ** (stage - 1),
-                    stride=2 if stage > 1 and block == 0 else 1,
-                    shortcut=self.shortcut,
-                    dtype=self.dtype,
-                    axis_name=self.axis_name,
-                    name=f"stage{stage}_block{block}",
-                )(
-                    x,
-                    train,
-                    functools.partial(sow_feature, self, f"stage{stage}_pre") if last else None,
-                )
-            sow_feature(self, f"stage{stage}", x)
+        block = functools.partial(BasicBlock, shortcut=self.shortcut)
+        x = residual_stages(self, block, (blocks,) * 3, x, train)
         if not head:
             return x
         x = jnp.mean(x, axis=(1, 2))
