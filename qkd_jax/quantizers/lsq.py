@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from qkd_jax import numerics
 from qkd_jax.numerics import IntFormat, Spec, Stats
 
-__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view", "used_bits"]
+__all__ = ["OPTIONS", "check", "fake_quant", "fewest_bits", "init", "integer_view", "used_bits"]
 
 Params = dict[str, jax.Array]
 
@@ -79,14 +79,18 @@ def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntF
     return step, jnp.zeros_like(step), spec.format
 
 
+def fewest_bits(spec: Spec) -> int:
+    """The fewest bits that learned bits can come to: one, and one for a sign."""
+    return 1 + int(spec.signed)
+
+
 def used_bits(params: Params, spec: Spec) -> jax.Array:
     """The bits that learned bits stand for: rounded, between the fewest possible and `spec.bits`.
 
     The gradient passes as if they were neither rounded nor clipped, so that bits which an update
     took out of their range come back.
     """
-    fewest = 1 + int(spec.signed)
-    return numerics.round_ste(numerics.within(params["bits"], fewest, spec.bits))
+    return numerics.round_ste(numerics.within(params["bits"], fewest_bits(spec), spec.bits))
 
 
 def fake_quant(

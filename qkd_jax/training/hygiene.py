@@ -36,6 +36,7 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.numerics import Spec
 from qkd_jax.quantizers import QUANTIZERS, lsq
+from qkd_jax.training.trees import flatten
 from qkd_jax.training.weights import Weight, quantized_weights, rounded, with_weight
 
 __all__ = [
@@ -245,7 +246,7 @@ def init(
         ValueError: As `check`.
     """
     weights = list(quantized_weights(module, learned))
-    names = _leaves(learned.get("quant", {}))
+    names = flatten(learned.get("quant", {}))
     specs = {weight.path: weight.spec for weight in weights}
     check(hygiene, specs, map(_last, names), where=where)
     state: Tree = {"count": jnp.zeros((), jnp.int32), "weights": {}, "start": {}}
@@ -336,7 +337,7 @@ def _bounded_bits(module: Any, learned: Tree) -> Tree:
     """{name in "quant": function} that takes learned bits back into their range."""
     return {
         "/".join((*weight.keys, "weight_quantizer", "bits")): functools.partial(
-            jnp.clip, min=1 + int(weight.spec.signed), max=weight.spec.bits
+            jnp.clip, min=lsq.fewest_bits(weight.spec), max=weight.spec.bits
         )
         for weight in _with_learned_bits(module, learned)
     }
@@ -449,23 +450,7 @@ def _last(name: str) -> str:
     return name.rsplit("/", 1)[-1]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, jax.Array]:
-    out: dict[str, jax.Array] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            out |= _leaves(value, f"{prefix}{key}/")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
-
-
-def _map_leaves(tree: Mapping[str, Any], functions: Mapping[str, Any], prefix: str = "") -> Tree:
+def _map_leaves(tree: Mapping[str, Any], functions: Mapping[str, Any]) -> Tree:
     """Applies {name: function} to the leaves of these names."""
-    out: Tree = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            out[key] = _map_leaves(value, functions, f"{name}/")
-        else:
-            out[key] = functions[name](value) if name in functions else value
-    return out
+    leaves = [functions[n](x) if n in functions else x for n, x in flatten(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
