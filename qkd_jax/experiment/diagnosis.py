@@ -14,6 +14,7 @@ from qkd_jax import checks
 from qkd_jax.diagnostics import diagnose as diagnose_net
 from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
+from qkd_jax.experiment.values import check_rules
 from qkd_jax.training.tracking import read_json, write_json
 
 __all__ = ["check_diagnose", "diagnose"]
@@ -53,9 +54,4 @@ def diagnose(run: Run, stage: Stage, *, nets: Sequence[str], examples: int = 256
 def check_diagnose(nets: Mapping[str, Any], stage: Stage) -> None:
     """Checks the fields of a `diagnose` stage."""
     checks.integer_in(f"stages.{stage.name}.examples", stage.fields["examples"], 0)
-    for name in stage.nets:
-        if not nets[name].rules:
-            raise ValueError(
-                f"stages.{stage.name}.nets has {name!r}, whose rules are float; give it others "
-                f"(nets.{name}.rules='w4a4'), or take it out of the stage."
-            )
+    check_rules(nets, stage)

@@ -10,6 +10,7 @@ from qkd_jax import hierarchy
 from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Settings
 from qkd_jax.report.soft_labels import collect
+from qkd_jax.training.rows import as_sources
 from qkd_jax.training.tracking import write_json
 
 __all__ = ["FILE", "taught", "write"]
@@ -26,9 +27,7 @@ def taught(settings: Settings) -> tuple[list[str], float] | None:
     for stage in reversed([stage for stage in settings.stages if stage.trains]):
         for student, terms in stage.fields["learn"].items():
             for row in terms.values():
-                source = row.get("source") or ()
-                teachers = [source] if isinstance(source, str) else list(source)
-                teachers = [net for net in teachers if net in settings.nets]
+                teachers = [n for n in as_sources(row.get("source")) if n in settings.nets]
                 if not teachers:
                     continue
                 temperature = row.get("temperature")

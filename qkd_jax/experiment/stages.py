@@ -24,6 +24,7 @@ from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
 from qkd_jax.experiment.synthesis import check_synthesize, synthesize
 from qkd_jax.experiment.training_stage import plan_stage, quantizer_means, train
+from qkd_jax.experiment.values import check_rules
 from qkd_jax.inspection import layers, size
 from qkd_jax.interception import OPERANDS
 from qkd_jax.observers import OBSERVERS
@@ -79,16 +80,6 @@ def check_calibrate(nets: Mapping[str, Any], stage: Stage) -> None:
         if operand not in OPERANDS:
             raise checks.unknown(f"operand in {where}.operands", operand, OPERANDS)
     check_rules(nets, stage)
-
-
-def check_rules(nets: Mapping[str, Any], stage: Stage) -> None:
-    """Refuses nets without rules where a stage is about quantizers."""
-    for name in stage.nets:
-        if not nets[name].rules:
-            raise ValueError(
-                f"stages.{stage.name}.nets has {name!r}, whose rules are float; give it others "
-                f"(nets.{name}.rules='w4a4'), or take it out of the stage."
-            )
 
 
 def reestimate_bn(

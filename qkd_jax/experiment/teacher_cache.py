@@ -26,7 +26,6 @@ from qkd_jax.data.views import Views
 from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
 from qkd_jax.training.plan import Plan, cached_key
-from qkd_jax.training.rows import as_sources
 from qkd_jax.training.step import eval_step
 from qkd_jax.training.tracking import tree_sha256
 
@@ -64,14 +63,7 @@ def cached_nets(stage: Stage) -> tuple[str, ...]:
     """
     if cache_fields(stage) is None:
         return ()
-    learn = stage.fields["learn"]
-    sources = [
-        source
-        for terms in learn.values()
-        for row in terms.values()
-        for source in as_sources(row.get("source"))
-    ]
-    frozen = tuple(net for net in dict.fromkeys(sources) if net not in learn)
+    frozen = tuple(net for net in stage.nets if net not in stage.fields["learn"])
     if not frozen:
         raise ValueError(
             f"stages.{stage.name}.cache is set, but no frozen net teaches in this stage; a teacher "

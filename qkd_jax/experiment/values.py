@@ -19,6 +19,7 @@ __all__ = [
     "check_augment",
     "check_frame",
     "check_origins",
+    "check_rules",
     "check_tables",
     "mapping",
     "tree_of",
@@ -146,6 +147,16 @@ def check_origins(nets: Mapping[str, Mapping[str, Any]]) -> None:
                     "start from '' (random weights) or a file."
                 )
             chain.append(source)
+
+
+def check_rules(nets: Mapping[str, Any], stage: Any) -> None:
+    """Refuses nets without rules where a stage (a `Stage`) is about quantizers."""
+    for name in stage.nets:
+        if not nets[name].rules:
+            raise ValueError(
+                f"stages.{stage.name}.nets has {name!r}, whose rules are float; give it others "
+                f"(nets.{name}.rules='w4a4'), or take it out of the stage."
+            )
 
 
 def check_tables(where: str, fields: Mapping[str, Any]) -> None:
