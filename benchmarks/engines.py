@@ -13,7 +13,6 @@ Differences of logits are in steps: the grid of the logits where they have one, 
 logit over 127. `integers` is the share of products that the engine runs on integers.
 """
 
-import argparse
 import os
 import pathlib
 import sys
@@ -67,17 +66,7 @@ def _first(x):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", default="runs/fidelity")
-    parser.add_argument("--float", default="runs/float", help="folder of float runs")
-    parser.add_argument("--data", default="fashion_mnist")
-    parser.add_argument("--models", default="resnet20,vit")
-    parser.add_argument("--rules", default="w8a8:integer,w8a8:fused,w4a4,w2a2")
-    parser.add_argument("--train_examples", type=int, default=10_000)
-    parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--images", type=int, default=0, help="test images; 0 is all")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = fidelity.arguments(__doc__, "w8a8:integer,w8a8:fused,w4a4,w2a2")
     vnni = "-vnni" if has_vnni() else ""
     print(f"jax {jax.__version__}, {'with' if vnni else 'without'} VNNI, {os.cpu_count()} cores\n")
     rows = {}

@@ -152,18 +152,23 @@ def bytes_of(net, integer):
     return integer.weight_bytes, implied
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description, rules):
+    """The command line of a benchmark of trained nets; `rules` are those that it takes unasked."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--runs", default="runs/fidelity")
     parser.add_argument("--float", default="runs/float", help="folder of float runs")
     parser.add_argument("--data", default="fashion_mnist")
     parser.add_argument("--models", default="resnet20,vit")
-    parser.add_argument("--rules", default="w8a8:integer,w4a4:integer,w2a2")
+    parser.add_argument("--rules", default=rules)
     parser.add_argument("--train_examples", type=int, default=10_000)
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--images", type=int, default=0, help="test images; 0 is all")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = arguments(__doc__, "w8a8:integer,w4a4:integer,w2a2")
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores\n")
     columns = ["codes that differ", "logits", "argmax %", "top-1 %"]
     rows, sizes = {}, []

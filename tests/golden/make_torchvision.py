@@ -10,29 +10,19 @@ stored: `fill` gives the weights here and in the test, from integers, so to the 
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from formula_weights import fill
+
 OUT = pathlib.Path(__file__).with_name("torchvision.json")
 SHAPE = (2, 3, 37, 33)  # odd, so that every padding counts
-
-
-def fill(name, shape, number):
-    """Weights of an array, the `number`-th of its net: float32, from whole numbers."""
-    size = int(np.prod(shape, dtype=np.int64))
-    ramp = ((np.arange(size, dtype=np.int64) * 7919 + number * 104729) % 1013) / 1013 - 0.5
-    if name.endswith("running_var"):
-        values = ramp + 1.25
-    elif len(shape) > 1:
-        values = ramp * 3.5 / np.sqrt(np.prod(shape[1:]))
-    elif "bn" in name or "downsample" in name:
-        values = ramp + (1 if name.endswith("weight") else 0)
-    else:
-        values = ramp
-    return values.reshape(shape).astype(np.float32)
 
 
 class Block(nn.Module):

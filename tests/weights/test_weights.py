@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from formula_weights import fill
 
 from qkd_jax import models, weights
 from qkd_jax.quantize import load_float, quantize
@@ -32,21 +33,6 @@ OURS = {
     "repdistiller": models.ResNet(depth=14, width=8, num_classes=5),
     "repdistiller_x4": models.ResNet(depth=8, width=16, stem_width=8, num_classes=5),
 }
-
-
-def fill(name, shape, number):
-    """The formula of tests/golden/make_torchvision.py."""
-    size = int(np.prod(shape, dtype=np.int64))
-    ramp = ((np.arange(size, dtype=np.int64) * 7919 + number * 104729) % 1013) / 1013 - 0.5
-    if name.endswith("running_var"):
-        values = ramp + 1.25
-    elif len(shape) > 1:
-        values = ramp * 3.5 / np.sqrt(np.prod(shape[1:]))
-    elif "bn" in name or "downsample" in name:
-        values = ramp + (1 if name.endswith("weight") else 0)
-    else:
-        values = ramp
-    return values.reshape(shape).astype(np.float32)
 
 
 def state_dict(name):
