@@ -66,7 +66,10 @@ CONFIG = "--config=configs/qkd.py"
         ([CONFIG, "--mode=inspect", "tutor"], "unexpected argument 'tutor'"),
         ([CONFIG, "--workdir=x", "--target=xla"], "--target goes with --mode=export, not run"),
         ([CONFIG, "--mode=inspect", "--config.target=tpu"], "config.target"),
-        ([CONFIG, "--mode=inspect", "--config.target=tensorrt"], "tensorrt takes 8"),
+        (
+            [CONFIG, "--mode=inspect", "--config.target=tensorrt"],
+            "affine; tensorrt takes signed activations with zero point 0",
+        ),
         (["--mode=report", "--workdir=/nowhere/at/all"], "does not exist"),
     ],
 )
