@@ -14,10 +14,12 @@ __all__ = ["floats_of", "plot", "run_arm", "spread", "table_lines", "undeployed"
 
 
 def undeployed(config):
-    """The config without its deploy stages and periodic looks: the rows alone are wanted."""
+    """The config without deployment, diagnoses and periodic looks: the rows alone are wanted."""
     config = config.unlock()
     kinds = config.stages
-    config.schedule = tuple(s for s in config.schedule if kinds[s].kind != "deploy")
+    config.schedule = tuple(
+        s for s in config.schedule if kinds[s].kind not in ("deploy", "diagnose")
+    )
     config.log.eval_every_steps = 0
     config.log.quant_every_steps = 0
     return config.lock()

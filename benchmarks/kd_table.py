@@ -71,11 +71,15 @@ def config_of(args, loss, seed):
         config.stages.distil.learn = {"student": row}
         config.stages.evaluate.methods["student"] = ALONE
     config.schedule = tuple(s for s in config.schedule if s not in ("alone", "teach"))
+    # The teacher of a seed is looked at in one of its arms.
+    left_out = ("alone",) if loss == ALONE else ("alone", "teacher")
     for stage in config.stages.values():
-        if "nets" in stage:
-            stage.nets = tuple(n for n in stage.nets if n != "alone")
+        if "nets" in stage and stage.kind in ("evaluate", "calibrate", "reestimate_bn"):
+            stage.nets = tuple(n for n in stage.nets if n not in left_out)
         if stage.kind == "evaluate":
-            stage.methods = {n: m for n, m in stage.methods.items() if n != "alone"}
+            stage.methods = {n: m for n, m in stage.methods.items() if n not in left_out}
+            if "teacher" in left_out:
+                stage.reference = ""
     return config.lock()
 
 
