@@ -310,13 +310,15 @@ def train(
     epochs: float,
     batch_size: int,
     augment: tuple[str, ...] = (),
+    views: int = 0,
     hygiene: dict[str, Any] | None = None,
     images: str = "",
 ) -> dict[str, Any]:
     """Returns a `train` stage. `steps` above 0 decides its length instead of `epochs`.
 
-    `augment` takes the place of the data's own augmentations; `images` names a `synthesize` stage
-    whose images take the place of the training split.
+    `augment` takes the place of the data's own augmentations. They are drawn anew at every step, or
+    once for each of `views` views of every image (1: the images as they are). `images` names a
+    `synthesize` stage whose images take the place of the training split.
 
     `hygiene` is {net: what the function `hygiene` returns}; a net that is left out has it all off.
     """
@@ -328,6 +330,7 @@ def train(
         learn=learn,
         optim=optim,
         augment=augment,
+        views=views,
         images=images,
         hygiene={**{net: dict(HYGIENE) for net in learn}, **(hygiene or {})},
     )
@@ -344,15 +347,12 @@ def pretrain(net: str, *, data: str, epochs: float = 0.0) -> dict[str, Any]:
     )
 
 
-def cache(*, views: int = 1, top_k: int = 0) -> dict[str, Any]:
-    """Returns the `cache` of a train stage: its frozen teachers' logits, computed once.
+def cache(*, top_k: int = 0) -> dict[str, Any]:
+    """Returns the `cache` of a train stage with `views`: its frozen teachers' logits, read.
 
-    Args:
-      views: augmented views of each training image, drawn beforehand; 1 trains on the images as
-        they are.
-      top_k: logits kept of each view; 0 keeps all.
+    `top_k` logits are kept of each view; 0 keeps all.
     """
-    return dict(views=views, top_k=top_k, dir="")
+    return dict(top_k=top_k, dir="")
 
 
 def calibrate(

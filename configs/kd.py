@@ -1,13 +1,19 @@
 """Knowledge distillation in float (Hinton et al. 2015, arXiv 1503.02531), with its control.
 
-python launch.py --config=configs/kd.py:temperature=4,kd_weight=0.9 --workdir=runs/kd
+    python launch.py --config=configs/kd.py:temperature=4,kd_weight=0.9 --workdir=runs/kd
+
+The student and its control, `alone`, start from the same weights and see the same batches.
 """
 
 from configs import common
 
 
 def get_config(arg=""):
-    """Returns the config; its arguments are the defaults below."""
+    """Returns the config; its arguments are the defaults below.
+
+    With `views` both nets see so many fixed views of each image instead of fresh ones, and the
+    teacher speaks of each view once (1: the images as they are).
+    """
     args = common.parse_arg(
         arg,
         data="digits",
@@ -25,26 +31,28 @@ def get_config(arg=""):
     config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
     recipe = common.recipe(args.data)
 
-    def stage(net, **losses):
+    def stage(net, views=0, **losses):
         return common.train(
             learn={net: losses},
             optim={net: common.sgd(0.1, weight_decay=5e-4)},
             epochs=args.epochs or recipe["epochs"],
             batch_size=recipe["batch_size"],
+            views=views,
         )
 
     config.nets.teacher = common.net(args.teacher, width=args.teacher_width)
-    config.nets.alone = common.net(args.student, width=args.student_width)
     config.nets.student = common.net(args.student, width=args.student_width)
+    config.nets.alone = common.net(args.student, width=args.student_width, init_from="student")
     config.stages.teach = stage("teacher", ce=common.ce())
-    config.stages.alone = stage("alone", ce=common.ce())
+    config.stages.alone = stage("alone", args.views, ce=common.ce())
     distil = stage(
         "student",
+        args.views,
         ce=common.ce(1.0 - args.kd_weight),
         kd=common.kd("teacher", args.kd_weight, temperature=args.temperature),
     )
-    if args.views:  # the teacher speaks once of so many views of each image
-        distil["cache"] = common.cache(views=args.views)
+    if args.views:
+        distil["cache"] = common.cache()
     config.stages.distil = distil
     config.stages.evaluate = common.evaluate(
         "teacher", teacher="labels", alone="labels", student="distilled"

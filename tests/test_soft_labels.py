@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, kd
 from qkd_jax import experiment, hierarchy
 from qkd_jax.experiment import teacher_cache
 from qkd_jax.models import create
@@ -37,7 +37,7 @@ def make(views=0, top_k=0, **losses):
     taught = dict(ce=common.ce(0.5), kd=common.kd("teacher", 0.5, temperature=3.0), **losses)
     distil = stage("student", **taught)
     if views:
-        distil["cache"] = common.cache(views=views, top_k=top_k)
+        distil.update(views=views, cache=common.cache(top_k=top_k))
     config.stages = ConfigDict(
         dict(
             teach=stage("teacher", ce=common.ce()),
@@ -114,6 +114,24 @@ def test_cached_logits_teach_what_the_teacher_teaches(plain, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_control_sees_the_students_views(tmp_path):
+    """Without the teacher's part of the loss, student and control end alike, with and without."""
+    losses = set()
+    for views in (0, 2):
+        config = kd.get_config(
+            f"data=synthetic,epochs=1,train_examples=64,kd_weight=0,views={views}"
+        ).unlock()
+        config.data.augment = ("shift:1",)
+        for fields in config.nets.values():
+            fields.update(model="mlp", width=0)
+        done = experiment.run(config.lock(), tmp_path / str(views), report=False, verbose=False)
+        rows = {row["net"]: row for row in done["rows"]}
+        assert rows["student"]["loss"] == pytest.approx(rows["alone"]["loss"], rel=1e-6)
+        losses.add(rows["alone"]["loss"])
+    assert len(losses) == 2  # two views are not fresh ones
+
+
+@pytest.mark.slow
 def test_a_changed_teacher_is_told_and_its_logits_are_made_anew(tmp_path, capsys):
     shared = tmp_path / "shared"
     config = make(views=2, top_k=3)
@@ -158,13 +176,18 @@ def test_losses_over_a_tree_take_the_datas(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.stages.distil.cache.update(views=0), r"distil.cache.views is 0"),
-        (lambda c: c.stages.distil.update(augment=("mixup",)), "mixes the images.*distil.cache"),
+        (lambda c: c.stages.distil.update(views=0), r"distil.views is 0.*drop the cache"),
+        (lambda c: c.stages.distil.update(views=-1), r"distil.views is -1"),
+        (lambda c: c.stages.alone.update(views=2**16), r"alone.views is 65536"),
+        (lambda c: c.stages.distil.update(augment=("mixup",)), "mixes the images.*distil.views"),
         (lambda c: c.stages.distil.cache.update(top_k=-1), "cache.top_k is -1"),
-        (lambda c: c.stages.alone.update(cache=dict(views=1)), "stages.alone.cache is set, but no"),
         (
-            lambda c: c.stages.distil.update(cache=dict(view=2)),
-            "unknown field stages.distil.cache 'view'.*Did you mean 'views'",
+            lambda c: c.stages.alone.update(views=1, cache=common.cache()),
+            "stages.alone.cache is set, but no",
+        ),
+        (
+            lambda c: c.stages.distil.update(cache=dict(top=2)),
+            "unknown field stages.distil.cache 'top'.*Did you mean 'top_k'",
         ),
     ],
 )

@@ -1,11 +1,11 @@
 """A train stage's `cache`: what frozen teachers say of each view, computed once, read from disk.
 
-    config.stages.distil.cache = dict(views=8, top_k=0, dir="")
+    config.stages.distil.views = 8
+    config.stages.distil.cache = dict(top_k=0, dir="")
 
-`views` says how many augmented views of each training image there are (1: the images as they are),
-`top_k` how many logits of each are kept (0: all), `dir` where the files lie ("": in the run
-folder's `cache`; a folder of your own is shared by runs that agree on teacher, data, views and
-seed).
+The stage's `views` says of how many augmented views of each training image. `top_k` is how many
+logits of each are kept (0: all), `dir` where the files lie ("": in the run folder's `cache`; a
+folder of your own is shared by runs that agree on teacher, data, views and seed).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from qkd_jax.training.tracking import tree_sha256
 
 __all__ = ["cache_fields", "cached_nets", "prepare"]
 
-DEFAULTS: dict[str, Any] = {"views": 1, "top_k": 0, "dir": ""}
+DEFAULTS: dict[str, Any] = {"top_k": 0, "dir": ""}
 
 
 def cache_fields(stage: Stage) -> dict[str, Any] | None:
@@ -46,7 +46,12 @@ def cache_fields(stage: Stage) -> dict[str, Any] | None:
         if key not in DEFAULTS:
             raise checks.unknown(f"field {where}", key, DEFAULTS)
     fields = {**DEFAULTS, **given}
-    checks.integer_in(f"{where}.views", fields["views"], 1, 2**16 - 1)
+    if not stage.fields["views"]:
+        raise ValueError(
+            f"stages.{stage.name}.views is 0, which draws images anew at every step, and {where} "
+            "holds what a teacher says of images that come again; give views=1 (the images as they "
+            "are) or more, or drop the cache."
+        )
     checks.integer_in(f"{where}.top_k", fields["top_k"], 0)
     if not isinstance(fields["dir"], str):
         raise ValueError(
@@ -99,10 +104,10 @@ def prepare(
         if base is None:
             base = Path(scratch) if run.folder is None else run.folder.path / "cache"
         for net in cached_nets(stage):
-            name = f"{net}_views{fields['views']}_top{fields['top_k'] or 'all'}"
+            name = f"{net}_views{stage.fields['views']}_top{fields['top_k'] or 'all'}"
             folder = base / (f"{name}_{source}" if source else name)
             found[cached_key(plan.slots[net])] = _of_teacher(
-                run, dataset, net, fields, folder, augment
+                run, dataset, net, stage.fields["views"], fields["top_k"], folder, augment
             )
     return found
 
@@ -111,22 +116,23 @@ def _of_teacher(
     run: Run,
     dataset: Dataset,
     net: str,
-    fields: Mapping[str, Any],
+    count: int,
+    top_k: int,
     folder: Path,
     augment: Sequence[str],
 ) -> files.CachedLogits:
     seed = run.settings["seed"]
-    views = Views(dataset, fields["views"], augment=augment, seed=seed)
+    views = Views(dataset, count, augment=augment, seed=seed)
     wanted = files.Wanted(
         teacher_sha256=_sha256(run, net),
         dataset=dataset.name,
         fingerprint=dataset.fingerprint,
         examples=len(dataset.train_images),
         classes=dataset.num_classes,
-        views=fields["views"],
+        views=count,
         augment=views.augment,
         seed=views.seed if views.augment else 0,
-        top_k=fields["top_k"],
+        top_k=top_k,
     )
     try:
         known = files.read(folder, wanted)

@@ -13,7 +13,7 @@ import numpy as np
 from qkd_jax import data
 from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
-from qkd_jax.experiment.teacher_cache import cache_fields, cached_nets, prepare
+from qkd_jax.experiment.teacher_cache import cached_nets, prepare
 from qkd_jax.training import hygiene as healthy
 from qkd_jax.training.loop import Hooks, Window, run_steps
 from qkd_jax.training.plan import Plan, plan_step
@@ -73,6 +73,7 @@ def train(
     steps: int = 0,
     batch_size: int = 128,
     augment: Sequence[str] = (),
+    views: int = 0,
     hygiene: Mapping[str, Any] | None = None,
     cache: Mapping[str, Any] | None = None,
     images: str = "",
@@ -81,9 +82,10 @@ def train(
 
     All arms of an experiment see the same batches: the order of the data follows the step in the
     chain of stages that continue one another, so QKD's phases see what its controls see. `augment`
-    takes the place of the data's own augmentations. With `cache` the frozen teachers are not run:
-    see `teacher_cache`. `images` names a `synthesize` stage, whose images and labels take the place
-    of the training split.
+    takes the place of the data's own augmentations, drawn anew at every step or, with `views`, once
+    for so many views of each image that take turns by epoch (1: the images as they are). With
+    `cache` the frozen teachers are not run: see `teacher_cache`. `images` names a `synthesize`
+    stage, whose images and labels take the place of the training split.
     """
     # `stage` holds these in the form that the plan reads.
     del learn, optim, epochs, steps, hygiene, cache
@@ -105,7 +107,7 @@ def train(
         batch_size=batch_size,
         seed=run.settings["seed"],
         augment=augment,
-        views=(cache_fields(stage) or {"views": 0})["views"],
+        views=views,
         known=prepare(run, stage, plan, augment),
     ).iter(start + done, start + stage.steps)
     with Progress(stage.name, stage.steps, batch_size, start=done, enabled=run.verbose) as progress:

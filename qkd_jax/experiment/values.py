@@ -10,6 +10,7 @@ import jax
 
 from qkd_jax import checks
 from qkd_jax.data import DATASETS, augment
+from qkd_jax.data.views import LARGEST as LARGEST_VIEWS
 from qkd_jax.deploy.targets import TARGETS
 from qkd_jax.hierarchy import TREES, find
 from qkd_jax.losses import LOSSES
@@ -65,7 +66,11 @@ def check_frame(plain: Mapping[str, Any]) -> None:
 
 
 def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:
-    """Refuses, in a train stage, an unknown augmentation, or a mixture of images with labels."""
+    """Refuses unknown augmentations in a train stage, and mixtures of images that cannot be.
+
+    Images that are fixed beforehand (`views`), or learned from by labels, are not mixed.
+    """
+    checks.integer_in(f"stages.{name}.views", fields["views"], 0, LARGEST_VIEWS)
     own = fields["augment"]
     where = f"stages.{name}.augment" if own else "config.data.augment"
     try:
@@ -74,10 +79,10 @@ def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:
         raise ValueError(f"{where}: {error}") from error
     if all(entry.keeps_labels for entry, _ in parsed):
         return
-    if fields["cache"]:
+    if fields["views"]:
         raise ValueError(
-            f"{where} mixes the images of a batch, and stages.{name}.cache holds what a teacher "
-            "says of an image by itself; take the mixing out, or the cache."
+            f"{where} mixes the images of a batch, and stages.{name}.views fixes views of each "
+            "image by itself; take the mixing out, or draw anew at every step (views=0)."
         )
     for net, terms in fields["learn"].items():
         for label, term in terms.items():
