@@ -36,6 +36,7 @@ from qkd_jax.deploy.targets import TARGETS, file_options
 from qkd_jax.graph import Node
 from qkd_jax.numerics import IntFormat
 from qkd_jax.ptq.fold_bn import fold_bn
+from qkd_jax.ptq.integer_bias import integer_bias
 from qkd_jax.ptq.products import TracedNet, is_quantizer, products, trace_net
 from qkd_jax.quantize import QuantizedModel
 
@@ -98,7 +99,8 @@ def to_onnx(
             would saturate there: on x86 without VNNI, 8-bit weights on 8-bit inputs give wrong
             logits, and accuracy alone does not show it. "host" warns if this machine is such one;
             None does neither. 7-bit weights are safe everywhere, and so is ONNX Runtime with the
-            session of `onnx_session`.
+            session of `onnx_session`. Where the engine adds biases as integers, they are rounded
+            as it would: the file is then the net `ptq.integer_bias(net, variables, images)`.
         int4: store weights of up to 4 bits as int4 or uint4, two to a byte, which needs opset 21.
             Engines for CPUs have no products of them: they unpack such weights when they load the
             file, and run those layers in float.
@@ -128,11 +130,12 @@ def to_onnx(
         )
     if int4 and opset < INT4_OPSET:
         raise ValueError(f"opset is {opset}, and ONNX has int4 since {INT4_OPSET}; give opset=21.")
-    folded = fold_bn(net, variables, images, **kwargs)
+    takes = TARGETS.get(target or "")
+    rounds = takes is not None and takes.integer_bias and bool(variables.get("quant"))
+    folded = (integer_bias if rounds else fold_bn)(net, variables, images, **kwargs)
     traced = trace_net(net, folded, images, **kwargs)
     export = Export(traced, opset, int4=int4, activations=activations)
     outputs = export.write()
-    takes = TARGETS.get(target or "")
     if takes and not takes.keeps_sum_grids and chosen is None and export.sums_of_grids():
         # In int8 no sum is fused with the convolution before it; uint8 came out one code off,
         # one sum in four.

@@ -43,6 +43,8 @@ class Target:
             the sum is added inside a convolution's kernel before anything is rounded: rules
             "w8a8:fused" train nets for that. A net with such grids is written so that its sums
             are not fused, which is right and slow.
+        integer_bias: biases are added to the sums as int32, in their unit: `to_onnx` rounds them
+            beforehand, so that the file is the net that runs (`ptq.integer_bias`).
         folded_activations: what it computes inside a product's kernel.
         opset: of the ONNX file.
         int4: weights of up to 4 bits are stored in 4.
@@ -63,6 +65,7 @@ class Target:
     reduce_range: bool = False
     dynamic: bool = False
     keeps_sum_grids: bool = True
+    integer_bias: bool = False
     folded_activations: tuple[str, ...] = ("relu",)
     opset: int = 21
     int4: bool = False
@@ -75,6 +78,7 @@ class Target:
 
 _ORT = Target(
     fast=7,
+    integer_bias=True,
     engine="onnxruntime",
     stays_float=("Softmax", "LayerNormalization", "Gelu", "convolutions whose output has no grid"),
     sources=(
@@ -105,6 +109,7 @@ TARGETS: dict[str, Target] = {
     "litert": Target(
         weight_bits=(8,),
         input_bits=(8,),
+        integer_bias=True,
         folded_activations=("relu", "relu6"),
         opset=17,
         activations="int8",

@@ -11,7 +11,9 @@ Into `<run folder>/model` go, for a net `student`:
     histograms.json        weights on the code grid, before and after
 
 The comparison is on logits over the whole test split: an engine whose sums saturate can give a
-higher accuracy and wrong logits.
+higher accuracy and wrong logits. Where the engine adds biases as integers, the deployed net is
+the trained one with its biases rounded so (`ptq.integer_bias`): that net is evaluated in JAX, the
+file is compared with it, and the row says beside it how far the trained net is.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import deploy as shipping
-from qkd_jax import report, weights
+from qkd_jax import ptq, report, weights
 from qkd_jax.data.dataset import Dataset
 from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compare", "deploy"]
 
-ENGINE = "ONNX Runtime"
+ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def deploy(
@@ -84,45 +86,53 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
     shipping.save_stablehlo(integer, folder / name / "model.stablehlo")
     integer = shipping.load(folder / name)  # what is compared below is what the files hold
     path, path_float = folder / f"{name}.onnx", folder / f"{name}_float.onnx"
-    # What takes another kind of file is compared on ONNX Runtime all the same.
+    # What takes another kind of file, or runs nowhere here, is compared on ONNX Runtime.
     takes = shipping.targets.TARGETS.get(target)
+    engine = takes.engine if takes is not None and takes.engine in ENGINES else "onnxruntime"
     onnx_target = target if target and (takes is None or takes.file == "onnx") else None
-    written = shipping.to_onnx(net, variables, images, path, target=onnx_target)
+    given, deployed = variables, trained
+    if engine == "onnxruntime":
+        rounded = ptq.integer_bias(net, variables, images)
+        deployed = run.evaluate(name, variables=rounded)
+        given = rounded if takes is None else variables  # a named target's file is its own affair
+    written = shipping.to_onnx(net, given, images, path, target=onnx_target)
     before = _before(run, name)
     shipping.to_onnx(net, before or _floats(variables), images, path_float)
     onnx_bytes = shipping.stamp_onnx(path, description)
     shipping.stamp_onnx(path_float, description)
     if takes is not None:
         write_json(folder / f"{name}_target.json", _made(folder, name, target, written))
-    session, session_float = shipping.onnx_session(path), shipping.onnx_session(path_float)
+    runs, runs_float = _open(path, engine), _open(path_float, engine)
 
     test = list(run.eval_batches("test"))
     entry = _row(run, name, trained.metrics)
+    logits = _logits(runs, test)
     entry["export"] = {
-        "engine": ENGINE,
+        "engine": ENGINES[engine],
         "bytes": onnx_bytes,
         "saturating_layers": list(written.saturating),
-        **compare(_onnx(session), trained.logits, test),
+        "biases": "float" if deployed is trained else "integer",
+        "deployed_top1": deployed.metrics["top1"],
+        **compare(logits, deployed.logits, test),
+        "as_trained": distance(logits, trained.logits),
     }
     entry["integer"] = {
         "bytes": integer.nbytes,
         "weight_bytes": integer.weight_bytes,
         "files": sizes,
-        **compare(lambda x: shipping.integer_apply(integer, x), trained.logits, test),
+        **compare(
+            _logits(lambda x: shipping.integer_apply(integer, x), test), trained.logits, test
+        ),
     }
     infos = layers(net, variables, run.example, **run.apply_arguments(name))
     write_json(folder / "layers.json", [_layer(info) for info in infos])
     write_json(folder / "histograms.json", _histograms(variables, before, infos))
     if rounds:
-        engines = {f"{name} {_widths(entry)}": session, f"{name} float32": session_float}
-        run.timings["latency"] = list(
-            latencies(
-                {label: _onnx(s) for label, s in engines.items()},
-                run.dataset.image_shape,
-                latency_batches,
-                rounds,
-            )
-        )
+        timed = {f"{name} {_widths(entry)}": runs, f"{name} float32": runs_float}
+        run.timings["latency"] = [
+            {**found, "engine": ENGINES[engine]}
+            for found in latencies(timed, run.dataset.image_shape, latency_batches, rounds)
+        ]
 
 
 def _description(dataset: Dataset) -> shipping.Description:
@@ -182,40 +192,47 @@ def _before(run: Run, name: str) -> dict[str, Any] | None:
     return weights.load(path) if path.exists() else None
 
 
-def _onnx(session: Any) -> Callable[[Any], np.ndarray]:
+def _open(path: Path, engine: str) -> Callable[[Any], np.ndarray]:
     """Images [batch, height, width, channels] to logits; the files take channels first."""
+    if engine == "openvino":
+        request = shipping.openvino_model(path).create_infer_request()
+        return lambda images: request.infer([_channels_first(images)])[0].copy()
+    session = shipping.onnx_session(path)
     name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: _channels_first(images)})[0]
 
-    def predict(images: Any) -> np.ndarray:
-        first = np.ascontiguousarray(np.moveaxis(np.asarray(images, np.float32), -1, 1))
-        return session.run(None, {name: first})[0]
 
-    return predict
+def _channels_first(images: Any) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(np.asarray(images, np.float32), -1, 1))
+
+
+def _logits(predict: Callable[[Any], Any], batches: Iterable[Mapping[str, Any]]) -> np.ndarray:
+    """Logits of a split, [examples, classes], from batches that are padded, with masks."""
+    return np.concatenate([np.asarray(predict(b["image"]))[b["mask"]] for b in batches])
 
 
 def compare(
-    predict: Callable[[Any], Any], trained: np.ndarray, batches: Iterable[Mapping[str, Any]]
+    logits: np.ndarray, wanted: np.ndarray, batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, float]:
-    """Compares an engine with the trained net.
+    """Compares an engine's logits with those of the net that it runs.
 
     Args:
-        predict: images [batch, ...] to logits.
-        trained: logits of the trained net, [examples, classes].
-        batches: the split, padded, with masks, in the order of `trained`.
+        logits: of the engine, [examples, classes].
+        wanted: of the net, in the same order.
+        batches: the split, padded, with masks, in the same order.
 
     Returns:
-        top1, argmax_agreement (share of examples), max_logit_difference.
+        top1 of the engine, argmax_agreement (share of examples), max_logit_difference.
     """
-    logits, labels = [], []
-    for batch in batches:
-        logits.append(np.asarray(predict(batch["image"]))[batch["mask"]])
-        labels.append(batch["label"][batch["mask"]])
-    found, label = np.concatenate(logits), np.concatenate(labels)
-    guess = found.argmax(-1)
+    labels = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
+    return {"top1": float(np.mean(logits.argmax(-1) == labels)), **distance(logits, wanted)}
+
+
+def distance(logits: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+    """Share of examples with the same argmax, and the largest difference of logits."""
     return {
-        "top1": float(np.mean(guess == label)),
-        "argmax_agreement": float(np.mean(guess == trained.argmax(-1))),
-        "max_logit_difference": float(np.max(np.abs(found - trained))),
+        "argmax_agreement": float(np.mean(logits.argmax(-1) == wanted.argmax(-1))),
+        "max_logit_difference": float(np.max(np.abs(logits - wanted))),
     }
 
 
@@ -228,7 +245,7 @@ def latencies(
     """Times engines in turns, so that a change of the machine's mood meets all of them.
 
     Yields:
-        {"model", "engine", "batch", "median_ms", "min_ms", "rounds"}.
+        {"model", "batch", "median_ms", "min_ms", "rounds"}.
     """
     for batch in batch_sizes:
         images = np.random.default_rng(0).normal(size=(batch, *image_shape)).astype(np.float32)
@@ -244,7 +261,6 @@ def latencies(
         for label, values in seconds.items():
             yield {
                 "model": label,
-                "engine": ENGINE,
                 "batch": int(batch),
                 "median_ms": 1e3 * float(np.median(values)),
                 "min_ms": 1e3 * min(values),

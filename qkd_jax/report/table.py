@@ -86,9 +86,15 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, bool, Callable[[Row], str]]]
         found += [
             (f"{engine} top-1 %", True, _export("top1", percent)),
             ("same argmax %", True, _export("argmax_agreement", percent)),
+            ("as trained %", True, _export("as_trained", _as_trained)),
             ("max logit diff.", True, _export("max_logit_difference", lambda v: number(v))),
         ]
     return found
+
+
+def _as_trained(found: Any) -> str:
+    """Agreement with the net before its biases were rounded for the engine."""
+    return percent((found or {}).get("argmax_agreement"))
 
 
 def reference(rows: Sequence[Row]) -> str:
@@ -119,7 +125,8 @@ def _caption(results: Mapping[str, Any]) -> str:
             lines.append(
                 f"{row.get('net')} on {export.get('engine', 'its engine')}: "
                 f"top-1 {percent(export.get('top1'))} %, "
-                f"same argmax as trained {percent(export.get('argmax_agreement'))} %, "
+                f"same argmax as deployed {percent(export.get('argmax_agreement'))} %, "
+                f"as trained {_as_trained(export.get('as_trained'))} %, "
                 f"largest logit difference {number(export.get('max_logit_difference'))}"
             )
     return "\n".join(lines)

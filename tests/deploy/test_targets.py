@@ -67,6 +67,29 @@ def test_rules_that_an_engine_cannot_run_are_named(target, rule, message):
         targets.check([rule], target)
 
 
+@pytest.mark.parametrize(
+    ("target", "rounded"),
+    [("onnxruntime-x86-vnni", True), ("openvino-cpu-vnni", False), (None, False)],
+)
+def test_files_have_integer_biases_for_engines_that_add_integers(tmp_path, target, rounded):
+    onnx = pytest.importorskip("onnx")
+    net, variables, images = small_nets.case("w8a8")
+    graph = onnx.load(
+        to_onnx(net, variables, images, tmp_path / "m.onnx", target=target).path
+    ).graph
+    stored = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    farthest = []
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            scales = [stored[makers[name].input[1]].astype(np.float64) for name in node.input[:2]]
+            units = stored[node.input[2]] / (scales[0] * scales[1])
+            farthest.append(np.abs(units - np.round(units)).max())
+    assert len(farthest) == 6
+    # float32 holds biases of some 10,000 units to a thousandth of a unit
+    assert max(farthest) < 2e-2 if rounded else min(farthest) > 0.1
+
+
 def test_a_config_that_names_a_target_gets_rules_that_fit():
     fields = {"model": "mlp", "hidden": (8,), "rules": "w8a8"}
     net = build_net("student", fields, {}, DATA, 3, "openvino-cpu")
