@@ -4,9 +4,7 @@
 those of the authors or, for losses that came before, of RepDistiller's commands (Tian et al. 2019,
 arXiv 1910.10699), both for CIFAR-100; courses of 20, 30 or 10 epochs of their 240 are fractions
 here.
-Where no published weight could be read, the row says so. Taps and adaptors are the loss's own
-(`training/adaptors`) unless a row says otherwise: `fitnet` and `vid` look at the last map alone,
-where the papers have a middle one and all of them.
+Taps and adaptors are the loss's own (`training/adaptors`).
 """
 
 from __future__ import annotations
@@ -27,7 +25,8 @@ TERMS: dict[str, tuple[float, dict[str, Any]]] = {
     "dkd": (1.0, dict(weight=1.0, alpha=1.0, beta=8.0, temperature=4.0, warmup=20 / 240)),
     "nkd": (1.0, dict(weight=1.0, gamma=3.5, temperature=3.0)),
     "dist": (1.0, dict(weight=2.0, beta=1.0, gamma=1.0, temperature=4.0)),
-    "mlkd": (1.0, dict(weight=1.0, temperature=4.0)),  # weight not read
+    # The authors' code takes kd's weights, for each of its two views (one here).
+    "mlkd": (0.1, dict(weight=0.9, temperature=4.0)),
     "ctkd": (
         0.1,
         dict(weight=0.9, reversal=dict(begin=0.0, end=1.0, shape="cosine", steps=10 / 240)),
@@ -39,7 +38,9 @@ TERMS: dict[str, tuple[float, dict[str, Any]]] = {
     "logit_regression": (0.0, dict(weight=0.2)),  # 2 / classes for ten: a mean squared error
     "kd_mean": (0.1, dict(weight=0.9, temperature=4.0)),
     "kd_sum": (0.1, dict(weight=0.45, temperature=4.0)),  # two teachers
-    "ca_mkd": (1.0, dict(weight=1.0, temperature=4.0)),  # weight not read
+    # 1 over two teachers: the authors' code, at weight 1, divides by their number once more. Its
+    # second loss, on features at 50, is not part of this one.
+    "ca_mkd": (1.0, dict(weight=0.5, temperature=4.0)),
     # Features.
     "fitnet": (1.0, dict(weight=100.0)),
     "at": (1.0, dict(weight=1000.0, mode="code")),
@@ -47,8 +48,8 @@ TERMS: dict[str, tuple[float, dict[str, Any]]] = {
     "vid": (1.0, dict(weight=1.0)),
     "ofd": (1.0, dict(weight=1e-3)),
     "reviewkd": (1.0, dict(weight=5.0, warmup=20 / 240)),
-    "semckd": (1.0, dict(weight=400.0)),  # weight not verified
-    "ickd": (1.0, dict(weight=1.0)),  # weight not read
+    "semckd": (1.0, dict(weight=400.0)),  # the authors' command has kd at weight 1 as well
+    "ickd": (1.0, dict(weight=2.5)),
     "simkd": (0.0, dict(weight=1.0)),  # the student's own classifier is the teacher's
     # Stages of their own in the paper: first these alone, then the labels.
     "fsp": (1.0, dict(weight=50.0, end=30 / 240)),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import common, terms
-from qkd_jax import experiment
+from qkd_jax import data, experiment
 from qkd_jax.losses import LOSSES
 from qkd_jax.training.checkpoint import Checkpoints
 from qkd_jax.training.loop import Preempted
@@ -73,7 +73,7 @@ def test_a_run_with_a_bank_resumes_bit_for_bit_and_leaves_it_behind(tmp_path, mo
         "tune": (3, {"student": taught("crd", **CRD)}, "distil"),
     }
     experiment.run(config_of(stages), tmp_path / "whole", report=False, verbose=False)
-    halted = tmp_path / "halted"
+    halted, looked = tmp_path / "halted", 0
     for questions in (5, 5, 4, 100):
         stop = StopAt(questions)
         monkeypatch.setattr(
@@ -87,6 +87,14 @@ def test_a_run_with_a_bank_resumes_bit_for_bit_and_leaves_it_behind(tmp_path, mo
             assert any("owned/crd/memory/student" in name for name in saved.tree)
             assert any("owned/crd/params" in name for name in saved.tree)
             assert any("owned/crd/opt" in name for name in saved.tree)
+            # Classes are known from the start, not only of the examples that were seen.
+            assert saved.meta["stage_step"] * 16 < 96
+            (known,) = (x for name, x in saved.tree.items() if name.endswith("crd/memory/label"))
+            np.testing.assert_array_equal(
+                known, data.load("synthetic", train_examples=96).train_labels
+            )
+            looked += 1
+    assert looked
     one, two = final(tmp_path / "whole"), final(halted)
     assert tree_sha256(one.tree) == tree_sha256(two.tree)
     assert not any("owned" in name for name in one.tree)

@@ -93,6 +93,7 @@ def train(
     plan = plan_stage(run.nets, stage)
     compiled = run.steps.get(plan)
     done = run.stage_step
+    dataset = run.training_set(images)
     state = start_state(
         plan,
         run.variables,
@@ -100,10 +101,11 @@ def train(
         seed=run.settings["seed"],
         owned=_owned(run, stage, plan),  # before the optimizers are taken out
         opt=_optimizers(run, stage, plan),
+        labels=dataset.train_labels,
     )
     start = stage.data_start
     batches = data.train_batches(
-        run.training_set(images),
+        dataset,
         batch_size=batch_size,
         seed=run.settings["seed"],
         augment=augment,

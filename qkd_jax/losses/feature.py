@@ -154,22 +154,22 @@ def at(
 
 
 def vid(
-    student_feature: jax.Array,
-    teacher_feature: jax.Array,
-    variance: jax.Array,
+    student_features: Sequence[jax.Array],
+    teacher_features: Sequence[jax.Array],
+    variances: Sequence[jax.Array],
     *,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """Variational information distillation: likelihood of the teacher's feature, a Gaussian.
+    """Variational information distillation: likelihood of the teacher's features, Gaussians.
 
-    With one learned variance v_c per channel:
+    With one learned variance v_lc per channel, summed over the features:
 
-        L = 1/2 mean ((f_student - f_teacher)^2 / v + log v)
+        L = 1/2 sum_l mean ((f_l^student - f_l^teacher)^2 / v_l + log v_l)
 
     Args:
-      student_feature: map or vector, adapted: the predicted mean; the net that learns.
-      teacher_feature: as many channels; no gradient flows into it.
-      variance: v, [channels], above 0; the gradient flows into it.
+      student_features: tuple of maps or vectors, adapted: predicted means; the net that learns.
+      teacher_features: as many, with as many channels; no gradient flows into them.
+      variances: tuple of v, [channels] each, above 0; the gradient flows into them.
       where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
@@ -184,17 +184,23 @@ def vid(
       which starts where that is 5.
 
     Note:
-      In one well-known code base the a are not registered as parameters and never learned.
+      In one well-known code base the a are not registered as parameters and never learned. The
+      loss looks at all stages, as common code does, each at weight 1; the paper picks the pairs.
 
     Reference:
       Ahn et al., 2019, arXiv 1904.05835.
     """
-    student, teacher, mask = prepare_features(student_feature, teacher_feature, where)
-    variance = jnp.asarray(variance)
-    checks.vector("variance", variance, student.shape[-1], "one entry per channel")
-    shape = (1,) * (student.ndim - 1) + (-1,)
-    v = variance.astype(student.dtype).reshape(shape)
-    return keep(0.5 * example_means(jnp.square(student - teacher) / v + jnp.log(v)), mask)
+    pairs, mask = prepare_feature_lists(student_features, teacher_features, where)
+    check_tuple("variances", variances, "one vector [channels] per feature")
+    if len(variances) != len(pairs):
+        raise ValueError(f"variances has {len(variances)} entries; the features are {len(pairs)}.")
+    value = jnp.zeros(pairs[0][0].shape[0], pairs[0][0].dtype)
+    for i, ((student, teacher), variance) in enumerate(zip(pairs, variances, strict=True)):
+        v = jnp.asarray(variance)
+        checks.vector(f"variances[{i}]", v, student.shape[-1], "one entry per channel")
+        v = v.astype(student.dtype).reshape((1,) * (student.ndim - 1) + (-1,))
+        value += 0.5 * example_means(jnp.square(student - teacher) / v + jnp.log(v))
+    return keep(value, mask)
 
 
 def ft(

@@ -22,8 +22,9 @@ from qkd_jax.training.terms import Term, loss_inputs
 
 __all__ = ["Owned", "Start"]
 
-# start(key, variables of the source or None) -> {"params", "batch_stats", "teacher", "memory"}
-Start = Callable[[jax.Array, Mapping[str, Any] | None], dict[str, Any]]
+# start(key, variables of the source or None, labels [examples] of the training set or None)
+# -> {"params", "batch_stats", "teacher", "memory"}
+Start = Callable[[jax.Array, Mapping[str, Any] | None, jax.Array | None], dict[str, Any]]
 # Positional names of a loss for which the step itself has something. Any other is the adaptor's.
 STEP_INPUTS = (
     *("logits", "student_logits", "teacher_logits", "teachers_logits"),
@@ -135,7 +136,9 @@ class Owned:
         if not term.owns:
             return None
 
-        def start(key: jax.Array, teacher: Mapping[str, Any] | None) -> dict[str, Any]:
+        def start(
+            key: jax.Array, teacher: Mapping[str, Any] | None, labels: jax.Array | None
+        ) -> dict[str, Any]:
             state: dict[str, Any] = {}
             if term.adaptor is not None:
                 features = self._zeros(term)
@@ -149,7 +152,10 @@ class Owned:
             if "memory" in term.inputs:
                 first = jax.eval_shape(lambda: self._inputs(term, state)[term.inputs[0]])
                 state["memory"] = losses.MEMORY[self.loss](
-                    self._data().examples, first.shape[-1], key=jax.random.fold_in(key, 1)
+                    self._data().examples,
+                    first.shape[-1],
+                    key=jax.random.fold_in(key, 1),
+                    labels=labels,
                 )
             return state
 
@@ -185,7 +191,7 @@ class Owned:
         """
 
         def run() -> Any:
-            state = {} if start is None else start(jax.random.key(0), None)
+            state = {} if start is None else start(jax.random.key(0), None, None)
             tree = arguments.get("tree")
             # A class tree says how many classes it is for.
             classes = len(find(tree).classes) if tree else 4

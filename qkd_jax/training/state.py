@@ -110,6 +110,7 @@ def start_state(
     seed: int = 0,
     opt: Mapping[str, Any] | None = None,
     owned: Mapping[str, Mapping[str, Any]] | None = None,
+    labels: np.ndarray | jax.Array | None = None,
 ) -> TrainState:
     """State at the start of a stage.
 
@@ -121,12 +122,15 @@ def start_state(
         opt: {net: optimizer state} for nets that continue an earlier stage's optimizer; every
             other net starts a new one.
         owned: {net: {label: what a term owns}} for terms that go on; every other starts anew.
+        labels: [examples] integers, the labels of the training set in the order of the batches'
+            "index". Memories draw examples by class; without labels they learn them batch by batch.
 
     Returns:
         A state that shares no buffer with the arguments (the step donates it).
 
     Raises:
-        ValueError: Variables are missing, are folded, or an optimizer state of another kind.
+        ValueError: Variables are missing, are folded, an optimizer state of another kind, or
+            labels of another number than that of the training examples.
     """
     nets = _pick(plan, variables, plan.learners)
     states: dict[str, Any] = {}
@@ -144,18 +148,23 @@ def start_state(
         nets=_copy(nets),
         opt=_copy(states),
         hyper=_copy(plan.hyper),
-        loss_state=_copy(_loss_state(plan, variables, seed, owned or {})),
+        loss_state=_copy(_loss_state(plan, variables, seed, owned or {}, labels)),
         finite=jnp.asarray(True),
     )
 
 
 def init_owned(
-    plan: Plan, net: str, term: str, key: jax.Array, teacher: Mapping[str, Any] | None
+    plan: Plan,
+    net: str,
+    term: str,
+    key: jax.Array,
+    teacher: Mapping[str, Any] | None,
+    labels: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """What a term owns when it starts; `teacher` holds its source's variables."""
+    """What a term owns when it starts, of its source's variables and the training set's labels."""
     slot = plan.slots[net]
     (learner,) = (n for n in plan.structure.learners if n.slot == slot)
-    state = plan.starts[slot][term](key, teacher)
+    state = plan.starts[slot][term](key, teacher, labels)
     if state.get("params"):
         state["opt"] = optim.init_optimizer(learner.optim, {"params": state["params"]})["inner"]
     return state
@@ -172,6 +181,7 @@ def _loss_state(
     variables: Mapping[str, Variables],
     seed: int,
     owned: Mapping[str, Mapping[str, Any]],
+    labels: np.ndarray | jax.Array | None,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for learner in plan.structure.learners:
@@ -184,7 +194,10 @@ def _loss_state(
             if state is None:
                 source = variables[plan.net_of(term.sources[0])] if term.sources else None
                 begin = functools.partial(init_owned, plan, net, term.name)
-                state = jit_once(begin)(stream_key(seed, f"loss/{net}/{label}"), source)
+                key = stream_key(seed, f"loss/{net}/{label}")
+                state = jit_once(begin)(
+                    key, source, None if labels is None else jnp.asarray(labels)
+                )
             found.setdefault(learner.slot, {})[term.name] = state
     return found
 

@@ -68,11 +68,12 @@ def at_cubed(student_features, teacher_features, **_):
     )
 
 
-def vid(student_feature, teacher_feature, variance):
-    loss = mid_level.VIDLoss(pairs_of(["0"], weight=1))
-    mean = chw(student_feature)
-    v = variance[None, :, None, None].expand_as(mean) if mean.ndim == 4 else variance[None]
-    return loss(outputs([(mean, v)]), outputs([chw(teacher_feature)]))
+def vid(student_features, teacher_features, variances):
+    loss = mid_level.VIDLoss(pairs_of([str(i) for i in range(len(variances))], weight=1))
+    means = [chw(x) for x in student_features]
+    spread = [v[None, :, None, None].expand_as(m) for m, v in zip(means, variances, strict=True)]
+    given = outputs(list(zip(means, spread, strict=True)))
+    return loss(given, outputs([chw(x) for x in teacher_features]))
 
 
 def ft(student_feature, teacher_feature):
@@ -281,7 +282,7 @@ def maps(*shapes):
 INPUTS = {
     "map": {"student_feature": normal(4, 5, 5, 3), "teacher_feature": normal(4, 5, 5, 3)},
     "mixed_map": {"student_feature": normal(3, 7, 6, 4), "teacher_feature": normal(3, 4, 9, 4)},
-    "variance": {"variance": np.float32([0.3, 1.0, 4.0])},
+    "variances": {"variances": (np.float32([0.3, 4.0]), np.float32([0.5, 1.0, 2.0, 3.0]))},
     "vector": {"student_feature": normal(6, 5), "teacher_feature": normal(6, 8)},
     "map_and_vector": {"student_feature": normal(4, 2, 3, 2), "teacher_feature": normal(4, 9)},
     "maps": {
@@ -331,7 +332,7 @@ CASES = [
     ("at", "", "mixed_maps", at),
     ("at", "mode=paper", "mixed_maps", at),
     ("at", "power=3", "maps", at_cubed),
-    ("vid", "", "map+variance", vid),
+    ("vid", "", "maps+variances", vid),
     ("ft", "", "map", ft),
     ("reviewkd", "", "maps", reviewkd),
     ("reviewkd", "", "high_maps", reviewkd),

@@ -86,7 +86,7 @@ PAIRS = tuple(zip(MAPS, SECOND_MAPS, strict=True))
         ("fsp", PAIRS, {}, 0.0961573),
         ("ft", MAPS, {}, 0.0516113),
         ("ab", LISTS, {}, 637.396933),
-        ("vid", (*MAPS, np.full(6, 5.0)), {}, 1.0525668),
+        ("vid", (*LISTS, (np.full(6, 5.0),)), {}, 1.0525668),
         ("ofd", (*LISTS, (np.full(6, -0.5),)), {}, 637.975629),
         ("reviewkd", LISTS, {}, 1.7090451),
     ],

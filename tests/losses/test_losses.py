@@ -37,7 +37,7 @@ INPUTS = {
     "teacher_features": (_normal(6, 4, 4, 3), _normal(7, 2, 2, 5)),
     "student_embedding": _normal(8, 6),
     "teacher_embedding": _normal(9, 6),
-    "variance": np.array([1.5, 2.0, 3.0], np.float32),
+    "variances": (np.float32([1.5, 2.0, 3.0]), np.float32([0.5, 1.0, 2.0, 3.0, 4.0])),
     "margins": (np.full(3, -0.4, np.float32), np.full(5, -0.7, np.float32)),
     "index": np.array([3, 9, 0, 11, 7, 5, 1, 8], np.int32),
     "memory": crd_memory(12, 6, key=jax.random.key(1), labels=np.arange(12) % CLASSES)
@@ -54,7 +54,7 @@ OTHER_INPUTS = {
         )
     }
 }
-SHARED = ("temperature", "variance", "margins", "memory", "key")
+SHARED = ("temperature", "variances", "margins", "memory", "key")
 LEARNERS = ("logits", "student_logits", "student_feature", "student_features", "student_embedding")
 DETACHED = ("teacher_logits", "teachers_logits", "teacher_feature", "teacher_features", "margins")
 # Not 0 at student = teacher: cross-entropies, a likelihood, a margin, contrast with others.

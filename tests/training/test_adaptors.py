@@ -32,7 +32,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", [n for n in adaptors.ADAPTORS if n != "ctkd"])
 def test_adapted_features_fit_the_loss(name, shapes):
     students, teachers = SHAPES[shapes]
-    several = name in ("ab", "ofd", "fsp", "reviewkd", "semckd")
+    several = name in ("ab", "ofd", "fsp", "reviewkd", "semckd", "vid")
     students, teachers = (s if several else s[-1:] for s in (students, teachers))
     module = adaptors.build(name, students, teachers)
     assert hash(module) == hash(adaptors.build(name, students, teachers))
@@ -85,7 +85,7 @@ def test_a_variance_starts_where_it_is_said():
     features = jnp.ones((2, 4, 4, 3)), jnp.ones((2, 4, 4, 6))
     variables = module.init(jax.random.key(0), features[:1], features[1:])
     outputs = module.apply(variables, features[:1], features[1:])
-    np.testing.assert_allclose(outputs["variance"], np.full(6, 2.5), rtol=1e-5)
+    np.testing.assert_allclose(outputs["variances"], [np.full(6, 2.5)], rtol=1e-5)
 
 
 def test_a_temperature_starts_at_the_authors():

@@ -159,6 +159,25 @@ def test_nothing_is_tapped_where_nobody_looks():
     assert start_state(plan, variables).loss_state == {}
 
 
+def test_a_bank_knows_the_classes_from_the_start():
+    _, variables = tiny.nets()
+    plan, labels = plan_of("crd"), np.arange(tiny.DATA.examples) % tiny.CLASSES
+    state = start_state(plan, variables, labels=labels)
+    np.testing.assert_array_equal(state.loss_state["net0"]["term0"]["memory"]["label"], labels)
+    assert np.all(start_state(plan, variables).loss_state["net0"]["term0"]["memory"]["label"] == -1)
+    with pytest.raises(ValueError, match=r"labels has shape \(23,\)"):
+        start_state(plan, variables, labels=labels[1:])
+
+
+def test_where_losses_look_unless_told_otherwise():
+    """FitNets' hint is a middle layer; the likelihood of VID is that of all stages."""
+    (term,) = plan_of("fitnet").structure.learners[0].terms
+    assert (term.taps, term.teacher_taps) == (("stage1",), ("stage2",))
+    (term,) = plan_of("vid").structure.learners[0].terms
+    # Unlike depths: the deepest belong together.
+    assert (term.taps, term.teacher_taps) == (("stage1", "stage2"), ("stage2", "stage3"))
+
+
 def test_a_bad_adaptor_leaves_everything_and_is_named():
     _, variables = tiny.nets()
     plan = plan_of("cc_adjacent")

@@ -20,6 +20,9 @@ def test_every_family_sows_stages_and_pooled(name):
     stages = found.stages()
     assert len(stages) >= 2 and "pooled" in found.sown
     assert resolve_taps("taps", found, "last") == (stages[-1],)
+    # The second of three or four, the first of two: as many before it as behind it, or one less.
+    (middle,) = resolve_taps("taps", found, "middle")
+    assert len(stages) - 2 * stages.index(middle) in (1, 2)
     before = resolve_taps("taps", found, "pre")
     assert [n.removesuffix("_pre") for n in before] == stages
     assert all(found.shape(n).shape[0] == 2 for n in found.sown)

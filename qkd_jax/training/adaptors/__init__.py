@@ -49,6 +49,7 @@ ADAPTORS: dict[str, Callable[..., nn.Module | None]] = {
 
 # Where a loss looks unless its row says so: (taps of the student, taps of the teacher).
 TAPS: dict[str, tuple[Any, Any]] = {
+    "fitnet": ("middle", "middle"),
     "ab": ("pre", "pre"),
     "ofd": ("pre", "pre"),
     "reviewkd": (("stages", "pooled"), ("pre", "pooled")),

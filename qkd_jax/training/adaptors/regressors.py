@@ -138,36 +138,39 @@ def fsp(student: tuple[Shape, ...], teacher: tuple[Shape, ...]):
 
 
 class Vid(nn.Module):
-    """Mean and variance of the teacher's feature given the student's, each a Gaussian.
+    """Mean and variance of the teacher's features given the student's, each a Gaussian.
 
-    The mean is 1x1 - ReLU - 1x1 - ReLU - 1x1 of the student's map (all without bias, as wide as the
+    A mean is 1x1 - ReLU - 1x1 - ReLU - 1x1 of the student's map (all without bias, as wide as the
     teacher's); the variance of a channel is softplus(a) + 1e-5 and starts at `initial`.
 
     Reference: Ahn et al., 2019, arXiv 1904.05835, section 3.2; the paper has BatchNorm between the
     layers, its later re-implementations, like this, have none.
     """
 
-    channels: int
+    channels: tuple[int, ...]
     initial: float = 5.0
 
     @nn.compact
     def __call__(self, students: Features, teachers: Features, train: bool = False):
         """See the module's text."""
         del train
-        x = as_map(students[-1])
-        for index in range(3):
-            x = conv(self.channels, name=f"mean{index}")(nn.relu(x) if index else x)
-        start = math.log(math.expm1(self.initial - 1e-5))
-        raw = self.param("variance", nn.initializers.constant(start), (self.channels,))
-        variance = nn.softplus(raw) + 1e-5
-        return outputs((x,), (as_map(teachers[-1]),), variance=variance)
+        start = nn.initializers.constant(math.log(math.expm1(self.initial - 1e-5)))
+        means, variances = [], []
+        for index, (x, channels) in enumerate(zip(students, self.channels, strict=True)):
+            x = as_map(x)
+            for layer in range(3):
+                x = conv(channels, name=f"mean{index}_{layer}")(nn.relu(x) if layer else x)
+            means.append(x)
+            raw = self.param(f"variance{index}", start, (channels,))
+            variances.append(nn.softplus(raw) + 1e-5)
+        return outputs(tuple(means), tuple(map(as_map, teachers)), variances=tuple(variances))
 
 
 def vid(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, initial: float = 5.0):
     """`initial` is the variance to start from."""
     del student
     checks.in_range("initial", initial, 1e-4, 1e4)
-    return Vid(_maps(teacher)[-1][2], float(initial))
+    return Vid(tuple(m[2] for m in _maps(teacher)), float(initial))
 
 
 class Ofd(nn.Module):
