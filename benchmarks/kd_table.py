@@ -9,6 +9,8 @@
 Every arm is a run folder of its own under --out, the student's part of `configs/feature_kd.py`, so
 a stopped table goes on where it was; finished arms are read, not run. Seeds come one after another,
 so that an unfinished table has equal seeds in most rows. Losses of several teachers are left out.
+With `--bits=w2a2` the students of --students are quantized and learn again, and `QKD` (the three
+phases, the teacher learning in the second) is a row like the losses.
 Prints a markdown table (mean +- standard deviation over seeds) and writes kd_table.json and
 kd_table.png. `mistake severity` is the mean height of the lowest common ancestor of the predicted
 and the true class in the data set's class tree, over the mistakes; `s/step` is wall time on the
@@ -22,9 +24,9 @@ import statistics
 
 import arms
 
-from configs import feature_kd, terms
+from configs import feature_kd, qkd, terms
 
-ALONE = "labels alone"
+ALONE, QKD = "labels alone", "QKD"
 
 
 def parse():
@@ -48,6 +50,8 @@ def parse():
 
 def config_of(args, loss, seed):
     """`configs/feature_kd.py` with a trained teacher, and the one of its arms that is wanted."""
+    if loss == QKD:
+        return qkd_config(args, seed)
     given = dict(
         loss="kd" if loss == ALONE else loss,
         data=args.data,
@@ -83,13 +87,40 @@ def config_of(args, loss, seed):
     return config.lock()
 
 
+def qkd_config(args, seed):
+    """`configs/qkd.py` from the same nets, without its controls, which are arms here."""
+    given = dict(
+        data=args.data,
+        teacher=args.teacher,
+        teacher_width=args.teacher_width,
+        student=args.student,
+        student_width=args.student_width,
+        bits=args.bits,
+        teacher_from=args.teachers.format(seed=seed) + "#net",
+        init_from=args.students.format(seed=seed) + "#net",
+        seed=seed,
+        train_examples=args.train_examples,
+        epochs=args.epochs,
+    )
+    config = arms.undeployed(qkd.get_config(",".join(f"{k}={v}" for k, v in given.items())))
+    config = config.unlock()
+    stages = ("qat_only", "qat_fixed_teacher", "reestimate_bn_controls", "evaluate_controls")
+    for name in stages:
+        del config.stages[name]
+    for name in stages[:2]:
+        del config.nets[name]
+    config.schedule = tuple(s for s in config.schedule if s not in stages)
+    return config.lock()
+
+
 def show(found, teachers):
     """Prints the markdown table and returns it as data."""
     table = {}
     for (loss, _), (rows, timings) in found.items():
         cells = table.setdefault(loss, {"top1": [], "loss": [], "severity": [], "step": []})
-        row = next((r for r in rows if r["net"] == "student"), {})
-        times = timings.get("stages", {}).get("distil", {})
+        # QKD's teacher and student have rows of the float nets before.
+        row = next((r for r in reversed(rows) if r["net"] == "student"), {})
+        times = timings.get("stages", {}).get("co_study" if loss == QKD else "distil", {})
         cells["top1"].append(100 * row.get("top1", float("nan")))
         cells["loss"].append(row.get("loss", float("nan")))
         cells["severity"].append(row.get("severity") or float("nan"))
@@ -126,7 +157,7 @@ def main():
                 continue
             found[loss, seed] = result
             for row in result[0]:
-                if row["net"] == "teacher":
+                if row["net"] == "teacher" and row["method"] == "labels":
                     teachers[seed] = 100 * row["top1"]
     if not found:
         raise SystemExit(f"No arm is finished under {out}; run without --dry.")

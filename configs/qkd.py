@@ -19,7 +19,11 @@ from configs import common, terms
 
 
 def get_config(arg=""):
-    """Returns the config. Arguments: see `parse_arg` below; bits is w2a2, w4a4, ... or ternary."""
+    """Returns the config; its arguments are the defaults below.
+
+    `bits` is w2a2, w4a4, ... or ternary; `teacher_from` and `init_from` take float weights from runs or files instead of training them
+    here.
+    """
     args = common.parse_arg(
         arg,
         data="digits",
@@ -29,6 +33,8 @@ def get_config(arg=""):
         teacher_width=16,
         bits="w2a2",
         loss="kd",
+        teacher_from="",
+        init_from="",
         seed=0,
         train_examples=-1,
         epochs=0.0,
@@ -45,12 +51,14 @@ def get_config(arg=""):
         rules=args.bits,
         reduce_range=args.reduce_range,
     )
-    config.nets.teacher = common.net(args.teacher, width=args.teacher_width)
+    config.nets.teacher = common.net(
+        args.teacher, width=args.teacher_width, init_from=args.teacher_from
+    )
     # A copy of the moment at which it first takes part: `evaluate_float`.
     config.nets.teacher_before = common.net(
         args.teacher, width=args.teacher_width, init_from="teacher"
     )
-    config.nets.student = common.net(**quantized)
+    config.nets.student = common.net(**quantized, init_from=args.init_from)
     config.nets.qat_only = common.net(**quantized, init_from="student")
     config.nets.qat_fixed_teacher = common.net(**quantized, init_from="student")
 
@@ -75,8 +83,10 @@ def get_config(arg=""):
         return terms.learn(args.loss, source)
 
     stages = config.stages
-    stages.pretrain_teacher = of_float("teacher")
-    stages.pretrain_student = of_float("student")
+    if not args.teacher_from:
+        stages.pretrain_teacher = of_float("teacher")
+    if not args.init_from:
+        stages.pretrain_student = of_float("student")
     stages.evaluate_float = common.evaluate("teacher_before", teacher="float", student="float")
     stages.calibrate = common.calibrate("student")
     stages.qat_only = stage(1.0, dict(qat_only=dict(ce=common.ce())), dict(qat_only=low_bit()))
@@ -103,8 +113,7 @@ def get_config(arg=""):
     stages.deploy = common.deploy("student")
 
     config.schedule = (
-        "pretrain_teacher",
-        "pretrain_student",
+        *(name for name in ("pretrain_teacher", "pretrain_student") if name in stages),
         "evaluate_float",
         "calibrate",
         "qat_only",

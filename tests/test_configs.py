@@ -232,3 +232,13 @@ def test_reduced_range_spares_the_low_bits():
     assert [r.input.bits for r in rules] == [8, 8, 2]
     assert presets.rules("w5a3")[-1].weight.bits == 5
     assert presets.rules("ternary")[-1].weight.format.qmin == -1
+
+
+def test_qkd_starts_from_nets_that_are_trained():
+    config = qkd.get_config("teacher_from=t.npz,init_from=s.npz")
+    assert config.schedule[0] == "evaluate_float"
+    assert "pretrain_teacher" not in config.stages
+    assert "pretrain_student" not in config.stages
+    assert config.nets.teacher.init_from == "t.npz"
+    assert config.nets.student.init_from == "s.npz"
+    assert qkd.get_config("init_from=s.npz").schedule[0] == "pretrain_teacher"
