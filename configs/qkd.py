@@ -21,8 +21,8 @@ from configs import common, terms
 def get_config(arg=""):
     """Returns the config; its arguments are the defaults below.
 
-    `bits` is w2a2, w4a4, ... or ternary; `teacher_from` and `init_from` take float weights from runs or files instead of training them
-    here.
+    `bits` is w2a2, w4a4, ... or ternary; `teacher_from` and `init_from` take float weights from
+    runs or files instead of training them here.
     """
     args = common.parse_arg(
         arg,
