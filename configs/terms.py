@@ -25,8 +25,10 @@ TERMS: dict[str, tuple[float, dict[str, Any]]] = {
     "dkd": (1.0, dict(weight=1.0, alpha=1.0, beta=8.0, temperature=4.0, warmup=20 / 240)),
     "nkd": (1.0, dict(weight=1.0, gamma=3.5, temperature=3.0)),
     "dist": (1.0, dict(weight=2.0, beta=1.0, gamma=1.0, temperature=4.0)),
-    # The authors' code takes kd's weights, for each of its two views (one here).
-    "mlkd": (0.1, dict(weight=0.9, temperature=4.0)),
+    # The authors' code takes kd's weights, at a batch of 64 over 100 classes. Its products of
+    # classes grow as (batch / classes)^2, 400 times from there to 128 over ten, where those
+    # weights ruin a net in a few steps.
+    "mlkd": (1.0, dict(weight=0.01, temperature=4.0)),
     "ctkd": (
         0.1,
         dict(weight=0.9, reversal=dict(begin=0.0, end=1.0, shape="cosine", steps=10 / 240)),
@@ -48,7 +50,9 @@ TERMS: dict[str, tuple[float, dict[str, Any]]] = {
     "vid": (1.0, dict(weight=1.0)),
     "ofd": (1.0, dict(weight=1e-3)),
     "reviewkd": (1.0, dict(weight=5.0, warmup=20 / 240)),
-    "semckd": (1.0, dict(weight=400.0)),  # the authors' command has kd at weight 1 as well
+    # 400 in the authors' code, with kd at weight 1 as well, and heavy-ball momentum at a rate of
+    # 0.05: Nesterov's at 0.1 leaves the finite numbers with it (the adaptors' last convolutions).
+    "semckd": (1.0, dict(weight=100.0)),
     "ickd": (1.0, dict(weight=2.5)),
     "simkd": (0.0, dict(weight=1.0)),  # the student's own classifier is the teacher's
     # Stages of their own in the paper: first these alone, then the labels.
