@@ -217,7 +217,7 @@ def term(
       weight: a number, or a ramp over the stage such as dict(begin=1.0, end=0.1, shape="cosine"),
         as every number of the loss may be.
       taps: where the loss looks in the net that learns: features or modules by name, or "last",
-        "middle", "stages", "pre"; "" leaves it to the loss.
+        "middle", "shallow", "stages", "pre"; "" leaves it to the loss.
       teacher_taps: the same for the source.
       start: from where on the term counts; steps, or below 1 a fraction of the stage.
       end: until where; 0 is the end of the stage.

@@ -43,6 +43,9 @@ TERMS: dict[str, tuple[float, dict[str, Any]]] = {
     # 1 over two teachers: the authors' code, at weight 1, divides by their number once more. Its
     # second loss, on features at 50, is not part of this one.
     "ca_mkd": (1.0, dict(weight=0.5, temperature=4.0)),
+    # Its heads learn from a teacher here; without one (configs/byot.py) from their own net. Common
+    # code's numbers.
+    "byot": (1.0, dict(weight=1.0, alpha=0.1, temperature=3.0, hint=1.28e-4)),
     # Features.
     "fitnet": (1.0, dict(weight=100.0)),
     "at": (1.0, dict(weight=1000.0, mode="code")),

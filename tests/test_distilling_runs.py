@@ -1,6 +1,7 @@
 """Runs whose losses own something: resumed, continued, left behind; and borrowed classifiers."""
 
 import contextlib
+import json
 
 import numpy as np
 import pytest
@@ -65,6 +66,19 @@ class StopAt:
         return self.left < 0
 
 
+def run_with_stops(config, folder, monkeypatch, questions):
+    """Runs a config that is asked to stop again and again; yields each checkpoint, then returns."""
+    for count in (*questions, 1000):
+        stop = StopAt(count)
+        monkeypatch.setattr(
+            experiment, "GracefulStop", lambda stop=stop: contextlib.nullcontext(stop)
+        )
+        with contextlib.suppress(Preempted):
+            experiment.run(config, folder, report=False, verbose=False)
+            return
+        yield final(folder)
+
+
 @pytest.mark.slow
 def test_a_run_with_a_bank_resumes_bit_for_bit_and_leaves_it_behind(tmp_path, monkeypatch):
     stages = {
@@ -74,15 +88,7 @@ def test_a_run_with_a_bank_resumes_bit_for_bit_and_leaves_it_behind(tmp_path, mo
     }
     experiment.run(config_of(stages), tmp_path / "whole", report=False, verbose=False)
     halted, looked = tmp_path / "halted", 0
-    for questions in (5, 5, 4, 100):
-        stop = StopAt(questions)
-        monkeypatch.setattr(
-            experiment, "GracefulStop", lambda stop=stop: contextlib.nullcontext(stop)
-        )
-        with contextlib.suppress(Preempted):
-            experiment.run(config_of(stages), halted, report=False, verbose=False)
-            break
-        saved = final(halted)
+    for saved in run_with_stops(config_of(stages), halted, monkeypatch, (5, 5, 4)):
         if saved.meta["stage_step"] and saved.meta["stage"] == "distil":
             assert any("owned/crd/memory/student" in name for name in saved.tree)
             assert any("owned/crd/params" in name for name in saved.tree)
@@ -119,6 +125,52 @@ def test_a_stage_that_continues_goes_on_with_what_its_terms_own(tmp_path):
     assert student["one"].keys() == student["two"].keys()
     for path, leaf in student["one"].items():
         np.testing.assert_allclose(student["two"][path], leaf, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_heads_resume_bit_for_bit_and_are_left_behind(tmp_path, monkeypatch):
+    rows = {"ce": common.ce(), "byot": common.term("byot", hint=0.01)}
+    config = config_of({"distil": (6, {"student": rows}, "")})
+    config.stages.evaluate = common.evaluate(student="own teacher")
+    config.schedule = (*config.schedule, "evaluate")
+    whole = experiment.run(config, tmp_path / "whole", report=False, verbose=False)
+    halted, places = tmp_path / "halted", []
+    for saved in run_with_stops(config, halted, monkeypatch, (3, 0, 1)):
+        places.append((saved.meta["stage"], saved.meta["stage_step"]))
+        for part in ("params/head0/kernel", "batch_stats/head0_bn1/mean", "opt/"):
+            there = any(f"owned/byot/{part}" in name for name in saved.tree)
+            assert there == (saved.meta["stage"] == "distil"), part
+    assert places == [("distil", 4), ("distil", 5), ("evaluate", 0)]
+    one, two = final(tmp_path / "whole"), final(halted)
+    assert tree_sha256(one.tree) == tree_sha256(two.tree)
+    assert json.loads((halted / "results.json").read_text())["rows"] == whole["rows"]
+    assert not any("owned" in name or "head0" in name for name in one.tree)
+    student, head, ensemble = whole["rows"]
+    assert [r["net"] for r in (head, ensemble)] == ["student.hidden1", "student.ensemble"]
+    # What is counted is the net alone: 64-12-8-10 dense layers, biases of the last, BatchNorms.
+    assert student["params"] == 64 * 12 + 12 * 8 + 8 * 10 + 10 + 2 * (12 + 8)
+    assert head["params"] is None and head["loss"] != student["loss"]
+
+
+@pytest.mark.slow
+def test_a_quantized_net_is_its_own_teacher_on_digits(tmp_path):
+    from configs import byot
+
+    config = byot.get_config("model=mlp,width=0,bits=w4a4,epochs=1,deploy").unlock()
+    config.log.eval_every_steps = 0
+    config.stages.deploy.latency_rounds = 1
+    results = experiment.run(config.lock(), tmp_path / "run", report=False, verbose=False)
+    rows = {row["net"]: row for row in results["rows"]}
+    assert list(rows) == ["alone", "student", "student.hidden1", "student.ensemble"]
+    assert rows["student"]["weight_bits"] == 4
+    assert rows["student"]["integer"]["argmax_agreement"] == 1.0
+    for key in ("params", "weight_bytes", "student_steps"):
+        assert rows["student"][key] == rows["alone"][key]
+    # The heads moved the net, and their files stayed away.
+    tree = final(tmp_path / "run").tree
+    names = {n.removeprefix("nets/student/") for n in tree if n.startswith("nets/student/")}
+    assert names == {n.removeprefix("nets/alone/") for n in tree if n.startswith("nets/alone/")}
+    assert rows["student"]["loss"] != rows["alone"]["loss"]
 
 
 @pytest.mark.slow

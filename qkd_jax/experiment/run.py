@@ -57,6 +57,8 @@ class Run:
         rows: the results table so far; no times.
         oscillating: {net: {path of a layer: share of its weights that oscillate}}, as the net's
             last training stage left it; empty where that one did not track them.
+        heads: {net: [{"head", metrics}]} of the classifiers that its last training stage had beside
+            the net, at the end of that stage; a list, as a checkpoint keeps no order of names.
         synthetic: {stage: {"sha256"}} of the images that `synthesize` stages made.
         timings: everything that is a time.
         stage_index: place in the schedule.
@@ -75,6 +77,7 @@ class Run:
     optimizers: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     oscillating: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    heads: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     synthetic: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     timings: dict[str, Any] = dataclasses.field(default_factory=dict)
     stage_index: int = 0
@@ -304,6 +307,7 @@ class Run:
             "window": dataclasses.asdict(self.window),
             "rows": self.rows,
             "oscillating": self.oscillating,
+            "heads": self.heads,
             "synthetic": self.synthetic,
             "timings": self.timings,
             "lines": 0 if self.folder is None else self.folder.lines,
@@ -324,6 +328,7 @@ class Run:
         self.window = Window(**saved.meta["window"])
         self.rows = saved.meta["rows"]
         self.oscillating = saved.meta.get("oscillating", {})
+        self.heads = saved.meta.get("heads", {})
         self.synthetic = saved.meta.get("synthetic", {})
         self.timings = saved.meta["timings"]
 

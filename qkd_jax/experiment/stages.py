@@ -19,6 +19,7 @@ from qkd_jax.calibration import calibrate as calibrate_net
 from qkd_jax.deploy import targets
 from qkd_jax.experiment.deployment import deploy
 from qkd_jax.experiment.diagnosis import check_diagnose, diagnose
+from qkd_jax.experiment.heads import head_rows
 from qkd_jax.experiment.ptq_stages import PTQ_CHECKS, PTQ_STAGES
 from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
@@ -132,7 +133,7 @@ def evaluate(
 
     `methods` gives the row's method by net; `reference` is the net with whose argmax agreement is
     counted, as it stands now. `ensembles` adds rows of several nets together, {name: nets}: the
-    mean of their probabilities.
+    mean of their probabilities. Classifiers that trained a net (`byot`) have rows behind it.
     """
     found = {
         name: run.evaluate(name) for name in dict.fromkeys([*nets, *filter(None, [reference])])
@@ -151,6 +152,7 @@ def evaluate(
                 agreement_with=reference or None,
             )
         )
+        run.rows += head_rows(run, name, run.rows[-1])
         run.log(stage, 1, "test", {f"{name}/{k}": v for k, v in found[name].metrics.items()})
     for name, members in (ensembles or {}).items():
         run.rows.append(ensemble_row(run, stage, name, {net: found[net].logits for net in members}))

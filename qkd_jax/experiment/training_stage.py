@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from qkd_jax import data
+from qkd_jax.experiment.heads import evaluate_heads
 from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
 from qkd_jax.experiment.teacher_cache import cached_nets, prepare
@@ -129,6 +130,7 @@ def train(
         finally:
             run.add_times(stage.name, progress.summary())
     _take(run, stage, plan, state, stage.steps, Window())
+    run.heads |= evaluate_heads(run, plan, state)
     # The optimizer and what terms own travel on only if a later stage continues them.
     kept = {net: run.optimizers[stage.name][net] for net in stage.keeps}
     del run.optimizers[stage.name]

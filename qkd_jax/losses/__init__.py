@@ -5,9 +5,9 @@
 (`response.py` for what compares logits, `decoupled.py` for what splits off the labelled class,
 `predictions.py` for logits over a batch, `teachers.py` for several teachers; `feature.py`,
 `gram.py` and `activation.py` for hidden features; `relation.py` and `contrastive.py` for what
-relates examples; `hierarchical.py` for what knows a class tree), import it here and give it a line
-in `LOSSES`: the tests in `tests/losses/test_losses.py` are parametrised over the table and read the
-signature.
+relates examples; `hierarchical.py` for what knows a class tree; `heads.py` for further classifiers
+on hidden features), import it here and give it a line in `LOSSES`: the tests in
+`tests/losses/test_losses.py` are parametrised over the table and read the signature.
 
 Signature rules that the training step relies on. Positional names say what it passes:
 
@@ -22,6 +22,8 @@ Signature rules that the training step relies on. Positional names say what it p
 * `student_embedding` and `teacher_embedding`, [batch, dim], are features behind a learned embedding
   of either net. The gradient flows into both: what is detached is the teacher's feature, before
   its embedding.
+* `heads_logits`, a tuple of arrays [batch, classes], come from classifiers that the term of the
+  loss owns; they and what is below them learn.
 * What else a loss needs comes as a further array under its own name: `variance`, `attention`,
   `temperature`, into which the gradient flows, and `margins`, a tuple of constants.
 * A loss with `memory`, a dict of arrays, also takes `key`, a random key, returns (values, new
@@ -55,6 +57,7 @@ from qkd_jax.losses.contrastive import crd, crd_in_batch, crd_memory
 from qkd_jax.losses.decoupled import dkd, nkd, tf_kd
 from qkd_jax.losses.feature import at, fitnet, ft, reviewkd, semckd, simkd, vid
 from qkd_jax.losses.gram import fsp, ickd, nst
+from qkd_jax.losses.heads import byot
 from qkd_jax.losses.hierarchical import hxe, lca_alignment, tree_soft_labels
 from qkd_jax.losses.predictions import dist, mlkd
 from qkd_jax.losses.relation import cc, cc_adjacent, irg, pkt, rkd, sp
@@ -89,6 +92,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "kd_mean": kd_mean,
     "kd_sum": kd_sum,
     "ca_mkd": ca_mkd,
+    "byot": byot,
     "fitnet": fitnet,
     "simkd": simkd,
     "at": at,
@@ -123,6 +127,7 @@ __all__ = [
     "ab",
     "apprentice",
     "at",
+    "byot",
     "ca_mkd",
     "cc",
     "cc_adjacent",

@@ -78,11 +78,16 @@ class Owned:
         ]
         try:
             options = dict(self.fields.get("adaptor") or {})
-            module = adaptors.build(self.loss, *shapes, **options)
+            sides = (*shapes, (), ())[:2]
+            module = adaptors.build(self.loss, *sides, self._classes(), **options)
         except ValueError as error:
             raise ValueError(f"{self.where}.adaptor: {error}") from error
         # Only for its `apply`, which hands `axis_name` to every BatchNorm.
         return taps, teacher_taps, None if module is None else quantize(module)
+
+    def _classes(self) -> int:
+        """Number of logits where classifiers belong to the term, else 0: nobody asks."""
+        return self._features(self.net).logits.shape[-1] if self.loss in adaptors.HEADS else 0
 
     def _features(self, net: str):
         return features_of(self.modules[net], self._data().image)
@@ -194,7 +199,7 @@ class Owned:
             state = {} if start is None else start(jax.random.key(0), None, None)
             tree = arguments.get("tree")
             # A class tree says how many classes it is for.
-            classes = len(find(tree).classes) if tree else 4
+            classes = len(find(tree).classes) if tree else self._classes() or 4
             given = self._inputs(term, state, classes)
             for name in term.inputs:
                 if name not in given:

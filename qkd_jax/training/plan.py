@@ -2,7 +2,7 @@
 
 `learn = {net: {label: {"loss", "source", "weight", <hyper-parameters>}}}`. A label names a term of
 the net's loss; the loss is its `loss` field or the label itself. `source` is the net whose logits
-or features teach, learning itself or frozen (`rows` has all fields). Offline, mutual,
+or features teach, learning itself or frozen (`rows` has all fields). Offline, mutual, self,
 multi-teacher, teacher-assistant distillation and the phases of QKD (Kim et al. 2019, arXiv
 1911.12491) are such tables.
 

@@ -1,10 +1,11 @@
 """Reads a row of the `learn` table: a term of a net's loss, its numbers, and its own state.
 
-Fields of a row: `loss` (or the label), `source` (a net, or several), `weight`; `taps` and
-`teacher_taps` (see `taps`) and `adaptor` (options, see `adaptors`) where the loss looks at
-features; `start`, `end`, `warmup`, `decay` for the course of the weight over the stage, in steps or
-below 1 in fractions of it; and the loss's own hyper-parameters. A number, the weight too, may be a
-ramp over the stage: `temperature=dict(begin=8.0, end=2.0, shape="cosine")`.
+Fields of a row: `loss` (or the label), `source` (a net, or several; without one the net itself for
+losses of self-distillation), `weight`; `taps` and `teacher_taps` (see `taps`) and `adaptor`
+(options, see `adaptors`) where the loss looks at features; `start`, `end`, `warmup`, `decay` for
+the course of the weight over the stage, in steps or below 1 in fractions of it; and the loss's own
+hyper-parameters. A number, the weight too, may be a ramp over the stage:
+`temperature=dict(begin=8.0, end=2.0, shape="cosine")`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from qkd_jax import checks, losses
+from qkd_jax.training import adaptors
 from qkd_jax.training.optim import in_steps
 from qkd_jax.training.owned import Owned, Start
 from qkd_jax.training.taps import DataShape
@@ -141,7 +143,8 @@ def _sources(
     modules: Mapping[str, Any],
 ) -> tuple[str, ...]:
     needs = any(name.startswith("teacher") for name in inputs)
-    sources = as_sources(source)
+    own = loss in adaptors.SELF_TAUGHT
+    sources = as_sources(source) or ((net,) if own else ())
     if needs and not sources:
         raise ValueError(
             f"{where}.source is missing; loss {loss!r} compares with another net's logits, so name "
@@ -160,7 +163,7 @@ def _sources(
     for place, name in enumerate(sources):
         if name not in modules:
             raise checks.unknown(f"net in {where}.source", name, modules)
-        if name == net:
+        if name == net and not own:
             raise ValueError(
                 f"{where}.source is the net itself: a net equals its own detached logits, so "
                 "nothing would be learned; name another net (init_from gives a copy of this one)."

@@ -1,9 +1,10 @@
 """Taps: where losses look into a net, by name.
 
 A tap is a feature that the model sows ("stage2", "pooled"; see `qkd_jax.models`) or the path of one
-of its modules ("stage2_block0/conv1"), whose output is meant. Four words mean what most models
-have: "stages" all features but the pooled one in order, "last" the last of them, "middle" the one
-in the middle (the earlier of two), "pre" all of them before their activations.
+of its modules ("stage2_block0/conv1"), whose output is meant. Five words mean what most models
+have: "stages" all features but the pooled one in order, "last" the last of them, "shallow" all but
+the last, "middle" the one in the middle (the earlier of two), "pre" all of them before their
+activations.
 
 Shapes come from `jax.eval_shape`: nothing is computed, and any net has taps.
 """
@@ -22,7 +23,7 @@ from qkd_jax.training.forward import CARRIED_NEVER, mode_arguments, pick_taps
 
 __all__ = ["WORDS", "DataShape", "Features", "features_of", "resolve_taps"]
 
-WORDS = ("last", "middle", "stages", "pre")
+WORDS = ("last", "middle", "shallow", "stages", "pre")
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
@@ -94,11 +95,11 @@ def resolve_taps(where: str, features: Features, wanted: Any) -> tuple[str, ...]
     Args:
         where: The field, for messages.
         features: Of the net.
-        wanted: "last", "middle", "stages", "pre", a tap, or a sequence of these.
+        wanted: "last", "middle", "shallow", "stages", "pre", a tap, or a sequence of these.
 
     Raises:
         ValueError: A tap that the net has not (with the nearest), or a word for a net that sows no
-            feature.
+            feature, or none but the last.
     """
     if not isinstance(wanted, str):
         checks.at_least_one(where, wanted)
@@ -112,9 +113,15 @@ def resolve_taps(where: str, features: Features, wanted: Any) -> tuple[str, ...]
             )
         if wanted == "pre":  # a linear bottleneck has no activation, and is its own
             return tuple(f"{n}_pre" if f"{n}_pre" in features.sown else n for n in stages)
-        if wanted == "stages":
-            return tuple(stages)
-        return (stages[-1 if wanted == "last" else (len(stages) - 1) // 2],)
+        if wanted == "shallow" and len(stages) < 2:
+            raise ValueError(
+                f"{where} is {wanted!r}, but {stages[0]!r} is the only feature that the net sows "
+                "before its head. Take a deeper net, or name modules whose output is meant, such "
+                f"as {_some(features.modules)}."
+            )
+        middle = (len(stages) - 1) // 2
+        found = {"stages": stages, "shallow": stages[:-1], "last": stages[-1:]}
+        return tuple({**found, "middle": stages[middle : middle + 1]}[wanted])
     if wanted not in features.sown and wanted not in features.modules:
         raise ValueError(
             f"unknown tap {wanted!r} in {where}; the net sows "

@@ -33,6 +33,7 @@ INPUTS = {
     "labels": np.array([0, 4, 2, 2, 1, 3, 0, 4], np.int32),
     "student_feature": _normal(2, 4, 3, 3),
     "teacher_feature": _normal(3, 4, 3, 3),
+    "heads_logits": (_normal(13, CLASSES, scale=3), _normal(14, CLASSES, scale=3)),
     "student_features": (_normal(4, 4, 4, 3), _normal(5, 2, 2, 5)),
     "teacher_features": (_normal(6, 4, 4, 3), _normal(7, 2, 2, 5)),
     "student_embedding": _normal(8, 6),
@@ -52,10 +53,17 @@ OTHER_INPUTS = {
             (_normal(4, 4, 4, 3), _normal(5, 2, 2, 5)),
             (_normal(10, 4, 4, 3), _normal(11, 2, 2, 5)),
         )
-    }
+    },
+    "byot": {
+        "student_features": (_normal(4, 6), _normal(5, 6)),
+        "teacher_feature": _normal(6, 6),
+    },
 }
 SHARED = ("temperature", "variances", "margins", "memory", "key")
-LEARNERS = ("logits", "student_logits", "student_feature", "student_features", "student_embedding")
+LEARNERS = (
+    *("logits", "student_logits", "heads_logits"),
+    *("student_feature", "student_features", "student_embedding"),
+)
 DETACHED = ("teacher_logits", "teachers_logits", "teacher_feature", "teacher_features", "margins")
 # Not 0 at student = teacher: cross-entropies, a likelihood, a margin, contrast with others.
 NO_DISTANCE = (
@@ -67,6 +75,7 @@ NO_DISTANCE = (
     "hxe",
     "tree_soft_labels",
     "lca_alignment",
+    "byot",
     "vid",
     "ab",
     "crd",

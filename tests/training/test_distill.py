@@ -194,7 +194,8 @@ def test_a_bad_adaptor_leaves_everything_and_is_named():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "mode"), [("rkd", "pmap"), ("fitnet", "pmap"), ("crd", "pmap"), ("crd", "jit")]
+    ("name", "mode"),
+    [("rkd", "pmap"), ("fitnet", "pmap"), ("crd", "pmap"), ("crd", "jit"), ("byot", "pmap")],
 )
 def test_four_devices_equal_one(name, mode):
     _, variables = tiny.nets()

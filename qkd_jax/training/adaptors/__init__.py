@@ -11,6 +11,9 @@ are detached, so an adaptor on them learns and the teacher does not. What the mo
 "adaptor_loss" ([batch]) is added to the step's loss as it is, for parts that learn from a target of
 their own. A collection "teacher" is filled from the teacher's variables when a stage starts.
 
+Losses in `HEADS` have classifiers for adaptors, which give "heads_logits" also without the
+teacher's features; their builders get the number of classes as a third argument.
+
 A loss that is not listed gets features as the nets have them. To add an adaptor, write the module
 in a file of this package, its builder, and a line in `ADAPTORS`; `TAPS` says where it looks.
 """
@@ -25,11 +28,22 @@ import flax.linen as nn
 
 from qkd_jax import checks
 from qkd_jax.training.adaptors.fusion import ctkd, embeddings, reviewkd, semckd
+from qkd_jax.training.adaptors.heads import byot
 from qkd_jax.training.adaptors.maps import Views
 from qkd_jax.training.adaptors.margins import teacher_margins
 from qkd_jax.training.adaptors.regressors import ab, fitnet, fsp, ft, ickd, ofd, vid
 
-__all__ = ["ADAPTORS", "TAPS", "UNPAIRED", "build", "default_taps", "teacher_margins"]
+__all__ = [
+    "ADAPTORS",
+    "HEADS",
+    "SELF_TAUGHT",
+    "TAPS",
+    "UNPAIRED",
+    "build",
+    "default_taps",
+    "head_names",
+    "teacher_margins",
+]
 
 ADAPTORS: dict[str, Callable[..., nn.Module | None]] = {
     "fitnet": fitnet,
@@ -45,7 +59,12 @@ ADAPTORS: dict[str, Callable[..., nn.Module | None]] = {
     "crd_in_batch": embeddings,
     "cc_adjacent": embeddings,
     "ctkd": ctkd,
+    "byot": byot,
 }
+# Losses whose adaptors are classifiers.
+HEADS = ("byot",)
+# Losses whose teacher is the net itself, unless the row has a source.
+SELF_TAUGHT = ("byot",)
 
 # Where a loss looks unless its row says so: (taps of the student, taps of the teacher).
 TAPS: dict[str, tuple[Any, Any]] = {
@@ -55,12 +74,13 @@ TAPS: dict[str, tuple[Any, Any]] = {
     "reviewkd": (("stages", "pooled"), ("pre", "pooled")),
     "simkd": ("projected", "last"),
     "irg": (("stages", "pooled"), ("stages", "pooled")),
+    "byot": ("shallow", "last"),
     **dict.fromkeys(
         ("rkd", "cc", "cc_adjacent", "pkt", "crd", "crd_in_batch"), ("pooled", "pooled")
     ),
 }
-# Losses that compare every feature of one net with every one of the other.
-UNPAIRED = ("semckd",)
+# Losses whose two sides need not have as many taps.
+UNPAIRED = ("semckd", "byot")
 
 
 def default_taps(loss: str, inputs: tuple[str, ...]) -> tuple[Any, Any]:
@@ -69,13 +89,23 @@ def default_taps(loss: str, inputs: tuple[str, ...]) -> tuple[Any, Any]:
     return TAPS.get(loss, ("stages", "stages") if several else ("last", "last"))
 
 
+def head_names(loss: str, taps: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """Names of the classifiers of a loss in `HEADS`: their taps, where each has its own."""
+    del loss, count
+    return taps
+
+
 def build(
     loss: str,
     student: tuple[tuple[int, ...], ...] = (),
     teacher: tuple[tuple[int, ...], ...] = (),
+    classes: int = 0,
+    /,
     **options: Any,
 ) -> nn.Module | None:
     """The adaptor of a loss between features of these shapes, or None where none is needed.
+
+    `classes` is the number of logits, which losses in `HEADS` need.
 
     Raises:
         ValueError: an option that the adaptor does not know, or one out of range.
@@ -96,7 +126,8 @@ def build(
         for option in options:
             if option not in known:
                 raise checks.unknown("option", option, known)
-        module = builder(student, teacher, **options)
+        shapes = (student, teacher, classes) if loss in HEADS else (student, teacher)
+        module = builder(*shapes, **options)
         if module is not None:
             return module
     ranks = {len(shape) for shape in (*student, *teacher)}
