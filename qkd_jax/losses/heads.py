@@ -80,7 +80,7 @@ def byot(
     checks.number("alpha", alpha, low=0.0, high=1.0)
     checks.number("temperature", temperature, low=0.0, low_allowed=False)
     checks.number("hint", hint, low=0.0)
-    total = None
+    values, mask = [], None
     for i, (logits, feature) in enumerate(zip(heads_logits, student_features, strict=True)):
         try:
             z, target, mask = prepare_pair(logits, teacher_logits, where)
@@ -90,10 +90,8 @@ def byot(
         a, t, h = (jnp.asarray(number, z.dtype) for number in (alpha, temperature, hint))
         soft = t * t * divergence(target / t, z / t)
         apart = jnp.sum(jnp.square(own - deep), axis=tuple(range(1, own.ndim)))
-        value = (1 - a) * _cross_entropy(z, labels) + a * soft + h * apart
-        total = value if total is None else total + value
-    assert total is not None
-    return keep(total, mask)
+        values.append((1 - a) * _cross_entropy(z, labels) + a * soft + h * apart)
+    return keep(sum(values[1:], values[0]), mask)
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

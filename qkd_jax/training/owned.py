@@ -78,8 +78,8 @@ class Owned:
         ]
         try:
             options = dict(self.fields.get("adaptor") or {})
-            sides = (*shapes, (), ())[:2]
-            module = adaptors.build(self.loss, *sides, self._classes(), **options)
+            student, teacher = (*shapes, (), ())[:2]
+            module = adaptors.build(self.loss, student, teacher, self._classes(), **options)
         except ValueError as error:
             raise ValueError(f"{self.where}.adaptor: {error}") from error
         # Only for its `apply`, which hands `axis_name` to every BatchNorm.

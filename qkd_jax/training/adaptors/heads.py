@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -45,7 +47,10 @@ class ShallowHeads(nn.Module):
                 x = nn.relu(batch_norm(train, f"head{index}_bn{place}")(x))
             features.append(jnp.mean(x, axis=(1, 2)))
             logits.append(nn.Dense(self.classes, name=f"head{index}")(features[-1]))
-        found = {"heads_logits": tuple(logits), "student_features": tuple(features)}
+        found: dict[str, Any] = {
+            "heads_logits": tuple(logits),
+            "student_features": tuple(features),
+        }
         if teachers:
             found["teacher_feature"] = jnp.mean(as_map(teachers[-1]), axis=(1, 2))
         return found
