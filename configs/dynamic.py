@@ -3,8 +3,7 @@
     python launch.py --config=configs/dynamic.py --workdir=runs/dynamic
 
 Every row of an input (every example, for a convolution) has its own range, so no calibration data
-decide anything. It runs fake-quantized: neither `convert` nor the ONNX file has scales that change
-from call to call.
+decide anything. The integer model finds the same ranges, and so do the ONNX file's own operations.
 """
 
 from configs import common
@@ -13,8 +12,8 @@ from configs import common
 def get_config(arg=""):
     """Returns the config; its arguments are the defaults below.
 
-    `granularity` is that of the weights: "channel", "tensor" or a group size; `init_from` a trained
-    net (see `common.net`) in place of training one.
+    `granularity` is that of the weights: "channel", "tensor" or a group size (which is not
+    deployed); `init_from` a trained net (see `common.net`) in place of training one.
     """
     args = common.parse_arg(
         arg,
@@ -37,10 +36,13 @@ def get_config(arg=""):
     config.stages.calibrate = dict(common.calibrate("net"), examples=1)
     config.stages.evaluate = common.evaluate("float", float="float", net="dynamic")
     config.stages.diagnose = common.diagnose("net")
+    config.stages.deploy = common.deploy("net")
+    grouped = str(args.granularity).isdigit()
     config.schedule = (
         *(() if args.init_from else ("pretrain",)),  # a net from elsewhere is trained already
         "calibrate",
         "evaluate",
         "diagnose",
+        *(() if grouped else ("deploy",)),
     )
     return config.lock()

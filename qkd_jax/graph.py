@@ -74,7 +74,8 @@ class Node:
         inputs: values read, in the primitive's order. For a quantizer: the tensor, then its
             parameters sorted by key.
         outputs: values written.
-        params: the primitive's parameters; for a marker {"path", "operand", "jaxpr"}.
+        params: the primitive's parameters; for a marker {"path", "operand", "jaxpr"}, and "own"
+            for one whose range is found at run time: a "1" for each axis with ranges of its own.
         scope: path of the module that ran the operation, without the root's name ("" at the root).
         primitive: what `execute` binds; None for a marker.
     """
@@ -322,6 +323,9 @@ def _with_batch(args: Any, batch: int) -> Any:
 def _same_numbers(first: Any, second: Any) -> None:
     """Raises ValueError where two traces at different batch sizes hold different numbers."""
     for one, two in zip(first.eqns, second.eqns, strict=False):
+        kind, _, rest = str(one.params.get("name", "")).partition(":")
+        if kind in MARKERS and "@" in rest.rpartition(":")[2]:
+            continue  # a range found at run time counts its elements, and reads no such number
         pairs = zip(one.invars, two.invars, strict=False)
         numbers = [
             (a.val, b.val)
@@ -494,7 +498,9 @@ class _Builder:
         kind, _, rest = name.partition(":")
         if kind in MARKERS and rest:
             path, _, operand = rest.rpartition(":")
+            operand, _, own = operand.partition("@")
             marked = {"path": path, "operand": operand, "jaxpr": _inner(params)}
+            marked |= {"own": own} if own else {}
             return self.add(kind, values, avals, marked, scope)
         if op in INLINED:
             inner = _inner(params)

@@ -30,8 +30,8 @@ from flax.linen.linear import _Conv
 from jax import lax
 
 from qkd_jax import product as products
-from qkd_jax.numerics import Spec, stats
-from qkd_jax.quantizers import QUANTIZERS, live
+from qkd_jax.numerics import Spec
+from qkd_jax.quantizers import QUANTIZERS, found_params, live
 
 __all__ = ["OPERANDS", "ROUNDING", "Frame", "LayerUse", "is_ours", "marker", "split_groups"]
 
@@ -366,6 +366,8 @@ class Frame:
         params = self._variables(module, sub, name)
         if self.mode == "trace":
             label = f"quantizer:{path}:{operand}"
+            if spec.dynamic:  # no parameter shows which axes have a range of their own
+                label += "@" + "".join("01"[axis in axes] for axis in range(x.ndim))
             if params is None:
                 return marker(label, _unchanged, x), None
             keys = sorted(params)
@@ -439,8 +441,7 @@ def _quantized(x, params, spec, axes, group, *, batch_axes=(), key=None, axis_na
     if group is not None:
         cut = split_groups(x, *group)
     if spec.dynamic:
-        sums = stats.measure(lax.stop_gradient(cut), channel_axes=axes, axis_name=axis_name)
-        params = jax.tree.map(lax.stop_gradient, quantizer.init(stats.finish(sums), spec))
+        params = found_params(cut, spec, axes, axis_name=axis_name)
     params = live(cut, params, spec)
     x_hat = quantizer.fake_quant(cut, params, spec, batch_axes=batch_axes, key=key)
     return jnp.reshape(x_hat, x.shape), params

@@ -119,6 +119,14 @@ class _Rewriter:
         )
 
     def model(self) -> IntegerModel:
+        for step in self.source.steps:
+            if isinstance(step, Quantize) and step.spec.dynamic:
+                path, _, operand = step.name.rpartition("/")
+                raise ValueError(
+                    f"integer_only: {operand} of layer {path!r} finds its range at run time, which "
+                    "takes a division of floats. Use dynamic=False and calibrate, or convert "
+                    "without integer_only."
+                )
         for value in self.source.inputs:
             self.env[value] = Raw(value, self.shape(value))
         for value, key in self.source.arrays.items():

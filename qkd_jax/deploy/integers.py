@@ -43,6 +43,8 @@ from qkd_jax.ptq.products import (
     Operand,
     Product,
     TracedNet,
+    found_grid,
+    is_found,
     is_quantizer,
     products,
     quantizer_params,
@@ -85,7 +87,8 @@ def convert(
 
     Raises:
         ValueError: the net is not calibrated; the sums of a layer could exceed int32; an operand
-            has no codes known beforehand; with `integer_only`, an operation that needs floats.
+            has no codes, or ranges that vary along its product's sum; with `integer_only`, an
+            operation that needs floats, such as finding a range at run time.
     """
     if not variables.get("quant"):
         raise ValueError(
@@ -134,6 +137,7 @@ class _Converter:
         self.numbers: dict[int, np.ndarray] = {}
         self.alias: dict[int, int] = {}  # markers that do nothing, and values already emitted
         self.codes: dict[int, int] = {}  # value on a grid -> value of its centred codes
+        self.scales: dict[int, int] = {}  # value on a grid found at run time -> its scales
         self.weights: dict[tuple[int, ...], Weight] = {}
         self.layers: list[LayerSize] = []
         self.next = max(self.graph.avals) + 1
@@ -211,16 +215,22 @@ class _Converter:
         return name
 
     def quantize(self, node: Node) -> None:
-        view(self.traced, node)  # raises for what has no codes that are known beforehand
         path, operand = node.params["path"], node.params["operand"]
+        (hat,), codes = node.outputs, self.new()
+        self.codes[hat] = codes
+        spec, name = self.traced.spec(node), f"{path}/{operand}"
+        if is_found(self.traced, node):
+            _, axes = found_grid(self.traced, node)
+            self.scales[hat] = scale = self.new()
+            given = self.value(node.inputs[0])
+            self.steps.append(Quantize(name, spec, (), given, hat, codes, axes, scale))
+            return
+        view(self.traced, node)  # raises for what has no codes
         params = quantizer_params(self.traced, node)
         keys = tuple(
             (name, self.store(f"{path}/{operand}_quantizer/{name}", array))
             for name, array in params.items()
         )
-        (hat,), codes = node.outputs, self.new()
-        self.codes[hat] = codes
-        spec, name = self.traced.spec(node), f"{path}/{operand}"
         self.steps.append(Quantize(name, spec, keys, self.value(node.inputs[0]), hat, codes))
 
     def weight(self, node: Node, *, as_float: bool) -> Weight:
@@ -274,13 +284,19 @@ class _Converter:
                 f"the sums of layer {product.path!r} can reach {bound:,}, beyond int32; give its "
                 "weight or its input fewer bits."
             )
+        found = tuple(
+            (self.operand_scale(product, operand), operand.output_axes)
+            for operand in product.operands
+            if is_found(self.traced, operand.marker)
+        )
         if product.path in self.traced.multipliers:
             multiplier = self.traced.multipliers[product.path]
         else:
-            scales = (
+            scales = [np.asarray(1, np.float32)]
+            scales += (
                 scale_in_output(product, side, view(self.traced, operand.marker)[0])
                 for side, operand in enumerate(product.operands)
-                if operand.marker is not None
+                if operand.marker is not None and not is_found(self.traced, operand.marker)
             )
             multiplier = functools.reduce(np.multiply, scales)
         if multiplier.ndim not in (0, product.rank):
@@ -295,6 +311,7 @@ class _Converter:
                 multiplier=self.store(f"{product.path}/multiplier", np.asarray(multiplier)),
                 output=product.node.outputs[0],
                 dtype=self.graph.dtype(product.node.outputs[0]),
+                scales=found,
             )
         )
 
@@ -304,17 +321,44 @@ class _Converter:
         (origin,) = operand.marker.outputs
         if origin not in self.codes:
             self.codes[origin] = self.weight(operand.marker, as_float=False).codes
-        at = self.codes[origin]
+        return self.moved(self.codes, origin, operand)
+
+    def operand_scale(self, product: Product, operand: Operand) -> int:
+        """Returns the value of an operand's scales that are found at run time, moved as it is."""
+        assert operand.marker is not None
+        _, axes = found_grid(self.traced, operand.marker)
+        shape = [n if i in axes else 1 for i, n in enumerate(operand.marker_shape)]
+        # Numbers that all differ stand for the scales: equal ones must meet along each sum.
+        probe = np.broadcast_to(np.arange(math.prod(shape)).reshape(shape), operand.marker_shape)
         for node in operand.moves:
-            if node.outputs[0] not in self.codes:
+            probe = np.asarray(graphs.execute(node, [probe])[0])
+        summed = tuple(i for i, out in enumerate(operand.output_axes) if out is None)
+        if summed and np.any(probe.max(summed) != probe.min(summed)):
+            raise ValueError(
+                f"the {operand.name} of layer {product.path!r} has ranges that vary along its "
+                "product's sum; use granularity='tensor', or 'token' on the layer's own input."
+            )
+        return self.moved(self.scales, operand.marker.outputs[0], operand)
+
+    def moved(self, known: dict[int, int], origin: int, operand: Operand) -> int:
+        """Returns what belongs to an operand's grid after the moves between grid and product."""
+        at = known[origin]
+        for node in operand.moves:
+            if node.outputs[0] not in known:
                 moved = self.new()
                 self.steps.append(dataclasses.replace(node, inputs=(at,), outputs=(moved,)))
-                self.codes[node.outputs[0]] = moved
-            at = self.codes[node.outputs[0]]
+                known[node.outputs[0]] = moved
+            at = known[node.outputs[0]]
         return at
 
     def range(self, marker: Node) -> tuple[int, int]:
         """Lowest and highest centred code of a quantizer."""
+        if is_found(self.traced, marker):
+            format, _ = found_grid(self.traced, marker)
+            widest = format.qmax - format.qmin
+            if self.traced.spec(marker).symmetric:
+                return format.qmin, format.qmax
+            return -widest, widest  # the zero point is one of the codes
         _, zero_point, format = view(self.traced, marker)
         return int(format.qmin - zero_point.max()), int(format.qmax - zero_point.min())
 

@@ -30,7 +30,7 @@ from qkd_jax import graph as graphs
 from qkd_jax.deploy.onnx_ops import OPERATIONS, unsupported, write_pattern
 from qkd_jax.deploy.onnx_patterns import find
 from qkd_jax.deploy.onnx_products import write_product
-from qkd_jax.deploy.onnx_quantizers import needs_opset_21, write_quantizer
+from qkd_jax.deploy.onnx_quantizers import Found, needs_opset_21, write_quantizer
 from qkd_jax.deploy.onnx_writer import Tensor, Writer
 from qkd_jax.deploy.targets import TARGETS, file_options
 from qkd_jax.graph import Node
@@ -251,6 +251,7 @@ class Export:
         self.grids: dict[Any, str] = {}  # tensor and grid -> its dequantized form
         self.written: dict[str, Any] = {}  # dequantized form -> its grid
         self.largest: dict[str, int] = {}  # dequantized form -> its largest code
+        self.found: dict[str, Found] = {}  # dequantized form -> its range, found at run time
         self.saturating: list[str] = []
         self.dynamic = set(self.graph.inputs)
         for node in self.graph.nodes:

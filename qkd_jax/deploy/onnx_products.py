@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -11,15 +12,18 @@ import numpy as np
 
 from qkd_jax import graph as graphs
 from qkd_jax.deploy.onnx_ops import unsupported
+from qkd_jax.deploy.onnx_quantizers import Found
 from qkd_jax.deploy.onnx_writer import Tensor
 from qkd_jax.graph import Node
-from qkd_jax.ptq.products import Operand, Product, scale_in_output, view
+from qkd_jax.ptq.products import Operand, Product, is_found, scale_in_output, view
 
 if TYPE_CHECKING:
     from qkd_jax.deploy.onnx import Export
 
 __all__ = ["write_product"]
 
+FLOAT32, INT32 = np.dtype(np.float32), np.dtype(np.int32)
+BYTES = (np.dtype(np.int8), np.dtype(np.uint8))
 INT16_LIMIT = 32767
 FINE_BITS = 7
 
@@ -36,6 +40,10 @@ class Weight:
         coarse: whether the bias must stay outside the product. ONNX Runtime rounds the bias of a
             quantized product to the unit of its sums, s_x * s_w: harmless at 8 bits, but enough to
             change most logits at 2.
+        found: the other operand's range, where it is found at run time and both sides are codes of
+            at most 8 bits: the product is then one of codes, scaled once.
+        on_codes: whether that product is one of integers. ONNX's convolutions have one zero point
+            for all examples, so those with one for each multiply codes that are held in float.
     """
 
     array: np.ndarray
@@ -43,6 +51,8 @@ class Weight:
     zero_point: np.ndarray | None = None
     flip: np.ndarray | None = None
     coarse: bool = False
+    found: Found | None = None
+    on_codes: bool = False
 
 
 def write_product(export: Export, product: Product) -> Tensor:
@@ -98,12 +108,26 @@ def _weight(export: Export, product: Product, side: int) -> Weight:
         shifted = scale_in_output(product, side, zero_point)
         zero_point_in_output = shifted.astype(storage)
     in_output = in_output.astype(np.float32)
-    _note_saturation(export, product, other, codes)
-    coarse = False
-    if other.quantized:
+    coarse, found = False, None
+    if is_found(export.traced, other.marker):
+        coarse, found = True, export.found.get(export.tensors[other.value].name)
+        plain = storage in BYTES and zero_point_in_output is None
+        if found is not None and not (plain and np.dtype(found.format.storage) in BYTES):
+            found = None
+        if found is not None and any(other.output_axes[axis] is None for axis in found.axes):
+            raise unsupported(product.node, "its input's ranges vary along the sum")
+    elif other.quantized:
         assert other.marker is not None
         coarse = min(format.bits, view(export.traced, other.marker)[2].bits) < FINE_BITS
-    return Weight(codes.astype(storage), in_output, zero_point_in_output, flip, coarse)
+    on_codes = found is not None
+    if found is not None and product.node.op == "conv_general_dilated":
+        stretched = any(d != 1 for d in product.node.params["lhs_dilation"])
+        on_codes = not stretched and not (found.zero_point and found.axes)
+    if found is None or on_codes:
+        _note_saturation(export, product, other, codes)
+    return Weight(
+        codes.astype(storage), in_output, zero_point_in_output, flip, coarse, found, on_codes
+    )
 
 
 def _note_saturation(export: Export, product: Product, other: Operand, codes: np.ndarray) -> None:
@@ -183,6 +207,10 @@ def _as_input(export: Export, node: Node, array: np.ndarray, weight: Weight, axi
     """Adds a weight, dequantized if it is codes; `axis` is the output channels' ONNX axis."""
     name = f"{node.scope}/weight" if node.scope else "weight"
     stored = export.writer.constant(array, name)
+    if weight.found is not None:
+        if weight.on_codes:
+            return stored
+        return export.add("Cast", [stored], node, to=export.element_type(FLOAT32))
     if weight.scale is None:
         return stored
     scale = weight.scale.reshape(-1) if weight.scale.size > 1 else weight.scale.reshape(())
@@ -209,7 +237,7 @@ def _conv(export: Export, product: Product, weight: Weight, bias: np.ndarray | N
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     if params["batch_group_count"] != 1:
         raise unsupported(node, "it groups the batch")
-    x = export.writer.ordered(export.tensors[node.inputs[0]], node.scope)
+    x = export.writer.ordered(_source(export, node.inputs[0], weight), node.scope)
     x = export.writer.arranged(x, numbers.lhs_spec, node.scope)
     kernel = weight.array.transpose(numbers.rhs_spec)
     sizes, padding = kernel.shape[2:], params["padding"]
@@ -243,17 +271,66 @@ def _conv(export: Export, product: Product, weight: Weight, bias: np.ndarray | N
         attributes["strides"] = list(params["window_strides"])
         attributes["pads"] = [pair[i] for i in (0, 1) for pair in padding]
     inputs = [x.name, _as_input(export, node, kernel, weight, 1 if stretched else 0)]
-    op = "ConvTranspose" if stretched else "Conv"
+    op = "ConvTranspose" if stretched else "ConvInteger" if weight.on_codes else "Conv"
     drawn_in = bias is not None and weight.flip is None and not weight.coarse
     if drawn_in:
         inputs.append(
             _bias_input(export, node, bias, kernel.shape[1] if stretched else len(kernel))
         )
-    name = _flipped(export, node, export.add(op, inputs, node, **attributes), weight.flip, out)
+    if weight.found is not None and weight.on_codes and weight.found.zero_point:  # one for all
+        storage = export.element_type(weight.found.format.storage)
+        inputs.append(export.add("Cast", [weight.found.zero_point], node, to=storage))
+    name = export.add(op, inputs, node, **attributes)
+    if weight.found is not None:
+        rows = _rows(export, node.inputs[0], weight.found, numbers.lhs_spec, node)
+        name = _scaled(export, node, name, rows, weight, out)
+    name = _flipped(export, node, name, weight.flip, out)
     if bias is not None and not drawn_in:
         added = export.writer.constant(export.writer.like(bias, out), f"{node.scope}/bias")
         name = export.add("Add", [name, added], node)
     return dataclasses.replace(out, name=name)
+
+
+def _source(export: Export, value: int, weight: Weight) -> Tensor:
+    """What a product reads in place of a value: its codes, where their range is found."""
+    x = export.tensors[value]
+    if weight.found is None:
+        return x
+    return export.same(x, weight.found.codes if weight.on_codes else weight.found.centred)
+
+
+def _rows(
+    export: Export,
+    value: int,
+    found: Found,
+    perm: Sequence[int],
+    node: Node,
+    summed: int = 1,
+    *,
+    zero_point: bool = False,
+) -> str:
+    """Scales (or zero points) of a value in an order of its axes, the last `summed` ones as one."""
+    name = found.zero_point if zero_point else found.scale
+    if not found.axes:
+        return name
+    tensor = export.same(export.tensors[value], name)
+    name = export.writer.arranged(tensor, perm, node.scope).name
+    if summed == 1:
+        return name
+    last = list(range(len(perm) - summed + 1, len(perm)))
+    return export.add("Squeeze", [name, export.writer.shape_constant(last, "axes")], node)
+
+
+def _scaled(
+    export: Export, node: Node, sums: str, rows: str, weight: Weight, out: Tensor | None = None
+) -> str:
+    """Multiplies sums of codes by the product of the two scales, as the net does."""
+    assert weight.scale is not None
+    if weight.on_codes:
+        sums = export.add("Cast", [sums], node, to=export.element_type(FLOAT32))
+    channels = weight.scale if out is None else export.writer.like(weight.scale, out)
+    stored = export.writer.constant(channels, f"{node.scope}/weight_scale")
+    return export.add("Mul", [sums, export.add("Mul", [rows, stored], node)], node)
 
 
 def _bias_input(export: Export, node: Node, bias: Any, channels: int) -> str:
@@ -275,7 +352,7 @@ def _matmul(
     """Writes a product with a constant matrix: Gemm for [batch, features], else MatMul."""
     node = product.node
     contracted, batch = node.params["dimension_numbers"]
-    x = export.tensors[node.inputs[1 - side]]
+    x = _source(export, node.inputs[1 - side], weight)
     summed, w_summed = contracted[1 - side], contracted[side]
     x_free = [a for a in range(len(x.shape)) if a not in summed]
     if batch[0] or (side == 0 and x_free):
@@ -303,13 +380,27 @@ def _matmul(
     weight = dataclasses.replace(
         weight, scale=flat(weight.scale), zero_point=flat(weight.zero_point)
     )
-    inputs = [name, _as_input(export, node, np.ascontiguousarray(matrix), weight, 1)]
+    matrix = np.ascontiguousarray(matrix)
+    inputs = [name, _as_input(export, node, matrix, weight, 1)]
     vector = None if bias is None else np.broadcast_to(np.ravel(flat(bias)), (channels,))
     if len(lead) == 1 and vector is not None and weight.flip is None and not weight.coarse:
         stored = export.writer.constant(vector.astype(np.float32), f"{node.scope}/bias")
         name = export.add("Gemm", [*inputs, stored], node)
     else:
-        name = export.add("MatMul", inputs, node)
+        name = export.add("MatMulInteger" if weight.on_codes else "MatMul", inputs, node)
+        if weight.found is not None:
+            perm, given = (*x_free, *summed), node.inputs[1 - side]
+            if weight.found.zero_point:
+                zero_points = _rows(
+                    export, given, weight.found, perm, node, len(summed), zero_point=True
+                )
+                zero_points = export.add("Cast", [zero_points], node, to=export.element_type(INT32))
+                columns = matrix.astype(np.int32).sum(0, dtype=np.int32)
+                columns = export.writer.constant(columns, f"{node.scope}/column_sums")
+                shift = export.add("Mul", [zero_points, columns], node)
+                name = export.add("Sub", [name, shift], node)
+            rows = _rows(export, given, weight.found, perm, node, len(summed))
+            name = _scaled(export, node, name, rows, weight)
         if weight.flip is not None:
             signs = export.writer.constant(flat(weight.flip), "signs")
             name = export.add("Mul", [name, signs], node)

@@ -1,21 +1,47 @@
-"""Activations on a grid in ONNX: an optional Clip, QuantizeLinear, DequantizeLinear."""
+"""Activations on a grid in ONNX: an optional Clip, QuantizeLinear, DequantizeLinear.
+
+A range that is found at run time is written out, in the net's own arithmetic: ONNX's
+DynamicQuantizeLinear has one range for the whole tensor, unsigned and affine, and divides.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qkd_jax.deploy.onnx_writer import Tensor
 from qkd_jax.graph import Node
-from qkd_jax.numerics import IntFormat
-from qkd_jax.ptq.products import quantizer_params, view
+from qkd_jax.numerics import MIN_SCALE, IntFormat
+from qkd_jax.ptq.products import found_grid, is_found, quantizer_params, view
 from qkd_jax.quantizers import QUANTIZERS
 
 if TYPE_CHECKING:
     from qkd_jax.deploy.onnx import Export
 
-__all__ = ["needs_opset_21", "write_quantizer"]
+__all__ = ["Found", "needs_opset_21", "write_quantizer"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """A tensor whose range is found at run time.
+
+    Attributes:
+        codes: its codes, in the format's own type.
+        centred: its codes less the zero point, as floats.
+        scale: of each entry along `axes`; as many axes as the tensor, or none.
+        zero_point: as scale, float; "" where it is 0.
+        axes: of the model's value, with ranges of their own.
+        format: of the codes.
+    """
+
+    codes: str
+    centred: str
+    scale: str
+    zero_point: str
+    axes: tuple[int, ...]
+    format: IntFormat
 
 
 def needs_opset_21(export: Export, path: str, format: IntFormat) -> None:
@@ -33,6 +59,8 @@ def write_quantizer(export: Export, node: Node) -> Tensor:
     The grid's own range is narrower than the type's below 8 bits and for narrow ranges, so a Clip
     to its ends comes first. A ReLU in front of a Clip at 0 does nothing and is passed by.
     """
+    if is_found(export.traced, node):
+        return _write_found(export, node)
     x = export.tensors[node.inputs[0]]
     scale, zero_point, format = view(export.traced, node)
     if scale.ndim or zero_point.ndim:
@@ -52,6 +80,60 @@ def write_quantizer(export: Export, node: Node) -> Tensor:
         name, clipped = _before(export, node, x.name, scale, format)
         export.grids[key] = _grid(export, node, name, scale, int(zero_point), format, clipped)
     return export.same(x, export.grids[key])
+
+
+def _write_found(export: Export, node: Node) -> Tensor:
+    """Writes a quantizer whose range is found at run time, operation by operation."""
+    format, axes = found_grid(export.traced, node)
+    spec, path = export.traced.spec(node), node.params["path"]
+    needs_opset_21(export, path, format)
+    if spec.quantizer != "uniform" or spec.power_of_two or spec.rounding == "away":
+        raise ValueError(
+            f"the {node.params['operand']} of {path!r} finds its range at run time "
+            f"({spec.label}); to_onnx writes such ranges for quantizer='uniform' with a scale of "
+            "any size, rounded half to even or down."
+        )
+    writer, x = export.writer, export.tensors[node.inputs[0]]
+    if x.order is not None and x.order[0] in axes:
+        x = writer.ordered(x, node.scope)
+    add = lambda op, *inputs, **attributes: export.add(op, list(inputs), node, **attributes)
+    number = lambda value: writer.constant(np.float32(value), "number")
+    summed = [i for i, axis in enumerate(x.perm) if axis not in axes]
+
+    def end(kind: str) -> str:
+        options: dict[str, Any] = {"keepdims": int(bool(axes))}
+        # The axes are an input since opset 18.
+        if writer.opset >= 18:
+            return add(f"Reduce{kind}", x.name, writer.shape_constant(summed, "axes"), **options)
+        return add(f"Reduce{kind}", x.name, axes=summed, **options)
+
+    lo, hi = add("Min", end("Min"), number(0)), add("Max", end("Max"), number(0))
+    if not spec.symmetric:
+        width = add("Div", add("Sub", hi, lo), number(format.qmax - format.qmin))
+    elif spec.scaling != "cover":
+        half = 0.5 if spec.scaling == "qmax_half" else 0
+        width = add("Div", add("Max", hi, add("Neg", lo)), number(format.qmax + half))
+    else:
+        width = add("Div", hi, number(format.qmax))
+        if format.signed:
+            width = add("Max", width, add("Div", lo, number(format.qmin)))
+    still = add("Equal", width, number(0))
+    scale = add("Where", still, number(1), add("Max", width, number(MIN_SCALE)))
+    inverse, zero_point = add("Div", number(1), scale), ""
+    if not spec.symmetric:
+        lowest = add("Round", add("Sub", number(format.qmin), add("Mul", lo, inverse)))
+        lowest = add("Clip", lowest, number(format.qmin), number(format.qmax))
+        nearest = number(min(max(0, format.qmin), format.qmax))
+        zero_point = add("Where", still, nearest, lowest)
+    codes = add("Floor" if spec.rounding == "floor" else "Round", add("Mul", x.name, inverse))
+    codes = add("Add", codes, zero_point) if zero_point else codes
+    codes = add("Clip", codes, number(format.qmin), number(format.qmax))
+    centred = add("Sub", codes, zero_point) if zero_point else codes
+    stored = add("Cast", codes, to=export.element_type(np.dtype(format.storage)))
+    real = add("Mul", centred, scale)
+    export.found[real] = Found(stored, centred, scale, zero_point, axes, format)
+    export.largest[real] = format.qmax + (128 if format.signed else 0)
+    return export.same(x, real)
 
 
 def _transformed(export: Export, node: Node) -> bool:

@@ -31,7 +31,7 @@ from qkd_jax.deploy import fixed_point
 from qkd_jax.deploy.pack import unpack
 from qkd_jax.graph import Node
 from qkd_jax.numerics import IntFormat, Spec
-from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.quantizers import QUANTIZERS, found_params, live
 
 __all__ = [
     "FLOAT32_EXACT",
@@ -54,7 +54,11 @@ FLOAT32_EXACT = 2**24
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quantize:
-    """Step: a tensor to its grid, as a float (`hat`) and as centred codes."""
+    """Step: a tensor to its grid, as a float (`hat`) and as centred codes.
+
+    A dynamic spec has no parameters in the arrays: each entry along `axes` gets those of its own
+    range, and the scale is written too, as large as the tensor.
+    """
 
     name: str
     spec: Spec
@@ -62,6 +66,8 @@ class Quantize:
     input: int
     hat: int
     codes: int
+    axes: tuple[int, ...] = ()
+    scale: int = -1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,6 +97,8 @@ class Multiply:
     multiplier: str  # "" leaves the int32 sums
     output: int
     dtype: np.dtype  # of the net's own product
+    # Scales found at run time, as large as their operand, and the operand's axes in the output.
+    scales: tuple[tuple[int, tuple[int | None, ...]], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -253,10 +261,15 @@ def run(integer: IntegerModel, images: Any, capture: bool, formulation: str) -> 
 
 def _quantize(step: Quantize, env: dict[int, Any], arrays: Mapping[str, Any]) -> jax.Array:
     """Writes x_hat and centred codes; returns the codes as the format numbers them."""
-    params = {name: arrays[key] for name, key in step.params}
-    quantizer = QUANTIZERS[step.spec.quantizer]
-    hat = quantizer.fake_quant(env[step.input], params, step.spec)
+    x, quantizer = env[step.input], QUANTIZERS[step.spec.quantizer]
+    if step.spec.dynamic:
+        params = live(x, found_params(x, step.spec, step.axes), step.spec)
+    else:
+        params = {name: arrays[key] for name, key in step.params}
+    hat = quantizer.fake_quant(x, params, step.spec)
     scale, zero_point, _ = quantizer.integer_view(params, step.spec)
+    if step.spec.dynamic:
+        env[step.scale] = jnp.broadcast_to(scale, x.shape)
     # x_hat gives back its code exactly, whatever a quantizer does before it rounds; and so the
     # operations are those of the trained net. XLA fuses the two.
     centred = jnp.round(hat * (1 / scale))
@@ -304,7 +317,21 @@ def _multiply(
     sums = step.node.primitive.bind(lhs.astype(operand), rhs.astype(operand), **params)
     if not step.multiplier:
         return sums.astype(jnp.int32)
-    return (sums.astype(jnp.float32) * arrays[step.multiplier]).astype(step.dtype)
+    multiplier = arrays[step.multiplier]
+    for value, axes in step.scales:
+        multiplier = _in_output(env[value], axes, sums.ndim) * multiplier
+    return (sums.astype(jnp.float32) * multiplier).astype(step.dtype)
+
+
+def _in_output(scale: jax.Array, axes: tuple[int | None, ...], rank: int) -> jax.Array:
+    """One scale for each of a product's sums, from scales that are equal along what is summed."""
+    scale = scale[tuple(slice(0, 1) if out is None else slice(None) for out in axes)]
+    kept = sorted((out, axis) for axis, out in enumerate(axes) if out is not None)
+    shape = [1] * rank
+    for out, axis in kept:
+        shape[out] = scale.shape[axis]
+    order = [axis for _, axis in kept] + [axis for axis, out in enumerate(axes) if out is None]
+    return jnp.reshape(jnp.transpose(scale, order), shape)
 
 
 def fresh(taken: Mapping[str, Any], name: str) -> str:

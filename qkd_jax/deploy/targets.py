@@ -38,7 +38,7 @@ class Target:
         symmetric_inputs: those of activations too, and their codes are signed.
         weight_granularity: "channel" (one scale per output channel), "tensor".
         reduce_range: 8-bit weights are given 7 bits, because full-range ones saturate.
-        dynamic: ranges of activations found at run time.
+        dynamic: whether ranges of activations may be found at run time.
         keeps_sum_grids: whether both sides of a sum are rounded to grids of their own. Where not,
             the sum is added inside a convolution's kernel before anything is rounded: rules
             "w8a8:fused" train nets for that. A net with such grids is written so that its sums
@@ -79,6 +79,7 @@ class Target:
 _ORT = Target(
     fast=7,
     integer_bias=True,
+    dynamic=True,
     engine="onnxruntime",
     stays_float=("Softmax", "LayerNormalization", "Gelu", "convolutions whose output has no grid"),
     sources=(
@@ -144,6 +145,7 @@ TARGETS: dict[str, Target] = {
         input_bits=tuple(range(1, 17)),
         fast=1,
         symmetric_weights=False,
+        dynamic=True,
         folded_activations=(),
         engine="xla",
         stays_float=("everything between products",),
@@ -224,10 +226,11 @@ def _check_spec(where: str, operand: str, spec: Spec, takes: Target, target: str
     if spec.bits not in allowed:
         listed = ", ".join(map(str, allowed))
         raise ValueError(f"{where} has {spec.bits} bits; {target} takes {listed}. Use one of them.")
-    if spec.dynamic and not takes.dynamic:
+    if spec.dynamic and (weight or not takes.dynamic):
         raise ValueError(
-            f"{where} finds its range at run time (dynamic=True); a file for {target} has ranges "
-            "that are known beforehand. Use dynamic=False and calibrate."
+            f"{where} finds its range at run time (dynamic=True); a file for {target} has "
+            f"{'weights' if weight else 'ranges'} that are known beforehand. Use dynamic=False and "
+            "calibrate."
         )
     if weight and spec.granularity not in takes.weight_granularity:
         raise ValueError(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 from flax.core import unfreeze
 
@@ -18,12 +19,14 @@ from qkd_jax import graph as graphs
 from qkd_jax.graph import Graph, Node
 from qkd_jax.numerics import IntFormat, Spec, check_scale
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantizers import QUANTIZERS, lsq
+from qkd_jax.quantizers import QUANTIZERS, found_params, lsq
 
 __all__ = [
     "Operand",
     "Product",
     "TracedNet",
+    "found_grid",
+    "is_found",
     "known_view",
     "products",
     "quantizer_params",
@@ -201,23 +204,66 @@ def view(traced: TracedNet, marker: Node) -> tuple[np.ndarray, np.ndarray, IntFo
     where = _named(traced, marker)
     if spec.dynamic:
         raise ValueError(
-            f"{where} finds its range at run time, and the integer path works with scales that are "
-            "known beforehand. Use dynamic=False and calibrate."
+            f"{where} finds its range at run time, and this needs scales that are known "
+            "beforehand. Use dynamic=False and calibrate."
         )
+    _check_granularity(where, spec)
+    found = _integer_view(traced, marker)
+    if found is None:
+        raise _not_uniform(where)
+    scale, zero_point, format = found
+    check_scale(f"the scale of {where}", scale)
+    return np.asarray(scale), np.asarray(zero_point), format
+
+
+def is_found(traced: TracedNet, marker: Node | None) -> bool:
+    """Whether a marker is a quantizer of an activation whose range is found at run time."""
+    if marker is None or not is_quantizer(marker) or not traced.spec(marker).dynamic:
+        return False
+    return marker.inputs[0] not in traced.graph.constants
+
+
+def found_grid(traced: TracedNet, marker: Node) -> tuple[IntFormat, tuple[int, ...]]:
+    """Returns (format, axes with ranges of their own) of a range that is found at run time.
+
+    Raises:
+        ValueError: its values are not integer codes times one scale for each of the product's
+            sums, or their zero points have no bound.
+    """
+    spec, where = traced.spec(marker), _named(traced, marker)
+    _check_granularity(where, spec)
+    own = marker.params["own"]
+    if len(own) != len(traced.graph.shape(marker.inputs[0])):
+        raise ValueError(
+            f"{where} finds its range at run time under a transformation such as nn.vmap, which "
+            "moves its axes. Use dynamic=False and calibrate."
+        )
+    axes = tuple(axis for axis, kept in enumerate(own) if kept == "1")
+    params = found_params(jnp.ones((1,) * len(own)), spec, axes)
+    found = QUANTIZERS[spec.quantizer].integer_view(params, spec)
+    if found is None:
+        raise _not_uniform(where)
+    if not spec.symmetric and spec.quantizer != "uniform":
+        raise ValueError(
+            f"{where} finds an affine range at run time whose zero points have no bound, so the "
+            "sums of its codes have none. Use quantizer='uniform', or symmetric=True."
+        )
+    return found[2], axes
+
+
+def _check_granularity(where: str, spec: Spec) -> None:
     if isinstance(spec.granularity, int):
         raise ValueError(
             f"{where} has scales that vary along its product's sum, and the integer path scales "
             "sums once. Use granularity='channel'."
         )
-    found = _integer_view(traced, marker)
-    if found is None:
-        raise ValueError(
-            f"{where} lies on a grid that is not uniform, so it has no integer codes to compute "
-            "with. Use a uniform quantizer, such as 'lsq' or 'uniform'."
-        )
-    scale, zero_point, format = found
-    check_scale(f"the scale of {where}", scale)
-    return np.asarray(scale), np.asarray(zero_point), format
+
+
+def _not_uniform(where: str) -> ValueError:
+    return ValueError(
+        f"{where} lies on a grid that is not uniform, so it has no integer codes to compute "
+        "with. Use a uniform quantizer, such as 'lsq' or 'uniform'."
+    )
 
 
 def _integer_view(traced: TracedNet, marker: Node) -> Any:

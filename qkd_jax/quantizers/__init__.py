@@ -20,14 +20,14 @@ To add one, write the file and name it in `QUANTIZERS`: the tests in
 `tests/quantizers/test_every_quantizer.py` run over that dict.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
 
 from qkd_jax import checks
-from qkd_jax.numerics import Spec
+from qkd_jax.numerics import Spec, stats
 from qkd_jax.quantizers import (
     apot,
     binary,
@@ -56,6 +56,7 @@ __all__ = [
     "dsq",
     "ewgs",
     "floating",
+    "found_params",
     "live",
     "lsq",
     "lsq_plus",
@@ -111,3 +112,19 @@ def live(x: jax.Array, params: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """The parameters as they are for `x`: those given, unless they depend on the tensor itself."""
     module = QUANTIZERS[spec.quantizer]
     return module.live(x, params, spec) if hasattr(module, "live") else dict(params)
+
+
+def found_params(
+    x: jax.Array, spec: Spec, axes: Sequence[int], *, axis_name: Any = None
+) -> dict[str, Any]:
+    """The parameters of a dynamic spec: those that its quantizer starts from on `x` itself.
+
+    Args:
+        x: the tensor.
+        spec: with `dynamic=True`.
+        axes: of `x`, whose entries have a range of their own.
+        axis_name: mapped axes to find the range over.
+    """
+    sums = stats.measure(jax.lax.stop_gradient(x), channel_axes=axes, axis_name=axis_name)
+    params = QUANTIZERS[spec.quantizer].init(stats.finish(sums), spec)
+    return jax.tree.map(jax.lax.stop_gradient, params)
