@@ -313,12 +313,15 @@ def train(
     views: int = 0,
     hygiene: dict[str, Any] | None = None,
     images: str = "",
+    stale: int = 0,
 ) -> dict[str, Any]:
     """Returns a `train` stage. `steps` above 0 decides its length instead of `epochs`.
 
     `augment` takes the place of the data's own augmentations. They are drawn anew at every step, or
     once for each of `views` views of every image (1: the images as they are). `images` names a
     `synthesize` stage whose images take the place of the training split.
+
+    With `stale` nets that learn teach one another through copies taken anew every so many steps.
 
     `hygiene` is {net: what the function `hygiene` returns}; a net that is left out has it all off.
     """
@@ -332,6 +335,7 @@ def train(
         augment=augment,
         views=views,
         images=images,
+        stale=stale,
         hygiene={**{net: dict(HYGIENE) for net in learn}, **(hygiene or {})},
     )
 

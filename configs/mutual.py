@@ -1,11 +1,18 @@
 """Deep mutual learning (Zhang et al. 2017, arXiv 1706.00384): students without a teacher.
 
     python launch.py --config=configs/mutual.py:students=2 --workdir=runs/mutual
+    python launch.py --config=configs/mutual.py:stale=50,burn_in=0.1 --workdir=runs/codistillation
 
 Every student learns from the labels and from each of the others, all updated at once: student k's
 loss is CE + 1/(n - 1) sum_l KL(p_l || p_k) at temperature 1. The paper updates the students in
 turn, on fresh predictions; here a step sees one set of predictions, so all gradients are of one
 moment.
+With `stale` it is co-distillation (Anil et al. 2018, arXiv 1804.03235): each learns from copies of
+the others, in evaluation mode, that are taken anew every `stale` steps, as if they came over a slow
+network; with `burn_in` (steps, or below 1 a fraction of the stage) only from then on. The paper
+compares with the mean of the others' predictions, which gives the same gradient as the mean of the
+divergences; its nets see different parts of the data, these the same batches.
+
 `alone` is the control: the same net, batches and steps with the labels only. With `bits` the
 students, and the control, are quantized after a float start and learn from one another as such.
 """
@@ -20,6 +27,8 @@ def get_config(arg=""):
         data="digits",
         model="resnet8",
         students=2,
+        stale=0,
+        burn_in=0.0,
         widths="8",
         bits="float",
         seed=0,
@@ -44,12 +53,13 @@ def get_config(arg=""):
         config.nets[name] = common.net(args.model, width=width, rules=args.bits)
     config.nets[peers[0]].init_from = "alone"
 
-    def stage(learn, lr, weight_decay):
+    def stage(learn, lr, weight_decay, stale=0):
         return common.train(
             learn=learn,
             optim={net: common.sgd(lr, weight_decay=weight_decay) for net in learn},
             epochs=args.epochs or recipe["epochs"],
             batch_size=recipe["batch_size"],
+            stale=stale,
         )
 
     def labels():
@@ -59,7 +69,7 @@ def get_config(arg=""):
     mutual = {
         name: labels()
         | {
-            f"from_{other}": dict(loss="dml", source=other, weight=share)
+            f"from_{other}": common.term("dml", other, share, start=args.burn_in)
             for other in peers
             if other != name
         }
@@ -72,12 +82,13 @@ def get_config(arg=""):
         config.stages.calibrate = common.calibrate("alone", *peers)
         schedule += ["start", "calibrate"]
     lr, decay = (0.05, 1e-4) if quantized else (0.1, 5e-4)
-    config.stages.mutual = stage(mutual, lr, decay)
+    config.stages.mutual = stage(mutual, lr, decay, args.stale)
     config.stages.alone = stage(dict(alone=labels()), lr, decay)
     # The peers first: `student0` copies `alone` at the moment at which it first takes part.
     schedule += ["mutual", "alone", "evaluate"]
     config.stages.evaluate = common.evaluate(
-        alone="labels alone", **dict.fromkeys(peers, "mutual learning")
+        alone="labels alone",
+        **dict.fromkeys(peers, "co-distillation" if args.stale else "mutual learning"),
     )
     config.stages.evaluate["ensembles"] = dict(peers=tuple(peers))
     config.schedule = tuple(schedule)

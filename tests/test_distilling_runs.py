@@ -153,6 +153,32 @@ def test_heads_resume_bit_for_bit_and_are_left_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_stale_peers_resume_bit_for_bit_on_digits(tmp_path, monkeypatch):
+    from configs import mutual
+
+    config = mutual.get_config("model=mlp,widths=0,stale=4,burn_in=2,epochs=2").unlock()
+    config.log.eval_every_steps = 0
+    config.schedule = ("mutual", "evaluate")
+    config.stages.evaluate.nets = ("student0", "student1")
+    config.stages.evaluate.methods = {}
+    whole = experiment.run(config, tmp_path / "whole", report=False, verbose=False)
+    halted, places = tmp_path / "halted", []
+    for saved in run_with_stops(config, halted, monkeypatch, (5, 0)):
+        places.append(saved.meta["stage_step"])
+        for net in ("student0", "student1"):
+            copy = saved.tree[f"optimizers/mutual/{net}/stale/params/head/kernel"]
+            assert np.any(copy != saved.tree[f"nets/{net}/params/head/kernel"])
+    assert places == [6, 7]  # between two copies
+    one, two = final(tmp_path / "whole"), final(halted)
+    assert tree_sha256(one.tree) == tree_sha256(two.tree)
+    assert json.loads((halted / "results.json").read_text())["rows"] == whole["rows"]
+    assert not any("stale" in name for name in one.tree)
+    config.stages.mutual.stale = 0
+    fresh = experiment.run(config, tmp_path / "fresh", report=False, verbose=False)
+    assert [r["loss"] for r in fresh["rows"]] != [r["loss"] for r in whole["rows"]]
+
+
+@pytest.mark.slow
 def test_a_quantized_net_is_its_own_teacher_on_digits(tmp_path):
     from configs import byot
 

@@ -28,14 +28,16 @@ from qkd_jax.training.state import (
     optimizer_states,
     owned_states,
     split,
+    stale_variables,
     start_state,
 )
 from qkd_jax.training.trees import flatten, unflatten_like
 
 __all__ = ["plan_stage", "quantizer_means", "train"]
 
-# Where, beside the state of a net's optimizer, lies what the terms of its loss own.
-OWNED = "owned/"
+# Where, beside the state of a net's optimizer, lies what the terms of its loss own, and the copy
+# through which it teaches.
+OWNED, STALE = "owned/", "stale/"
 
 
 def plan_stage(nets: Mapping[str, Any], stage: Stage) -> Plan:
@@ -59,6 +61,7 @@ def plan_stage(nets: Mapping[str, Any], stage: Stage) -> Plan:
             data=stage.data,
             first=stage.first,
             cached=cached_nets(stage),
+            stale=stage.fields["stale"],
         )
     except ValueError as error:
         raise ValueError(f"stages.{stage.name}: {error}") from error
@@ -78,6 +81,7 @@ def train(
     hygiene: Mapping[str, Any] | None = None,
     cache: Mapping[str, Any] | None = None,
     images: str = "",
+    stale: int = 0,
 ) -> None:
     """Trains the nets of `learn`; goes on where the stage was interrupted.
 
@@ -86,10 +90,11 @@ def train(
     takes the place of the data's own augmentations, drawn anew at every step or, with `views`, once
     for so many views of each image that take turns by epoch (1: the images as they are). With
     `cache` the frozen teachers are not run: see `teacher_cache`. `images` names a `synthesize`
-    stage, whose images and labels take the place of the training split.
+    stage, whose images and labels take the place of the training split. With `stale` nets that
+    learn teach one another through copies that are so many steps old at most.
     """
     # `stage` holds these in the form that the plan reads.
-    del learn, optim, epochs, steps, hygiene, cache
+    del learn, optim, epochs, steps, hygiene, cache, stale
     augment = augment or run.settings["data"]["augment"]
     plan = plan_stage(run.nets, stage)
     compiled = run.steps.get(plan)
@@ -103,6 +108,7 @@ def train(
         owned=_owned(run, stage, plan),  # before the optimizers are taken out
         opt=_optimizers(run, stage, plan),
         labels=dataset.train_labels,
+        stale=_stale(run, stage, plan),
     )
     start = stage.data_start
     batches = data.train_batches(
@@ -132,7 +138,7 @@ def train(
     _take(run, stage, plan, state, stage.steps, Window())
     run.heads |= evaluate_heads(run, plan, state)
     # The optimizer and what terms own travel on only if a later stage continues them.
-    kept = {net: run.optimizers[stage.name][net] for net in stage.keeps}
+    kept = {net: _without(STALE, run.optimizers[stage.name][net]) for net in stage.keeps}
     del run.optimizers[stage.name]
     if kept:
         run.optimizers[stage.name] = kept
@@ -151,13 +157,30 @@ def _optimizers(run: Run, stage: Stage, plan: Plan) -> dict[str, Any]:
             continue
         learned, _ = split(run.variables[net])
         fresh = jax.eval_shape(lambda tree, net=net: init_opt(plan, net, tree), learned)
-        flat = {name: leaf for name, leaf in flat.items() if not name.startswith(OWNED)}
+        flat = _without(STALE, _without(OWNED, flat))
         if not run.stage_step:  # hygiene belongs to a stage; the optimizer alone travels on
             fresh.pop("hygiene", None)
-            flat = {name: leaf for name, leaf in flat.items() if not name.startswith("hygiene/")}
+            flat = _without("hygiene/", flat)
             flat = {**_of_new_quantizers(fresh, flat), **flat}
         found[net] = unflatten_like(flat, fresh)
     return found
+
+
+def _without(prefix: str, flat: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: leaf for name, leaf in flat.items() if not name.startswith(prefix)}
+
+
+def _under(prefix: str, flat: Mapping[str, Any]) -> dict[str, Any]:
+    return {n.removeprefix(prefix): leaf for n, leaf in flat.items() if n.startswith(prefix)}
+
+
+def _stale(run: Run, stage: Stage, plan: Plan) -> dict[str, Any]:
+    """Copies through which nets teach, where a stage was interrupted; a new one takes others."""
+    nets = [plan.net_of(slot) for slot in plan.structure.stale] if run.stage_step else []
+    return {
+        net: unflatten_like(_under(STALE, run.optimizers[stage.name][net]), run.variables[net])
+        for net in nets
+    }
 
 
 def _owned(run: Run, stage: Stage, plan: Plan) -> dict[str, dict[str, Any]]:
@@ -172,8 +195,7 @@ def _owned(run: Run, stage: Stage, plan: Plan) -> dict[str, dict[str, Any]]:
         before = stage.name if run.stage_step else plan.continues.get(net)
         flat = run.optimizers[before][net] if before else {}
         for term, label in plan.labels[learner.slot].items():
-            prefix = f"{OWNED}{label}/"
-            saved = {n.removeprefix(prefix): x for n, x in flat.items() if n.startswith(prefix)}
+            saved = _under(f"{OWNED}{label}/", flat)
             if not saved:
                 continue
             (source,) = [t.sources[:1] for t in learner.terms if t.name == term]
@@ -208,10 +230,11 @@ def _take(run: Run, stage: Stage, plan: Plan, state: TrainState, step: int, wind
     for net, variables in net_variables(plan, state).items():
         run.put(net, variables)
     run.optimizers[stage.name] = {}
-    owned = owned_states(plan, state)
+    owned, copies = owned_states(plan, state), stale_variables(plan, state)
     for net, opt in optimizer_states(plan, state).items():
         of_terms = {f"{OWNED}{name}": leaf for name, leaf in flatten(owned.get(net, {})).items()}
-        run.optimizers[stage.name][net] = {**flatten(opt), **of_terms}
+        of_copy = {f"{STALE}{name}": leaf for name, leaf in flatten(copies.get(net, {})).items()}
+        run.optimizers[stage.name][net] = {**flatten(opt), **of_terms, **of_copy}
         run.oscillating[net] = healthy.oscillating(opt.get("hygiene", {}))
     run.stage_step, run.window = step, window
 

@@ -18,6 +18,8 @@ import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from qkd_jax import checks
 from qkd_jax.training.hygiene import Hygiene, describe, plan_hygiene
 from qkd_jax.training.optim import OptimStructure, plan_optimizer
@@ -47,6 +49,7 @@ class StepStructure:
     learners: tuple[Learner, ...]
     teachers: tuple[tuple[str, Any], ...] = ()
     cached: tuple[str, ...] = ()  # slots of teachers whose logits come with the batch
+    stale: tuple[str, ...] = ()  # slots of learners that teach through an older copy
 
     @functools.cached_property
     def optim(self) -> dict[str, OptimStructure]:
@@ -77,7 +80,7 @@ class Plan:
     Attributes:
         structure: Static and hashable; the key under which the compiled step is found.
         hyper: {slot: {"optim": {name: float32 array}, "terms": {term: {name: float32 array}}}},
-            and "hygiene" like "optim" where a net has it.
+            and "hygiene" like "optim" where a net has it, and "stale" where its copy teaches.
         slots: {net: slot}, learners first.
         labels: {slot: {term: label}}.
         learners: Names of the nets that learn.
@@ -111,6 +114,9 @@ class Plan:
                 if term.course:
                     named += [f"{name} {float(given[name]):g}" for name in COURSE]
                 source = " and ".join(map(self.net_of, term.sources))
+                if set(term.sources) & set(self.structure.stale) - {learner.slot}:
+                    every = float(self.hyper[self.structure.stale[0]]["stale"]["every"])
+                    source += f" as it stood up to {every:g} steps before"
                 taps = "+".join(term.teacher_taps)
                 lines.append(
                     f"{self.net_of(learner.slot)} <- {_shown(given, 'weight')} "
@@ -144,6 +150,7 @@ def plan_step(
     data: DataShape | None = None,
     first: int = 0,
     cached: Collection[str] = (),
+    stale: int = 0,
 ) -> Plan:
     """Checks the table of a stage and splits it into structure and numbers.
 
@@ -158,6 +165,9 @@ def plan_step(
         data: Shapes of the data, which terms need that look at features or keep a memory.
         first: Global step at which the stage starts.
         cached: Frozen nets that are not run: the batch brings their logits, as `cached_key` says.
+        stale: Above 0, a net that learns teaches the others through a copy of itself, in evaluation
+            mode, which is taken anew every so many steps (Anil et al. 2018, arXiv 1804.03235): at
+            the stage's first step and at every `stale`-th behind it, before that step's update.
 
     Returns:
         The plan of the stage's step.
@@ -202,11 +212,18 @@ def plan_step(
             continues[net] = str(optim[net]["continues"])
     teachers = tuple(net for net in slots if net not in learn)
     _check_cached(cached, teachers, slots, learners)
+    peers = _stale_peers(stale, learners)
+    for slot in peers:
+        hyper[slot]["stale"] = {
+            "every": np.asarray(stale, np.float32),
+            "first": np.asarray(first, np.float32),
+        }
     return Plan(
         structure=StepStructure(
             learners=tuple(learners),
             teachers=tuple((slots[net], _hashable(net, modules[net])) for net in teachers),
             cached=tuple(slots[net] for net in teachers if net in cached),
+            stale=peers,
         ),
         hyper=hyper,
         slots=slots,
@@ -221,6 +238,27 @@ def plan_step(
 def cached_key(slot: str) -> str:
     """Where a batch has the logits of the teacher in a slot, float32 [batch, classes]."""
     return f"logits/{slot}"
+
+
+def _stale_peers(stale: int, learners: Sequence[Learner]) -> tuple[str, ...]:
+    """Slots of the nets that learn and teach another one, where `stale` asks for copies of them."""
+    checks.integer_in("stale", stale, 0)
+    if not stale:
+        return ()
+    found = {
+        source
+        for learner in learners
+        for term in learner.terms
+        for source in term.sources
+        if source != learner.slot
+    }
+    peers = tuple(learner.slot for learner in learners if learner.slot in found)
+    if not peers:
+        raise ValueError(
+            f"stale is {stale}, but no net that learns here teaches another, so there is no copy "
+            "to take; let nets learn from one another (learn.<net>.<label>.source) or give stale=0."
+        )
+    return peers
 
 
 def _check_cached(

@@ -34,6 +34,7 @@ __all__ = [
     "optimizer_states",
     "owned_states",
     "split",
+    "stale_variables",
     "start_state",
     "step_key",
     "stream_key",
@@ -55,6 +56,8 @@ class TrainState(flax.struct.PyTreeNode):
         loss_state: {slot: {term: what it owns}}: the variables of an adaptor between two nets'
             features ("params", "batch_stats", "teacher": constants of the source), the state of
             their optimizer ("opt"), a memory ("memory"); empty where no term owns anything.
+        stale: {slot: variables} of the copies through which nets teach while they learn; empty
+            where they teach as they stand.
         finite: False from the first step on whose loss, gradient or statistic is not finite: from
             there the nets stand still, so that the cause is still in them when somebody looks.
     """
@@ -65,6 +68,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt: dict[str, Any]
     hyper: dict[str, Any]
     loss_state: dict[str, Any] = flax.struct.field(default_factory=dict)
+    stale: dict[str, Variables] = flax.struct.field(default_factory=dict)
     finite: jax.Array | bool = True
 
 
@@ -111,6 +115,7 @@ def start_state(
     opt: Mapping[str, Any] | None = None,
     owned: Mapping[str, Mapping[str, Any]] | None = None,
     labels: np.ndarray | jax.Array | None = None,
+    stale: Mapping[str, Variables] | None = None,
 ) -> TrainState:
     """State at the start of a stage.
 
@@ -124,6 +129,7 @@ def start_state(
         owned: {net: {label: what a term owns}} for terms that go on; every other starts anew.
         labels: [examples] integers, the labels of the training set in the order of the batches'
             "index". Memories draw examples by class; without labels they learn them batch by batch.
+        stale: {net: variables} of copies that go on to teach; every other is of the net as it is.
 
     Returns:
         A state that shares no buffer with the arguments (the step donates it).
@@ -149,6 +155,12 @@ def start_state(
         opt=_copy(states),
         hyper=_copy(plan.hyper),
         loss_state=_copy(_loss_state(plan, variables, seed, owned or {}, labels)),
+        stale=_copy(
+            {
+                slot: (stale or {}).get(plan.net_of(slot), nets[slot])
+                for slot in plan.structure.stale
+            }
+        ),
         finite=jnp.asarray(True),
     )
 
@@ -254,6 +266,11 @@ def owned_states(plan: Plan, state: TrainState) -> dict[str, dict[str, Any]]:
         plan.net_of(slot): {plan.labels[slot][term]: tree for term, tree in terms.items()}
         for slot, terms in state.loss_state.items()
     }
+
+
+def stale_variables(plan: Plan, state: TrainState) -> dict[str, Variables]:
+    """{net: variables of the copy through which it teaches} out of a state."""
+    return {plan.net_of(slot): variables for slot, variables in state.stale.items()}
 
 
 def frozen_variables(plan: Plan, variables: Mapping[str, Variables]) -> dict[str, Variables]:

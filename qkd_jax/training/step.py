@@ -33,6 +33,7 @@ __all__ = [
     "eval_step",
     "make_step",
     "name_metrics",
+    "refresh_stale",
     "total_loss",
 ]
 
@@ -46,13 +47,24 @@ def _masked_sum(values: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 class _Seen(NamedTuple):
-    """What the terms of a step look at: of every net, by slot, and of the batch."""
+    """What the terms of a step look at: of every net, by slot, and of the batch.
+
+    `stale` has (logits, features) of the copies through which nets teach while they learn.
+    """
 
     logits: dict[str, jax.Array]
     features: dict[str, dict[str, jax.Array]]
+    stale: dict[str, tuple[jax.Array, dict[str, jax.Array]]]
     batch: Batch
     mask: jax.Array | None
     axis_name: str | None
+
+    def taught(self, learner: Learner, source: str) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(logits, features) that a source shows a learner, detached; to itself no copy of it."""
+        found = self.logits[source], self.features.get(source, {})
+        if source in self.stale and source != learner.slot:
+            found = self.stale[source]
+        return jax.lax.stop_gradient(found)
 
 
 def _term_values(
@@ -71,16 +83,14 @@ def _term_values(
     """
     own = state.loss_state.get(learner.slot, {}).get(term.name, {})
     updated = dict(own)
-    detach = jax.lax.stop_gradient
+    taught = [seen.taught(learner, source) for source in term.sources]
     features = tuple(seen.features[learner.slot][tap] for tap in term.taps)
-    teacher_features = tuple(
-        detach(seen.features[term.sources[0]][tap]) for tap in term.teacher_taps
-    )
+    teacher_features = tuple(taught[0][1][tap] for tap in term.teacher_taps)
     given = loss_inputs(
         features,
         teacher_features,
         seen.logits[learner.slot],
-        tuple(detach(seen.logits[source]) for source in term.sources),
+        tuple(logits for logits, _ in taught),
     )
     given |= {"labels": seen.batch["label"], "index": seen.batch.get("index"), "key": key}
     given["memory"] = own.get("memory")
@@ -180,12 +190,23 @@ def total_loss(
             module, frozen[slot], images, taps=structure.taps[slot], axis_name=axis_name
         )
 
+    stale: dict[str, tuple[jax.Array, dict[str, jax.Array]]] = {}
+    for slot in structure.stale:
+        shown, _, at_taps = forward_taps(
+            structure.modules[slot],
+            state.stale[slot],
+            images,
+            taps=structure.taps[slot],
+            axis_name=axis_name,
+        )
+        stale[slot] = shown, at_taps
+
     count = _masked_sum(jnp.ones(labels.shape, jnp.float32), mask)
     everywhere = count if axis_name is None else jax.lax.psum(count, axis_name)
     loss = jnp.zeros((), jnp.float32)
     sums: Metrics = {}
     owned: dict[str, Any] = {}
-    seen = _Seen(logits, features, batch, mask, axis_name)
+    seen = _Seen(logits, features, stale, batch, mask, axis_name)
     # One key for all devices: a loss that draws examples draws them for the whole batch.
     loss_key = step_key(state.seed, "loss", state.step)
     for index, learner in enumerate(structure.learners):
@@ -232,6 +253,22 @@ def adaptor_params(state: TrainState) -> dict[str, dict[str, Any]]:
     }
 
 
+def refresh_stale(structure: StepStructure, state: TrainState) -> TrainState:
+    """Takes new copies of the nets that teach through one, where this step is one to do so.
+
+    After a step that was not finite the copies stand still, like the nets.
+    """
+    copies = {}
+    for slot in structure.stale:
+        numbers = state.hyper[slot]["stale"]
+        place = (state.step - numbers["first"]).astype(jnp.float32)
+        due = state.finite & (jnp.mod(place, numbers["every"]) == 0)
+        copies[slot] = jax.tree.map(
+            lambda new, old, due=due: jnp.where(due, new, old), state.nets[slot], state.stale[slot]
+        )
+    return state.replace(stale=copies)
+
+
 def _finite(tree: Any) -> jax.Array:
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(leaves)) if leaves else jnp.array(True)
@@ -260,6 +297,7 @@ def make_step(structure: StepStructure) -> Step:
         *,
         axis_name: str | None = None,
     ) -> tuple[TrainState, Metrics]:
+        state = refresh_stale(structure, state)
         parts = {slot: split(variables) for slot, variables in state.nets.items()}
         learned = {slot: part[0] for slot, part in parts.items()}
         carried = {slot: part[1] for slot, part in parts.items()}
