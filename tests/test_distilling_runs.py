@@ -179,6 +179,26 @@ def test_stale_peers_resume_bit_for_bit_on_digits(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_branches_resume_bit_for_bit_on_digits(tmp_path, monkeypatch):
+    from configs import one
+
+    config = one.get_config("model=mlp,width=0,epochs=2").unlock()
+    config.log.eval_every_steps = 0
+    config.schedule = ("distil", "evaluate")
+    config.stages.evaluate = common.evaluate(student="native ensemble")
+    whole = experiment.run(config, tmp_path / "whole", report=False, verbose=False)
+    halted = tmp_path / "halted"
+    for saved in run_with_stops(config, halted, monkeypatch, (4,)):
+        assert any("owned/one/params/gate/kernel" in name for name in saved.tree)
+    one, two = final(tmp_path / "whole"), final(halted)
+    assert tree_sha256(one.tree) == tree_sha256(two.tree)
+    assert json.loads((halted / "results.json").read_text())["rows"] == whole["rows"]
+    nets = [row["net"] for row in whole["rows"]]
+    assert nets == ["student", *(f"student.{n}" for n in ("branch1", "branch2", "ensemble"))]
+    assert not any("branch" in name or "gate" in name for name in one.tree)
+
+
+@pytest.mark.slow
 def test_a_quantized_net_is_its_own_teacher_on_digits(tmp_path):
     from configs import byot
 

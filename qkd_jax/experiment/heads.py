@@ -56,7 +56,7 @@ def head_rows(run: Run, net: str, row: Mapping[str, Any]) -> list[dict[str, Any]
     heads = run.heads.get(net, [])
     for found in heads:
         name, count = found["head"], len(heads)
-        method = f"mean of {count} classifiers" if name == ENSEMBLE else f"classifier at {name}"
+        method = f"ensemble of {count} classifiers" if name == ENSEMBLE else f"classifier at {name}"
         known = {key: found.get(key) for key in ("top1", "top5", "loss", "severity") if key in row}
         rows.append(
             {**row, **known, "net": f"{net}.{name}", "method": method}

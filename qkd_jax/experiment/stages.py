@@ -133,7 +133,7 @@ def evaluate(
 
     `methods` gives the row's method by net; `reference` is the net with whose argmax agreement is
     counted, as it stands now. `ensembles` adds rows of several nets together, {name: nets}: the
-    mean of their probabilities. Classifiers that trained a net (`byot`) have rows behind it.
+    mean of their probabilities. Classifiers that trained a net (`byot`, `one`) have rows behind it.
     """
     found = {
         name: run.evaluate(name) for name in dict.fromkeys([*nets, *filter(None, [reference])])

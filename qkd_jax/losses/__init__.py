@@ -23,7 +23,8 @@ Signature rules that the training step relies on. Positional names say what it p
   of either net. The gradient flows into both: what is detached is the teacher's feature, before
   its embedding.
 * `heads_logits`, a tuple of arrays [batch, classes], come from classifiers that the term of the
-  loss owns; they and what is below them learn.
+  loss owns; they and what is below them learn. `gate`, [batch, heads + 1], weighs the net itself
+  and them.
 * What else a loss needs comes as a further array under its own name: `variance`, `attention`,
   `temperature`, into which the gradient flows, and `margins`, a tuple of constants.
 * A loss with `memory`, a dict of arrays, also takes `key`, a random key, returns (values, new
@@ -57,7 +58,7 @@ from qkd_jax.losses.contrastive import crd, crd_in_batch, crd_memory
 from qkd_jax.losses.decoupled import dkd, nkd, tf_kd
 from qkd_jax.losses.feature import at, fitnet, ft, reviewkd, semckd, simkd, vid
 from qkd_jax.losses.gram import fsp, ickd, nst
-from qkd_jax.losses.heads import byot
+from qkd_jax.losses.heads import byot, one
 from qkd_jax.losses.hierarchical import hxe, lca_alignment, tree_soft_labels
 from qkd_jax.losses.predictions import dist, mlkd
 from qkd_jax.losses.relation import cc, cc_adjacent, irg, pkt, rkd, sp
@@ -93,6 +94,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "kd_sum": kd_sum,
     "ca_mkd": ca_mkd,
     "byot": byot,
+    "one": one,
     "fitnet": fitnet,
     "simkd": simkd,
     "at": at,
@@ -157,6 +159,7 @@ __all__ = [
     "nst",
     "ofd",
     "ofd_margin",
+    "one",
     "pkt",
     "reviewkd",
     "rkd",

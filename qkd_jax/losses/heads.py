@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 
 from qkd_jax import checks
 from qkd_jax.numerics.features import check_tuple, prepare_features
-from qkd_jax.numerics.logits import divergence, keep, prepare_pair
+from qkd_jax.numerics.logits import divergence, keep, prepare_logits, prepare_pair
 
-__all__ = ["byot"]
+__all__ = ["byot", "one"]
 
 
 def byot(
@@ -92,6 +92,75 @@ def byot(
         apart = jnp.sum(jnp.square(own - deep), axis=tuple(range(1, own.ndim)))
         values.append((1 - a) * _cross_entropy(z, labels) + a * soft + h * apart)
     return keep(sum(values[1:], values[0]), mask)
+
+
+def one(
+    logits: jax.Array,
+    heads_logits: Sequence[jax.Array],
+    gate: jax.Array,
+    labels: jax.Array,
+    *,
+    temperature: ArrayLike = 3.0,
+    distil: ArrayLike = 1.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """On-the-fly native ensemble: branches of a net learn from what a gate makes of all of them.
+
+    With z_0 the net's own logits, z_1 ... z_n those of further branches on the same trunk, gate
+    weights g_0 ... g_n and z_e = sum_i g_i z_i:
+
+        L = sum_{i >= 1} CE(z_i, y) + CE(z_e, y)
+            + distil T^2 sum_{i >= 0} KL(softmax(z_e / T) || softmax(z_i / T))
+
+    The divergences send no gradient into z_e: the gate learns from the labels. The cross-entropy of
+    the net's own logits is a term of its own (`ce`).
+
+    Args:
+      logits: z_0, [batch, classes], floating; the net that learns.
+      heads_logits: tuple of n arrays [batch, classes]; they learn, and so do the layers below them.
+      gate: g, [batch, n + 1], weights that add to 1; they learn.
+      labels: y, [batch], integers in [0, classes).
+      temperature: T, above 0.
+      distil: weight of the divergences, at least 0.
+      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+
+    Returns:
+      [batch], float32 or wider.
+
+    Raises:
+      ValueError: for shapes that do not fit, no branches, or numbers out of range.
+
+    Adaptor:
+      Branches of residual blocks, pooling and a dense layer on the trunk's feature, and the gate: a
+      dense layer on its mean, BatchNorm, ReLU, softmax.
+
+    Note:
+      The authors' code lets `distil` rise as exp(-5 (1 - t)^2) over its first 80 epochs.
+
+    Reference:
+      Lan, Zhu, Gong, 2018, arXiv 1806.04606.
+    """
+    check_tuple("heads_logits", heads_logits, "logits, one array per branch")
+    checks.number("temperature", temperature, low=0.0, low_allowed=False)
+    checks.number("distil", distil, low=0.0)
+    own, mask = prepare_logits("logits", logits, where)
+    branches = [own]
+    for i, z in enumerate(heads_logits):
+        branches.append(prepare_logits(f"heads_logits[{i}]", z, None)[0])
+        checks.same_shape(**{"logits": own, f"heads_logits[{i}]": branches[-1]})
+    weights, _ = prepare_logits("gate", gate, None)
+    if weights.shape != (len(own), len(branches)):
+        raise ValueError(
+            f"gate has shape {tuple(weights.shape)}; it must be {(len(own), len(branches))}: for "
+            "each example a weight of the net itself and one of each branch."
+        )
+    z = keep(jnp.stack(branches, axis=1), mask)
+    ensemble = jnp.sum(keep(weights, mask)[:, :, None] * z, axis=1)
+    hard = [_cross_entropy(x, labels) for x in (*jnp.unstack(z, axis=1)[1:], ensemble)]
+    t = jnp.asarray(temperature, z.dtype)
+    target = jax.lax.stop_gradient(ensemble)[:, None] / t
+    soft = t * t * jnp.sum(divergence(target, z / t), axis=1)
+    return keep(sum(hard[1:], hard[0]) + jnp.asarray(distil, z.dtype) * soft, mask)
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

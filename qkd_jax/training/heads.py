@@ -20,7 +20,8 @@ __all__ = ["eval_heads"]
 def eval_heads(module: Any, term: Term) -> Callable[..., tuple[tuple[Any, jax.Array], ...]]:
     """Compiled evaluation of a term's classifiers and of their ensemble with the net.
 
-    The ensemble answers with the mean of the probabilities of the net and of all classifiers.
+    The ensemble answers with the mean of the probabilities of the net and of all classifiers or,
+    where they have a gate, with the logits that it makes of theirs.
 
     Args:
         module: QuantizedModel of the net that learns.
@@ -44,13 +45,15 @@ def eval_heads(module: Any, term: Term) -> Callable[..., tuple[tuple[Any, jax.Ar
         mask = batch["mask"].astype(bool)
         return tuple(
             (classification(z, batch["label"], where=mask), z)
-            for z in (*heads, _mean((logits, *heads)))
+            for z in (*heads, _ensemble((logits, *heads), outputs.get("gate")))
         )
 
     return evaluate
 
 
-def _mean(logits: Sequence[jax.Array]) -> jax.Array:
-    """Logarithm of the mean of several probabilities."""
+def _ensemble(logits: Sequence[jax.Array], gate: jax.Array | None) -> jax.Array:
+    """Logarithm of the mean of several probabilities, or the sum of logits weighed by a gate."""
+    if gate is not None:
+        return jnp.sum(gate[:, :, None] * jnp.stack(logits, axis=1), axis=1)
     scores = jnp.stack([jax.nn.log_softmax(z) for z in logits])
     return jax.nn.logsumexp(scores, axis=0) - jnp.log(float(len(logits)))

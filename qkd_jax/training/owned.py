@@ -64,13 +64,20 @@ class Owned:
             ValueError: unknown taps or options, taps that a loss does not look at, or a number of
                 taps that does not fit.
         """
-        looks = any("feature" in name or "embedding" in name for name in self.inputs)
+        looks = self.loss in adaptors.TAPS or any(
+            "feature" in name or "embedding" in name for name in self.inputs
+        )
         for field in ("taps", "teacher_taps"):
             if not looks and self.fields.get(field):
                 raise ValueError(
                     f"{self.where}.{field} is {self.fields[field]!r}, but loss {self.loss!r} looks "
                     "at no feature; drop it."
                 )
+        if self.fields.get("teacher_taps") and not self.sources:
+            raise ValueError(
+                f"{self.where}.teacher_taps is {self.fields['teacher_taps']!r}, but loss "
+                f"{self.loss!r} compares with no other net; drop it."
+            )
         taps, teacher_taps = self._taps() if looks else ((), ())
         shapes = [
             tuple(self._features(net).shape(tap).shape[1:] for tap in names)
@@ -101,7 +108,8 @@ class Owned:
         return self.data
 
     def _taps(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        found, single = [], "student_features" not in self.inputs
+        found = []
+        single = "student_features" not in self.inputs and self.loss not in adaptors.UNPAIRED
         default = adaptors.default_taps(self.loss, self.inputs)
         fields = zip(("taps", "teacher_taps"), (self.net, *self.sources), default, strict=False)
         for field, net, usual in fields:

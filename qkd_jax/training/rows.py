@@ -30,7 +30,7 @@ __all__ = ["FIELDS", "as_sources", "plan_terms", "signature"]
 
 COURSE = ("start", "end", "warmup", "decay")
 FIELDS = ("loss", "source", "weight", "taps", "teacher_taps", "adaptor", *COURSE)
-SHAPES = ("linear", "cosine")
+SHAPES = ("linear", "cosine", "gaussian")
 
 
 def as_sources(source: Any) -> tuple[str, ...]:
@@ -152,7 +152,8 @@ def _sources(
         )
     if not needs and sources:
         raise ValueError(
-            f"{where}.source is {source!r}, but loss {loss!r} uses labels alone; drop the source."
+            f"{where}.source is {source!r}, but loss {loss!r} compares with no other net; drop the "
+            "source."
         )
     if len(sources) > 1 and "teachers_logits" not in inputs:
         several = [n for n in losses.LOSSES if "teachers_logits" in signature(n)[0]]

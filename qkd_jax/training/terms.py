@@ -60,7 +60,8 @@ def term_numbers(
         min(1, (p - start + 1) / warmup) * min(1, (end - p) / decay), 0 outside [start, end)
 
     and a ramp over n steps gives begin + (end - begin) g(t), t = min(1, p / (n - 1)), with g(t) = t
-    or (1 - cos(pi t)) / 2.
+    ("linear"), (1 - cos(pi t)) / 2 ("cosine") or exp(-5 (1 - t)^2) ("gaussian", which starts at
+    0.0067; Laine, Aila, 2016, arXiv 1610.02242).
     """
     found = {name: given[name] for name in ("weight", *term.traced) if name in given}
     if not term.course and not term.ramps:
@@ -69,7 +70,10 @@ def term_numbers(
     for name, shape in term.ramps:
         begin, end, steps = (given[f"{name}_{part}"] for part in ("begin", "end", "steps"))
         t = jnp.clip(place / jnp.maximum(steps - 1.0, 1.0), 0.0, 1.0)
-        t = t if shape == "linear" else 0.5 * (1.0 - jnp.cos(jnp.pi * t))
+        if shape == "cosine":
+            t = 0.5 * (1.0 - jnp.cos(jnp.pi * t))
+        elif shape == "gaussian":
+            t = jnp.exp(-5.0 * jnp.square(1.0 - t))
         found[name] = begin + (end - begin) * t
     if term.course:
         rise = (place - given["start"] + 1.0) / jnp.maximum(given["warmup"], 1.0)

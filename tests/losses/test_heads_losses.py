@@ -57,6 +57,55 @@ def test_byot_is_zero_where_the_heads_know_what_the_deepest_knows():
         np.testing.assert_allclose(grad, 0, atol=2e-6)
 
 
+def gate():
+    weights = np.exp(normal(9, 4))
+    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("t", "distil"), [(3.0, 1.0), (1.5, 0.25), (2.0, 0.0)])
+def test_one(t, distil):
+    z, g = normal(7, CLASSES), gate()
+    branches = np.stack([z, *HEADS], axis=1).astype(np.float64)
+    ensemble = (g[:, :, None] * branches).sum(1)
+    want = cross_entropy(ensemble) + sum(cross_entropy(x) for x in HEADS)
+    want = want + distil * t**2 * sum(kl(ensemble / t, x / t) for x in branches.swapaxes(0, 1))
+    found = losses.one(z, HEADS, g, LABELS, temperature=t, distil=distil)
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
+def test_the_gate_of_one_learns_from_the_labels_and_the_net_from_the_ensemble():
+    """In closed form, with p_e of the ensemble at temperature 1, q at T: what flows where."""
+    z, g, t = normal(7, CLASSES), gate(), 2.0
+    grads = jax.grad(lambda *x: losses.one(*x, LABELS, temperature=t, distil=0.5).sum(), (0, 1, 2))(
+        z, HEADS, g
+    )
+    branches = np.stack([z, *HEADS], axis=1).astype(np.float64)
+    ensemble = (g[:, :, None] * branches).sum(1)
+    p, truth = (lambda x: np.exp(log_softmax(x))), np.eye(CLASSES)[LABELS]
+    error = p(ensemble) - truth
+    np.testing.assert_allclose(grads[2], (error[:, None] * branches).sum(-1), rtol=1e-4, atol=1e-5)
+    # The net's own cross-entropy is another term's: it learns by the gate and from the ensemble.
+    labels = [0.0, *(p(x) - truth for x in HEADS)]
+    for i, found in enumerate((grads[0], *grads[1])):
+        pull = p(branches[:, i] / t) - p(ensemble / t)
+        want = labels[i] + g[:, i : i + 1] * error + 0.5 * t * pull
+        np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(heads_logits=HEADS[:1]), r"gate has shape \(6, 4\); it must be \(6, 2\)"),
+        (dict(heads_logits=(*HEADS[:2], normal(8, 5))), r"heads_logits\[2\]"),
+        (dict(heads_logits=HEADS[0]), "heads_logits is one array"),
+    ],
+)
+def test_one_says_what_is_wrong(change, message):
+    given = dict(logits=normal(7, CLASSES), heads_logits=HEADS, gate=gate(), labels=LABELS)
+    with pytest.raises(ValueError, match=message):
+        losses.one(**given | change)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -195,7 +195,14 @@ def test_a_bad_adaptor_leaves_everything_and_is_named():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("rkd", "pmap"), ("fitnet", "pmap"), ("crd", "pmap"), ("crd", "jit"), ("byot", "pmap")],
+    [
+        ("rkd", "pmap"),
+        ("fitnet", "pmap"),
+        ("crd", "pmap"),
+        ("crd", "jit"),
+        ("byot", "pmap"),
+        ("one", "pmap"),
+    ],
 )
 def test_four_devices_equal_one(name, mode):
     _, variables = tiny.nets()
@@ -292,6 +299,10 @@ def test_a_temperature_that_changes():
     _, got = weights(5, temperature={"begin": 8.0, "end": 2.0, "shape": "cosine"})
     t = np.arange(5) / 4
     for value, temperature in zip(got, 5 + 3 * np.cos(np.pi * t), strict=True):
+        want = float(jnp.mean(losses.kd(own, taught, temperature=float(temperature))))
+        assert value == pytest.approx(want, rel=1e-4)
+    _, got = weights(5, temperature={"begin": 8.0, "end": 2.0, "shape": "gaussian"})
+    for value, temperature in zip(got, 8 - 6 * np.exp(-5 * (1 - t) ** 2), strict=True):
         want = float(jnp.mean(losses.kd(own, taught, temperature=float(temperature))))
         assert value == pytest.approx(want, rel=1e-4)
     _, got = weights(5, temperature={"begin": 8.0, "end": 2.0, "steps": 0.6})

@@ -135,6 +135,58 @@ def test_heads_are_evaluated_by_their_running_statistics():
     assert float(sums["count"]) == float(sums_of_head["count"]) == 5
 
 
+def test_one_in_a_step_is_its_formula_with_the_gate_on_the_trunk():
+    modules, variables = tiny.nets()
+    plan, state, sums, net, heads = gradients("one")
+    assert plan.describe() == ["student <- 1 one(distil=1, temperature=3) at stage1+stage2"]
+    batch = tiny.batch()
+    z, found = modules["student"].apply(
+        variables["student"], batch["image"], train=True, mutable=["features", "batch_stats"]
+    )
+    features = tuple(found["features"][name][0] for name in ("stage1", "stage2"))
+    own = jax.device_get(state.loss_state["net0"]["term0"])
+    (term,) = plan.structure.learners[0].terms
+    outputs, _ = term.adaptor.apply(
+        {k: own[k] for k in ("params", "batch_stats")},
+        features,
+        (),
+        train=True,
+        mutable=["batch_stats"],
+    )
+    mean = np.float64(features[0]).mean((1, 2))
+    raw = mean @ np.float64(own["params"]["gate"]["kernel"])
+    raw = (raw - raw.mean(0)) / np.sqrt(raw.var(0) + 1e-5)
+    gate = np.exp(log_softmax(np.maximum(raw, 0)))
+    branches = np.float64(np.stack([z, *outputs["heads_logits"]], axis=1))
+    assert branches.shape == (8, 3, 3)
+    ensemble = (gate[:, :, None] * branches).sum(1)
+    rows = np.arange(8)
+    hard = [
+        -log_softmax(x)[rows, batch["label"]] for x in (branches[:, 1], branches[:, 2], ensemble)
+    ]
+    target = log_softmax(ensemble / 3)[:, None]
+    soft = 9 * (np.exp(target) * (target - log_softmax(branches / 3))).sum((1, 2))
+    assert float(sums["term0"]) == pytest.approx((sum(hard) + soft).sum(), rel=1e-4)
+    # The net's own end learns from the ensemble too, and nothing stays behind.
+    assert all(np.any(grad) for grad in (*net.values(), *heads.values()))
+    evaluated = eval_heads(plan.structure.learners[0].module, term)(
+        variables["student"], own, batch | {"mask": np.ones(8, bool)}
+    )
+    assert len(evaluated) == 3
+
+
+@pytest.mark.parametrize("trunk", [(8, 8, 4), (7, 7, 4), (16, 6), (10,)])
+def test_branches_on_trunks_of_any_kind(trunk):
+    last = {3: (4, 4, 8), 2: (16, 6), 1: (12,)}[len(trunk)]
+    module = adaptors.build("one", (trunk, last), (), 5, branches=4, blocks=2)
+    given = tuple(jax.ShapeDtypeStruct((3, *shape), np.float32) for shape in (trunk, last))
+    found = jax.eval_shape(
+        lambda *x: module.apply(module.init(jax.random.key(0), x, ()), x, ()), *given
+    )
+    assert [x.shape for x in found["heads_logits"]] == [(3, 5)] * 3
+    assert found["gate"].shape == (3, 4)
+
+
 @pytest.mark.parametrize(
     ("student", "teacher"),
     [
@@ -176,6 +228,10 @@ def test_shallow_is_all_but_the_last():
         (dict(byot={"alpha": 2.0}), "alpha is 2"),
         (dict(byot={"teacher_taps": "stage9"}), "unknown tap 'stage9'"),
         (dict(kd={"source": "student"}), "source is the net itself"),
+        (dict(one={"source": "teacher"}), "compares with no other net; drop the source"),
+        (dict(one={"teacher_taps": "last"}), "compares with no other net; drop it"),
+        (dict(one={"taps": "last"}), "taps has 1 entry"),
+        (dict(one={"adaptor": {"branches": 1}}), "branches is 1"),
     ],
 )
 def test_bad_rows_of_heads(rows, message):

@@ -28,7 +28,7 @@ import flax.linen as nn
 
 from qkd_jax import checks
 from qkd_jax.training.adaptors.fusion import ctkd, embeddings, reviewkd, semckd
-from qkd_jax.training.adaptors.heads import byot
+from qkd_jax.training.adaptors.heads import byot, one
 from qkd_jax.training.adaptors.maps import Views
 from qkd_jax.training.adaptors.margins import teacher_margins
 from qkd_jax.training.adaptors.regressors import ab, fitnet, fsp, ft, ickd, ofd, vid
@@ -60,9 +60,10 @@ ADAPTORS: dict[str, Callable[..., nn.Module | None]] = {
     "cc_adjacent": embeddings,
     "ctkd": ctkd,
     "byot": byot,
+    "one": one,
 }
 # Losses whose adaptors are classifiers.
-HEADS = ("byot",)
+HEADS = ("byot", "one")
 # Losses whose teacher is the net itself, unless the row has a source.
 SELF_TAUGHT = ("byot",)
 
@@ -75,12 +76,13 @@ TAPS: dict[str, tuple[Any, Any]] = {
     "simkd": ("projected", "last"),
     "irg": (("stages", "pooled"), ("stages", "pooled")),
     "byot": ("shallow", "last"),
+    "one": ("stages", ()),
     **dict.fromkeys(
         ("rkd", "cc", "cc_adjacent", "pkt", "crd", "crd_in_batch"), ("pooled", "pooled")
     ),
 }
 # Losses whose two sides need not have as many taps.
-UNPAIRED = ("semckd", "byot")
+UNPAIRED = ("semckd", "byot", "one")
 
 
 def default_taps(loss: str, inputs: tuple[str, ...]) -> tuple[Any, Any]:
@@ -91,8 +93,7 @@ def default_taps(loss: str, inputs: tuple[str, ...]) -> tuple[Any, Any]:
 
 def head_names(loss: str, taps: tuple[str, ...], count: int) -> tuple[str, ...]:
     """Names of the classifiers of a loss in `HEADS`: their taps, where each has its own."""
-    del loss, count
-    return taps
+    return taps if loss == "byot" else tuple(f"branch{k}" for k in range(1, count + 1))
 
 
 def build(

@@ -1,0 +1,70 @@
+"""On-the-fly native ensemble (Lan et al. 2018, arXiv 1806.04606): branches teach one another.
+
+    python launch.py --config=configs/one.py:branches=3 --workdir=runs/one
+    python launch.py --config=configs/one.py:bits=w2a2 --workdir=runs/one_w2a2
+
+The net's last stage stands `branches` times on one trunk; a gate weighs the logits of all to an
+ensemble, which learns from the labels and teaches every branch, and every branch learns from the
+labels. The net itself is the first branch: evaluation, size and deployment are those of the net
+without the others, which have rows of their own (`student.branch1`, ..., `student.ensemble`).
+`alone` takes the same steps from labels. With `bits` both learn in float first, from labels, and by
+their methods as quantized nets; the other branches stay in float.
+"""
+
+from configs import common
+
+
+def get_config(arg=""):
+    """Returns the config; its arguments are the defaults below.
+
+    `blocks` is that of a stage of the model (1 for resnet8, 3 for resnet20). `ramp` is the share of
+    the stage over which the ensemble's lessons come in: 80 of 300 epochs in the authors' code.
+    """
+    args = common.parse_arg(
+        arg,
+        data="digits",
+        model="resnet8",
+        width=8,
+        bits="float",
+        branches=3,
+        blocks=1,
+        temperature=3.0,
+        ramp=80 / 300,
+        seed=0,
+        train_examples=-1,
+        epochs=0.0,
+    )
+    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
+    recipe = common.recipe(args.data)
+
+    def stage(net, lr=0.1, weight_decay=5e-4, **more):
+        return common.train(
+            learn={net: dict(ce=common.ce(), **more)},
+            optim={net: common.sgd(lr, weight_decay=weight_decay)},
+            epochs=args.epochs or recipe["epochs"],
+            batch_size=recipe["batch_size"],
+        )
+
+    rising = dict(begin=0.0, end=1.0, shape="gaussian", steps=args.ramp)
+    one = common.term(
+        "one",
+        temperature=args.temperature,
+        distil=rising if args.ramp else 1.0,
+        adaptor=dict(branches=args.branches, blocks=args.blocks),
+    )
+    config.nets.alone = common.net(args.model, width=args.width, rules=args.bits)
+    config.nets.student = common.net(
+        args.model, width=args.width, rules=args.bits, init_from="alone"
+    )
+    schedule, rates = [], {}
+    if args.bits != "float":
+        config.stages.start = stage("alone")
+        config.stages.calibrate = common.calibrate("alone", "student")
+        schedule += ["start", "calibrate"]
+        rates = dict(lr=0.05, weight_decay=1e-4)
+    # The student first: it copies `alone` at the moment at which it first takes part.
+    config.stages.distil = stage("student", **rates, one=one)
+    config.stages.alone = stage("alone", **rates)
+    config.stages.evaluate = common.evaluate(alone="labels", student="native ensemble")
+    config.schedule = (*schedule, "distil", "alone", "evaluate")
+    return config.lock()
