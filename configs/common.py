@@ -22,6 +22,8 @@ __all__ = [
     "cache",
     "calibrate",
     "ce",
+    "cmi",
+    "dafl",
     "deploy",
     "diagnose",
     "evaluate",
@@ -319,7 +321,7 @@ def train(
 
     `augment` takes the place of the data's own augmentations. They are drawn anew at every step, or
     once for each of `views` views of every image (1: the images as they are). `images` names a
-    `synthesize` stage whose images take the place of the training split.
+    stage that makes images, which take the place of the training split.
 
     With `stale` nets that learn teach one another through copies taken anew every so many steps.
 
@@ -365,7 +367,7 @@ def calibrate(
     """Returns a `calibrate` stage; `observer=""` leaves the choice to each spec.
 
     `operands` ("weight", "input", "other", "output") calibrates some and keeps the others; empty
-    means all. `images` names a `synthesize` stage; "" is the training split.
+    means all. `images` names a stage that makes images; "" is the training split.
     """
     return dict(
         kind="calibrate",
@@ -378,7 +380,12 @@ def calibrate(
 
 
 def synthesize(
-    net: str, *, examples: int, method: str = "deep_inversion", steps: int = 0
+    net: str,
+    *,
+    examples: int,
+    method: str = "deep_inversion",
+    steps: int = 0,
+    lr: float = 0.0,
 ) -> dict[str, Any]:
     """Returns a `synthesize` stage: images made from a trained net with BatchNorm.
 
@@ -391,12 +398,66 @@ def synthesize(
         method=method,
         batch_size=256,
         steps=steps,
-        lr=0.0,
+        lr=lr,
         bn_weight=10.0,
         tv_weight=2.5e-5,
         l2_weight=0.0,
         jitter=2,
     )
+
+
+def dafl(net: str, *, examples: int, **fields: Any) -> dict[str, Any]:
+    """Returns a `dafl` stage: images by a generator that a trained net's answers teach."""
+    defaults = dict(
+        batch_size=256,
+        steps=2000,
+        lr=0.02,
+        latent=100,
+        width=64,
+        one_hot_weight=1.0,
+        activation_weight=0.1,
+        entropy_weight=5.0,
+        tap="pooled",
+    )
+    return _filled("dafl", dict(kind="dafl", nets=(net,), examples=examples), defaults, fields)
+
+
+def cmi(net: str, student: str = "", *, examples: int, **fields: Any) -> dict[str, Any]:
+    """Returns a `cmi` stage: images by generators that contrast each batch with those before it.
+
+    `student` is the net whose copy they are adversary to; "" leaves that term out.
+    """
+    defaults = dict(
+        batch_size=256,
+        steps=200,
+        lr=1e-3,
+        latent=256,
+        width=64,
+        bn_weight=1.0,
+        one_hot_weight=1.0,
+        contrast_weight=0.8,
+        adversarial_weight=0.5,
+        temperature=0.1,
+        embedding=256,
+        memory=4096,
+        shift=4,
+        flip=False,
+        smallest_crop=0.25,
+        student_steps=400,
+        student_lr=0.1,
+        student_temperature=20.0,
+    )
+    nets = (net, student) if student else (net,)
+    return _filled("cmi", dict(kind="cmi", nets=nets, examples=examples), defaults, fields)
+
+
+def _filled(
+    what: str, own: dict[str, Any], defaults: dict[str, Any], fields: dict[str, Any]
+) -> dict[str, Any]:
+    unknown = set(fields) - set(defaults)
+    if unknown:
+        raise ValueError(f"unknown {what} fields {sorted(unknown)}; {sorted(defaults)}")
+    return {**own, **defaults, **fields}
 
 
 def diagnose(*nets: str) -> dict[str, Any]:

@@ -1,27 +1,52 @@
-"""Without data: a student and a quantized net from images that a trained net remembers.
+"""Without data: students and a quantized net from images that a trained net remembers.
 
     python launch.py --config=configs/data_free.py --workdir=runs/data_free
+    python launch.py --config=configs/data_free.py:makers=cmi --workdir=runs/cmi
 
-The teacher learns from the data. From the statistics in its BatchNorms images are made: by
-DeepInversion (Yin et al. 2019, arXiv 1912.08795), on which a student learns from the teacher alone,
-KL and no labels; by ZeroQ (Cai et al. 2020, arXiv 2001.00281), on which the teacher's quantized
-copy is calibrated. The controls do the same with as many real images: `student_real` from the same
-weights for the same steps, `quantized_real` from the same float net.
+The teacher learns from the data. From it alone images are made, on which a student learns from the
+teacher, KL and no labels, a student for each maker: DeepInversion (Yin et al. 2019, arXiv
+1912.08795), which descends to the statistics in its BatchNorms; DAFL (Chen et al. 2019, arXiv
+1904.01186), a generator taught by its answers; CMI (Fang et al. 2021, arXiv 2105.08584), generators
+whose images differ from those before, adversary to a copy of the student. On images by ZeroQ (Cai
+et al. 2020, arXiv 2001.00281) the teacher's quantized copy is calibrated. The controls do the same
+with as many real images: `student_real` from the same weights for the same steps, `quantized_real`
+from the same float net.
+
+`SIZES` holds what fits the digits on a laptop. Other sets get what the papers' code takes for
+CIFAR-10: batches of 256 with 2,000 steps (DeepInversion), 500 (ZeroQ) or 200 (CMI, beside 400 steps
+of the student a batch). DAFL's code takes 240,000 steps for CIFAR-10 and 24,000 of 512 images for
+MNIST, with the student beside it; its default here is 2,000.
 """
 
+from typing import Any
+
 from configs import common
+
+DIGITS = dict(
+    deep_inversion=dict(steps=500),
+    zeroq=dict(steps=200, lr=0.1),
+    dafl=dict(steps=1000, batch_size=128, width=16),
+    cmi=dict(steps=100, batch_size=100, lr=0.003, width=16, shift=1, student_steps=100),
+)
+SIZES = dict(digits=DIGITS, digits28=DIGITS, synthetic=DIGITS)
+METHODS = dict(
+    deep_inversion="teacher on DeepInversion's images",
+    dafl="teacher on DAFL's images",
+    cmi="teacher on CMI's images",
+)
 
 
 def get_config(arg=""):
     """Returns the config; its arguments are the defaults below.
 
-    `train_examples` (-1: what the recipe says) is the number of real images and of made ones;
-    `calibration` that of either for the quantized copy. `steps=0` optimises images for as long as
-    each method says.
+    `makers` has + between names. `train_examples` (-1: what the recipe says) is the number of real
+    images and of made ones; `calibration` that of either for the quantized copy. `steps` above 0
+    takes the place of all makers' steps.
     """
     args = common.parse_arg(
         arg,
         data="digits",
+        makers="deep_inversion+dafl+cmi",
         model="resnet8",
         width=8,
         teacher="resnet8",
@@ -35,6 +60,13 @@ def get_config(arg=""):
         train_examples=-1,
         epochs=0.0,
     )
+    makers = args.makers.split("+")
+    for maker in makers:
+        if maker not in METHODS or makers.count(maker) > 1:
+            raise ValueError(
+                f"makers is {args.makers!r}; allowed, each once and with + between them: "
+                f"{', '.join(METHODS)}."
+            )
     config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
     recipe = common.recipe(args.data)
     examples = config.data.train_examples
@@ -53,42 +85,54 @@ def get_config(arg=""):
             images=images,
         )
 
-    nets, stages = config.nets, config.stages
+    def make(maker):
+        sizes: dict[str, Any] = dict(SIZES.get(args.data, {}).get(maker, {}))
+        if args.steps:
+            sizes["steps"] = args.steps
+        if maker == "dafl":
+            return common.dafl("teacher", examples=examples, **sizes)
+        if maker == "cmi":
+            flip = "flip" in recipe["augment"]
+            return common.cmi("teacher", "student_cmi", examples=examples, flip=flip, **sizes)
+        count = args.calibration if maker == "zeroq" else examples
+        return common.synthesize("teacher", examples=count, method=maker, **sizes)
+
+    nets, stages, schedule = config.nets, config.stages, []
+
+    def add(name, fields):
+        stages[name] = fields
+        schedule.append(name)
+
     nets.teacher = common.net(args.teacher, width=args.teacher_width, init_from=args.teacher_from)
-    nets.student = common.net(args.model, width=args.width)
-    nets.student_real = common.net(args.model, width=args.width, init_from="student")
+    nets.start = common.net(args.model, width=args.width)  # all students' first weights
+    for name in ("real", *makers):
+        nets[f"student_{name}"] = common.net(args.model, width=args.width, init_from="start")
     for name in ("quantized", "quantized_real"):
         nets[name] = common.net(
             args.teacher, width=args.teacher_width, rules=args.bits, init_from="teacher"
         )
     taught = dict(kd=common.kd("teacher", temperature=args.temperature))
-    stages.teach = stage("teacher", dict(ce=common.ce()))
-    stages.deep_inversion = common.synthesize("teacher", examples=examples, steps=args.steps)
-    # First the control: it copies the student at the moment at which it takes part.
-    stages.student_real = stage("student_real", taught)
-    stages.student = stage("student", taught, images="deep_inversion")
-    stages.zeroq = common.synthesize(
-        "teacher", examples=args.calibration, method="zeroq", steps=args.steps
-    )
+    if not args.teacher_from:
+        add("teach", stage("teacher", dict(ce=common.ce())))
+    add("student_real", stage("student_real", taught))
+    for maker in makers:
+        add(maker, make(maker))
+        add(f"student_{maker}", stage(f"student_{maker}", taught, images=maker))
+    add("zeroq", make("zeroq"))
     count = min(args.calibration, examples)
-    stages.calibrate = common.calibrate("quantized", images="zeroq", examples=count)
-    stages.calibrate_real = common.calibrate("quantized_real", examples=count)
-    stages.evaluate = common.evaluate(
-        "teacher",
-        teacher="labels",
-        student="teacher on DeepInversion's images",
-        student_real="teacher on real images",
-        quantized="calibrated on ZeroQ's images",
-        quantized_real="calibrated on real images",
-    )
-    config.schedule = (
-        *(() if args.teacher_from else ("teach",)),
-        "deep_inversion",
-        "student_real",
-        "student",
-        "zeroq",
-        "calibrate",
-        "calibrate_real",
+    add("calibrate", common.calibrate("quantized", images="zeroq", examples=count))
+    add("calibrate_real", common.calibrate("quantized_real", examples=count))
+    methods = {f"student_{maker}": METHODS[maker] for maker in makers}
+    add(
         "evaluate",
+        common.evaluate(
+            "teacher",
+            teacher="labels",
+            student_real="teacher on real images",
+            **methods,
+            quantized="calibrated on ZeroQ's images",
+            quantized_real="calibrated on real images",
+        ),
     )
+    config.schedule = tuple(schedule)
     return config.lock()

@@ -6,7 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from configs import assistant, born_again, data_free, multi_teacher, mutual, patient, transfer
+from configs import (
+    assistant,
+    born_again,
+    common,
+    data_free,
+    multi_teacher,
+    mutual,
+    patient,
+    transfer,
+)
 from qkd_jax import experiment
 
 TINY = "data=synthetic,epochs=0.5,train_examples=64"
@@ -163,35 +172,44 @@ def without_data(arg=""):
 
 def test_made_images_are_a_stage_of_the_schedule():
     config = without_data()
-    config.stages.deep_inversion.examples = 128
+    config.stages.dafl.examples = 128
     stages = {s.name: s for s in experiment.read(config).stages}
     # Half an epoch of 128 images, and of 64: epochs are counted on what is shown.
-    assert stages["student"].steps == 2 * stages["student_real"].steps > 0
-    assert stages["student_real"].steps == stages["teach"].steps
-    assert stages["student"].data.examples == 128
+    assert stages["student_dafl"].steps == 2 * stages["student_real"].steps > 0
+    assert stages["student_real"].steps == stages["teach"].steps == stages["student_cmi"].steps
+    assert stages["student_dafl"].data.examples == 128
+    assert stages["cmi"].nets == ("teacher", "student_cmi")
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("stages.student.images", "deep_invrsion", "Did you mean 'deep_inversion'"),
+        ("stages.student_cmi.images", "deep_invrsion", "Did you mean 'deep_inversion'"),
         ("stages.student_real.images", "zeroq", "later in the schedule"),
-        ("stages.calibrate.images", "teach", "an earlier synthesize stage: deep_inversion, zeroq"),
-        ("stages.student.optim.student.continues", "extra", "runs over one set of images"),
+        (
+            "stages.calibrate.images",
+            "teach",
+            "an earlier stage that makes images: deep_inversion, dafl, cmi, zeroq",
+        ),
+        ("stages.student_dafl.optim.student_dafl.continues", "extra", "one set of images"),
         ("stages.zeroq.method", "dafl", "stages.zeroq.method"),
         ("stages.zeroq.nets", ("teacher", "student"), "made from one net"),
         ("stages.zeroq.examples", 0, "stages.zeroq.examples"),
+        ("stages.dafl.nets", ("teacher", "student_dafl"), "made from one net"),
+        ("stages.dafl.tap", "poled", "stages.dafl: unknown tap 'poled'.*Did you mean 'pooled'"),
+        ("stages.dafl.latent", 0, "stages.dafl: latent is 0"),
+        ("stages.cmi.nets", (), "made from one net, or one and its student"),
+        ("stages.cmi.shift", 8, "stages.cmi: shift is 8"),
+        ("stages.cmi.stps", 3, "unknown field of stages.cmi 'stps'.*Did you mean 'steps'"),
         ("nets.teacher.batch_norm", False, "no BatchNorm"),
     ],
 )
 def test_made_images_say_what_is_wrong(path, value, message):
     config = without_data()
     if value == "extra":
-        config.stages.extra = config.stages.student_real.copy_and_resolve_references()
-        config.stages.extra.learn = {"student": config.stages.student.learn.student.to_dict()}
-        config.stages.extra.optim = {"student": config.stages.student.optim.student.to_dict()}
-        config.stages.extra.hygiene = {}
-        config.schedule = ("teach", "deep_inversion", "extra", "student", "evaluate")
+        config.stages.extra = config.stages.student_dafl.copy_and_resolve_references()
+        config.stages.extra.images = ""
+        config.schedule = ("teach", "dafl", "extra", "student_dafl", "evaluate")
     *keys, last = path.split(".")
     node = config
     for key in keys:
@@ -225,19 +243,43 @@ def test_a_run_without_data(tmp_path, monkeypatch):
     file.write_bytes(kept)
     done = experiment.run(config, folder, report=False, verbose=False)
     rows = {row["net"]: row for row in done["rows"]}
-    assert rows["student"]["student_steps"] == rows["student_real"]["student_steps"] > 0
-    assert rows["student"]["loss"] != rows["student_real"]["loss"]
+    students = [name for name in rows if name.startswith("student_")]
+    assert len(students) == 4 and len({rows[name]["loss"] for name in students}) == 4
+    assert len({rows[name]["student_steps"] for name in students}) == 1
     assert rows["quantized"]["loss"] != rows["quantized_real"]["loss"]
     whole = experiment.run(config, tmp_path / "whole", report=False, verbose=False)
     assert whole == done and (tmp_path / "whole" / "synthetic" / "zeroq.npz").read_bytes() == kept
     inverted = np.load(folder / "synthetic" / "deep_inversion.npz")
     assert inverted["images"].shape == (64, 8, 8, 1) and inverted["images"].dtype == np.float32
     _, run = experiment._open(folder)
-    pixels = run.dataset.pixels(inverted["images"])
-    np.testing.assert_allclose(  # within the range of pixels, so that rounding alone changes them
-        run.dataset.normalize(pixels), inverted["images"], atol=0.51 / 255 / run.dataset.std.min()
+    for maker in ("deep_inversion", "dafl", "cmi"):
+        images = np.load(folder / "synthetic" / f"{maker}.npz")["images"]
+        pixels = run.dataset.pixels(images)
+        np.testing.assert_allclose(  # within the range of pixels: rounding alone changes them
+            run.dataset.normalize(pixels), images, atol=0.51 / 255 / run.dataset.std.min()
+        )
+    assert set(run.synthetic) == {"deep_inversion", "dafl", "cmi", "zeroq"}
+
+
+@pytest.mark.slow
+def test_students_of_made_images_know_real_ones(tmp_path):
+    """Digits: 10 % is chance, and the student sees no real image and no label."""
+    config = data_free.get_config("makers=dafl+cmi,epochs=40,teacher_width=8").unlock()
+    config.stages.dafl.update(steps=300, batch_size=64)
+    config.log.eval_every_steps = 0
+    config.schedule = tuple(
+        s for s in config.schedule if not ("calib" in s or s in ("zeroq", "student_real"))
     )
-    assert set(run.synthetic) == {"deep_inversion", "zeroq"}
+    config.stages.evaluate = common.evaluate(**{f"student_{m}": m for m in ("dafl", "cmi")})
+    done = experiment.run(config.lock(), tmp_path / "run", report=False, verbose=False)
+    rows = {row["net"]: row["top1"] for row in done["rows"]}
+    assert rows["student_dafl"] > 0.4 and rows["student_cmi"] > 0.8
+
+
+@pytest.mark.parametrize("makers", ["dafl+dafl", "gan"])
+def test_makers_are_named(makers):
+    with pytest.raises(ValueError, match=r"allowed, each once.*deep_inversion, dafl, cmi"):
+        data_free.get_config(f"makers={makers}")
 
 
 def test_mixtures_are_for_teachers_alone():

@@ -9,7 +9,7 @@ run         what a run has in its hands, and how it is saved
 stages      the kinds of stages: STAGES
 deployment  the `deploy` stage: integers, ONNX, agreement, latency
 diagnosis   the `diagnose` stage: ranges, clipping, codes, SQNR, oscillation by operand
-synthesis   the `synthesize` stage: images from a trained net
+synthesis   the `synthesize` stage: images from a trained net; generation: by generators
 hygiene     the checks of a train stage's hygiene
 soft_labels what the report shows of soft labels
 teacher_cache  a train stage's cached logits

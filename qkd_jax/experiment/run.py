@@ -59,7 +59,7 @@ class Run:
             last training stage left it; empty where that one did not track them.
         heads: {net: [{"head", metrics}]} of the classifiers that its last training stage had beside
             the net, at the end of that stage; a list, as a checkpoint keeps no order of names.
-        synthetic: {stage: {"sha256"}} of the images that `synthesize` stages made.
+        synthetic: {stage: {"sha256"}} of the images that stages made.
         timings: everything that is a time.
         stage_index: place in the schedule.
         stage_step: steps of that stage that are done.
@@ -183,8 +183,16 @@ class Run:
         """The batches of a split, in order, padded, with masks."""
         return self._eval_batches[split]
 
+    @property
+    def pixel_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """What nets see of black and of full pixels, float32 [1, 1, channels] each."""
+        pixels = np.array([0, 255], np.uint8)[:, None, None, None]
+        channels = self.dataset.image_shape[2]
+        low, high = self.dataset.normalize(np.broadcast_to(pixels, (2, 1, 1, channels)))
+        return low, high
+
     def keep_images(self, stage: str, images: np.ndarray, labels: np.ndarray) -> None:
-        """Keeps what a `synthesize` stage made: `synthetic/<stage>.npz`, and its hash."""
+        """Keeps the images that a stage made: `synthetic/<stage>.npz`, and its hash."""
         self._made[stage] = {"images": images, "labels": labels}
         self.synthetic[stage] = {"sha256": tree_sha256(self._made[stage])}
         if self.folder is not None:
@@ -199,7 +207,7 @@ class Run:
         return self.folder.path / "synthetic" / f"{stage}.npz"
 
     def made_images(self, stage: str) -> dict[str, np.ndarray]:
-        """{"images" float32, "labels" int32} of a `synthesize` stage that is done.
+        """{"images" float32, "labels" int32} of a stage that makes images and is done.
 
         Raises:
             ValueError: the file is not there or not the one that the stage wrote.
@@ -216,7 +224,7 @@ class Run:
         return self._made[stage]
 
     def training_set(self, source: str) -> Dataset:
-        """The data with the images of a `synthesize` stage to train on; "" is the data itself.
+        """The data with the images that a stage made to train on; "" is the data itself.
 
         Training reads 8-bit images, so what was made is rounded to them.
         """
@@ -228,7 +236,7 @@ class Run:
     def images(self, count: int, *, batch_size: int = 64, source: str = "") -> list[np.ndarray]:
         """Training images in a random order, without augmentation, in near-equal batches.
 
-        `source` names a `synthesize` stage whose images are taken instead, as they were made.
+        `source` names a stage whose images are taken instead, as it made them.
 
         All `count` of them (0: the whole split) are there, none is padded, no batch is larger than
         `batch_size`, and the sizes of two batches differ by one at most: two programs compile.

@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "parallel": {"mode": "jit", "devices": 0},
 }
 STRUCTURE = ("nets", "stages", "schedule")
+MAKE_IMAGES = ("synthesize", "dafl", "cmi")  # kinds of stages, with `examples`
 NET_FIELDS = ("model", "rules", "init_from", "head_from", "reduce_range", "fresh")
 
 
@@ -317,7 +318,7 @@ def _schedule(
         fields = {**_stage_fields(kinds[kind])[1], **fields}
         done = {s.name: s for s in stages}
         steps, starts, data_start = 1, {}, 0
-        made = {s.name: s.fields["examples"] for s in stages if s.kind == "synthesize"}
+        made = {s.name: s.fields["examples"] for s in stages if s.kind in MAKE_IMAGES}
         source = check_images(name, fields.get("images") or "", made, schedule)
         shape = dataclasses.replace(data, examples=made[source]) if source else data
         if kind == "train":

@@ -19,6 +19,7 @@ from qkd_jax.calibration import calibrate as calibrate_net
 from qkd_jax.deploy import targets
 from qkd_jax.experiment.deployment import deploy
 from qkd_jax.experiment.diagnosis import check_diagnose, diagnose
+from qkd_jax.experiment.generation import GENERATOR_CHECKS, GENERATOR_STAGES
 from qkd_jax.experiment.heads import head_rows
 from qkd_jax.experiment.ptq_stages import PTQ_CHECKS, PTQ_STAGES
 from qkd_jax.experiment.run import Run
@@ -48,7 +49,7 @@ def calibrate(
 
     With `operands` ("weight", "input", "other", "output") these alone, and the others as they are:
     weights first and inputs after some training, say. Empty means all.
-    `images` names a `synthesize` stage, whose images are taken in place of training images.
+    `images` names a stage that makes images, which are taken in place of training images.
     """
     batches = run.images(examples, batch_size=256, source=images)
     for name in nets:
@@ -268,6 +269,7 @@ STAGES: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "diagnose": diagnose,
     "deploy": deploy,
+    **GENERATOR_STAGES,
     **PTQ_STAGES,
 }
 
@@ -279,5 +281,6 @@ CHECKS: dict[str, Callable[[Mapping[str, Any], Stage], Any]] = {
     "evaluate": check_evaluate,
     "diagnose": check_diagnose,
     "deploy": check_deploy,
+    **GENERATOR_CHECKS,
     **PTQ_CHECKS,
 }

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from qkd_jax import checks
+from qkd_jax.experiment.generation import check_remembers
 from qkd_jax.experiment.run import Run
-from qkd_jax.experiment.settings import Stage, shapes
+from qkd_jax.experiment.settings import Stage
 from qkd_jax.training import synthesis
 from qkd_jax.training.loop import Preempted
 from qkd_jax.training.progress import Progress
@@ -43,10 +44,6 @@ def synthesize(
     (net,) = nets
     parts = -(-examples // batch_size)
     total = (steps or synthesis.DEFAULTS[method][0]) * parts
-    pixels = np.array([0, 255], np.uint8)[:, None, None, None]
-    bounds = tuple(
-        run.dataset.normalize(np.broadcast_to(pixels, (2, 1, 1, run.dataset.image_shape[2])))
-    )
     last: list[float] = []
     with Progress(stage.name, total, -(-examples // parts), enabled=run.verbose) as progress:
 
@@ -71,7 +68,7 @@ def synthesize(
             tv_weight=tv_weight,
             l2_weight=l2_weight,
             jitter=jitter,
-            bounds=bounds if method == "deep_inversion" else None,
+            bounds=run.pixel_bounds if method == "deep_inversion" else None,
             report=report,
         )
     run.keep_images(stage.name, made.images, made.labels)
@@ -88,10 +85,4 @@ def check_synthesize(nets: Mapping[str, Any], stage: Stage) -> None:
         checks.integer_in(f"{where}.{name}", fields[name], low)
     for name in ("lr", "bn_weight", "tv_weight", "l2_weight"):
         checks.in_range(f"{where}.{name}", fields[name], 0, 1e9)
-    assert stage.data is not None
-    (net,) = fields["nets"]
-    if "batch_stats" not in shapes(nets[net], (1, *stage.data.image)):
-        raise ValueError(
-            f"{where}.nets has {net!r}, which has no BatchNorm and so remembers nothing of its "
-            f"data; take a model with BatchNorm (mlp: nets.{net}.batch_norm=True)."
-        )
+    check_remembers(nets, stage)

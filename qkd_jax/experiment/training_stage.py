@@ -89,9 +89,9 @@ def train(
     chain of stages that continue one another, so QKD's phases see what its controls see. `augment`
     takes the place of the data's own augmentations, drawn anew at every step or, with `views`, once
     for so many views of each image that take turns by epoch (1: the images as they are). With
-    `cache` the frozen teachers are not run: see `teacher_cache`. `images` names a `synthesize`
-    stage, whose images and labels take the place of the training split. With `stale` nets that
-    learn teach one another through copies that are so many steps old at most.
+    `cache` the frozen teachers are not run: see `teacher_cache`. `images` names a stage that
+    makes images, which with their labels take the place of the training split. With `stale` nets
+    that learn teach one another through copies that are so many steps old at most.
     """
     # `stage` holds these in the form that the plan reads.
     del learn, optim, epochs, steps, hygiene, cache, stale

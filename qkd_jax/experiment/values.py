@@ -129,12 +129,12 @@ def with_tree(where: str, learn: Mapping[str, Any], data: Mapping[str, Any]) -> 
 
 
 def check_images(name: str, source: str, made: Mapping[str, int], schedule: Sequence[str]) -> str:
-    """Returns the `synthesize` stage that a stage's `images` names: it must be an earlier one."""
+    """Returns the stage that a stage's `images` names: an earlier one that makes images."""
     if source and source not in made:
         late = " (it comes later in the schedule)" if source in schedule else ""
         raise ValueError(
             f"stages.{name}.images is {source!r}{late}; it must be '' (the training split) or an "
-            f"earlier synthesize stage: {', '.join(made) or '(none)'}."
+            f"earlier stage that makes images: {', '.join(made) or '(none)'}."
             f"{checks.nearest(source, made)}"
         )
     return source

@@ -10,13 +10,16 @@ optim      optimizers and schedules over the groups weights, plain and quant
 state      what a step reads and writes; random streams
 step       the step and the evaluation, pure functions
 parallel   the step compiled for devices; the compilation cache
-synthesis  images from the statistics that a net remembers
+synthesis  images from the statistics that a net remembers; generator, generator_dafl,
+           generator_cmi: from a generator that learns from a net
 nonfinite  which layer went bad first
 loop, checkpoint, tracking are imported by name: they reach for the disk
 """
 
 from qkd_jax.training.adaptors import ADAPTORS
 from qkd_jax.training.forward import forward
+from qkd_jax.training.generator_cmi import cmi
+from qkd_jax.training.generator_dafl import dafl
 from qkd_jax.training.nonfinite import NonFinite, locate_nonfinite
 from qkd_jax.training.optim import OPTIMIZERS, SCHEDULES
 from qkd_jax.training.parallel import (
@@ -51,7 +54,9 @@ __all__ = [
     "StepStructure",
     "Synthesis",
     "TrainState",
+    "cmi",
     "compile_step",
+    "dafl",
     "enable_compilation_cache",
     "eval_step",
     "forward",

@@ -26,6 +26,8 @@ from qkd_jax.training.forward import mode_arguments
 __all__ = [
     "METHODS",
     "Synthesis",
+    "batch_norm_inputs",
+    "classes_wanted",
     "deep_inversion_distance",
     "statistics_loss",
     "synthesize",
@@ -33,8 +35,9 @@ __all__ = [
     "zeroq_distance",
 ]
 
-SOWN = "distance_to_running_statistics"
+SOWN = "measured_input_"
 ZEROQ_EPSILON = 1e-6
+Measure = Callable[[jax.Array, jax.Array, jax.Array, tuple[int, ...]], jax.Array]
 
 
 class Synthesis(NamedTuple):
@@ -104,7 +107,7 @@ def _norm(x: jax.Array) -> jax.Array:
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
-METHODS: dict[str, Callable[..., jax.Array]] = {
+METHODS: dict[str, Measure] = {
     "deep_inversion": deep_inversion_distance,
     "zeroq": zeroq_distance,
 }
@@ -142,7 +145,31 @@ def statistics_loss(
     Raises:
         ValueError: No BatchNorm is called, or one is folded.
     """
-    distance, active = METHODS[method], []
+    logits, found = batch_norm_inputs(net, variables, images, {"distance": METHODS[method]})
+    values = [jnp.sum(value) for value in found["distance"]]
+    return logits, sum(values[1:], values[0])
+
+
+def batch_norm_inputs(
+    net: Any, variables: Mapping[str, Any], images: jax.Array, measures: Mapping[str, Measure]
+) -> tuple[jax.Array, dict[str, list[jax.Array]]]:
+    """Runs a net in evaluation mode and measures what its BatchNorms normalise.
+
+    Args:
+        net: QuantizedModel, float or not.
+        variables: Its variables; BatchNorms that are not folded.
+        images: [batch, height, width, channels] float32.
+        measures: {name: f(x, mean, var, axes) -> array}, with the arguments of METHODS; the calls
+            of one BatchNorm are added up.
+
+    Returns:
+        (logits [batch, classes] float32, {name: one array for each BatchNorm, with a leading axis
+        for its layers if it stands in a scan}).
+
+    Raises:
+        ValueError: No BatchNorm is called, or one is folded.
+    """
+    active: list[Any] = []
 
     def watch(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
@@ -157,14 +184,17 @@ def statistics_loss(
         if outermost and module.has_variable("batch_stats", "mean"):
             x = args[0] if args else kwargs["x"]
             axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
-            found = distance(
-                x,
-                module.get_variable("batch_stats", "mean"),
-                module.get_variable("batch_stats", "var"),
-                tuple(sorted(axis % x.ndim for axis in axes)),
-            )
-            # In a collection that every lifted model (`nn.scan`) has to carry along anyway.
-            module.sow("batch_stats", SOWN, found, reduce_fn=jnp.add, init_fn=lambda: 0.0)
+            for name, measure in measures.items():
+                found = measure(
+                    x,
+                    module.get_variable("batch_stats", "mean"),
+                    module.get_variable("batch_stats", "var"),
+                    tuple(sorted(axis % x.ndim for axis in axes)),
+                )
+                # In a collection that every lifted model (`nn.scan`) has to carry along anyway.
+                module.sow(
+                    "batch_stats", SOWN + name, found, reduce_fn=jnp.add, init_fn=lambda: 0.0
+                )
         return out
 
     if "folded" in str(jax.tree.structure(dict(variables.get("quant", {})))):
@@ -176,18 +206,18 @@ def statistics_loss(
         logits, updated = net.apply(
             variables, images, mutable=["batch_stats"], **mode_arguments(net, False)
         )
-    found = [
-        jnp.sum(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(updated.get("batch_stats", {}))
-        if getattr(path[-1], "key", None) == SOWN
-    ]
-    if not found:
+    leaves = jax.tree_util.tree_leaves_with_path(updated.get("batch_stats", {}))
+    found = {
+        name: [leaf for path, leaf in leaves if getattr(path[-1], "key", None) == SOWN + name]
+        for name in measures
+    }
+    if not all(found.values()):
         raise ValueError(
             "this net calls no BatchNorm with running statistics, so it remembers nothing of the "
             "data that images could be made from; take a net with BatchNorm (mlp: "
             "batch_norm=True)."
         )
-    return logits.astype(jnp.float32), sum(found[1:], found[0])
+    return logits.astype(jnp.float32), found
 
 
 def synthesize(
@@ -269,12 +299,7 @@ def synthesize(
     logits, _ = jax.eval_shape(
         functools.partial(statistics_loss, net, method=method), variables, shape
     )
-    wanted = np.arange(count) % logits.shape[-1] if labels is None else np.asarray(labels)
-    if wanted.shape != (count,) or wanted.min() < 0 or wanted.max() >= logits.shape[-1]:
-        raise ValueError(
-            f"labels is {wanted.shape} from {wanted.min()} to {wanted.max()}; it must be one class "
-            f"below {logits.shape[-1]} for each of the {count} images."
-        )
+    wanted = classes_wanted(labels, count, logits.shape[-1])
     numbers = {"lr": lr, **weights}
     images, found = [], []
     for batch, part in enumerate(np.array_split(wanted, -(-count // batch_size))):
@@ -294,6 +319,21 @@ def synthesize(
     if not np.isfinite(made).all():
         raise ValueError(f"the images are not finite after {steps} steps; lower lr, now {lr}.")
     return Synthesis(made, np.concatenate(found).astype(np.int32))
+
+
+def classes_wanted(labels: Any, count: int, classes: int) -> np.ndarray:
+    """Returns the class that each of `count` images aims at; None deals them out in turn.
+
+    Raises:
+        ValueError: Another number of labels, or one out of range.
+    """
+    wanted = np.arange(count) % classes if labels is None else np.asarray(labels)
+    if wanted.shape != (count,) or wanted.min() < 0 or wanted.max() >= classes:
+        raise ValueError(
+            f"labels is {wanted.shape} from {wanted.min()} to {wanted.max()}; it must be one class "
+            f"below {classes} for each of the {count} images."
+        )
+    return wanted
 
 
 def _optimizer(method: str) -> optax.GradientTransformationExtraArgs:
