@@ -193,7 +193,7 @@ def test_made_images_are_a_stage_of_the_schedule():
         ),
         ("stages.student_dafl.optim.student_dafl.continues", "extra", "one set of images"),
         ("stages.zeroq.method", "dafl", "stages.zeroq.method"),
-        ("stages.zeroq.nets", ("teacher", "student"), "made from one net"),
+        ("stages.zeroq.nets", ("teacher", "student_cmi"), "made from one net"),
         ("stages.zeroq.examples", 0, "stages.zeroq.examples"),
         ("stages.dafl.nets", ("teacher", "student_dafl"), "made from one net"),
         ("stages.dafl.tap", "poled", "stages.dafl: unknown tap 'poled'.*Did you mean 'pooled'"),
