@@ -59,7 +59,8 @@ TERMS: dict[str, tuple[float, dict[str, Any]]] = {
     "ickd": (1.0, dict(weight=2.5)),
     "simkd": (0.0, dict(weight=1.0)),  # the student's own classifier is the teacher's
     # Stages of their own in the paper: first these alone, then the labels.
-    "fsp": (1.0, dict(weight=50.0, end=30 / 240)),
+    # 50 in RepDistiller at a rate of 0.05, which leaves the finite numbers at this recipe's.
+    "fsp": (1.0, dict(weight=5.0, end=30 / 240)),
     "ab": (1.0, dict(weight=3e-3, margin=1.0, end=30 / 240)),
     # The paraphraser learns alone until the term starts.
     "ft": (1.0, dict(weight=200.0, start=30 / 240)),
