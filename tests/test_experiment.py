@@ -301,6 +301,7 @@ def test_deploying_compares_the_files_with_the_trained_net(tmp_path, capsys):
     products = len(made["integer_products"]) + len(made["float_products"])
     assert f"{len(made['integer_products'])} of {products} products run on integers" in said
     assert all(name in said for name in made["float_products"])
+    assert "products run on integers from 7 bits on; inside of them: relu" in said
     vnni = "openvino-cpu-vnni"
     assert experiment.main("export", config=None, workdir=tmp_path, target=vnni) == 0
     said = " ".join(capsys.readouterr().out.split())

@@ -13,6 +13,7 @@ from qkd_jax import checks
 
 __all__ = ["Description"]
 
+LARGEST = 1 << 26  # numbers of an image: a damaged file is not to take all memory
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
 
 
@@ -45,6 +46,11 @@ class Description:
             raise ValueError(f"image_shape is {shape!r:.80}; it must be (height, width, channels).")
         for axis, size in zip(("height", "width", "channels"), shape, strict=True):
             checks.integer_in(f"image_shape's {axis}", size, 1, 1 << 16)
+        if math.prod(shape) > LARGEST:
+            raise ValueError(
+                f"image_shape is {tuple(shape)}, {math.prod(shape):,} numbers; give at most "
+                f"{LARGEST:,}."
+            )
         object.__setattr__(self, "image_shape", tuple(int(n) for n in shape))
         for name in ("mean", "std"):
             values = getattr(self, name)

@@ -277,7 +277,8 @@ class _Rewriter:
             return np.rint(np.asarray(hat) * (np.float32(1) / np.float32(scale)))
 
         levels = np.arange(ends[0] + 1, ends[1] + 1).reshape(-1, *(1,) * len(shape))
-        # Invariant: the code is below the level at `low` and at least the level at `high`.
+        # Invariant: the code is below the level at `low` and at least the level at `high`. At first
+        # these lie one beyond the sums that occur, on either side: no code is taken there.
         low = np.full((len(levels), *shape), -bound - 1, np.int64)
         high = np.full((len(levels), *shape), bound + 1, np.int64)
         while np.any(high - low > 1):

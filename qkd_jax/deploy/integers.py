@@ -9,7 +9,8 @@ float32. The order of float operations is the trained net's, so activations get 
 
 Codes are centred before the product, so zero padding pads with the zero point. Sums are integers of
 at most `bound`, the largest sum of |codes_w| over the inputs of an output times the largest
-|codes_x|. Below 2^24 float32 holds them exactly in any order, below 2^31 int32 does.
+|codes_x|. Below 2^24 float32 holds them exactly in any order, below 2^31 int32 does. Larger ones
+are cut along what is summed into as few pieces as keep each below 2^24, and added in int32.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ from qkd_jax import graph as graphs
 from qkd_jax.deploy.integer_only import rewrite as integer_only_program
 from qkd_jax.deploy.pack import pack, packed_bytes
 from qkd_jax.deploy.program import (
+    FLOAT32_EXACT,
     IntegerModel,
     LayerSize,
     Multiply,
     Program,
     Quantize,
     Weight,
+    cut_axes,
+    cut_ends,
     fresh,
     run,
 )
@@ -59,6 +63,7 @@ __all__ = ["convert", "integer_apply"]
 
 FORMULATIONS = ("auto", "int32", "float32")
 INT32_LIMIT = 2**31
+MOST_PIECES = 16  # beyond, int32 is as quick
 
 
 def convert(
@@ -110,9 +115,10 @@ def integer_apply(
         images: [batch, ...], float, as the net takes them; any batch size.
         capture: also return the codes of every quantized activation.
         formulation: how products run. "int32": on integers, accumulated in int32. "float32": the
-            same integers held in float32, exact where a layer's sums stay within 2^24. "auto": the
-            second where it is exact and the back-end is a CPU, whose integer convolutions are
-            several times slower, else the first. All give the same bits.
+            same integers held in float32, exact where a layer's sums, or those of the pieces that
+            it is cut into, stay within 2^24; pieces are added in int32. "auto": the second where it
+            is exact and the back-end is a CPU, whose integer convolutions are several times slower,
+            else the first. All give the same bits.
 
     Returns:
         The net's output; with `capture`, (output, {"<layer>/<operand>": codes}), int32. A layer
@@ -278,7 +284,7 @@ class _Converter:
             assert operand.marker is not None
             ranges.append(self.range(operand.marker))
             inputs.append(self.operand_codes(operand))
-        bound = self.bound(product, ranges)
+        bound, pieces = self.bound(product, ranges)
         if bound >= INT32_LIMIT:
             raise ValueError(
                 f"the sums of layer {product.path!r} can reach {bound:,}, beyond int32; give its "
@@ -312,6 +318,7 @@ class _Converter:
                 output=product.node.outputs[0],
                 dtype=self.graph.dtype(product.node.outputs[0]),
                 scales=found,
+                pieces=pieces,
             )
         )
 
@@ -362,8 +369,12 @@ class _Converter:
         _, zero_point, format = view(self.traced, marker)
         return int(format.qmin - zero_point.max()), int(format.qmax - zero_point.min())
 
-    def bound(self, product: Product, ranges: list[tuple[int, int]]) -> int:
-        """Returns the largest magnitude that a sum of this product can reach."""
+    def bound(self, product: Product, ranges: list[tuple[int, int]]) -> tuple[int, int]:
+        """Returns the largest magnitude that a sum can reach, and the pieces that it is cut into.
+
+        The pieces are the fewest whose own sums stay within `FLOAT32_EXACT`; 1 where none do.
+        """
+        cut = cut_axes(product.node)
         largest = [max(-lo, hi) for lo, hi in ranges]
         for side, operand in enumerate(product.operands):
             if operand.value in self.graph.constants:
@@ -374,13 +385,38 @@ class _Converter:
                 for node in operand.moves:
                     codes = np.asarray(graphs.execute(node, [codes.astype(np.int32)])[0])
                 summed = tuple(i for i, out in enumerate(operand.output_axes) if out is None)
-                sums = codes.astype(np.int64).sum(axis=summed)
-                return int(sums.max(initial=0)) * largest[1 - side]
+                codes, other = codes.astype(np.int64), largest[1 - side]
+                bound = int(codes.sum(axis=summed).max(initial=0)) * other
+                if bound <= FLOAT32_EXACT or cut is None:
+                    return bound, 1
+                # The axis that is cut comes last: sums of each of its entries, by output.
+                rest = tuple(i for i in summed if i != cut[side])
+                by_entry = np.moveaxis(codes.sum(axis=rest, keepdims=True), cut[side], -1)
+                by_entry = by_entry.reshape(-1, codes.shape[cut[side]]) * other
+                return bound, _pieces(by_entry)
         operand = product.operands[0]
         terms = math.prod(
             n for n, out in zip(operand.shape, operand.output_axes, strict=True) if out is None
         )
-        return terms * largest[0] * largest[1]
+        bound = terms * largest[0] * largest[1]
+        if bound <= FLOAT32_EXACT or cut is None:
+            return bound, 1
+        size = operand.shape[cut[0]]
+        return bound, _pieces(np.full((1, size), bound // size, np.int64))
+
+
+def _pieces(sums: np.ndarray) -> int:
+    """The fewest pieces whose sums stay within `FLOAT32_EXACT`; 1 where up to `MOST_PIECES` do not.
+
+    Args:
+        sums: largest magnitudes, [outputs, entries of the axis that is cut].
+    """
+    size = sums.shape[1]
+    for pieces in range(2, min(size, MOST_PIECES) + 1):
+        starts = cut_ends(size, pieces)[:-1]
+        if np.add.reduceat(sums, starts, axis=1).max(initial=0) <= FLOAT32_EXACT:
+            return pieces
+    return 1
 
 
 def _name(sources: frozenset[str]) -> str:

@@ -7,7 +7,8 @@ them. A float net gives a float file, so that both can be timed on one engine.
 Three things differ from the net's own arithmetic, each by rounding only: engines divide by a scale
 where the net multiplies by its reciprocal, they add in another order, and a fused kernel applies
 its multiplier once where the file has several operations. A value near the middle between two codes
-may fall to the other side.
+may fall to the other side. So does one that lies exactly there where a spec has rounding="away":
+QuantizeLinear rounds half to even.
 """
 
 from __future__ import annotations
@@ -462,6 +463,8 @@ def _model(onnx: Any, export: Export, outputs: list[Tensor]) -> Any:
         writer.nodes.append(("Identity", (tensor.name,), (name,), {}, f"{name}/Identity"))
     nodes, constants = writer.live(names)
     nodes = _without_identities(nodes, set(names))
+    public_names = {*names, *(export.tensors[v].name for v in export.graph.inputs)}
+    nodes, constants = _with_short_names(nodes, constants, public_names)
     value_infos = []
     for values, tensors, public in (
         (export.graph.inputs, [export.tensors[v] for v in export.graph.inputs], None),
@@ -487,6 +490,24 @@ def _model(onnx: Any, export: Export, outputs: list[Tensor]) -> Any:
         ir_version=IR_VERSIONS[writer.opset],
         producer_name="qkd_jax",
     )
+
+
+def _with_short_names(
+    nodes: list[Any], constants: dict[str, np.ndarray], public: set[str]
+) -> tuple[list[Any], dict[str, np.ndarray]]:
+    """Numbers what nobody looks for: in a small net names weigh as much as a layer's weights.
+
+    Nodes, weights and biases are named after their layer.
+    """
+    kept = public | {n for n, a in constants.items() if a.ndim > 1 or n.endswith("bias")}
+    short: dict[str, str] = {}
+    for _, inputs, outputs, _, _ in nodes:
+        for name in (*inputs, *outputs):
+            if name and name not in kept and name not in short:
+                short[name] = f"{len(short)}"
+    rename = lambda given: tuple(short.get(name, name) for name in given)
+    renamed = [(op, rename(i), rename(o), a, name) for op, i, o, a, name in nodes]
+    return renamed, {short.get(name, name): array for name, array in constants.items()}
 
 
 def _without_identities(nodes: list[Any], public: set[str]) -> list[Any]:

@@ -191,15 +191,15 @@ def predict(
         probable class first. A class without a name is called by its number.
 
     Raises:
-        ValueError: a file that is no image, `top` out of range, or logits that do not fit the
-            class names.
+        ValueError: a file that is no image, `top` out of range, or logits that are not finite or
+            do not fit the class names.
     """
     checks.integer_in("top", top, 1)
     description, names = predictor.description, predictor.description.classes
-    pixels = [description.read_image(os.fspath(path)) for path in paths]
     found: list[dict[str, Any]] = []
-    for start in range(0, len(pixels), BATCH):
-        batch = np.stack(pixels[start : start + BATCH])
+    for start in range(0, len(paths), BATCH):
+        given = [os.fspath(path) for path in paths[start : start + BATCH]]
+        batch = np.stack([description.read_image(path) for path in given])
         logits = np.asarray(predictor.logits(description.normalize(batch)), np.float64)
         if logits.ndim != 2 or len(logits) != len(batch):
             raise ValueError(
@@ -210,9 +210,15 @@ def predict(
             raise ValueError(
                 f"{predictor.path} has {logits.shape[1]} logits and {len(names)} names of classes."
             )
+        for path, row in zip(given, logits, strict=True):
+            if not np.isfinite(row).all():
+                raise ValueError(
+                    f"{predictor.path} gives logits that are not finite for {path}: {row}; the "
+                    "model is damaged or was trained to NaN. Export it again."
+                )
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
-        for path, row in zip(paths[start : start + BATCH], shares, strict=True):
+        for path, row in zip(given, shares, strict=True):
             best = np.argsort(-row, kind="stable")[:top]
             predictions = [
                 {
@@ -222,7 +228,7 @@ def predict(
                 }
                 for i in best
             ]
-            found.append({"image": os.fspath(path), "predictions": predictions})
+            found.append({"image": path, "predictions": predictions})
     return found
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,8 @@ __all__ = [
     "Rescale",
     "Table",
     "Weight",
+    "cut_axes",
+    "cut_ends",
     "fresh",
     "run",
 ]
@@ -99,6 +102,12 @@ class Multiply:
     dtype: np.dtype  # of the net's own product
     # Scales found at run time, as large as their operand, and the operand's axes in the output.
     scales: tuple[tuple[int, tuple[int | None, ...]], ...] = ()
+    pieces: int = 1  # that its sums are cut into so that each stays within `FLOAT32_EXACT`
+
+    @property
+    def exact(self) -> bool:
+        """Whether float32 holds its sums, or those of its pieces, exactly in any order."""
+        return self.bound <= FLOAT32_EXACT or self.pieces > 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -295,16 +304,15 @@ def _multiply(
     step: Multiply, env: dict[int, Any], arrays: Mapping[str, Any], formulation: str
 ) -> jax.Array:
     lhs, rhs = (env[v] for v in step.inputs)
-    exact = step.bound <= FLOAT32_EXACT
-    if formulation == "float32" and not exact:
+    if formulation == "float32" and not step.exact:
         raise ValueError(
             f"the sums of layer {step.path!r} reach {step.bound:,}, and float32 is exact up to "
             f"{FLOAT32_EXACT:,}; use formulation='int32' or 'auto'."
         )
-    if formulation == "auto" and not step.multiplier:
-        formulation = "int32"  # integer-only is to be just that
     if formulation == "auto":
-        formulation = "float32" if exact and jax.default_backend() == "cpu" else "int32"
+        formulation = "cpu" if jax.default_backend() == "cpu" else "int32"
+    if formulation == "cpu":  # integer-only, which has no multiplier, is to be just that
+        formulation = "float32" if step.exact and step.multiplier else "int32"
     params = dict(step.node.params)
     if formulation == "float32":
         params["preferred_element_type"] = jnp.dtype(jnp.float32)
@@ -314,13 +322,46 @@ def _multiply(
         params["preferred_element_type"] = jnp.dtype(jnp.int32)
         params["precision"] = None
         operand = jnp.int8 if step.narrow else jnp.int32
-    sums = step.node.primitive.bind(lhs.astype(operand), rhs.astype(operand), **params)
+    sums = _sums(step, lhs.astype(operand), rhs.astype(operand), params)
     if not step.multiplier:
         return sums.astype(jnp.int32)
     multiplier = arrays[step.multiplier]
     for value, axes in step.scales:
         multiplier = _in_output(env[value], axes, sums.ndim) * multiplier
     return (sums.astype(jnp.float32) * multiplier).astype(step.dtype)
+
+
+def _sums(step: Multiply, lhs: Any, rhs: Any, params: Mapping[str, Any]) -> jax.Array:
+    """A product, or int32 sums of the products of its pieces, each of them exact in float32."""
+    product = functools.partial(step.node.primitive.bind, **params)
+    axes = cut_axes(step.node)
+    if axes is None or step.pieces == 1 or lhs.dtype != jnp.float32:
+        return product(lhs, rhs)
+    ends = cut_ends(lhs.shape[axes[0]], step.pieces)
+    parts = (
+        product(
+            jax.lax.slice_in_dim(lhs, lo, hi, axis=axes[0]),
+            jax.lax.slice_in_dim(rhs, lo, hi, axis=axes[1]),
+        )
+        for lo, hi in itertools.pairwise(ends)
+    )
+    return functools.reduce(jnp.add, (part.astype(jnp.int32) for part in parts))
+
+
+def cut_axes(node: Node) -> tuple[int, int] | None:
+    """Axes of both operands along which a product can be cut into a sum of products, or None."""
+    numbers, params = node.params["dimension_numbers"], node.params
+    if node.op == "dot_general":
+        (left, right), _ = numbers
+        return (left[-1], right[-1]) if left else None
+    if params["feature_group_count"] == params["batch_group_count"] == 1:
+        return numbers.lhs_spec[1], numbers.rhs_spec[1]
+    return None
+
+
+def cut_ends(size: int, pieces: int) -> list[int]:
+    """Ends of nearly equal pieces of an axis."""
+    return [size * i // pieces for i in range(pieces + 1)]
 
 
 def _in_output(scale: jax.Array, axes: tuple[int | None, ...], rank: int) -> jax.Array:

@@ -11,7 +11,7 @@ JAX up to six months newer than the one that wrote them, and up to three weeks o
 keep `model.safetensors` and `model.json`.
 
 Products run on integers in int32 where integer kernels are fast, and on the same integers in
-float32 on the CPU, where that is exact (see `integer_apply`).
+float32 on the CPU, layer by layer where that is exact (see `integer_apply`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 from jax import export
 
 from qkd_jax import checks
-from qkd_jax.deploy.program import FLOAT32_EXACT, IntegerModel, Multiply, run
+from qkd_jax.deploy.program import IntegerModel, Multiply, run
 from qkd_jax.weights.files import damaged, read_bytes
 
 __all__ = ["PLATFORMS", "load_stablehlo", "save_stablehlo"]
@@ -71,13 +71,13 @@ def save_stablehlo(
     arrays = jax.tree.map(np.asarray, integer)  # constants of the module, not arguments
     # An integer-only program has products without multipliers, and no floats on any platform.
     products = [s for s in program.steps if isinstance(s, Multiply)]
-    exact = all(s.multiplier and s.bound <= FLOAT32_EXACT for s in products)
+    exact = any(s.multiplier and s.exact for s in products)
 
     def integers(*images: Any) -> Any:
         return run(arrays, list(images), False, "int32")
 
     def floats(*images: Any) -> Any:
-        return run(arrays, list(images), False, "float32")
+        return run(arrays, list(images), False, "cpu")
 
     def forward(*images: Any) -> Any:
         if not exact:

@@ -33,8 +33,9 @@ class Target:
         weight_bits: widths of weights that a file for it can hold.
         input_bits: widths of activations (inputs and outputs of layers).
         fast: widths of weight and activation below which its products run in float: codes are
-            then stored small, and unpacked to float when the file is loaded.
+            then stored small, and unpacked to float when the file is loaded. An export says so.
         symmetric_weights: zero points of weights must be 0.
+        narrow_weights: their lowest code (-128) must be left out.
         symmetric_inputs: those of activations too, and their codes are signed.
         weight_granularity: "channel" (one scale per output channel), "tensor".
         reduce_range: 8-bit weights are given 7 bits, because full-range ones saturate.
@@ -45,7 +46,7 @@ class Target:
             are not fused, which is right and slow.
         integer_bias: biases are added to the sums as int32, in their unit: `to_onnx` rounds them
             beforehand, so that the file is the net that runs (`ptq.integer_bias`).
-        folded_activations: what it computes inside a product's kernel.
+        folded_activations: what it computes inside a product's kernel; an export says so.
         opset: of the ONNX file.
         int4: weights of up to 4 bits are stored in 4.
         activations: type that holds the codes of activations, as `to_onnx` takes it.
@@ -60,6 +61,7 @@ class Target:
     input_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     fast: int = 8
     symmetric_weights: bool = True
+    narrow_weights: bool = False
     symmetric_inputs: bool = False
     weight_granularity: tuple[str, ...] = ("tensor", "channel")
     reduce_range: bool = False
@@ -111,6 +113,7 @@ TARGETS: dict[str, Target] = {
         weight_bits=(8,),
         input_bits=(8,),
         integer_bias=True,
+        narrow_weights=True,
         folded_activations=("relu", "relu6"),
         opset=17,
         activations="int8",
@@ -241,6 +244,11 @@ def _check_spec(where: str, operand: str, spec: Spec, takes: Target, target: str
         raise ValueError(
             f"{where} is {'unsigned' if spec.symmetric else 'affine'}; {target} takes weights "
             "with zero point 0 alone. Use signed=True, symmetric=True."
+        )
+    if weight and takes.narrow_weights and not spec.format.narrow_range:
+        raise ValueError(
+            f"{where} has narrow_range=False; {target} takes weights without the lowest code. Use "
+            "narrow_range=True."
         )
     if not weight and takes.symmetric_inputs and not (spec.symmetric and spec.signed):
         raise ValueError(

@@ -351,6 +351,11 @@ def _targets(folder: RunFolder, stages: list[Stage]) -> list[str]:
                 f"  {count} of {count + len(floats)} products run on integers"
                 + (f"; in float: {', '.join(floats)}" if floats else "")
             )
+        inside = ", ".join(made["inside_of_products"])
+        lines.append(
+            f"  products run on integers from {made['integers_from_bits']} bits on"
+            + (f"; inside of them: {inside}" if inside else "")
+        )
         by_table = ", ".join(made["stays_float_by_the_table"])
         lines.append(f"  float there, where a net has them: {by_table or 'nothing'}")
         if made["cannot_be_made_here"]:

@@ -157,6 +157,8 @@ def _made(folder: Path, name: str, target: str, written: shipping.OnnxFile) -> d
         "file": str(path.relative_to(folder)),
         "bytes": path.stat().st_size,
         "stays_float_by_the_table": list(takes.stays_float),
+        "integers_from_bits": takes.fast,
+        "inside_of_products": list(takes.folded_activations),
         "cannot_be_made_here": takes.not_made,
         "sources": list(takes.sources),
     }

@@ -71,7 +71,8 @@ def from_torch(arrays: Mapping[str, Any]) -> dict[str, Any]:
         Float variables, {"params", "batch_stats"}, for `load_float`.
 
     Raises:
-        ValueError: names that are in no line of `LAYERS`, or weights of the wrong rank.
+        ValueError: names that are in no line of `LAYERS`, two names of one array, or weights of
+            the wrong rank.
     """
     flat: dict[str, np.ndarray] = {}
     foreign = []
@@ -93,7 +94,13 @@ def from_torch(arrays: Mapping[str, Any]) -> dict[str, Any]:
             array = array.transpose(AXES[kind])
         else:
             checks.rank(full, array, 1, "[channels]")
-        flat[f"{collection}/{path}/{leaf}"] = array
+        where = f"{collection}/{path}/{leaf}"
+        if where in flat:
+            raise ValueError(
+                f"{full!r} is the array of {where!r}, which came already: the state dict has names "
+                'with and without "module.", or of two families. Keep one of them.'
+            )
+        flat[where] = array
     if foreign or not flat:
         listed = ", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else "")
         raise ValueError(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import small_nets
 
+from qkd_jax.calibration import calibrate
 from qkd_jax.deploy import convert, integer_apply
 from qkd_jax.numerics import Spec
 from qkd_jax.ptq import fold_bn
@@ -159,7 +160,7 @@ def test_sums_that_int32_cannot_hold_are_refused():
     with pytest.raises(ValueError, match=r"'wide' can reach [\d,]+, beyond int32"):
         convert(net, variables, x)
     net, variables = small_nets.calibrated(
-        Wide(), [Rule("wide", weight=Spec(12), input=Spec(12))], x
+        Wide(), [Rule("wide", weight=Spec(13), input=Spec(13))], x
     )
     integer = convert(net, variables, x)
     with pytest.raises(ValueError, match="float32 is exact up to 16,777,216"):
@@ -167,6 +168,48 @@ def test_sums_that_int32_cannot_hold_are_refused():
     assert integer_apply(integer, x).shape == (2, 1)
     with pytest.raises(ValueError, match="formulation is 'int8'"):
         integer_apply(integer, x, formulation="int8")
+
+
+class Large(nn.Module):
+    """A convolution and a dense layer of integer weights, whose scale is 1."""
+
+    window: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (*self.window, x.shape[-1])
+        kernel = 128 - 2 ** np.random.default_rng(1).integers(0, 3, (*shape, 3))
+        fields = dict(use_bias=False, name="layer")
+        if x.ndim == 2:
+            return nn.Dense(3, kernel_init=lambda *_: jnp.float32(kernel[0, 0]), **fields)(x)
+        return nn.Conv(3, self.window, kernel_init=lambda *_: jnp.float32(kernel), **fields)(x)
+
+
+@pytest.mark.parametrize("window", [(1, 1), (3, 3)])
+def test_sums_beyond_float32_are_cut_into_pieces(window):
+    """Codes near the ends of their ranges, whose sums are odd and beyond 2^24: no bit is lost."""
+    rng = np.random.default_rng(0)
+    x = (256 - 2 ** rng.integers(0, 3, (2, 3000) if window == (1, 1) else (2, 3, 3, 331))) * 1.0
+    x = x.astype(np.float32)
+    rules = [Rule("layer", weight=Spec(8), input=Spec(8, signed=False))]
+    net = quantize(Large(window), rules)
+    x.flat[0] = 255  # the grids are those of the integers
+    variables = calibrate(net, net.init(jax.random.key(0), x), [x], observer="minmax")
+    integer = convert(net, variables, x)
+    (step,) = (s for s in integer.program.steps if hasattr(s, "pieces"))
+    kernel = np.asarray(variables["params"]["layer"]["kernel"]).astype(np.int64)
+    assert step.bound == int(np.abs(kernel).reshape(-1, 3).sum(0).max()) * 255 > 4 * 2**24
+    assert step.pieces == -(-step.bound // 2**24)
+    if window == (1, 1):
+        sums = x.astype(np.int64) @ kernel
+    else:
+        padded = np.pad(x.astype(np.int64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, window, axis=(1, 2))
+        sums = np.einsum("nyxcij,ijco->nyxo", windows, kernel)
+    assert np.any(sums % 2) and np.abs(sums).max() > 2**24
+    for formulation in ("float32", "int32"):
+        found = integer_apply(integer, x, formulation=formulation)
+        np.testing.assert_array_equal(found, sums.astype(np.float32))
 
 
 def test_a_float_net_is_refused():

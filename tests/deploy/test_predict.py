@@ -1,5 +1,6 @@
 """The predictor: what every engine says of image files, and every way to call it wrongly."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -150,6 +151,32 @@ def test_models_that_take_no_image(tmp_path, run):
     deploy.to_onnx(net, variables, x, tmp_path / "plain.onnx")
     with pytest.raises(ValueError, match=r"plain\.onnx does not say how"):
         open_predictor(tmp_path / "plain.onnx")
+
+
+def test_logits_that_are_not_finite_fail(run, tmp_path, capsys):
+    (net, variables), x = net_of()
+    integer = deploy.convert(net, variables, x)
+    arrays = dict(integer.arrays)
+    (name,) = (key for key in arrays if key.endswith("bias") and arrays[key].shape[-1] == 3)
+    arrays[name] = arrays[name].at[..., 1].set(np.nan)
+    broken = dataclasses.replace(integer, arrays=arrays)
+    deploy.save(broken, tmp_path, description=DESCRIPTION)
+    refused(capsys, "logits that are not finite for", tmp_path, run[0] / "0.png")
+
+
+def test_images_are_read_batch_by_batch(run, monkeypatch):
+    seen, calls = [], []
+    read, opened = Description.read_image, open_predictor(run[0])
+    monkeypatch.setattr(predict, "BATCH", 2)
+    monkeypatch.setattr(
+        Description, "read_image", lambda self, path: (seen.append(path), read(self, path))[1]
+    )
+    logits = lambda images: (calls.append((len(images), len(seen))), opened.logits(images))[1]
+    paths = [run[0] / f"{i % 2}.png" for i in range(5)]
+    found = predict.predict(dataclasses.replace(opened, logits=logits), paths)
+    assert calls == [(2, 2), (2, 4), (1, 5)]
+    assert [f["image"] for f in found] == [str(path) for path in paths]
+    assert found[0] == found[2] == found[4]
 
 
 def test_the_command_starts_as_a_module():

@@ -65,6 +65,24 @@ def test_products_of_an_integer_only_net_are_on_integers_everywhere(tmp_path, in
     assert products and any("f32" in line for line in products) != integer_only
 
 
+def test_the_cpu_holds_codes_in_float_layer_by_layer(tmp_path):
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="small")(nn.relu(nn.Dense(4, name="wide")(x)))
+
+    rules = [Rule("wide", weight=Spec(13), input=Spec(13)), Rule("small", Spec(8), Spec(8))]
+    x = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
+    integer = convert(*small_nets.calibrated(Two(), rules, x), x)
+    save_stablehlo(integer, tmp_path / "x", platforms=["cpu"])
+    module = jax.export.deserialize(bytearray((tmp_path / "x").read_bytes())).mlir_module()
+    products = [line for line in module.splitlines() if "stablehlo.dot_general" in line]
+    assert ["xf32>" in line for line in products] == [False, True]
+    # Numbers of the order of 1: with constants inside, XLA may round sum * multiplier + bias once.
+    found, wanted = load_stablehlo(tmp_path / "x")(x), integer_apply(integer, x)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-7)
+
+
 def test_what_is_refused(saved, tmp_path):
     path, integer = saved
     with pytest.raises(ValueError, match="platform is 'gpu'"):

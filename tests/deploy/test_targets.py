@@ -51,6 +51,7 @@ def test_the_target_chooses_the_range():
         ("tensorrt", Rule("a", weight=Spec(4), input=Spec(8)), "4 bits; tensorrt takes 8"),
         ("litert", Rule("a", weight=Spec(2), input=A8), "weight has 2 bits; litert takes 8"),
         ("litert", Rule("a", weight=Spec(8, symmetric=False), input=A8), "affine; litert takes"),
+        ("litert", Rule("a", weight=Spec(8, narrow_range=False)), "narrow_range=False; litert"),
         ("xla", Rule("a", weight=Spec(8, granularity=32)), "granularity 32; xla takes"),
         ("onnxruntime-x86", Rule("a", weight=Spec(12)), "12 bits; onnxruntime-x86 takes"),
         (

@@ -148,6 +148,9 @@ def test_names_of_no_known_layer_are_listed(tmp_path):
         weights.load(tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"conv1\.weight has shape \(3,\); it must have 4 axes"):
         weights.from_torch({"conv1.weight": np.zeros(3)})
+    twice = {"bn1.bias": np.zeros(3), "module.bn1.bias": np.ones(3)}
+    with pytest.raises(ValueError, match=r"'module.bn1.bias' is the array of .*came already"):
+        weights.from_torch(twice)
     with pytest.raises(ValueError, match="params/extra/kernel, which the ResNets"):
         weights.to_torch({"params": {"extra": {"kernel": np.zeros((2, 2))}}})
     with pytest.raises(ValueError, match="folded into multipliers"):
