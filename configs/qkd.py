@@ -12,7 +12,9 @@ row: the float teacher as it was before co-studying, which `teacher_before` keep
 The recipe: SGD with one cosine over all three phases (15, 50 and 35 % of the steps), T = 2, unit
 weights, the teacher at a tenth of the student's rate, first and last layer at 8 bits. `loss` takes
 the place of the KL divergence in co-studying and tutoring, in both directions and at its published
-weight: `loss=rkd`, say.
+weight: `loss=rkd`, say. Published courses are shares of all three phases and run once, from the
+start of co-studying on: a loss that is a stage of its own (`fsp`, `ab`) leaves tutoring to the
+labels, and `ft` goes on with its paraphraser.
 """
 
 from configs import common, terms
@@ -77,10 +79,10 @@ def get_config(arg=""):
             "configs/feature_kd.py."
         )
 
-    def taught(source="teacher"):
+    def taught(source="teacher", **part):
         if args.loss == "kd":
             return dict(ce=common.ce(), kd=common.kd(source, temperature=2.0))
-        return terms.learn(args.loss, source)
+        return terms.learn(args.loss, source, **part)
 
     stages = config.stages
     if not args.teacher_from:
@@ -102,12 +104,14 @@ def get_config(arg=""):
     stages.co_study = stage(
         0.50,
         dict(
-            student=taught(),
-            teacher=taught("student"),
+            student=taught(share=0.50),
+            teacher=taught("student", share=0.50),
         ),
         dict(student=low_bit("self_study"), teacher=common.sgd(0.005, weight_decay=1e-4)),
     )
-    stages.tutor = stage(0.35, dict(student=taught()), dict(student=low_bit("co_study")))
+    stages.tutor = stage(
+        0.35, dict(student=taught(done=0.50, share=0.35)), dict(student=low_bit("co_study"))
+    )
     stages.reestimate_bn = common.reestimate_bn("student")
     stages.evaluate = common.evaluate("teacher_before", student="QKD", teacher="after co-studying")
     stages.deploy = common.deploy("student")

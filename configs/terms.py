@@ -77,17 +77,50 @@ TERMS: dict[str, tuple[float, dict[str, Any]]] = {
 }
 
 
-def learn(loss: str, source: str | tuple[str, ...]) -> dict[str, Any]:
+def learn(
+    loss: str, source: str | tuple[str, ...], *, done: float = 0.0, share: float = 1.0
+) -> dict[str, Any]:
     """Returns the rows of a net that learns from `source` by a loss, and from labels beside it.
 
+    Courses of the table are shares of the whole training. A stage that is a part of it takes its
+    part of them: what is over by then (a stage of its own, a warm-up) does not come again.
+
+    Args:
+      loss: a key of `TERMS`.
+      source: the net that teaches, or several.
+      done: share of the whole training in which this net has learned so from this source before.
+      share: share of the whole training that this stage is.
+
     Raises:
-      ValueError: for a loss without a row, with those that have one.
+      ValueError: for a loss without a row, with those that have one; a course that goes on from
+        one stage to the next.
     """
     if loss not in TERMS:
         raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(TERMS)}.")
     of_labels, fields = TERMS[loss]
-    rows: dict[str, Any] = {loss: common.term(loss, source, **fields)}
+    course = {name: _place(loss, name, value, done, share) for name, value in fields.items()}
+    # Where the loss is a stage of its own, the labels wait for its end.
+    if "end" in fields and not course["end"]:
+        return dict(ce=dict(common.ce(of_labels), start=0.0))
+    rows: dict[str, Any] = {loss: common.term(loss, source, **course)}
     if of_labels:
-        # Where the loss is a stage of its own, the labels wait for its end.
-        rows["ce"] = dict(common.ce(of_labels), start=fields.get("end", 0.0))
+        rows["ce"] = dict(common.ce(of_labels), start=course.get("end", 0.0))
     return rows
+
+
+def _place(loss: str, name: str, value: Any, done: float, share: float) -> Any:
+    """A field of the table for a stage that has `share` of the whole after `done` of it."""
+    ramp = isinstance(value, dict)
+    if not ramp and name not in ("start", "end", "warmup"):
+        return value
+    until = value["steps"] if ramp else value
+    if until > done + share or (done and until > done):
+        raise ValueError(
+            f"{name} of loss {loss!r} goes on until {until:g} of the training, and the stage from "
+            f"{done:g} to {done + share:g} holds a part of it; let the first stage with this loss "
+            "be that long."
+        )
+    place = max(until - done, 0.0) / share
+    if not ramp:
+        return place
+    return dict(value, steps=place) if place else value["end"]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from configs import common, qkd
+from configs import common, qkd, terms
 from qkd_jax import experiment, presets
 from qkd_jax.experiment import settings
 
@@ -106,6 +106,30 @@ def test_phases_share_one_schedule():
     }
     assert found["self_study"].keeps == ("student",) and found["tutor"].keeps == ()
     assert found["co_study"].horizons["teacher"] == found["co_study"].steps
+
+
+def test_published_courses_run_once_over_the_phases():
+    """30 and 20 of 240 epochs: of all steps, wherever phases end."""
+    rows = qkd.get_config("loss=fsp").stages
+    assert rows.co_study.learn.student.fsp.end == pytest.approx(30 / 240 / 0.5)
+    assert rows.co_study.learn.student.ce.start == rows.co_study.learn.student.fsp.end
+    assert rows.co_study.learn.teacher.fsp.end == rows.co_study.learn.student.fsp.end
+    assert set(rows.tutor.learn.student) == {"ce"} and rows.tutor.learn.student.ce.start == 0
+    assert rows.qat_fixed_teacher.learn.qat_fixed_teacher.fsp.end == 30 / 240
+    rows = qkd.get_config("loss=ft").stages
+    assert rows.co_study.learn.student.ft.start == pytest.approx(0.25)
+    assert rows.tutor.learn.student.ft.start == 0
+    rows = qkd.get_config("loss=dkd").stages
+    assert rows.co_study.learn.student.dkd.warmup == pytest.approx(20 / 240 / 0.5)
+    assert rows.tutor.learn.student.dkd.warmup == 0
+    rows = qkd.get_config("loss=ctkd").stages
+    assert rows.co_study.learn.student.ctkd.reversal.steps == pytest.approx(10 / 240 / 0.5)
+    assert rows.tutor.learn.student.ctkd.reversal == 1.0
+    for loss in ("fsp", "ft", "ctkd"):
+        experiment.read(qkd.get_config(f"loss={loss}"))
+    for part in (dict(share=0.1), dict(done=0.1, share=0.9)):
+        with pytest.raises(ValueError, match=r"end of loss 'fsp' goes on until 0\.125 of the"):
+            terms.learn("fsp", "teacher", **part)
 
 
 def test_the_students_chain_decides_the_order_of_the_data():

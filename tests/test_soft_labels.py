@@ -189,6 +189,14 @@ def test_losses_over_a_tree_take_the_datas(tmp_path):
             lambda c: c.stages.distil.update(cache=dict(top=2)),
             "unknown field stages.distil.cache 'top'.*Did you mean 'top_k'",
         ),
+        (
+            lambda c: c.stages.distil.update(
+                cache=common.cache(top_k=3),
+                learn=dict(student=dict(apart=common.term("dkd", "teacher"))),
+            ),
+            r"learn\.student\.apart: loss 'dkd' looks at every logit of 'teacher'.*the 3 largest.*"
+            r"distil\.cache\.top_k=0",
+        ),
     ],
 )
 def test_wrong_caches(change, message):

@@ -25,7 +25,9 @@ from qkd_jax.data.dataset import Dataset
 from qkd_jax.data.views import Views
 from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
+from qkd_jax.losses import BY_SOFTMAX, LOSSES
 from qkd_jax.training.plan import Plan, cached_key
+from qkd_jax.training.rows import as_sources
 from qkd_jax.training.step import eval_step
 from qkd_jax.training.tracking import tree_sha256
 
@@ -64,9 +66,11 @@ def cached_nets(stage: Stage) -> tuple[str, ...]:
     """The teachers of a stage whose logits are cached: all that are frozen in it.
 
     Raises:
-        ValueError: a `cache` in a stage without a frozen teacher, or with wrong fields.
+        ValueError: a `cache` in a stage without a frozen teacher, or with wrong fields; a `top_k`
+            and a loss that needs all logits.
     """
-    if cache_fields(stage) is None:
+    fields = cache_fields(stage)
+    if fields is None:
         return ()
     frozen = tuple(net for net in stage.nets if net not in stage.fields["learn"])
     if not frozen:
@@ -74,7 +78,24 @@ def cached_nets(stage: Stage) -> tuple[str, ...]:
             f"stages.{stage.name}.cache is set, but no frozen net teaches in this stage; a teacher "
             "that learns says something new at each step. Drop the cache."
         )
+    if fields["top_k"]:
+        _refuse_whole_logits(stage, frozen, fields["top_k"])
     return frozen
+
+
+def _refuse_whole_logits(stage: Stage, frozen: Sequence[str], top_k: int) -> None:
+    """Refuses losses to which the logits that were not kept, all alike, would be wrong ones."""
+    for net, rows in stage.fields["learn"].items():
+        for label, row in rows.items():
+            loss = str(row.get("loss") or label)
+            taught = [name for name in as_sources(row.get("source")) if name in frozen]
+            if taught and loss in LOSSES and loss not in BY_SOFTMAX:
+                raise ValueError(
+                    f"stages.{stage.name}.learn.{net}.{label}: loss {loss!r} looks at every logit "
+                    f"of {taught[0]!r}, and the cache keeps the {top_k} largest: the others would "
+                    f"all be alike. Set stages.{stage.name}.cache.top_k=0, or take one of "
+                    f"{', '.join(BY_SOFTMAX)}."
+                )
 
 
 def prepare(

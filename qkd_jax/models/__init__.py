@@ -18,7 +18,7 @@ on:
 * Features are sown (`features.sow_feature`) into the collection "features", which costs nothing
   unless it is mutable: `logits, aux = model.apply(variables, images, mutable="features")`, then
   `aux["features"]["stage1"][0]`. Every model names the head's input `pooled`; an activation has a
-  bare name, what goes into it the same with `_pre`.
+  bare name, what goes into it the same with `_pre` (the same array where a stage ends without one).
 """
 
 from __future__ import annotations

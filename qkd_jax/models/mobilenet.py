@@ -267,6 +267,7 @@ class MobileNetV2(nn.Module):
                     axis_name=self.axis_name,
                     name=f"stage{stage}_block{block}",
                 )(x, train)
+            sow_feature(self, f"stage{stage}_pre", x)  # a linear bottleneck has no activation
             sow_feature(self, f"stage{stage}", x)
         conv, _, norm, relu = _layers(self, train)
         x = relu(norm(name="last_bn")(conv(16 * self.width, (1, 1), name="last")(x)))

@@ -116,6 +116,7 @@ class ViT(nn.Module):
         for block in range(self.depth):
             hidden = self.mlp_ratio * self.width
             x = TransformerBlock(self.heads, hidden, self.dtype, name=f"block{block}")(x)
+            sow_feature(self, f"tokens{block + 1}_pre", x)  # a sum: no activation follows
             sow_feature(self, f"tokens{block + 1}", x)
         x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
         x = x[:, 0] if self.pool == "class" else x.mean(axis=1)

@@ -13,10 +13,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from qkd_jax.interception import ROUNDING
 from qkd_jax.training.forward import forward
 from qkd_jax.training.plan import Plan
 from qkd_jax.training.state import TrainState, split, step_key
 from qkd_jax.training.step import Batch, adaptor_params, total_loss
+from qkd_jax.training.terms import term_numbers
 
 __all__ = ["NonFinite", "locate_nonfinite"]
 
@@ -106,8 +108,8 @@ def locate_nonfinite(
 
     Returns:
         The place, or None if everything is finite. Looked at in this order: the batch, each net's
-        forward pass layer by layer (with its variables and statistics), each term of the losses,
-        the gradients from the last layer back.
+        forward pass layer by layer (with its variables and statistics), each term of the losses
+        with its adaptor, the gradients from the last layer back.
     """
     state, batch, frozen = jax.device_get((state, dict(batch), dict(frozen)))
     state = state.replace(step=state.step - 1)
@@ -115,10 +117,15 @@ def locate_nonfinite(
         return NonFinite("batch", "image", "input is not finite")
     structure = plan.structure
     key = step_key(state.seed, "dropout", state.step)
+    rounding_key = step_key(state.seed, ROUNDING, state.step)
     orders: dict[str, list[tuple[str, ...]]] = {}
     for index, learner in enumerate(structure.learners):
         net, slot = plan.net_of(learner.slot), learner.slot
-        rngs = {"dropout": jax.random.fold_in(key, index)}
+        # As the step rounds and drops, so that what is found is what happened.
+        rngs = {
+            "dropout": jax.random.fold_in(key, index),
+            ROUNDING: jax.random.fold_in(rounding_key, index),
+        }
         found, orders[slot] = _run(
             net, learner.module, state.nets[slot], batch["image"], train=True, rngs=rngs
         )
@@ -133,17 +140,30 @@ def locate_nonfinite(
     carried = {slot: part[1] for slot, part in parts.items()}
 
     def objective(learned: dict[str, Any], adaptors: dict[str, Any]) -> tuple[jax.Array, Any]:
-        loss, (_, _, sums) = total_loss(
+        loss, (_, owned, sums) = total_loss(
             structure, learned, carried, state, batch, frozen, adaptors=adaptors
         )
-        return loss, sums
+        return loss, (sums, owned)
 
     differentiate = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
-    (_, sums), (grads, of_adaptors) = differentiate(learned, adaptor_params(state))
+    (_, (sums, owned)), (grads, of_adaptors) = differentiate(learned, adaptor_params(state))
     for learner in structure.learners:
         net = plan.net_of(learner.slot)
-        for term, label in plan.labels[learner.slot].items():
-            if _bad(sums[learner.slot][term]):
+        for term in learner.terms:
+            label = plan.labels[learner.slot][term.name]
+            # The adaptor stands before the loss: its variables, then the statistics of this pass.
+            before, after = (
+                terms.get(learner.slot, {}).get(term.name, {})
+                for terms in (state.loss_state, owned)
+            )
+            leaf = _bad_leaf({n: before.get(n, {}) for n in ("params", "batch_stats")}, ())
+            leaf = leaf or _bad_leaf({"statistic": after.get("batch_stats", {})}, ())
+            if leaf is not None:
+                what = f"{leaf} of the adaptor of loss {label!r} is not finite"
+                return NonFinite(net, "", what)
+            given = state.hyper[learner.slot]["terms"][term.name]
+            resting = term.rests and not term_numbers(term, given, state.step)["weight"] > 0
+            if _bad(sums[learner.slot][term.name]) and not resting:
                 return NonFinite(net, "", f"loss {label!r} is not finite")
     for learner in structure.learners:
         found = _bad_gradient(plan.net_of(learner.slot), grads[learner.slot], orders[learner.slot])

@@ -20,7 +20,7 @@ from qkd_jax.training import adaptors
 from qkd_jax.training.taps import DataShape, features_of, resolve_taps
 from qkd_jax.training.terms import Term, loss_inputs
 
-__all__ = ["Owned", "Start"]
+__all__ = ["Owned", "Start", "check_learned"]
 
 # start(key, variables of the source or None, labels [examples] of the training set or None)
 # -> {"params", "batch_stats", "teacher", "memory"}
@@ -31,6 +31,17 @@ STEP_INPUTS = (
     *("student_feature", "teacher_feature", "student_features", "teacher_features"),
     *("labels", "index", "memory", "key"),
 )
+
+
+def check_learned(where: str, term: Term, numbers: Mapping[str, Any]) -> None:
+    """Refuses a term that starts anew and at once, with parts that would have to learn before."""
+    parts = adaptors.BEFORE_START.get(term.loss)
+    if parts and not (term.course and numbers["start"]):
+        raise ValueError(
+            f"{where} starts at step 0, but parts of its adaptor ({', '.join(parts)}) learn until "
+            "the start and are frozen then; give it a start, such as start=0.125, or continue a "
+            "stage that has this term (optim.<net>.continues)."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +171,12 @@ class Owned:
                 if "teacher" in state and teacher is not None:
                     net = self.modules[self.sources[0]]
                     state["teacher"] = adaptors.teacher_margins(
-                        state["teacher"], net, teacher, term.teacher_taps, self._data().image
+                        state["teacher"],
+                        net,
+                        teacher,
+                        term.teacher_taps,
+                        self._data().image,
+                        fixed=term.adaptor.model.margin is not None,
                     )
             if "memory" in term.inputs:
                 first = jax.eval_shape(lambda: self._inputs(term, state)[term.inputs[0]])
@@ -204,7 +220,11 @@ class Owned:
         """
 
         def run() -> Any:
-            state = {} if start is None else start(jax.random.key(0), None, None)
+            teacher = None
+            if "margins" in term.inputs:  # made from the teacher's variables
+                net, image = self.modules[self.sources[0]], self._data().image
+                teacher = net.init(jax.random.key(0), jnp.zeros((1, *image), jnp.float32))
+            state = {} if start is None else start(jax.random.key(0), teacher, None)
             tree = arguments.get("tree")
             # A class tree says how many classes it is for.
             classes = len(find(tree).classes) if tree else self._classes() or 4

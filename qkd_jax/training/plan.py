@@ -23,7 +23,7 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.training.hygiene import Hygiene, describe, plan_hygiene
 from qkd_jax.training.optim import OptimStructure, plan_optimizer
-from qkd_jax.training.owned import Start
+from qkd_jax.training.owned import Start, check_learned
 from qkd_jax.training.rows import COURSE, plan_terms
 from qkd_jax.training.taps import DataShape
 from qkd_jax.training.terms import Term
@@ -210,6 +210,9 @@ def plan_step(
         labels[slot] = names
         if optim[net].get("continues"):
             continues[net] = str(optim[net]["continues"])
+        else:
+            for term in terms:
+                check_learned(f"learn.{net}.{names[term.name]}", term, values[term.name])
     teachers = tuple(net for net in slots if net not in learn)
     _check_cached(cached, teachers, slots, learners)
     peers = _stale_peers(stale, learners)

@@ -72,6 +72,10 @@ def plan_terms(
     terms, values, names, starts = [], {}, {}, {}
     for index, (loss, label) in enumerate(rows):
         where, fields = f"learn.{net}.{label}", dict(table[label])
+        if "/" in str(label):  # metrics and checkpoints name what belongs to it by paths
+            raise ValueError(
+                f"{where}: the label {label!r} has a '/'; write another sign there, such as '_'."
+            )
         if loss not in losses.LOSSES:
             raise checks.unknown(f"loss in {where}", loss, losses.LOSSES)
         inputs, arguments = signature(loss)

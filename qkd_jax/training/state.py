@@ -19,6 +19,7 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.training import hygiene, optim
+from qkd_jax.training.owned import check_learned
 from qkd_jax.training.plan import Plan
 from qkd_jax.training.trees import flatten
 
@@ -204,6 +205,8 @@ def _loss_state(
             label = plan.labels[learner.slot][term.name]
             state = owned.get(net, {}).get(label)
             if state is None:
+                numbers = plan.hyper[learner.slot]["terms"][term.name]
+                check_learned(f"learn.{net}.{label}", term, numbers)
                 source = variables[plan.net_of(term.sources[0])] if term.sources else None
                 begin = functools.partial(init_owned, plan, net, term.name)
                 key = stream_key(seed, f"loss/{net}/{label}")

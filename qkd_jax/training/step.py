@@ -20,10 +20,17 @@ from qkd_jax.interception import ROUNDING
 from qkd_jax.losses import LOSSES
 from qkd_jax.metrics import classification
 from qkd_jax.training import hygiene, optim
+from qkd_jax.training.adaptors import BEFORE_START
 from qkd_jax.training.forward import forward, forward_taps
 from qkd_jax.training.plan import Learner, Plan, StepStructure, cached_key
 from qkd_jax.training.state import TrainState, join, split, step_key
-from qkd_jax.training.terms import Term, loss_inputs, term_numbers
+from qkd_jax.training.terms import (
+    Term,
+    has_started,
+    loss_inputs,
+    term_numbers,
+    unless_resting,
+)
 
 __all__ = [
     "Batch",
@@ -111,6 +118,10 @@ def _term_values(
             f"loss {term.loss!r} keeps a memory by example, so the batch must have "
             "'index', [batch] integers below the number of training examples."
         )
+    if term.rests:
+        held = ("labels", "index", "memory", "key")
+        for name in (n for n in term.inputs if n not in held):
+            given[name] = unless_resting(given[name], numbers["weight"])
     arguments: dict[str, Any] = {name: numbers[name] for name in term.traced}
     if seen.mask is not None:
         arguments["where"] = seen.mask
@@ -214,7 +225,8 @@ def total_loss(
         right = (jnp.argmax(own, axis=-1) == labels).astype(jnp.float32)
         values = {"count": count, "top1": _masked_sum(right, mask), "loss": jnp.zeros(())}
         for place, term in enumerate(learner.terms):
-            numbers = term_numbers(term, state.hyper[learner.slot]["terms"][term.name], state.step)
+            hyper = state.hyper[learner.slot]["terms"][term.name]
+            numbers = term_numbers(term, hyper, state.step)
             of_examples, of_adaptor, moved = _term_values(
                 learner,
                 term,
@@ -226,9 +238,14 @@ def total_loss(
             )
             value = jnp.sum(of_examples)
             values[term.name] = value
-            values["loss"] = values["loss"] + numbers["weight"] * value
-            if of_adaptor is not None:  # what trains it alone has no weight and no course
-                values["loss"] = values["loss"] + _masked_sum(of_adaptor, mask)
+            weighted = numbers["weight"] * value
+            if term.rests:  # 0 times an overflow is no 0
+                weighted = jnp.where(numbers["weight"] > 0, weighted, 0.0)
+            values["loss"] = values["loss"] + weighted
+            if of_adaptor is not None:  # what trains it alone has no weight, and ends at the start
+                own_loss = _masked_sum(of_adaptor, mask)
+                started = has_started(term, hyper, state.step)
+                values["loss"] = values["loss"] + jnp.where(started, 0.0, own_loss)
             if moved:
                 owned.setdefault(learner.slot, {})[term.name] = moved
         if learner.hygiene is not None:
@@ -347,9 +364,11 @@ def make_step(structure: StepStructure) -> Step:
             metrics[slot] = {**metrics[slot], **rates}
             # The norm is finite only if every gradient is: one number stands for all of them.
             finite = finite & jnp.isfinite(rates["grad_norm"])
-            for term, gradient in adaptor_grads.get(slot, {}).items():
-                norm = _move_adaptor(learner, state, owned[slot][term], gradient)
-                finite = finite & jnp.isfinite(norm) & _finite(owned[slot][term]["params"])
+            for term in learner.terms:
+                if (gradient := adaptor_grads.get(slot, {}).get(term.name)) is not None:
+                    own = owned[slot][term.name]
+                    norm = _move_adaptor(learner, term, state, own, gradient)
+                    finite = finite & jnp.isfinite(norm) & _finite(own["params"])
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -367,13 +386,13 @@ def make_step(structure: StepStructure) -> Step:
 
 
 def _move_adaptor(
-    learner: Learner, state: TrainState, own: dict[str, Any], gradient: Any
+    learner: Learner, term: Term, state: TrainState, own: dict[str, Any], gradient: Any
 ) -> jax.Array:
     """Updates an adaptor's parameters and optimizer in place; returns its gradient's norm.
 
     It learns with the optimizer, the rates and the schedule of the net, and is clipped by itself:
     kernels are decayed like the net's weights, biases, norms and variances are not. `freeze` names
-    layers of the net, not its own.
+    layers of the net, not its own. Its parts that learn before the term starts stand still then.
     """
     moved, new, rates = optim.update_optimizer(
         dataclasses.replace(learner.optim, freeze=()),
@@ -382,7 +401,12 @@ def _move_adaptor(
         {"position": state.opt[learner.slot]["position"], "inner": own["opt"]},
         {"params": own["params"]},
     )
-    own["params"], own["opt"] = moved["params"], new["inner"]
+    params = dict(moved["params"])
+    started = has_started(term, state.hyper[learner.slot]["terms"][term.name], state.step)
+    for part in BEFORE_START.get(term.loss, ()):
+        pair = params[part], own["params"][part]
+        params[part] = jax.tree.map(lambda n, o: jnp.where(started, o, n), *pair)
+    own["params"], own["opt"] = params, new["inner"]
     return rates["grad_norm"]
 
 

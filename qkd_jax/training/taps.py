@@ -98,8 +98,9 @@ def resolve_taps(where: str, features: Features, wanted: Any) -> tuple[str, ...]
         wanted: "last", "middle", "shallow", "stages", "pre", a tap, or a sequence of these.
 
     Raises:
-        ValueError: A tap that the net has not (with the nearest), or a word for a net that sows no
-            feature, or none but the last.
+        ValueError: A tap that the net has not (with the nearest), a word for a net that sows no
+            feature, or none but the last, or "pre" for one that does not sow its stages before
+            their activations.
     """
     if not isinstance(wanted, str):
         checks.at_least_one(where, wanted)
@@ -111,8 +112,15 @@ def resolve_taps(where: str, features: Features, wanted: Any) -> tuple[str, ...]
                 f"{where} is {wanted!r}, but the net sows no feature. Name modules whose output is "
                 f"meant, such as {_some(features.modules)}."
             )
-        if wanted == "pre":  # a linear bottleneck has no activation, and is its own
-            return tuple(f"{n}_pre" if f"{n}_pre" in features.sown else n for n in stages)
+        if wanted == "pre":
+            for name in (n for n in stages if f"{n}_pre" not in features.sown):
+                raise ValueError(
+                    f"{where} is 'pre', but the net sows {name!r} without a '{name}_pre', so "
+                    f"{name!r} may be behind an activation. Sow that too (the same array, where "
+                    "there is no activation), or name modules whose output is meant, such as "
+                    f"{_some(features.modules)}."
+                )
+            return tuple(f"{name}_pre" for name in stages)
         if wanted == "shallow" and len(stages) < 2:
             raise ValueError(
                 f"{where} is {wanted!r}, but {stages[0]!r} is the only feature that the net sows "

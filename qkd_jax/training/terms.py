@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Term", "loss_inputs", "term_numbers"]
+__all__ = ["Term", "has_started", "loss_inputs", "term_numbers", "unless_resting"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Term:
         """Whether the term has a state of its own: an adaptor's variables, a memory, or both."""
         return self.adaptor is not None or "memory" in self.inputs
 
+    @property
+    def rests(self) -> bool:
+        """Whether the weight is 0 in some steps of the stage, by its course."""
+        return self.course or any(name == "weight" for name, _ in self.ramps)
+
 
 def term_numbers(
     term: Term, given: Mapping[str, jax.Array], step: jax.Array
@@ -80,6 +85,38 @@ def term_numbers(
         fall = (given["end"] - place) / jnp.maximum(given["decay"], 1.0)
         found["weight"] = found["weight"] * jnp.clip(rise, 0.0, 1.0) * jnp.clip(fall, 0.0, 1.0)
     return found
+
+
+def has_started(term: Term, given: Mapping[str, jax.Array], step: jax.Array) -> jax.Array:
+    """Whether the course of a term's weight has begun by a global step; without a course it has."""
+    if not term.course:
+        return jnp.array(True)
+    return step - given["first"] >= given["start"]
+
+
+def unless_resting(x: Any, weight: jax.Array) -> Any:
+    """`x`, whose gradient is exactly 0 where `weight` is 0.
+
+    The weight itself does not do that: 0 times the slope of a loss that overflows is NaN.
+    """
+    return jax.tree.map(lambda leaf: _gate(leaf, weight > 0), x)
+
+
+@jax.custom_vjp
+def _gate(x: jax.Array, opened: jax.Array) -> jax.Array:
+    del opened
+    return x
+
+
+def _gate_forward(x: jax.Array, opened: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x, opened
+
+
+def _gate_backward(opened: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.where(opened, gradient, 0), None
+
+
+_gate.defvjp(_gate_forward, _gate_backward)
 
 
 def loss_inputs(

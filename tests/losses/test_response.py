@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkd_jax.losses import LOSSES, ce, dkd, dml, hard_target, kd, logit_regression, lskd, nkd
+from qkd_jax.losses import (
+    BY_SOFTMAX,
+    LOSSES,
+    ce,
+    dkd,
+    dml,
+    hard_target,
+    kd,
+    logit_regression,
+    lskd,
+    nkd,
+)
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "losses.npz"))
 # Files of qkd_jax/losses whose every loss has numbers in losses.npz.
@@ -172,3 +183,27 @@ def test_logit_regression_is_the_half_sum():
 def test_temperature_zero_is_refused_with_the_range():
     with pytest.raises(ValueError, match=r"temperature is 0; it must be a finite number in \(0"):
         kd(STUDENT, TEACHER, temperature=0)
+
+
+@pytest.mark.parametrize("name", BY_SOFTMAX)
+def test_the_largest_logits_and_the_sum_of_the_others_do_where_softmax_is_all(name):
+    """At temperature 1 a flat tail of the same sum pulls the largest classes as the true one."""
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 4, 6)).astype(np.float32)
+    kept = np.argsort(-teacher, axis=1)[:, :3]
+    others = np.ones((4, 6), bool)
+    np.put_along_axis(others, kept, False, axis=1)
+    tail = np.log(np.sum(np.exp(teacher), axis=1, where=others) / 3)
+    flat = np.where(others, tail[:, None], teacher)
+    parameters = inspect.signature(LOSSES[name]).parameters
+    given = {"labels": np.int32([0, 1, 2, 5]), "temperature": np.float32(1.0)}
+    inputs = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    keywords = {"temperature": 1.0} if {"temperature"} & set(parameters) - set(inputs) else {}
+
+    def slope(z):
+        known = given | {"teacher_logits": z, "teachers_logits": (z, z)}
+        rest = [known[n] for n in inputs]
+        return jax.grad(lambda s: jnp.sum(LOSSES[name](s, *rest, **keywords)))(student)
+
+    exact, cached = (np.take_along_axis(np.asarray(slope(z)), kept, 1) for z in (teacher, flat))
+    np.testing.assert_allclose(cached, exact, rtol=1e-4, atol=1e-6)

@@ -4,13 +4,17 @@ import functools
 import inspect
 
 import distill_nets as tiny
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import terms
 from qkd_jax import losses
 from qkd_jax.losses import LOSSES
+from qkd_jax.models import create
+from qkd_jax.quantize import quantize
 from qkd_jax.training import (
     compile_step,
     frozen_variables,
@@ -20,6 +24,7 @@ from qkd_jax.training import (
     plan_step,
     start_state,
 )
+from qkd_jax.training.adaptors import BEFORE_START
 from qkd_jax.training.state import net_variables, split
 from qkd_jax.training.step import adaptor_params, total_loss
 from qkd_jax.training.trees import flatten
@@ -47,6 +52,8 @@ def plan_of(name, *, optim=tiny.PLAIN, steps=10, **fields):
     net = student_of(name)
     if name == "crd":
         fields = {"negatives": 6, **fields}
+    if name == "ft":  # its paraphraser learns first
+        fields = {"start": 1, **fields}
     learn = {net: {name: {**row_of(name), **fields}}}
     return plan_step(modules, learn, {net: optim}, horizon=steps, data=tiny.DATA)
 
@@ -62,7 +69,8 @@ def moved(old, new):
 def test_every_loss_teaches_the_student_and_its_adaptor_and_not_the_teacher(name):
     _, variables = tiny.nets()
     plan = plan_of(name)
-    state, frozen = start_state(plan, variables), frozen_variables(plan, variables)
+    # At step 1 all terms have started.
+    state, frozen = start_state(plan, variables, step=1), frozen_variables(plan, variables)
     parts = {slot: split(v) for slot, v in state.nets.items()}
     learned, carried = ({s: p[i] for s, p in parts.items()} for i in (0, 1))
 
@@ -78,7 +86,8 @@ def test_every_loss_teaches_the_student_and_its_adaptor_and_not_the_teacher(name
     flat = [{k: np.any(v) for k, v in flatten(tree).items()} for tree in grads]
     # A loss on features reaches neither the head nor a layer after its tap; all reach the first.
     assert flat[0]["net0/params/c1/kernel"], flat[0]
-    assert all(flat[1].values()), flat[1]
+    before = BEFORE_START.get(name, ())
+    assert all(learns != any(part in path for part in before) for path, learns in flat[1].items())
     assert not any(flat[2].values()), flat[2]
     assert jax.tree.structure(owned) == jax.tree.structure(dict(state.loss_state))
     banks = [path for path in flatten(owned) if "/memory/" in path]
@@ -178,6 +187,135 @@ def test_where_losses_look_unless_told_otherwise():
     assert (term.taps, term.teacher_taps) == (("stage1", "stage2"), ("stage2", "stage3"))
 
 
+def test_a_paraphraser_learns_alone_and_stands_still_from_the_start_on():
+    """Neither a gradient nor momentum nor decay moves it then."""
+    modules, variables = tiny.nets()
+    optim = {"lr": 0.1, "weight_decay": 0.1, "schedule": "constant"}
+    learn = {"student": {"ft": {"source": "teacher", "start": 2}}}
+    plan = plan_step(modules, learn, {"student": optim}, horizon=4, data=tiny.DATA, first=7)
+    frozen = frozen_variables(plan, variables)
+    step = jax.jit(make_step(plan.structure), compiler_options=FAST)
+    state, seen = start_state(plan, variables, step=7), []
+    for index in range(4):
+        new, metrics = step(state, tiny.batch(index), frozen)
+        assert bool(metrics["finite"])
+        own, old = (s.loss_state["net0"]["term0"]["params"] for s in (new, state))
+        seen.append({part: any(moved(old[part], own[part]).values()) for part in own})
+        student = moved(state.nets["net0"]["params"], new.nets["net0"]["params"])
+        assert bool(metrics["net0"]["loss"] > 0) and student["['c1']['kernel']"]  # or its decay
+        state = new
+    for index, found in enumerate(seen):
+        assert found.pop("translator")
+        assert set(found) == set(BEFORE_START["ft"])
+        assert set(found.values()) == {index < 2}
+    # Nobody would have taught it.
+    message = r"learn\.student\.ft starts at step 0.*paraphraser.*start=0\.125"
+    with pytest.raises(ValueError, match=message):
+        plan_of("ft", start=0)
+    goes_on = plan_of("ft", start=0, optim={**optim, "continues": "before"})
+    with pytest.raises(ValueError, match=message):
+        start_state(goes_on, variables)
+    carried = {"student": {"ft": state.loss_state["net0"]["term0"]}}
+    start_state(goes_on, variables, owned=carried)
+
+
+def test_a_term_at_rest_cannot_poison_the_step():
+    """Its value is infinite and its slope NaN, at weight 0."""
+    _, variables = tiny.nets()
+    teacher = jax.device_get(variables["teacher"])
+    teacher["params"]["head"]["bias"] = np.full(tiny.CLASSES, np.inf, np.float32)
+    variables = {**variables, "teacher": teacher}
+    modules, _ = tiny.nets()
+    learn = {"student": {"ce": {}, "logit_regression": {"source": "teacher", "start": 3}}}
+    plan = plan_step(modules, learn, {"student": tiny.PLAIN}, horizon=6, data=tiny.DATA)
+    frozen = frozen_variables(plan, variables)
+    step = jax.jit(make_step(plan.structure), compiler_options=FAST)
+    alone = plan_step(modules, {"student": {"ce": {}}}, {"student": tiny.PLAIN}, horizon=6)
+    wanted, _ = jax.jit(make_step(alone.structure), compiler_options=FAST)(
+        start_state(alone, variables, step=2), tiny.batch(), {}
+    )
+    got, metrics = step(start_state(plan, variables, step=2), tiny.batch(), frozen)
+    assert bool(metrics["finite"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), got.nets, wanted.nets
+    )
+    _, metrics = step(start_state(plan, variables, step=3), tiny.batch(), frozen)
+    assert not bool(metrics["finite"])
+
+
+def test_margins_need_a_batch_norm_or_a_number():
+    modules = {
+        "student": quantize(create("mlp", tiny.CLASSES, hidden=(4,))),
+        "teacher": quantize(create("mlp", tiny.CLASSES, hidden=(6,))),
+    }
+
+    def plan(**fields):
+        learn = {"student": {"ofd": {"source": "teacher", **fields}}}
+        return plan_step(modules, learn, {"student": tiny.PLAIN}, horizon=1, data=tiny.DATA)
+
+    with pytest.raises(ValueError, match=r"ofd: no BatchNorm leads into tap 'hidden1_pre'.*margin"):
+        plan()
+    with pytest.raises(ValueError, match=r"margin is 0\.5"):
+        plan(adaptor={"margin": 0.5})
+    variables = {n: m.init(jax.random.key(0), tiny.batch()["image"]) for n, m in modules.items()}
+    state = start_state(plan(adaptor={"margin": -0.5}), variables)
+    found = state.loss_state["net0"]["term0"]["teacher"]["margin0"]
+    np.testing.assert_array_equal(found, np.full(6, -0.5))
+
+
+def test_a_bad_statistic_of_an_adaptor_is_named():
+    modules = {
+        "student": quantize(create("mlp", tiny.CLASSES, hidden=(4,))),
+        "teacher": quantize(create("mlp", tiny.CLASSES, hidden=(6,))),
+    }
+    variables = {n: m.init(jax.random.key(0), tiny.batch()["image"]) for n, m in modules.items()}
+    learn = {"student": {"hint": {"source": "teacher", "loss": "fitnet"}}}
+    plan = plan_step(modules, learn, {"student": tiny.PLAIN}, horizon=1, data=tiny.DATA)
+    frozen = frozen_variables(plan, variables)
+    step = jax.jit(make_step(plan.structure), compiler_options=FAST)
+    # A variance that overflows while the net and its loss on labels would not.
+    kernel = variables["student"]["params"]["dense1"]["kernel"]
+    large = {
+        **variables["student"]["params"],
+        "dense1": {"kernel": 1e25 * kernel, "bias": np.zeros(4)},
+    }
+    state = start_state(plan, {**variables, "student": {"params": large}})
+    new, metrics = step(state, tiny.batch(), frozen)
+    assert not bool(metrics["finite"])
+    found = locate_nonfinite(plan, new, tiny.batch(), frozen)
+    wanted = "statistic/regressor0_bn/var of the adaptor of loss 'hint' is not finite"
+    assert (found.net, found.what) == ("student", wanted)
+    # One that is bad already.
+    state = start_state(plan, variables)
+    norm = state.loss_state["net0"]["term0"]["batch_stats"]["regressor0_bn"]
+    norm["mean"] = norm["mean"].at[0].set(np.nan)
+    new, metrics = step(state, tiny.batch(), frozen)
+    assert not bool(metrics["finite"])
+    found = locate_nonfinite(plan, new, tiny.batch(), frozen)
+    assert "batch_stats/regressor0_bn/mean of the adaptor of loss 'hint'" in found.what
+
+
+class Rounded(nn.Module):
+    """Draws from the stream of stochastic rounding, as a layer with such a quantizer does."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.Dense(tiny.CLASSES, name="head")(images.reshape(images.shape[0], -1))
+        return x + jax.random.uniform(self.make_rng("rounding"), x.shape) if train else x
+
+
+def test_a_bad_step_is_run_again_with_its_own_rounding():
+    modules = {"student": quantize(Rounded())}
+    variables = {"student": modules["student"].init(jax.random.key(0), tiny.batch()["image"])}
+    plan = plan_step(modules, {"student": {"ce": {}}}, {"student": tiny.PLAIN}, horizon=1)
+    state = start_state(plan, variables)
+    head = state.nets["net0"]["params"]["head"]
+    head["bias"] = head["bias"].at[0].set(np.nan)
+    new, _ = jax.jit(make_step(plan.structure), compiler_options=FAST)(state, tiny.batch(), {})
+    found = locate_nonfinite(plan, new, tiny.batch(), {})
+    assert found.layer == "head" and "params/head/bias" in found.what
+
+
 def test_a_bad_adaptor_leaves_everything_and_is_named():
     _, variables = tiny.nets()
     plan = plan_of("cc_adjacent")
@@ -196,7 +334,6 @@ def test_a_bad_adaptor_leaves_everything_and_is_named():
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        ("rkd", "pmap"),
         ("fitnet", "pmap"),
         ("crd", "pmap"),
         ("crd", "jit"),
@@ -216,6 +353,31 @@ def test_four_devices_equal_one(name, mode):
         results[devices] = jax.device_get((net_variables(plan, state), state.loss_state, metrics))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *results.values()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pmap", "jit"])
+def test_relations_over_four_devices_are_those_of_one(mode):
+    """Each loss's value, and the update by all of them at their published weights."""
+    modules, variables = tiny.nets()
+    names = ("rkd", "sp", "pkt", "irg", "cc", "crd_in_batch")
+    learn = {"student": {name: terms.learn(name, "teacher")[name] for name in names}}
+    optim = {"student": {"lr": 1e-3, "weight_decay": 1e-3}}
+    plan, results = plan_step(modules, learn, optim, horizon=4, data=tiny.DATA), {}
+    for devices in (1, 4):
+        step = compile_step(make_step(plan.structure), mode=mode, devices=jax.devices()[:devices])
+        state = start_state(plan, variables)
+        for index in range(2):
+            state, metrics = step(state, tiny.batch(index), frozen_variables(plan, variables))
+        results[devices] = jax.device_get((net_variables(plan, state), state.loss_state, metrics))
+    (*states, one), (*others, four) = results.values()
+    for place, _ in enumerate(names):  # relations are small numbers: relative to themselves
+        value = one["net0"][f"term{place}"]
+        assert value > 0
+        np.testing.assert_allclose(four["net0"][f"term{place}"], value, rtol=1e-3)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), states, others
     )
 
 

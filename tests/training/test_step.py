@@ -322,6 +322,7 @@ def test_an_infinite_gradient_is_located():
             {"student": {"kd": {"source": "teacher", "temprature": 2.0}}},
             "Did you mean 'temperature'",
         ),
+        ({"student": {"a/b": {"loss": "ce"}}}, r"label 'a/b' has a '/'"),
         ({"student": {"kd": {}}}, r"learn\.student\.kd\.source is missing.*teacher"),
         ({"student": {"kd": {"source": "techer"}}}, "Did you mean 'teacher'"),
         ({"student": {"kd": {"source": "student"}}}, "is the net itself"),

@@ -1,12 +1,14 @@
 """Taps by name, in the order of execution, for nets that sow features and nets that do not."""
 
 import distill_nets as tiny
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 import tiny_nets
 
 from qkd_jax.models import MODELS, create
+from qkd_jax.models.features import sow_feature
 from qkd_jax.quantize import quantize
 from qkd_jax.training import forward
 from qkd_jax.training.forward import forward_taps
@@ -55,6 +57,23 @@ def test_a_quantized_net_is_tapped_behind_its_quantizers():
     _, _, plain = forward_taps(net, floats, images, taps=("conv", "stem"))
     assert found["stem"].shape == plain["stem"].shape
     assert np.any(found["stem"] != plain["stem"])
+
+
+class NoPre(nn.Module):
+    """Sows what is behind its activation alone."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(4, name="low")(x.reshape(x.shape[0], -1)))
+        sow_feature(self, "hidden1", x)
+        return nn.Dense(3, name="head")(x)
+
+
+def test_what_is_behind_an_activation_is_not_taken_for_what_is_before():
+    found = features_of(quantize(NoPre()), (6, 6, 1))
+    with pytest.raises(ValueError, match=r"without a 'hidden1_pre'.*Sow that too.*'low'"):
+        resolve_taps("taps", found, "pre")
+    assert resolve_taps("taps", found, "low") == ("low",)
 
 
 def test_a_net_that_sows_nothing_has_its_modules():

@@ -8,8 +8,9 @@ called as
 
 or None where nothing has to be adapted. Features come as tuples, shallow to deep; the teacher's
 are detached, so an adaptor on them learns and the teacher does not. What the module returns under
-"adaptor_loss" ([batch]) is added to the step's loss as it is, for parts that learn from a target of
-their own. A collection "teacher" is filled from the teacher's variables when a stage starts.
+"adaptor_loss" ([batch]) is added to the step's loss as it is until the term starts, for parts that
+learn from a target of their own (`BEFORE_START`). A collection "teacher" is filled from the
+teacher's variables when a stage starts.
 
 Losses in `HEADS` have classifiers for adaptors, which give "heads_logits" also without the
 teacher's features; their builders get the number of classes as a third argument.
@@ -35,6 +36,7 @@ from qkd_jax.training.adaptors.regressors import ab, fitnet, fsp, ft, ickd, ofd,
 
 __all__ = [
     "ADAPTORS",
+    "BEFORE_START",
     "HEADS",
     "SELF_TAUGHT",
     "TAPS",
@@ -80,6 +82,11 @@ TAPS: dict[str, tuple[Any, Any]] = {
     **dict.fromkeys(
         ("rkd", "cc", "cc_adjacent", "pkt", "crd", "crd_in_batch"), ("pooled", "pooled")
     ),
+}
+# Parts of an adaptor that learn by its own "adaptor_loss" until the term starts, and are frozen
+# from then on. Such a term needs a start, or a stage before that it continues.
+BEFORE_START: dict[str, tuple[str, ...]] = {
+    "ft": ("paraphraser", "decoder0", "decoder1", "decoder2"),
 }
 # Losses whose two sides need not have as many taps.
 UNPAIRED = ("semckd", "byot", "one")

@@ -49,7 +49,8 @@ def batch_norms_into(
             )
         return norms, [pick_taps(found, taps)[tap] for tap in taps]
 
-    program = jax.make_jaxpr(run)(jnp.zeros((1, *image), np.float32)).jaxpr
+    images = jax.ShapeDtypeStruct((1, *image), np.float32)
+    program = jax.make_jaxpr(run)(images).jaxpr
     ends, starts = (
         program.outvars[len(paths) :],
         dict(zip(program.outvars[: len(paths)], paths, strict=True)),
@@ -70,20 +71,39 @@ def batch_norms_into(
 
 
 def teacher_margins(
-    zeros: Mapping[str, jax.Array],
+    given: Mapping[str, jax.Array],
     module: Any,
     variables: Mapping[str, Any],
     taps: tuple[str, ...],
     image: tuple[int, ...],
+    *,
+    fixed: bool = False,
 ) -> dict[str, jax.Array]:
-    """{"margin0": [channels], ...}: `ofd_margin` of each tap; 0 where no BatchNorm leads in.
+    """{"margin0": [channels], ...}: `ofd_margin` of each tap.
 
     The outputs of several BatchNorms that are added count as independent: means and variances add.
     The authors' code takes the one of the branch alone.
+
+    Args:
+        given: margins of the same form, for taps into which no BatchNorm leads.
+        module: QuantizedModel of the teacher.
+        variables: its variables.
+        taps: of the teacher.
+        image: (height, width, channels).
+        fixed: whether margins may be the given ones.
+
+    Raises:
+        ValueError: no BatchNorm leads into a tap, and margins are not to be the given ones.
     """
-    margins = dict(zeros)
+    margins = dict(given)
     for index, norms in enumerate(batch_norms_into(module, variables, taps, image)):
-        mean = variance = jnp.zeros_like(zeros[f"margin{index}"])
+        if not norms and not fixed:
+            raise ValueError(
+                f"no BatchNorm leads into tap {taps[index]!r} of the teacher, so its channels have "
+                "no margin; name taps that BatchNorms make (teacher_taps, which may be modules), "
+                "or give one margin for all: adaptor=dict(margin=-0.5)."
+            )
+        mean = variance = jnp.zeros_like(given[f"margin{index}"])
         for path in norms:
             params = variables["params"]
             for part in path.split("/"):

@@ -178,28 +178,32 @@ class Ofd(nn.Module):
 
     The margin of a channel is E[x | x < 0] of a Gaussian with the mean and the standard deviation
     that the teacher's BatchNorm gives it; `teacher_margins` computes them when the stage starts.
-    Where no BatchNorm leads into a tap it is 0: the loss compares what a ReLU would let through.
+    Where no BatchNorm leads into a tap it is `margin`, and has to be given.
 
     Reference: Heo et al., 2019, arXiv 1904.01866.
     """
 
     channels: tuple[int, ...]
+    margin: float | None = None
 
     @nn.compact
     def __call__(self, students: Features, teachers: Features, train: bool = False):
         """See the module's text."""
         found = Connectors(self.channels, name="connectors")(students, teachers, train)
+        start = jnp.float32(self.margin or 0.0)
         margins = tuple(
-            self.variable("teacher", f"margin{index}", jnp.zeros, (channels,)).value
+            self.variable("teacher", f"margin{index}", jnp.full, (channels,), start).value
             for index, channels in enumerate(self.channels)
         )
         return {**found, "margins": margins, "margin": margins[-1]}
 
 
-def ofd(student: tuple[Shape, ...], teacher: tuple[Shape, ...]):
-    """Connectors and margins."""
+def ofd(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, margin: float | None = None):
+    """`margin` is that of all channels of taps into which no BatchNorm leads, 0 or less."""
     del student
-    return Ofd(tuple(m[2] for m in _maps(teacher)))
+    if margin is not None:
+        checks.in_range("margin", margin, -1e6, 0.0)
+    return Ofd(tuple(m[2] for m in _maps(teacher)), None if margin is None else float(margin))
 
 
 class _Encoder(nn.Module):
@@ -222,11 +226,8 @@ class FactorTransfer(nn.Module):
 
     The paraphraser encodes the teacher's map to `rate` times its channels and decodes it again; it
     learns from the reconstruction alone, whose error is `adaptor_loss`, and its factor reaches the
-    loss without gradient.
-
-    Deviation: the paper trains the paraphraser in a stage before and freezes it; here it learns
-    beside the student. Give the term a `start` and it is trained alone until then: one stage, one
-    optimizer and nothing to carry from run to run.
+    loss without gradient. It learns until the term's `start` and is frozen from then on, as in the
+    paper, which has a stage before for that; other terms of the student may count meanwhile.
 
     Reference: Kim, Park, Kwak, 2018, arXiv 1802.04977.
     """
