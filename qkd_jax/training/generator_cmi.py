@@ -68,7 +68,7 @@ def adversarial_loss(student_logits: jax.Array, teacher_logits: jax.Array) -> ja
     count as 0, so that the generator does not leave the teacher's classes.
 
     Reference:
-        Fang et al., 2021, arXiv 2105.08584, section 3.3, and the authors' code.
+        Fang et al., 2021, arXiv 2105.08584, and the authors' code.
     """
     log_s = jax.nn.log_softmax(student_logits.astype(jnp.float32))
     log_t = jax.nn.log_softmax(teacher_logits.astype(jnp.float32))
@@ -98,7 +98,7 @@ def contrast_loss(
         temperature: T.
 
     Reference:
-        Fang et al., 2021, arXiv 2105.08584, equation 7, and the authors' code.
+        Fang et al., 2021, arXiv 2105.08584, and the authors' code.
     """
     scores = inner(local, jax.lax.stop_gradient(whole)) / temperature
     scores = jnp.where(known[None, :], scores, -jnp.inf)

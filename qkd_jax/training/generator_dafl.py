@@ -39,7 +39,7 @@ def one_hot_loss(logits: jax.Array) -> jax.Array:
     """Mean over the batch of -log max_k p[k]: the cross-entropy to the net's own answer, a scalar.
 
     Reference:
-        Chen et al., 2019, arXiv 1904.01186, equation 3.
+        Chen et al., 2019, arXiv 1904.01186.
     """
     return -jnp.mean(jnp.max(jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1))
 
@@ -47,7 +47,7 @@ def one_hot_loss(logits: jax.Array) -> jax.Array:
 def activation_loss(features: jax.Array) -> jax.Array:
     """-mean |f| of features [batch, ...]: low where the net responds strongly, a scalar.
 
-    The mean over features is the code's; the paper's equation 4 sums over them.
+    The mean over features is the code's.
     """
     return -jnp.mean(jnp.abs(features.astype(jnp.float32)))
 
@@ -58,7 +58,7 @@ def entropy_loss(logits: jax.Array) -> jax.Array:
     A scalar in [-log10 K, 0]. The base is the code's, to which its weight of 5 belongs.
 
     Reference:
-        Chen et al., 2019, arXiv 1904.01186, equation 5.
+        Chen et al., 2019, arXiv 1904.01186.
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     log_q = jax.nn.logsumexp(log_p, axis=0) - math.log(logits.shape[0])
