@@ -186,10 +186,15 @@ def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | float) ->
 def nearest_level(u: jax.Array, levels: Sequence[float]) -> jax.Array:
     """The nearest of some ascending levels, the lower of two at equal distance; NaN stays NaN.
 
-    A chain of selections, which compilers vectorise, where a search would gather.
+    A chain of selections, which compilers vectorise, where a search would gather; levels that begin
+    with 0, 1, 2 are rounded to as far as they go on like this.
     """
-    found = jnp.where(jnp.isnan(u), u, levels[0])
-    for low, high in itertools.pairwise(levels):
+    whole = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], enumerate(levels)))
+    if whole > 2:
+        found = jnp.clip(jnp.ceil(u - 0.5), 0, whole - 1)
+    else:
+        whole, found = 1, jnp.where(jnp.isnan(u), u, levels[0])
+    for low, high in itertools.pairwise(levels[whole - 1 :]):
         found = jnp.where(u > (low + high) / 2, high, found)
     return found
 

@@ -72,10 +72,13 @@ def levels(bits: int) -> tuple[int, ...]:
     return tuple(sorted(map(sum, picked)))
 
 
-def _levels(spec: Spec) -> tuple[float, ...]:
-    """The magnitudes in units of the clipping level."""
-    whole = levels(spec.bits - int(spec.signed))
-    return tuple(level / whole[-1] for level in whole)
+def _levels(spec: Spec) -> tuple[int, ...]:
+    return levels(spec.bits - int(spec.signed))
+
+
+def _unit(alpha: jax.Array, spec: Spec) -> jax.Array:
+    """The smallest magnitude: of whole multiples of it the nearest is found by rounding."""
+    return jnp.maximum(alpha, numerics.MIN_SCALE) * (1 / _levels(spec)[-1])
 
 
 def init(stats: Stats, spec: Spec) -> Params:
@@ -192,8 +195,8 @@ def fake_quant(
     return (out * deviation).astype(x.dtype)
 
 
-def _place(x: jax.Array, alpha: jax.Array) -> jax.Array:
-    return x.astype(numerics.compute_dtype(x)) * (1 / jnp.maximum(alpha, numerics.MIN_SCALE))
+def _place(x: jax.Array, alpha: jax.Array, spec: Spec) -> jax.Array:
+    return x.astype(numerics.compute_dtype(x)) * (1 / _unit(alpha, spec))
 
 
 def _nearest(u: jax.Array, spec: Spec) -> jax.Array:
@@ -205,8 +208,7 @@ def _nearest(u: jax.Array, spec: Spec) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _fake_quant(x: jax.Array, alpha: jax.Array, spec: Spec, factor: float) -> jax.Array:
     del factor
-    nearest = _nearest(_place(x, alpha), spec)
-    return (nearest * jnp.maximum(alpha, numerics.MIN_SCALE)).astype(x.dtype)
+    return (_nearest(_place(x, alpha, spec), spec) * _unit(alpha, spec)).astype(x.dtype)
 
 
 def _forward(x, alpha, spec, factor):
@@ -215,17 +217,18 @@ def _forward(x, alpha, spec, factor):
 
 def _backward(spec, factor, residuals, g):
     x, alpha = residuals
-    low = -1 if spec.signed else 0
+    high = _levels(spec)[-1]
+    low = -high if spec.signed else 0
 
     def slope(x, g):
-        u = _place(x, alpha)
-        return jnp.where((low <= u) & (u <= 1), g, 0)
+        u = _place(x, alpha, spec)
+        return jnp.where((low <= u) & (u <= high), g, 0)
 
     def terms(x, g, _):
-        u = _place(x, alpha)
-        inside = (low <= u) & (u <= 1)
-        lever = jnp.where(inside, _nearest(u, spec) - u, jnp.clip(u, low, 1))
-        return (g.astype(u.dtype) * lever,)
+        u = _place(x, alpha, spec)
+        # Beyond the ends the nearest level is the end.
+        inside = jnp.where((low <= u) & (u <= high), u, 0)
+        return (g.astype(u.dtype) * ((_nearest(u, spec) - inside) * (1 / high)),)
 
     return numerics.cotangents(x, g, (alpha,), slope, terms, factor=factor)
 

@@ -1,6 +1,6 @@
 """Makes papers.npz: quantizers restated from their papers in PyTorch, float64, by autograd.
 
-    pip install torch==2.13.0 torchao==0.18 numpy
+    pip install torch==2.14.1 torchao==0.18 numpy
     python tests/golden/make_papers.py
 
 Each restatement composes the paper's formula from differentiable operations, with a
@@ -261,6 +261,7 @@ NON_UNIFORM = [
     *(("apot", b, False, {}, {"alpha": 1.3}) for b in (1, 2, 3, 4, 6)),
     ("apot", 4, True, {"normalize": True}, {"alpha": 1.1}),
     *(("codebook", b, True, {}, {"scale": 1.4}) for b in (2, 3, 4, 5)),
+    ("apot", 5, False, {}, {"alpha": 1.3}),
 ]
 
 
