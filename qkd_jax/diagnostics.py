@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +23,7 @@ from qkd_jax.calibration import model_arguments
 from qkd_jax.interception import OPERANDS, Frame, split_groups
 from qkd_jax.numerics import Spec, compute_dtype
 from qkd_jax.quantize import QuantizedModel, join_quant
-from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.quantizers import QUANTIZERS, in_use
 
 __all__ = ["Diagnosed", "Diagnosis", "diagnose"]
 
@@ -40,7 +40,7 @@ class Diagnosed:
     Attributes:
       path: the layer's path; a step of a scanned layer has its number behind, "block/dense[2]".
       operand: "weight", "input", "other" (of an attention product) or "output".
-      bits: bits of its spec.
+      bits: bits of its spec, or those in use where they are learned.
       label: its format and quantizer, such as "int4 lsq per channel".
       count: number of elements.
       lo: smallest value.
@@ -237,18 +237,20 @@ class _Watching(Frame):
 def _sums(x: Any, x_hat: Any, spec: Spec, params: Any, operand: str) -> Tree:
     """What is kept of one operand: sums, counts and extremes, that batches can be added to."""
     module = QUANTIZERS[spec.quantizer]
+    learned = spec.option("learn_bits", False)
     x, x_hat = (jax.lax.stop_gradient(a.astype(compute_dtype(a))) for a in (x, x_hat))
     params = jax.lax.stop_gradient(params)
     view = module.integer_view(params, spec)
     if view is None:
-        shape = jax.tree.leaves(params)[0].shape
-        low, high = (module.fake_quant(jnp.full(shape, v), params, spec) for v in (-_FAR, _FAR))
+        low, high = _asked(params, spec)
         slack, extra = 0.0, {}
         if operand == "weight":
             extra["distinct"] = _distinct(x_hat, params)
     else:
         scale, zero_point, format = view
-        low, high = (scale * (code - zero_point) for code in (format.qmin, format.qmax))
+        # The view has the format of the upper bound of learned bits.
+        ends = (scale * (code - zero_point) for code in (format.qmin, format.qmax))
+        low, high = _asked(params, spec) if learned else ends
         slack = scale / 2
         codes = jnp.round(x_hat * (1 / scale) + zero_point) - format.qmin
         extra = {"codes": jnp.zeros(format.levels, bool).at[codes.astype(jnp.int32)].set(True)}
@@ -266,8 +268,16 @@ def _sums(x: Any, x_hat: Any, spec: Spec, params: Any, operand: str) -> Tree:
         "zeros": jnp.sum(x_hat == 0, dtype=jnp.int32),
         "signal": jnp.sum(jnp.square(x)),
         "noise": jnp.sum(jnp.square(x - x_hat)),
+        **({"bits": jnp.max(params["bits"])} if learned else {}),
         **extra,
     }
+
+
+def _asked(params: Any, spec: Spec) -> Iterator[jax.Array]:
+    """Yields the ends of a grid as its quantizer gives them."""
+    shape = jax.tree.leaves(params)[0].shape
+    for far in (-_FAR, _FAR):
+        yield QUANTIZERS[spec.quantizer].fake_quant(jnp.full(shape, far), params, spec)
 
 
 def _distinct(x_hat: jax.Array, params: Any) -> jax.Array:
@@ -280,7 +290,13 @@ def _distinct(x_hat: jax.Array, params: Any) -> jax.Array:
     return 1 + jnp.max(jnp.sum(rows[:, 1:] != rows[:, :-1], axis=1))
 
 
-_EXTREMES = {"lo": "minimum", "grid_lo": "minimum", "hi": "maximum", "grid_hi": "maximum"}
+_EXTREMES = {
+    "lo": "minimum",
+    "grid_lo": "minimum",
+    "hi": "maximum",
+    "grid_hi": "maximum",
+    "bits": "maximum",
+}
 
 
 def _added(a: Mapping[str, Any], b: Mapping[str, Any]) -> Tree:
@@ -312,6 +328,7 @@ def _finished(
 ) -> Diagnosed:
     spec = net.spec_of(path, operand)
     assert spec is not None
+    spec = in_use(spec, {name: np.asarray(found[name]) for name in ("bits",) if name in found})
     count = int(found["count"])
     signal, noise = float(found["signal"]), float(found["noise"])
     if noise > 0:

@@ -11,14 +11,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from qkd_jax import graph
 from qkd_jax.interception import Frame, LayerUse
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantizers import QUANTIZERS, lsq
+from qkd_jax.quantizers import QUANTIZERS, in_use
 
 __all__ = ["Coverage", "Covered", "LayerInfo", "Size", "coverage", "layers", "size"]
 
@@ -34,7 +32,8 @@ class LayerInfo:
       kind: "conv", "dense", "einsum", "embed", "conv_transpose" or "attention".
       weight_shape: shape of the kernel or table as the layer sees it; () for attention's products.
       params: number of parameters of the layer, bias included.
-      weight: spec of the weight, or None for float.
+      weight: spec of the weight, or None for float; its bits, if they are learned, are those in
+        use. Likewise the others.
       input: spec of the input, or None.
       output: spec of the output, or None.
       bits: storage of the layer's parameters in bits (kernel at its width, the rest float32).
@@ -87,12 +86,10 @@ def _count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def _width(spec: Spec, params: Any) -> int:
-    """Bits of a weight's codes; of learned bits those in use, once they have values."""
-    learned = spec.option("learn_bits", False) and (params or {}).get("bits")
-    if not isinstance(learned, jax.Array | np.ndarray):
-        return spec.bits
-    return int(np.max(lsq.used_bits({"bits": jnp.asarray(learned)}, spec)))
+def _spec(net: QuantizedModel, path: str, operand: str, quant: Any) -> Spec | None:
+    """The spec of an operand, with the bits in use; `quant` is what the layer's quantizers own."""
+    spec = net.spec_of(path, operand)
+    return None if spec is None else in_use(spec, quant.get(f"{operand}_quantizer"))
 
 
 def _scales(spec: Spec, params: Any, use: LayerUse) -> int:
@@ -131,13 +128,13 @@ def layers(
     for path, use in _seen(net, variables, images, **kwargs).seen.items():
         params = _at(variables.get("params", {}), path)
         quant = _at(variables.get("quant", {}), path)
-        weight = net.spec_of(path, "weight") if "weight" in use.shapes else None
+        weight = _spec(net, path, "weight", quant) if "weight" in use.shapes else None
         params = {k: v for k, v in params.items() if not isinstance(v, Mapping)}
         table = _count({k: v for k, v in params.items() if k in _TABLES})
         bits = 32 * _count(params)
         if weight is not None:
             scales = _scales(weight, quant.get("weight_quantizer"), use)
-            bits += table * (_width(weight, quant.get("weight_quantizer")) - 32) + 32 * scales
+            bits += table * (weight.bits - 32) + 32 * scales
         found.append(
             LayerInfo(
                 path=path,
@@ -145,8 +142,8 @@ def layers(
                 weight_shape=use.shapes.get("weight", ()),
                 params=_count(params),
                 weight=weight,
-                input=net.spec_of(path, "input") if "input" in use.shapes else None,
-                output=net.spec_of(path, "output"),
+                input=_spec(net, path, "input", quant) if "input" in use.shapes else None,
+                output=_spec(net, path, "output", quant),
                 bits=bits,
                 calibrated=bool(quant),
             )
@@ -175,7 +172,7 @@ class Covered:
       macs: multiply-accumulates for one example.
       status: "quantized", "weight only", "input only", "skipped" (a rule leaves it in float, or no
         rule speaks of the layer) or "MISSED" (a product that no rule can reach).
-      bits: (weight bits, input bits); 32 is float.
+      bits: (weight bits, input bits); 32 is float, and learned bits are those in use.
     """
 
     path: str
@@ -253,8 +250,11 @@ def coverage(
         lambda v, x: net.trace_apply(v, x, **kwargs), variables, images, evaluate=False
     )
     examples = jax.tree.leaves(images)[0].shape[0]
+    quant = variables.get("quant", {})
     found = [
-        _covered(net, inside, node, [_mark(inside, value) for value in node.inputs[:2]], examples)
+        _covered(
+            net, quant, inside, node, [_mark(inside, value) for value in node.inputs[:2]], examples
+        )
         for inside, node in _products(traced)
     ]
     return Coverage(tuple(found), bool(variables.get("quant")))
@@ -280,7 +280,7 @@ def _mark(traced: graph.Graph, value: int) -> graph.Node | None:
     return None
 
 
-def _covered(net, traced, node, marks, examples) -> Covered:
+def _covered(net, quant, traced, node, marks, examples) -> Covered:
     bits = {"input": 32, "weight": 32}
     path = node.scope
     for mark in marks:
@@ -288,7 +288,8 @@ def _covered(net, traced, node, marks, examples) -> Covered:
             continue
         path, operand = mark.params["path"], mark.params["operand"]
         if mark.op == "quantizer":
-            spec = net.spec_of(path, operand)
+            spec = _spec(net, path, operand, _at(quant, path))
+            assert spec is not None
             bits["weight" if operand in ("weight", "other") else "input"] = spec.bits
     quantized = [b < 32 for b in bits.values()]
     if all(quantized):

@@ -173,6 +173,18 @@ def test_every_quantizer(name):
     assert d.zeros == np.mean(seen[0] == 0)
 
 
+def test_learned_bits_are_those_in_use():
+    # An upper bound of 8 bits, 3 of them in use: codes -4 .. 3 (narrow: -3 .. 3, as at 8 bits).
+    spec = Spec(8, quantizer="lsq", options={"learn_bits": True})
+    weight = np.array([[-9.0, -2.0, 0.2], [1.0, 3.4, 5.0]], np.float32)
+    quant = {"weight_quantizer": {"step": jnp.float32(1), "bits": jnp.float32(2.7)}}
+    net, variables, x = dense(weight, np.ones((1, 2)), [Rule(".*", weight=spec)], quant)
+    (found,) = diagnose(net, variables, [x]).operands
+    assert (found.bits, found.levels, found.used) == (3, 8, 5)
+    assert found.label.split()[0] == "int3" and (found.grid_lo, found.grid_hi) == (-3, 3)
+    assert found.clipped == 2 / 6  # -9 and 5; 3.4 is within half a step
+
+
 def test_clipping_of_an_interval_is_not_pruning():
     # QIL, center 3 and half width 1: below 2 pruned, above 4 clipped; 3 codes above 0.
     x = np.array([[0.5, 1.9, 2.5, 3.9, 4.2, 6.0]], np.float32)

@@ -96,6 +96,27 @@ def test_sizes_counted_by_hand(net):
     assert quantized.bytes == bits // 8
 
 
+def test_learned_bits_are_listed_and_counted_as_those_in_use():
+    learned = Spec(8, quantizer="lsq", options={"learn_bits": True})
+    rules = [Rule(".*", weight=learned, input=learned)]
+    net, x = quantize(nn.Dense(4, use_bias=False), rules), jnp.ones((2, 16))
+    variables = net.init(jax.random.key(0), x)
+    planned = layers(net, variables, x)[0]
+    assert (planned.weight.bits, planned.input.bits) == (8, 8)
+    bits = {"weight_quantizer": 3.4, "input_quantizer": 4.6}
+    variables["quant"] = {
+        k: {"step": jnp.ones(()), "bits": jnp.float32(b)} for k, b in bits.items()
+    }
+    (found,) = layers(net, variables, x)
+    assert (found.weight.bits, found.input.bits) == (3, 5)
+    assert found.weight.label.startswith("int3") and found.bits == 64 * 3 + 32
+    assert size(net, variables, x).bytes == (64 * 3 + 32) // 8
+    assert [p.bits for p in coverage(net, variables, x).products] == [(3, 5)]
+    # One width stores a tensor: the most that a channel uses.
+    variables["quant"]["weight_quantizer"] |= {"bits": jnp.array([[2.0, 3.0, 5.2, 9.0]])}
+    assert layers(net, variables, x)[0].weight.bits == 8
+
+
 def test_layers_in_order_of_running(net):
     net, variables, x = net
     found = layers(net, variables, x)

@@ -19,7 +19,7 @@ from qkd_jax import graph as graphs
 from qkd_jax.graph import Graph, Node
 from qkd_jax.numerics import IntFormat, Spec, check_scale
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantizers import QUANTIZERS, found_params, lsq
+from qkd_jax.quantizers import QUANTIZERS, found_params, in_use
 
 __all__ = [
     "Operand",
@@ -290,9 +290,7 @@ def known_view(params: Any, spec: Spec) -> Any:
     found = QUANTIZERS[spec.quantizer].integer_view(params, spec)
     if not spec.option("learn_bits", False):
         return found
-    scale, zero_point, format = found
-    bits = int(np.max(lsq.used_bits(params, spec)))
-    return scale, zero_point, IntFormat(bits, format.signed, format.narrow_range)
+    return *found[:2], in_use(spec, params).format
 
 
 def _named(traced: TracedNet, marker: Node) -> str:

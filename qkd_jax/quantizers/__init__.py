@@ -20,11 +20,14 @@ To add one, write the file and name it in `QUANTIZERS`: the tests in
 `tests/quantizers/test_every_quantizer.py` run over that dict.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.numerics import Spec, stats
@@ -57,6 +60,7 @@ __all__ = [
     "ewgs",
     "floating",
     "found_params",
+    "in_use",
     "live",
     "lsq",
     "lsq_plus",
@@ -128,3 +132,19 @@ def found_params(
     sums = stats.measure(jax.lax.stop_gradient(x), channel_axes=axes, axis_name=axis_name)
     params = QUANTIZERS[spec.quantizer].init(stats.finish(sums), spec)
     return jax.tree.map(jax.lax.stop_gradient, params)
+
+
+def in_use(spec: Spec, params: Mapping[str, Any] | None) -> Spec:
+    """The spec with the bits that its quantizer really has: learned bits where they are known.
+
+    Args:
+        spec: the spec, whose `bits` are the upper bound of learned ones.
+        params: the quantizer's parameters, their shapes, or None before calibration. Of bits by
+            channel the most count, for a tensor is stored at one width.
+    """
+    learned = (params or {}).get("bits") if spec.option("learn_bits", False) else None
+    if not isinstance(learned, jax.Array | np.ndarray) or isinstance(learned, jax.core.Tracer):
+        return spec
+    bits = int(np.max(lsq.used_bits({"bits": jnp.asarray(learned)}, spec)))
+    # The grid is narrow or not as it was at the upper bound.
+    return dataclasses.replace(spec, bits=bits, narrow_range=spec.format.narrow_range)
