@@ -22,7 +22,7 @@ from qkd_jax.observers import OBSERVERS
 from qkd_jax.quantize import QuantizedModel, join_quant
 from qkd_jax.quantizers import QUANTIZERS
 
-__all__ = ["calibrate", "model_arguments"]
+__all__ = ["calibrate", "check_observer", "model_arguments"]
 
 Tree = dict[str, Any]
 _SUFFIX = "_observed"
@@ -34,6 +34,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     observer: str | None = None,
+    observer_options: Mapping[str, Any] | None = None,
     operands: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Tree:
@@ -50,6 +51,8 @@ def calibrate(
       observer: a key of `OBSERVERS` for every quantizer, or None: what each spec says, else each
         quantizer's own initialisation (LSQ's from the mean magnitude, the others' from the range).
         Dynamic operands need none and are left out.
+      observer_options: the observer's own numbers, such as `{"power": 2.4}` of "mse" or
+        `{"percentile": 99.9}`, in place of those that specs have (`Spec.options`).
       operands: which of "weight", "input", "other" and "output" to calibrate; None means all. With
         some of them, the quantizers of the others stay as they are and act while these are
         observed: weights first and inputs later, say, or inputs anew on quantized weights.
@@ -61,18 +64,17 @@ def calibrate(
     Raises:
       ValueError: no batch; a rule that matches nothing; no layer quantized; non-finite data; an
         input that is 0 throughout; an operand with negative values under an unsigned symmetric
-        spec; an unknown observer or operand; variables whose BatchNorms were folded into quantized
-        layers. The message names the layer.
+        spec; an unknown observer, option or operand; variables whose BatchNorms were folded into
+        quantized layers. The message names the layer.
     """
-    if observer is not None and observer not in OBSERVERS:
-        raise checks.unknown("observer", observer, OBSERVERS)
+    check_observer("", observer, observer_options)
     if hasattr(batches, "shape") or isinstance(batches, Mapping):
         raise ValueError("batches is one batch; give a list of batches, such as [images].")
     inputs = [model_arguments(batch) for batch in batches]
     if not inputs:
         raise ValueError("batches is empty; give at least one batch of real inputs.")
     chosen = OPERANDS if operands is None else _chosen(operands)
-    specs = _Specs(net, observer)
+    specs = _Specs(net, observer, observer_options)
     floats = {name: value for name, value in variables.items() if name != "quant"}
     kept = _kept(variables.get("quant", {}), chosen, "")
     start = {**floats, "quant": kept} if kept else floats
@@ -112,17 +114,54 @@ def calibrate(
     return {**floats, "quant": quant}
 
 
+def check_observer(where: str, observer: str | None, options: Mapping[str, Any] | None) -> None:
+    """Raises ValueError for an unknown observer, or options that are not its own.
+
+    Args:
+      where: what stands before the arguments' names in messages, such as "stages.calibrate.".
+      observer: a key of `OBSERVERS`, or None.
+      options: its options, or None.
+    """
+    if observer is not None and observer not in OBSERVERS:
+        raise checks.unknown(f"{where}observer", observer, OBSERVERS)
+    if not options:
+        return
+    if not isinstance(options, Mapping):
+        raise ValueError(
+            f"{where}observer_options is {options!r}; give a dict, such as {{'power': 2.4}}."
+        )
+    having = [name for name, module in OBSERVERS.items() if hasattr(module, "OPTIONS")]
+    if observer not in having:
+        raise ValueError(
+            f"{where}observer_options came with observer={observer!r}, which has none; the "
+            f"observers with options are {', '.join(having)}."
+        )
+    assert observer is not None
+    for name in options:
+        if name not in OBSERVERS[observer].OPTIONS:
+            raise checks.unknown(
+                f"option of {where}observer {observer!r}", name, OBSERVERS[observer].OPTIONS
+            )
+    try:
+        OBSERVERS[observer].init((), Spec(8, observer=observer, options=options))
+    except ValueError as error:
+        raise ValueError(f"{where}observer_options: {error}") from None
+
+
 class _Specs:
     """The specs of a net, with `calibrate`'s observer in place of their own."""
 
-    def __init__(self, net: QuantizedModel, observer: str | None):
-        self.net, self.override = net, observer
+    def __init__(
+        self, net: QuantizedModel, observer: str | None, options: Mapping[str, Any] | None
+    ):
+        self.net, self.override, self.options = net, observer, dict(options or {})
 
     def __call__(self, path: str, operand: str) -> Spec | None:
         spec = self.net.spec_of(path, operand)
         if spec is None or self.override is None or spec.dynamic:
             return spec
-        return dataclasses.replace(spec, observer=self.override)
+        options = {**dict(spec.options), **self.options}
+        return dataclasses.replace(spec, observer=self.override, options=options)
 
     def observer(self, path: str, operand: str) -> str:
         spec = self(path, operand)

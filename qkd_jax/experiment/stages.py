@@ -16,6 +16,7 @@ import numpy as np
 
 from qkd_jax import checks, metrics, ptq, weights
 from qkd_jax.calibration import calibrate as calibrate_net
+from qkd_jax.calibration import check_observer
 from qkd_jax.deploy import targets
 from qkd_jax.experiment.deployment import deploy
 from qkd_jax.experiment.diagnosis import check_diagnose, diagnose
@@ -42,6 +43,7 @@ def calibrate(
     nets: Sequence[str],
     examples: int = 256,
     observer: str = "",
+    observer_options: Mapping[str, Any] | None = None,
     operands: Sequence[str] = (),
     images: str = "",
 ) -> None:
@@ -50,6 +52,7 @@ def calibrate(
     With `operands` ("weight", "input", "other", "output") these alone, and the others as they are:
     weights first and inputs after some training, say. Empty means all.
     `images` names a stage that makes images, which are taken in place of training images.
+    `observer` serves every quantizer, with `observer_options` such as `dict(power=2.4)`.
     """
     batches = run.images(examples, batch_size=256, source=images)
     for name in nets:
@@ -66,6 +69,7 @@ def calibrate(
                 run.variables[name],
                 batches,
                 observer=observer or None,
+                observer_options=observer_options,
                 operands=tuple(operands) or None,
                 **cast(dict[str, Any], run.apply_arguments(name)),
             ),
@@ -78,6 +82,7 @@ def check_calibrate(nets: Mapping[str, Any], stage: Stage) -> None:
     where = f"stages.{stage.name}"
     checks.integer_in(f"{where}.examples", stage.fields["examples"], 0)
     checks.one_of(f"{where}.observer", stage.fields["observer"], ("", *OBSERVERS))
+    check_observer(f"{where}.", stage.fields["observer"] or None, stage.fields["observer_options"])
     for operand in stage.fields["operands"]:
         if operand not in OPERANDS:
             raise checks.unknown(f"operand in {where}.operands", operand, OPERANDS)

@@ -1,10 +1,15 @@
 """The range with the smallest quantization error, searched on a grid.
 
-    argmin_i  sum |x - Q(x; i/100 lo, i/100 hi)|^P,   i = 1 .. 100,  P = 2
+    argmin_i  sum |x - Q(x; i/100 lo, i/100 hi)|^p,   i = 1 .. 100,  p = 2
 
 lo and hi are the ends of the data, shrunk together. The error of every candidate is summed over all
 batches and one argmin is taken at the end, per channel where ranges are: an argmin per batch would
 let the last batch decide.
+
+The power p is the option `power`, of a spec (`options={"power": 2.4}`) or of `calibrate`. 2 is the
+mean squared error. The larger it is the more do clipped outliers count: L_p norms come from LAPQ
+(Nahshan et al., 2019, arXiv 1911.07190), and 2.4 is what the code of BRECQ (Li et al., 2021, arXiv
+2102.05426) searches its steps with.
 """
 
 from __future__ import annotations
@@ -14,16 +19,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from qkd_jax import numerics
+from qkd_jax import checks, numerics
 from qkd_jax.numerics import Spec, Stats
 
-__all__ = ["CANDIDATES", "NEEDS_STATS", "POWER", "init", "range", "update"]
+__all__ = ["CANDIDATES", "NEEDS_STATS", "OPTIONS", "init", "range", "update"]
 
 State = dict[str, jax.Array]
 
 NEEDS_STATS = True
 CANDIDATES = 100
-POWER = 2
+OPTIONS = {"power": 2.0}
 
 
 def _fractions() -> jax.Array:
@@ -35,10 +40,17 @@ def init(shape: Sequence[int], spec: Spec) -> State:
     """The state before any data: `loss` [*shape, candidates] 0, `lo` +inf, `hi` -inf.
 
     The candidates lie last: a lifted layer (`nn.scan`, `nn.vmap`) stacks its states in front.
+
+    Raises:
+        ValueError: a power that is not above 0.
     """
-    del spec
+    checks.number("option power", _power(spec), low=0.0, low_allowed=False)
     hi = jnp.full(shape, -jnp.inf, jnp.float32)
     return {"lo": -hi, "hi": hi, "loss": jnp.zeros((*shape, CANDIDATES), jnp.float32)}
+
+
+def _power(spec: Spec) -> float:
+    return spec.option("power", OPTIONS["power"])
 
 
 def update(
@@ -69,7 +81,7 @@ def update(
             "Run a first pass (`numerics.measure`, `merge`, `finish`) and hand its Stats in."
         )
     axes = numerics.reduced_axes(x.ndim, channel_axes)
-    wide = x.astype(numerics.compute_dtype(x))
+    wide, power = x.astype(numerics.compute_dtype(x)), _power(spec)
 
     def error(fraction: jax.Array) -> jax.Array:
         scale, zero_point = numerics.range_parameters(
@@ -77,7 +89,8 @@ def update(
         )
         codes = numerics.encode(wide, scale, zero_point, spec.format)
         gap = jnp.abs(wide - numerics.decode(codes, scale, zero_point))
-        return jnp.sum(gap**POWER, axis=axes, keepdims=bool(channel_axes))
+        gap = jnp.square(gap) if power == 2 else gap**power
+        return jnp.sum(gap, axis=axes, keepdims=bool(channel_axes))
 
     # One candidate at a time: all at once would hold a hundred copies of the activations.
     loss = jnp.moveaxis(jax.lax.map(error, _fractions()), 0, -1)

@@ -2,14 +2,17 @@
 
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qkd_jax import numerics
+from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec, Stats
 from qkd_jax.observers import ema, minmax, mse
+from qkd_jax.quantize import Rule, quantize
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "quantizers.npz")
 
@@ -52,7 +55,7 @@ def test_ema_starts_at_the_first_batch_and_moves_by_a_hundredth():
     np.testing.assert_allclose([lo, hi], [-1.01, 2.1], rtol=1e-6)
 
 
-def truth(x, lo, hi, spec):
+def truth(x, lo, hi, spec, power=2):
     """The error of every candidate in float64, by a loop."""
     form, x = spec.format, x.astype(np.float64)
     losses = []
@@ -63,7 +66,7 @@ def truth(x, lo, hi, spec):
         )
         scale, zero_point = (float(v) for v in grid)
         codes = np.clip(np.round(x / scale) + zero_point, form.qmin, form.qmax)
-        losses.append(np.sum((x - (codes - zero_point) * scale) ** 2))
+        losses.append(np.sum(abs(x - (codes - zero_point) * scale) ** power))
     return np.array(losses)
 
 
@@ -76,14 +79,16 @@ def truth(x, lo, hi, spec):
         Spec(4, signed=False),
         Spec(8),
         Spec(2, symmetric=False),
+        Spec(3, observer="mse", options={"power": 2.4}),
+        Spec(4, symmetric=False, observer="mse", options={"power": 1}),
     ],
-    ids=lambda s: s.label.replace(" ", "-"),
+    ids=lambda s: "-".join([*s.label.split(), *(f"{v}" for _, v in s.options)]),
 )
 def test_mse_against_a_loop_in_float64(spec):
     x = np.random.default_rng(0).normal(0.3, 1.0, (3, 200)).astype(np.float32)
     x = abs(x) if spec.symmetric and not spec.signed else x
     stats = numerics.finish(numerics.measure(x))
-    losses = truth(x, stats.lo, stats.hi, spec)
+    losses = truth(x, stats.lo, stats.hi, spec, spec.option("power", 2))
     state = mse.init((), spec)
     for part in x:
         state = UPDATE[mse](state, jnp.asarray(part), spec, stats=stats)
@@ -92,6 +97,26 @@ def test_mse_against_a_loop_in_float64(spec):
     chosen = round(float(hi / stats.hi) * 100)
     assert losses[100 - chosen] <= losses.min() * 1.001
     np.testing.assert_allclose(lo / stats.lo, hi / stats.hi, rtol=1e-6)
+
+
+def test_a_higher_power_clips_less():
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(64, 8)).astype(np.float32))
+    net = quantize(nn.Dense(4), [Rule(".*", input=Spec(3))])
+    variables = net.init(jax.random.key(0), x)
+    scales = []
+    for power in (1, 2, 2.4, 6):
+        options = {"power": power}
+        found = calibrate(net, variables, [x], observer="mse", observer_options=options)
+        scales.append(float(found["quant"]["input_quantizer"]["scale"]))
+    assert scales == sorted(scales) and scales[0] < scales[1] < scales[-1]
+    plain = calibrate(net, variables, [x], observer="mse")
+    assert float(plain["quant"]["input_quantizer"]["scale"]) == scales[1]
+    named = Spec(3, observer="mse", options={"power": 6})
+    own = quantize(nn.Dense(4), [Rule(".*", input=named)])
+    found = calibrate(own, variables, [x])
+    assert float(found["quant"]["input_quantizer"]["scale"]) == scales[-1]
+    with pytest.raises(ValueError, match=r"observer_options.*option power is -1"):
+        calibrate(net, variables, [x], observer="mse", observer_options={"power": -1})
 
 
 def test_mse_beats_minmax_at_few_bits_and_keeps_the_range_at_many():
