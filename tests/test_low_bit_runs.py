@@ -166,6 +166,44 @@ def test_quantizers_that_bend_weights_are_refused_before_anything_runs():
         experiment.read(config)
 
 
+def test_a_dynamic_weight_has_no_codes_to_track():
+    config = healthy()
+    dynamic = (dict(pattern=".*", weight=dict(bits=4, dynamic=True)),)
+    for net in ("student", "qat_only"):
+        config.nets[net] = {**config.nets[net].to_dict(), "rules": dynamic}
+    with pytest.raises(ValueError, match=r"hygiene.qat_only: track.*no weight of the net"):
+        experiment.read(config)
+
+
+@pytest.mark.parametrize("kind", ["adaround", "brecq", "qdrop", "gptq", "correct_bias"])
+def test_a_float_net_has_nothing_to_round(kind):
+    config = healthy()
+    config.stages[kind] = dict(kind=kind, nets=("teacher",))
+    config.schedule = ("pretrain_teacher", kind)
+    with pytest.raises(ValueError, match=rf"stages.{kind}.nets has 'teacher'.*rules='w4a4'"):
+        experiment.read(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            dict(observer_options=dict(power=2.4)),
+            r"observer_options came with observer=N",
+        ),
+        (dict(observer="minmax", observer_options=dict(power=2.4)), r"minmax', which has none"),
+        (dict(observer="mse", observer_options=dict(powr=2.4)), r"Did you mean 'power'"),
+        (dict(observer="mse", observer_options=dict(power=0.0)), r"option power is 0"),
+        (dict(observer="mse", observer_options=2.4), r"give a dict"),
+    ],
+)
+def test_wrong_options_of_an_observer_are_refused_before_anything_runs(fields, message):
+    config = healthy()
+    config.stages.calibrate = dict(kind="calibrate", nets=("student",), **fields)
+    with pytest.raises(ValueError, match=message):
+        experiment.read(config)
+
+
 def test_a_float_net_has_nothing_to_diagnose(tmp_path):
     config = healthy()
     config.schedule = ("pretrain_student", "diagnose")

@@ -42,14 +42,14 @@ def check_hygiene(
         there = calibrated(settings, name, stage.index)
         images = jax.ShapeDtypeStruct(image_shape, np.float32)
         weights: dict[str, Spec] = {}
-        parameters: set[str] = set()
+        parameters: set[tuple[Spec, str]] = set()
         for layer in layers(net, shapes(net, image_shape), images, **mode_arguments(net, False)):
             specs = {"weight": layer.weight, "input": layer.input, "output": layer.output}
             for operand, spec in specs.items():
                 if spec is None or operand not in there:
                     continue
                 params = _params(spec)
-                parameters |= set(params)
+                parameters |= {(spec, name) for name in params}
                 if operand == "weight" and _has_codes(spec, params):
                     weights[layer.path] = spec
         where = f"stages.{stage.name}.hygiene.{name}"
@@ -80,5 +80,7 @@ def _params(spec: Spec) -> Mapping[str, jax.ShapeDtypeStruct]:
 
 
 def _has_codes(spec: Spec, params: Mapping[str, jax.ShapeDtypeStruct]) -> bool:
+    if spec.dynamic:  # as `training.weights.quantized_weights`
+        return False
     view = QUANTIZERS[spec.quantizer].integer_view
     return jax.eval_shape(lambda p: (view(p, spec) or (None,))[0], params) is not None

@@ -14,6 +14,7 @@ from typing import Any
 from qkd_jax import checks, ptq
 from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
+from qkd_jax.experiment.values import check_rules
 
 __all__ = ["PTQ_CHECKS", "PTQ_STAGES"]
 
@@ -72,8 +73,12 @@ def check(nets: Mapping[str, Any], stage: Stage) -> None:
     for field in ("steps", "batch_size"):
         if field in stage.fields:
             checks.integer_in(f"{where}.{field}", stage.fields[field], 1)
+    if stage.kind in OF_QUANTIZERS:
+        check_rules(nets, stage)
 
 
+# What works on a calibrated net; the others bring a float one to another form.
+OF_QUANTIZERS = ("correct_bias", "gptq", "adaround", "brecq", "qdrop")
 METHODS = (
     "fold_bn",
     "equalize",

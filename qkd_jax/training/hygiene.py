@@ -9,8 +9,11 @@
   passes a threshold to the rounded average of its codes (algorithm 1), the threshold going from
   `freeze` to `freeze_end` along a cosine; `dampen` adds L = sum (clip(w) - w_hat)^2, w_hat without
   gradient (equation 6), with a strength that rises from `dampen_start` to `dampen` along a cosine.
-- **Step clamp**: `max_ratio` keeps learned steps within a factor of what they were when the stage
-  began.
+- **Step clamp**: `max_ratio` keeps what a quantizer learns of its grid's size within a factor of
+  what it was when the stage began: `step`, `alpha` (pact, apot, static binary), `center` and
+  `half_width`, `gain` and the width of `lower` to `upper` (which is kept about its middle), and
+  `log2_threshold` within the factor's logarithm. What nothing learns (uniform's `scale`) is not
+  clamped, and a net that has nothing else is refused.
 - **Annealing**: `anneal` takes a quantizer's parameter, such as the sigmoid's temperature, to a
   value at the stage's end, by equal ratios.
 - **Size budget** for learned bits: `size_weight * max(size / size_bytes - 1, 0)` is added to the
@@ -18,7 +21,9 @@
   1905.11452, with a hinge in place of their squared one). Their bits are kept between the fewest
   and the most there can be, so that none goes on falling while others are still too many.
 
-The state of all this lies beside the optimizer's, so that a run that is killed resumes exactly.
+The state of all this lies beside the optimizer's, so that a run that is killed resumes exactly. It
+is a stage's own: a later stage starts it anew, also one that continues the optimizer, so weights
+that were pinned are free again there until they are caught again.
 """
 
 from __future__ import annotations
@@ -67,8 +72,21 @@ HYGIENE_FIELDS: dict[str, Any] = {
 }
 # A weight counts as oscillating from this frequency on, as in the paper's table 1.
 OSCILLATES = 0.005
-_STEPS = ("step", "scale")
+# What `max_ratio` clamps: the parameters in which the size of a quantizer's grid is learned.
+_CLAMPED = {
+    "lsq": ("step",),
+    "lsq_plus": ("step",),
+    "tqt": ("log2_threshold",),
+    "pact": ("alpha",),
+    "ewgs": ("lower", "upper", "gain"),
+    "dsq": ("step",),
+    "sigmoid": ("step",),
+    "qil": ("center", "half_width"),
+    "apot": ("alpha",),
+    "binary": ("alpha",),
+}
 _LOG2_STEPS = ("log2_threshold",)
+_ENDS = ("lower", "upper")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +203,7 @@ def describe(hygiene: Hygiene, numbers: Mapping[str, Any]) -> str:
 def check(
     hygiene: Hygiene,
     weights: Mapping[str, Spec],
-    parameters: Iterable[str],
+    parameters: Iterable[tuple[Spec, str]],
     *,
     where: str = "hygiene",
 ) -> None:
@@ -194,7 +212,7 @@ def check(
     Args:
         hygiene: Static description.
         weights: {path of a layer: spec of its weight} of the weights that have integer codes.
-        parameters: Names of everything that the net's quantizers own, such as "step".
+        parameters: Everything that the net's quantizers own: their specs with names such as "step".
         where: For messages.
 
     Raises:
@@ -209,17 +227,20 @@ def check(
     if hygiene.freeze or hygiene.dampen:
         for path, spec in weights.items():
             _refuse_bent(where, path, spec)
-    there = sorted(set(parameters))
+    owned = set(parameters)
+    there = sorted({name for _, name in owned})
     for name in hygiene.anneal:
         if name not in there:
             raise ValueError(
                 f"{where}.anneal.{name}: no quantizer of the net has a parameter {name!r}; there "
                 f"are {', '.join(there) or 'none yet: calibrate first'}."
             )
-    if hygiene.clamp and not {*_STEPS, *_LOG2_STEPS}.intersection(there):
+    if hygiene.clamp and not any(_clamps(spec, name) for spec, name in owned):
+        has = ", ".join(sorted({f"{spec.quantizer}'s {name}" for spec, name in owned}))
         raise ValueError(
-            f"{where}.max_ratio: no quantizer of the net has a learned step; it acts on "
-            f"{', '.join((*_STEPS, *_LOG2_STEPS))}."
+            f"{where}.max_ratio: no quantizer of the net has a learned step; there are "
+            f"{has or 'none yet: calibrate first'}. Drop it, or use one of "
+            f"{', '.join(_CLAMPED)} (binary with the option static)."
         )
     if hygiene.budget and not any(map(_learns_bits, weights.values())):
         raise ValueError(
@@ -247,8 +268,10 @@ def init(
     """
     weights = list(quantized_weights(module, learned))
     names = flatten(learned.get("quant", {}))
+    owners = {name: spec for name in names if (spec := _owner(module, name)) is not None}
     specs = {weight.path: weight.spec for weight in weights}
-    check(hygiene, specs, map(_last, names), where=where)
+    owned = {(spec, _last(name)) for name, spec in owners.items()}
+    check(hygiene, specs, owned, where=where)
     state: Tree = {"count": jnp.zeros((), jnp.int32), "weights": {}, "start": {}}
     if hygiene.track:
         for weight in weights:
@@ -263,12 +286,29 @@ def init(
                     "mean": codes,
                     "pinned": jnp.full(codes.shape, jnp.nan, jnp.float32),
                 }
-    wanted = (*(_STEPS + _LOG2_STEPS if hygiene.clamp else ()), *hygiene.anneal)
-    state["start"] = {name: leaf for name, leaf in names.items() if _last(name) in wanted}
+    state["start"] = {
+        name: names[name]
+        for name, spec in owners.items()
+        if _last(name) in hygiene.anneal or (hygiene.clamp and _clamps(spec, _last(name)))
+    }
     for name, leaf in state["start"].items():
         if _last(name) in hygiene.anneal and not isinstance(leaf, jax.core.Tracer):
             _refuse_sign(f"{where}.anneal.{_last(name)}", name, leaf)
     return state
+
+
+def _owner(module: Any, name: str) -> Spec | None:
+    """The spec of the quantizer that owns a leaf of "quant", found by its name, or None."""
+    path, _, owner = f"/{name}".rpartition("/")[0].rpartition("/")
+    if not owner.endswith("_quantizer"):
+        return None
+    return module.spec_of(path.lstrip("/"), owner.removesuffix("_quantizer"))
+
+
+def _clamps(spec: Spec, name: str) -> bool:
+    if spec.quantizer == "binary" and not spec.option("static", False):
+        return False
+    return not spec.dynamic and name in _CLAMPED.get(spec.quantizer, ())
 
 
 def _refuse_sign(where: str, name: str, start: jax.Array) -> None:
@@ -375,6 +415,8 @@ def apply(
             for name, start in state["start"].items()
         },
     )
+    if hygiene.clamp:
+        quant = _map_leaves(quant, _bounded_ends(hyper, flatten(quant), state["start"]))
     learned = {**learned, "quant": quant} if quant else learned
     if hygiene.budget:
         learned = {**learned, "quant": _map_leaves(quant, _bounded_bits(module, learned))}
@@ -430,12 +472,32 @@ def _held(hygiene: Hygiene, hyper: Tree, done: jax.Array, name: str, start: jax.
     def held(value: jax.Array) -> jax.Array:
         if name in hygiene.anneal:
             return (start * (hyper[f"anneal_{name}"] / start) ** done).astype(value.dtype)
+        if name in _ENDS:  # together: `_bounded_ends`
+            return value
         ratio = hyper["max_ratio"]
         if name in _LOG2_STEPS:
             return jnp.clip(value, start - jnp.log2(ratio), start + jnp.log2(ratio))
-        return jnp.clip(value, start / ratio, start * ratio)
+        # A gain may be negative: its size is what is held.
+        low, high = jnp.abs(start) / ratio, jnp.abs(start) * ratio
+        return jnp.where(start < 0, jnp.clip(value, -high, -low), jnp.clip(value, low, high))
 
     return held
+
+
+def _bounded_ends(hyper: Tree, leaves: Mapping[str, Any], start: Tree) -> Tree:
+    """{name in "quant": function} that holds the width of intervals, about their middle."""
+    found = {}
+    for name in start:
+        if _last(name) != "lower":
+            continue
+        above = f"{name.removesuffix('lower')}upper"
+        width, middle = leaves[above] - leaves[name], (leaves[above] + leaves[name]) / 2
+        first, ratio = start[above] - start[name], hyper["max_ratio"]
+        half = jnp.clip(width, first / ratio, first * ratio) / 2
+        inside = (width >= first / ratio) & (width <= first * ratio)
+        for end, place in ((name, middle - half), (above, middle + half)):
+            found[end] = lambda value, p=place, i=inside: jnp.where(i, value, p)
+    return found
 
 
 def oscillating(state: Tree) -> dict[str, float]:

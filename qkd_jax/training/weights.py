@@ -57,6 +57,8 @@ class Rounded:
 def quantized_weights(module: Any, learned: Tree) -> Iterator[Weight]:
     """Yields the weights with a quantizer and codes of integers, in the order of "quant".
 
+    Those of dynamic specs are left out: their grid is another one at every call.
+
     Args:
         module: QuantizedModel.
         learned: {"params", "quant"} of a net.
@@ -65,7 +67,7 @@ def quantized_weights(module: Any, learned: Tree) -> Iterator[Weight]:
         spec = module.spec_of("/".join(keys), "weight")
         layer = _get(learned["params"], keys)
         name = next((n for n in NAMES if n in layer), None)
-        if spec is None or name is None:
+        if spec is None or name is None or spec.dynamic:
             continue
         weight = Weight("/".join(keys), name, spec)
         params = _params(learned, weight)

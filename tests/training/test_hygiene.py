@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qkd_jax import numerics
 from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, quantize
+from qkd_jax.quantizers import QUANTIZERS
 from qkd_jax.training import (
     frozen_variables,
     hygiene,
@@ -236,6 +238,66 @@ def test_powers_of_two_are_clamped_in_their_exponent():
         assert float(learned["quant"]["weight_quantizer"]["log2_threshold"]) == wanted
 
 
+# {parameter: (at the start, after an update, held within a factor of 2)}
+HELD = {
+    "pact": (Spec(3, quantizer="pact", signed=False), {"alpha": (3.0, 9.0, 6.0)}),
+    "apot": (Spec(3, quantizer="apot"), {"alpha": (3.0, 1.0, 1.5)}),
+    "qil": (
+        Spec(3, quantizer="qil"),
+        {"center": (1.0, 5.0, 2.0), "half_width": (1.0, 0.1, 0.5)},
+    ),
+    # From -1..1, two wide, to 0..16: four wide about the middle, 8. A gain keeps its sign.
+    "ewgs": (
+        Spec(3, quantizer="ewgs"),
+        {"lower": (-1.0, 0.0, 6.0), "upper": (1.0, 16.0, 10.0), "gain": (-1.0, 3.0, -0.5)},
+    ),
+    "ewgs, an end at 0": (
+        Spec(3, quantizer="ewgs", signed=False),
+        {"lower": (0.0, 0.1, 0.1), "upper": (1.0, 1.5, 1.5), "gain": (1.0, 1.5, 1.5)},
+    ),
+    # Its alpha is the shape of the gradient, no size.
+    "dsq": (
+        Spec(3, quantizer="dsq"),
+        {"step": (1.0, 3.0, 2.0), "alpha": (0.2, 0.49, 0.49)},
+    ),
+    "binary": (
+        Spec(1, quantizer="binary", options={"static": True}),
+        {"alpha": (1.0, 3.0, 2.0)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_the_size_of_every_learned_grid_is_clamped(name):
+    spec, numbers = HELD[name]
+    structure, hyper = planned(max_ratio=2.0)
+    net = quantize(nn.Dense(3, use_bias=False), [Rule(".*", input=spec)])
+    make = lambda place: {
+        "params": {"kernel": jnp.ones((4, 3))},
+        "quant": {"input_quantizer": {k: jnp.float32(v[place]) for k, v in numbers.items()}},
+    }
+    state = hygiene.init(structure, net, make(0))
+    learned, _, _ = hygiene.apply(structure, net, hyper, make(1), state)
+    found = {k: float(v) for k, v in learned["quant"]["input_quantizer"].items()}
+    assert found == pytest.approx({k: v[2] for k, v in numbers.items()}, rel=1e-6)
+
+
+def test_every_quantizer_that_learns_a_size_is_clamped():
+    # What has a gradient, but for the shape of a gradient, an offset and a number of bits.
+    sized = {"step", "log2_threshold", "alpha", "lower", "upper", "gain", "center", "half_width"}
+    x = jnp.linspace(0.1, 1.7, 30).reshape(6, 5)
+    for name, module in QUANTIZERS.items():
+        signed = name not in ("pact", "lsq_plus")
+        bits = {"binary": 1, "ternary": 2}.get(name, 4)
+        spec = Spec(bits, quantizer=name, signed=signed, symmetric=name != "lsq_plus")
+        params = module.init(numerics.finish(numerics.measure(x)), spec)
+        grads = jax.grad(lambda p: jnp.sum(x * module.fake_quant(x, p, spec)))(params)  # noqa: B023
+        learned = {key for key, g in grads.items() if g != 0 and key in sized}
+        learned -= {"alpha"} if name == "dsq" else set()
+        assert {key for key in params if hygiene._clamps(spec, key)} >= learned, name
+    assert not hygiene._clamps(Spec(4), "scale")
+
+
 def test_annealing_by_equal_ratios_to_the_end():
     spec = Spec(3, quantizer="sigmoid", options={"temperature": 2.0})
     seen = [
@@ -379,6 +441,9 @@ def test_fields_out_of_range(fields, message):
         (dict(anneal={"temperature": 9.0}), LSQ, r"no parameter|has a parameter 'temperature'"),
         (dict(size_bytes=9.0), LSQ, r"learn_bits"),
         (dict(max_ratio=2.0), Spec(3, quantizer="dorefa"), r"no quantizer.*learned step"),
+        (dict(max_ratio=2.0), Spec(3), r"there are uniform's scale"),
+        (dict(max_ratio=2.0), Spec(1, quantizer="binary"), r"binary's alpha.*option static"),
+        (dict(track=True), Spec(4, dynamic=True), r"no weight of the net has a quantizer"),
     ],
 )
 def test_what_an_option_finds_nothing_to_act_on(fields, spec, message):
