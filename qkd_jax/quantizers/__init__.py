@@ -143,7 +143,8 @@ def in_use(spec: Spec, params: Mapping[str, Any] | None) -> Spec:
             channel the most count, for a tensor is stored at one width.
     """
     learned = (params or {}).get("bits") if spec.option("learn_bits", False) else None
-    if not isinstance(learned, jax.Array | np.ndarray) or isinstance(learned, jax.core.Tracer):
+    known = isinstance(learned, jax.Array | np.ndarray | np.generic)
+    if not known or isinstance(learned, jax.core.Tracer):
         return spec
     bits = int(np.max(lsq.used_bits({"bits": jnp.asarray(learned)}, spec)))
     # The grid is narrow or not as it was at the upper bound.
