@@ -43,6 +43,8 @@ Maps = tuple[tuple[int, int, int], ...]
 # Above this a valid convolution that shrinks a map would be mostly kernel; the map is pooled.
 LARGEST_KERNEL = 5
 
+PARAPHRASER_RATE = 0.1  # of the student's learning rate
+
 
 def _maps(shapes: tuple[Shape, ...]) -> Maps:
     return tuple(map_shape(shape) for shape in shapes)
@@ -227,7 +229,9 @@ class FactorTransfer(nn.Module):
     The paraphraser encodes the teacher's map to `rate` times its channels and decodes it again; it
     learns from the reconstruction alone, whose error is `adaptor_loss`, and its factor reaches the
     loss without gradient. It learns until the term's `start` and is frozen from then on, as in the
-    paper, which has a stage before for that; other terms of the student may count meanwhile.
+    paper, which has a stage before for that; other terms of the student may count meanwhile. It has
+    no BatchNorm and takes a tenth of the student's learning rate, as a factor of its error:
+    RepDistiller trains it at 0.01, and at a student's 0.1 it leaves the finite numbers.
 
     Reference: Kim, Park, Kwak, 2018, arXiv 1802.04977.
     """
@@ -250,7 +254,7 @@ class FactorTransfer(nn.Module):
         for index, channels in enumerate((factor, wide, wide)):
             # Stride 1: a transposed convolution is one with the kernel turned, which is learned.
             x = nn.leaky_relu(conv(channels, 3, bias=True, name=f"decoder{index}")(x), 0.1)
-        error = jnp.mean(jnp.square(x - teacher), axis=(1, 2, 3))
+        error = PARAPHRASER_RATE * jnp.mean(jnp.square(x - teacher), axis=(1, 2, 3))
         own = self.student[2]
         translate = _Encoder((own, factor, factor), norm=True, name="translator")
         return outputs(
