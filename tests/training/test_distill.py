@@ -361,7 +361,7 @@ def test_four_devices_equal_one(name, mode):
 def test_relations_over_four_devices_are_those_of_one(mode):
     """Each loss's value, and the update by all of them at their published weights."""
     modules, variables = tiny.nets()
-    names = ("rkd", "sp", "pkt", "cc", "crd_in_batch")
+    names = ("rkd", "sp", "pkt", "irg", "cc", "crd_in_batch")
     learn = {"student": {name: terms.learn(name, "teacher")[name] for name in names}}
     optim = {"student": {"lr": 1e-3, "weight_decay": 1e-3}}
     plan, results = plan_step(modules, learn, optim, horizon=4, data=tiny.DATA), {}

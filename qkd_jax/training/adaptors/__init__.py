@@ -88,6 +88,8 @@ TAPS: dict[str, tuple[Any, Any]] = {
 BEFORE_START: dict[str, tuple[str, ...]] = {
     "ft": ("paraphraser", "decoder0", "decoder1", "decoder2"),
 }
+# Losses that take vectors among maps for what they are.
+MIXED = ("irg",)
 # Losses whose two sides need not have as many taps.
 UNPAIRED = ("semckd", "byot", "one")
 
@@ -139,4 +141,6 @@ def build(
         if module is not None:
             return module
     ranks = {len(shape) for shape in (*student, *teacher)}
+    if loss in MIXED:
+        return Views(vectors=True) if 2 in ranks else None
     return Views() if ranks - {1} and ranks != {3} else None

@@ -93,11 +93,20 @@ def outputs(students: Features, teachers: Features, **more: Any) -> dict[str, An
 
 
 class Views(nn.Module):
-    """No parameters: features of unlike kinds, or tokens, as maps."""
+    """No parameters: features of unlike kinds, or tokens, as maps.
+
+    Attributes:
+      vectors: whether vectors stay vectors.
+    """
+
+    vectors: bool = False
 
     @nn.compact
     def __call__(self, students: Features, teachers: Features, train: bool = False):
         """See `adaptors`."""
         del train
-        students, teachers = tuple(map(as_map, students)), tuple(map(as_map, teachers))
-        return outputs(students, teachers)
+
+        def view(x: jax.Array) -> jax.Array:
+            return x if self.vectors and x.ndim == 2 else as_map(x)
+
+        return outputs(tuple(map(view, students)), tuple(map(view, teachers)))
