@@ -63,7 +63,7 @@ __all__ = ["convert", "integer_apply"]
 
 FORMULATIONS = ("auto", "int32", "float32")
 INT32_LIMIT = 2**31
-MOST_PIECES = 16  # beyond, int32 is as quick
+MOST_PIECES = 16  # beyond, int32
 
 
 def convert(
