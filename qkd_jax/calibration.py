@@ -262,9 +262,9 @@ def _observe(
     """
     variables = join_quant(variables)
 
-    def run(states, arguments, record):
+    def run(floats, states, arguments, record):
         frame = Frame(specs, mode="observe", observe=record, observed=chosen)
-        given = _joined(variables, states)
+        given = _joined(floats, states)
         try:
             with nn.intercept_methods(frame):
                 _, out = net.model.apply(given, *arguments, mutable=["params"], **kwargs)
@@ -290,12 +290,13 @@ def _observe(
         return task.update(found, jax.lax.stop_gradient(x), spec, axes, observer)
 
     # The states' tree comes from a run of which nothing but the empty states is computed.
-    states = jax.jit(lambda a: run({}, a, start))(inputs[0])
+    states = jax.jit(lambda v, a: run(v, {}, a, start))(variables, inputs[0])
     for (path, operand), moments in (known or {}).items():
         _at(states, path)[f"{operand}{_SUFFIX}"]["stats"] = moments
-    step = jax.jit(lambda s, a: run(s, a, update))
+    # The variables are arguments: XLA would fold the statistics of constants, slowly.
+    step = jax.jit(lambda v, s, a: run(v, s, a, update))
     for arguments in inputs:
-        states = step(states, arguments)
+        states = step(variables, states, arguments)
     return {(path, operand): state for path, operand, state in _walk(states) if state}
 
 
