@@ -21,7 +21,8 @@ import arms
 from configs import qat
 
 BITS = ("w4a4", "w3a3", "w2a2")
-FIXED = {"ternary": ("w2a4",), "binary": ("w1a4",)}  # the widths their papers' weights have
+# The widths that their papers' weights have, and those of small floats.
+FIXED = {"ternary": ("w2a4",), "binary": ("w1a4",), "float": ("w8a8", "w6a6", "w4a4")}
 
 
 def parse():

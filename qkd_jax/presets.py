@@ -61,6 +61,11 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qil": (dict(quantizer="qil"), dict(quantizer="qil")),
     "apot": (dict(quantizer="apot"), dict(quantizer="apot")),
     "codebook": (dict(quantizer="codebook"), dict(quantizer="lsq")),
+    # e4m3fn, e3m2 and e2m1 at 8, 6 and 4 bits, for inputs too, with a sign that ReLUs leave unused.
+    "float": (
+        dict(quantizer="float", options={"learned": True}),
+        dict(quantizer="float", options={"learned": True}, signed=True),
+    ),
     "binary": (dict(quantizer="binary"), dict(quantizer="lsq")),
     "ternary": (dict(quantizer="ternary"), dict(quantizer="lsq")),
 }
@@ -92,7 +97,7 @@ def low_bit(
     return (
         dict(pattern="stem|dense1", weight=end, input=dict(bits=8, signed=False, symmetric=False)),
         dict(pattern="head", weight=end, input=dict(bits=8, quantizer="lsq", signed=False)),
-        dict(pattern=".*", weight=inner, input=dict(bits=input_bits, signed=False, **inputs)),
+        dict(pattern=".*", weight=inner, input=dict(bits=input_bits, signed=False) | inputs),
     )
 
 
