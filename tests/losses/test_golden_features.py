@@ -13,7 +13,7 @@ from qkd_jax.losses import LOSSES
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "features.npz"))
 KEYS = [key.removesuffix("|value") for key in GOLDEN if key.endswith("|value")]
 # Tested by closed forms: its negatives are drawn.
-ELSEWHERE = {"crd"}
+ELSEWHERE = {"crd", "byot", "one"}
 RESPONSE = ("response", "decoupled", "hierarchical")
 
 

@@ -326,7 +326,7 @@ def test_an_infinite_gradient_is_located():
         ({"student": {"kd": {}}}, r"learn\.student\.kd\.source is missing.*teacher"),
         ({"student": {"kd": {"source": "techer"}}}, "Did you mean 'teacher'"),
         ({"student": {"kd": {"source": "student"}}}, "is the net itself"),
-        ({"student": {"ce": {"source": "teacher"}}}, "uses labels alone"),
+        ({"student": {"ce": {"source": "teacher"}}}, "compares with no other net"),
         ({"student": {"ce": {"weight": -1.0}}}, r"learn\.student\.ce\.weight is -1\.0"),
         ({"student": {"ce": {"weight": float("inf")}}}, "finite"),
         ({"student": {"ce": {"weight": "1"}}}, "finite number"),
