@@ -12,7 +12,7 @@ from qkd_jax.losses import LOSSES
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "features.npz"))
 KEYS = [key.removesuffix("|value") for key in GOLDEN if key.endswith("|value")]
-# Tested by closed forms: its negatives are drawn.
+# Tested by closed forms and restatements in files of their own.
 ELSEWHERE = {"crd", "byot", "one"}
 RESPONSE = ("response", "decoupled", "hierarchical")
 
