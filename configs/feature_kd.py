@@ -46,13 +46,14 @@ def get_config(arg=""):
     def labels():
         return dict(ce=common.ce())
 
-    def stage(net, rows, lr=0.1, weight_decay=5e-4):
+    def stage(net, rows, lr=0.1, weight_decay=5e-4, bits=""):
         freeze = ("head",) if borrows and net.startswith("student") else ()
         return common.train(
             learn={net: rows},
             optim={net: common.sgd(lr, weight_decay=weight_decay, freeze=freeze)},
             epochs=args.epochs or recipe["epochs"],
             batch_size=recipe["batch_size"],
+            hygiene=common.clamped(bits, net),
         )
 
     def net(**fields):
@@ -87,7 +88,7 @@ def get_config(arg=""):
             origin = "alone_float"
         config.nets.alone = net(rules=args.bits, init_from=origin)
         add("calibrate", common.calibrate("student", "alone"))
-        rates = dict(lr=0.05, weight_decay=1e-4)
+        rates = dict(lr=0.05, weight_decay=1e-4, bits=args.bits)
     else:
         config.nets.student = net(init_from=args.init_from, **head)
         config.nets.alone = net(init_from=args.init_from)

@@ -51,12 +51,13 @@ def get_config(arg=""):
     if len(set(names)) < len(names):
         raise ValueError(f"config argument progressive is {args.progressive!r}; name bits once.")
 
-    def train(net, share, optim):
+    def train(net, share, optim, bits=""):
         return common.train(
             learn={net: dict(ce=common.ce())},
             optim={net: optim},
             epochs=share * epochs,
             batch_size=recipe["batch_size"],
+            hygiene=common.clamped(bits, net),
         )
 
     def low_bit(**fields):
@@ -86,15 +87,15 @@ def get_config(arg=""):
         share = 1 / len(rungs)
         if args.delay:
             add(f"calibrate_weights{rung}", common.calibrate(net, operands=("weight",)))
-            add(f"qat_weights{rung}", train(net, share * args.delay, low_bit()))
+            add(f"qat_weights{rung}", train(net, share * args.delay, low_bit(), rules))
             inputs = common.calibrate(net, operands=("input", "other", "output"))
             add(f"calibrate_inputs{rung}", inputs)
             optim = low_bit(continues=f"qat_weights{rung}")
-            add(f"qat{rung}", train(net, share * (1 - args.delay), optim))
+            add(f"qat{rung}", train(net, share * (1 - args.delay), optim, rules))
         else:
             add(f"calibrate{rung}", common.calibrate(net))
             add(f"evaluate_calibrated{rung}", common.evaluate(**{net: "calibrated"}))
-            add(f"qat{rung}", train(net, share, low_bit()))
+            add(f"qat{rung}", train(net, share, low_bit(), rules))
         if net != "net":
             add(f"evaluate{rung}", common.evaluate(**{net: "QAT"}))
     add("reestimate_bn", common.reestimate_bn("net"))

@@ -64,8 +64,14 @@ def get_config(arg=""):
     config.nets.qat_only = common.net(**quantized, init_from="student")
     config.nets.qat_fixed_teacher = common.net(**quantized, init_from="student")
 
-    def stage(share, learn, optim):
-        return common.train(learn=learn, optim=optim, epochs=share * epochs, batch_size=batch_size)
+    def stage(share, learn, optim, low=""):
+        return common.train(
+            learn=learn,
+            optim=optim,
+            epochs=share * epochs,
+            batch_size=batch_size,
+            hygiene=common.clamped(args.bits, low) if low else {},
+        )
 
     def of_float(net):
         return stage(1.0, {net: dict(ce=common.ce())}, {net: common.sgd(0.1, weight_decay=5e-4)})
@@ -91,16 +97,23 @@ def get_config(arg=""):
         stages.pretrain_student = of_float("student")
     stages.evaluate_float = common.evaluate("teacher_before", teacher="float", student="float")
     stages.calibrate = common.calibrate("student")
-    stages.qat_only = stage(1.0, dict(qat_only=dict(ce=common.ce())), dict(qat_only=low_bit()))
+    stages.qat_only = stage(
+        1.0, dict(qat_only=dict(ce=common.ce())), dict(qat_only=low_bit()), "qat_only"
+    )
     stages.qat_fixed_teacher = stage(
-        1.0, dict(qat_fixed_teacher=taught()), dict(qat_fixed_teacher=low_bit())
+        1.0,
+        dict(qat_fixed_teacher=taught()),
+        dict(qat_fixed_teacher=low_bit()),
+        "qat_fixed_teacher",
     )
     # The controls get what the student gets.
     stages.reestimate_bn_controls = common.reestimate_bn("qat_only", "qat_fixed_teacher")
     stages.evaluate_controls = common.evaluate(
         "teacher_before", qat_only="QAT alone", qat_fixed_teacher="QAT, fixed teacher"
     )
-    stages.self_study = stage(0.15, dict(student=dict(ce=common.ce())), dict(student=low_bit()))
+    stages.self_study = stage(
+        0.15, dict(student=dict(ce=common.ce())), dict(student=low_bit()), "student"
+    )
     stages.co_study = stage(
         0.50,
         dict(
@@ -108,9 +121,13 @@ def get_config(arg=""):
             teacher=taught("student", share=0.50),
         ),
         dict(student=low_bit("self_study"), teacher=common.sgd(0.005, weight_decay=1e-4)),
+        "student",
     )
     stages.tutor = stage(
-        0.35, dict(student=taught(done=0.50, share=0.35)), dict(student=low_bit("co_study"))
+        0.35,
+        dict(student=taught(done=0.50, share=0.35)),
+        dict(student=low_bit("co_study")),
+        "student",
     )
     stages.reestimate_bn = common.reestimate_bn("student")
     stages.evaluate = common.evaluate("teacher_before", student="QKD", teacher="after co-studying")
