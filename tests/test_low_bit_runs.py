@@ -39,8 +39,12 @@ def finished(tmp_path_factory):
 
 def test_every_field_of_hygiene_is_in_the_config():
     assert common.HYGIENE == HYGIENE_FIELDS
-    for stage in ("pretrain", "qat"):
-        assert qat.get_config().stages[stage].hygiene.net.to_dict() == HYGIENE_FIELDS
+    stages = qat.get_config().stages
+    assert stages.pretrain.hygiene.net.to_dict() == HYGIENE_FIELDS
+    # Steps that are learned are kept from falling to 0; bits without any have nothing to keep.
+    assert stages.qat.hygiene.net.to_dict() == {**HYGIENE_FIELDS, "max_ratio": 8.0}
+    static = qat.get_config("bits=w8a8:static").stages
+    assert static.qat.hygiene.net.to_dict() == HYGIENE_FIELDS
     with pytest.raises(ValueError, match=r"\['frieze'\]"):
         common.hygiene(frieze=0.1)
 
