@@ -90,7 +90,7 @@ def test_overrides_reach_the_schedule():
         CONFIG + ":bits=w3a3",
         "--mode=inspect",
         "--config.stages.co_study.steps=123",
-        "--config.schedule=('pretrain_teacher','self_study','co_study')",
+        "--config.schedule=('pretrain_teacher','calibrate','self_study','co_study')",
     )
     assert done.returncode == 0, done.stderr
     assert " 123 " in done.stdout and "int3 lsq" in done.stdout and "tutor" not in done.stdout
