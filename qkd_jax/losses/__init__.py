@@ -122,7 +122,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
 
 # Losses that look at a teacher's logits by the softmax of all classes alone. The k largest logits
 # and the sum over the others tell them most; any other loss needs each logit.
-BY_SOFTMAX = (*("kd", "dml", "hard_target", "ctkd", "sqakd", "apprentice", "kd_mean", "kd_sum"),)
+BY_SOFTMAX = ("kd", "dml", "hard_target", "ctkd", "sqakd", "apprentice", "kd_mean", "kd_sum")
 
 # Makers of the first memory of the losses that keep one.
 MEMORY: dict[str, Callable[..., dict[str, jax.Array]]] = {"crd": crd_memory}

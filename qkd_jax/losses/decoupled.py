@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from qkd_jax import checks
 from qkd_jax.numerics.logits import (
     divergence,
+    hits,
     keep,
     prepare_logits,
     prepare_pair,
@@ -71,7 +72,7 @@ def dkd(
         checks.number(name, value, low=0.0)
     checks.number("temperature", temperature, low=0.0, low_allowed=False)
     student, teacher, mask = prepare_pair(student_logits, teacher_logits, where)
-    hit, known = _hits(labels, student)
+    hit, known = hits(labels, student)
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
     t = jnp.asarray(temperature, student.dtype)
@@ -123,7 +124,7 @@ def nkd(
     checks.number("gamma", gamma, low=0.0)
     checks.number("temperature", temperature, low=0.0, low_allowed=False)
     student, teacher, mask = prepare_pair(student_logits, teacher_logits, where)
-    hit, known = _hits(labels, student)
+    hit, known = hits(labels, student)
     t = jnp.asarray(temperature, student.dtype)
     (own_s, _, _), (own_t, _, _) = (_split(z, hit) for z in (student, teacher))
     (_, _, other_s), (_, _, other_t) = (_split(z / t, hit) for z in (student, teacher))
@@ -174,19 +175,11 @@ def tf_kd(
     checks.number("temperature", temperature, low=0.0, low_allowed=False)
     logits, mask = prepare_logits("logits", logits, where)
     logits = keep(logits, mask)
-    hit, known = _hits(labels, logits)
+    hit, known = hits(labels, logits)
     correct = jnp.asarray(correct, logits.dtype)
     right = jnp.where(hit, correct, (1 - correct) / max(logits.shape[-1] - 1, 1))
     value = divergence(right / jnp.asarray(temperature, logits.dtype), logits)
     return keep(jnp.where(known, value, jnp.nan), mask)
-
-
-def _hits(labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns ([batch, classes] whether a class is the label, [batch] whether there is one)."""
-    labels = jnp.asarray(labels)
-    checks.class_labels("labels", labels, logits)
-    hit = labels.astype(jnp.int32)[:, None] == jnp.arange(logits.shape[1])[None, :]
-    return hit, jnp.any(hit, axis=-1)
 
 
 def _split(logits: jax.Array, hit: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from qkd_jax import checks
 from qkd_jax.numerics.features import check_tuple, prepare_features
-from qkd_jax.numerics.logits import divergence, keep, prepare_logits, prepare_pair
+from qkd_jax.numerics.logits import divergence, hits, keep, prepare_logits, prepare_pair
 
 __all__ = ["byot", "one"]
 
@@ -165,8 +165,6 @@ def one(
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """-log softmax(z)[y], [batch]; NaN for a label outside [0, classes)."""
-    labels = jnp.asarray(labels)
-    checks.class_labels("labels", labels, logits)
-    hit = labels.astype(jnp.int32)[:, None] == jnp.arange(logits.shape[1])[None, :]
+    hit, known = hits(labels, logits)
     value = -jnp.sum(jnp.where(hit, jax.nn.log_softmax(logits), 0.0), axis=-1)
-    return jnp.where(jnp.any(hit, axis=-1), value, jnp.nan)
+    return jnp.where(known, value, jnp.nan)

@@ -18,6 +18,7 @@ from qkd_jax import checks
 from qkd_jax.numerics.gradients import reverse_gradient
 from qkd_jax.numerics.logits import (
     divergence,
+    hits,
     keep,
     prepare_logits,
     prepare_pair,
@@ -71,20 +72,16 @@ def ce(
       Szegedy et al., 2015, arXiv 1512.00567, section 7 (label smoothing).
     """
     logits, mask = prepare_logits("logits", logits, where)
-    labels = jnp.asarray(labels)
-    checks.class_labels("labels", labels, logits)
+    hit, known = hits(labels, logits)
     checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0)
 
     log_p = jax.nn.log_softmax(keep(logits, mask))
-    # A comparison instead of a gather: its gradient is a product, not a scatter, and a label that
-    # is out of range hits no class instead of wrapping around.
-    hit = labels.astype(jnp.int32)[:, None] == jnp.arange(logits.shape[1])[None, :]
     loss = -jnp.sum(jnp.where(hit, log_p, 0.0), axis=-1)
     # The Python number 0 skips the second term, which would turn a logit of -inf into NaN.
     if not (isinstance(label_smoothing, int | float) and label_smoothing == 0):
         smoothing = jnp.asarray(label_smoothing, logits.dtype)
         loss = (1 - smoothing) * loss - smoothing * jnp.mean(log_p, axis=-1)
-    loss = jnp.where(jnp.any(hit, axis=-1), loss, jnp.nan)
+    loss = jnp.where(known, loss, jnp.nan)
     return keep(loss, mask)
 
 

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from qkd_jax import checks
 from qkd_jax.numerics.features import check_tuple
-from qkd_jax.numerics.logits import divergence, keep, prepare_logits, prepare_pair
+from qkd_jax.numerics.logits import divergence, hits, keep, prepare_logits, prepare_pair
 
 __all__ = ["ca_mkd", "kd_mean", "kd_sum"]
 
@@ -126,13 +126,11 @@ def ca_mkd(
     student, teachers, mask = _prepare(student_logits, teachers_logits, where)
     if len(teachers) < 2:
         raise ValueError("teachers_logits has 1 entry; ca_mkd weighs two or more teachers.")
-    labels = jnp.asarray(labels)
-    checks.class_labels("labels", labels, student)
-    hit = labels.astype(jnp.int32)[:, None] == jnp.arange(student.shape[1])[None, :]
+    hit, known = hits(labels, student)
     errors = -jnp.sum(jnp.where(hit[None], jax.nn.log_softmax(teachers), 0.0), axis=-1)
     weights = (1 - jax.nn.softmax(errors, axis=0)) / (len(teachers) - 1)
     value = jnp.sum(weights * _divergences(student, teachers, temperature), axis=0)
-    return keep(jnp.where(jnp.any(hit, axis=-1), value, jnp.nan), mask)
+    return keep(jnp.where(known, value, jnp.nan), mask)
 
 
 def _prepare(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from qkd_jax import checks
 
-__all__ = ["divergence", "keep", "prepare_logits", "prepare_pair", "standardized"]
+__all__ = ["divergence", "hits", "keep", "prepare_logits", "prepare_pair", "standardized"]
 
 
 def prepare_logits(
@@ -45,6 +45,18 @@ def keep(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     if mask is None:
         return x
     return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, 0.0)
+
+
+def hits(labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns ([batch, classes] whether a class is the label, [batch] whether there is one).
+
+    A comparison instead of a gather: its gradient is a product, not a scatter, and a label that is
+    out of range hits no class instead of wrapping around.
+    """
+    labels = jnp.asarray(labels)
+    checks.class_labels("labels", labels, logits)
+    hit = labels.astype(jnp.int32)[:, None] == jnp.arange(logits.shape[1])[None, :]
+    return hit, jnp.any(hit, axis=-1)
 
 
 def standardized(logits: jax.Array) -> jax.Array:
