@@ -20,10 +20,21 @@ from qkd_jax.training.loop import Preempted
 from qkd_jax.training.progress import Progress
 from qkd_jax.training.state import stream_key
 
-__all__ = ["GENERATOR_CHECKS", "GENERATOR_STAGES"]
+__all__ = ["GENERATOR_CHECKS", "GENERATOR_STAGES", "check_remembers", "reporter"]
 
 # Not for configs to say: what a stage gives the method.
 OWN = ("image_shape", "count", "key", "bounds", "student", "labels", "report")
+
+
+def reporter(run: Run, stage: Stage, progress: Progress) -> Callable[[int, float | None], None]:
+    """What makers of images call after each step: shows it, and leaves if the run is to stop."""
+
+    def report(step: int, loss: float | None) -> None:
+        progress.update(step, loss=loss)
+        if loss is not None and run.stopping():
+            raise Preempted(f"before stage {stage.name!r}, which starts anew")
+
+    return report
 
 
 def _stage(name: str) -> Callable[..., None]:
@@ -42,13 +53,12 @@ def _stage(name: str) -> Callable[..., None]:
             extra["student"] = (run.nets[student[0]], run.variables[student[0]])
         last: list[float] = []
         with Progress(stage.name, total, options["batch_size"], enabled=run.verbose) as progress:
+            shown = reporter(run, stage, progress)
 
             def report(step: int, loss: float | None) -> None:
-                progress.update(step, loss=loss)
                 if loss is not None:
                     last.append(loss)
-                    if run.stopping():
-                        raise Preempted(f"before stage {stage.name!r}, which starts anew")
+                shown(step, loss)
 
             made = method(
                 run.nets[net],

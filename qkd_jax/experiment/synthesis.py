@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.experiment.generation import check_remembers
+from qkd_jax.experiment.generation import check_remembers, reporter
 from qkd_jax.experiment.run import Run
 from qkd_jax.experiment.settings import Stage
 from qkd_jax.training import synthesis
-from qkd_jax.training.loop import Preempted
 from qkd_jax.training.progress import Progress
 from qkd_jax.training.state import stream_key
 
@@ -46,13 +45,12 @@ def synthesize(
     total = (steps or synthesis.DEFAULTS[method][0]) * parts
     last: list[float] = []
     with Progress(stage.name, total, -(-examples // parts), enabled=run.verbose) as progress:
+        shown = reporter(run, stage, progress)
 
         def report(batch: int, step: int, loss: float | None) -> None:
-            progress.update((batch - 1) * (total // parts) + step, loss=loss)
             if step == total // parts and loss is not None:
                 last.append(loss)
-            if loss is not None and run.stopping():
-                raise Preempted(f"before stage {stage.name!r}, which starts anew")
+            shown((batch - 1) * (total // parts) + step, loss)
 
         made = synthesis.synthesize(
             run.nets[net],

@@ -330,6 +330,16 @@ def test_a_bad_adaptor_leaves_everything_and_is_named():
     assert "cc_adjacent" in str(found)
 
 
+def on_one_and_four(plan, variables, mode):
+    """(nets, what terms own, metrics) after two steps on one device, and on four."""
+    for devices in (1, 4):
+        step = compile_step(make_step(plan.structure), mode=mode, devices=jax.devices()[:devices])
+        state = start_state(plan, variables)
+        for index in range(2):
+            state, metrics = step(state, tiny.batch(index), frozen_variables(plan, variables))
+        yield jax.device_get((net_variables(plan, state), state.loss_state, metrics))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode"),
@@ -344,16 +354,8 @@ def test_a_bad_adaptor_leaves_everything_and_is_named():
 def test_four_devices_equal_one(name, mode):
     _, variables = tiny.nets()
     optim = {"lr": 0.05, "weight_decay": 1e-3}
-    plan, results = plan_of(name, optim=optim), {}
-    for devices in (1, 4):
-        step = compile_step(make_step(plan.structure), mode=mode, devices=jax.devices()[:devices])
-        state = start_state(plan, variables)
-        for index in range(2):
-            state, metrics = step(state, tiny.batch(index), frozen_variables(plan, variables))
-        results[devices] = jax.device_get((net_variables(plan, state), state.loss_state, metrics))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *results.values()
-    )
+    results = on_one_and_four(plan_of(name, optim=optim), variables, mode)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *results)
 
 
 @pytest.mark.slow
@@ -364,14 +366,8 @@ def test_relations_over_four_devices_are_those_of_one(mode):
     names = ("rkd", "sp", "pkt", "irg", "cc", "crd_in_batch")
     learn = {"student": {name: terms.learn(name, "teacher")[name] for name in names}}
     optim = {"student": {"lr": 1e-3, "weight_decay": 1e-3}}
-    plan, results = plan_step(modules, learn, optim, horizon=4, data=tiny.DATA), {}
-    for devices in (1, 4):
-        step = compile_step(make_step(plan.structure), mode=mode, devices=jax.devices()[:devices])
-        state = start_state(plan, variables)
-        for index in range(2):
-            state, metrics = step(state, tiny.batch(index), frozen_variables(plan, variables))
-        results[devices] = jax.device_get((net_variables(plan, state), state.loss_state, metrics))
-    (*states, one), (*others, four) = results.values()
+    plan = plan_step(modules, learn, optim, horizon=4, data=tiny.DATA)
+    (*states, one), (*others, four) = on_one_and_four(plan, variables, mode)
     for place, _ in enumerate(names):  # relations are small numbers: relative to themselves
         value = one["net0"][f"term{place}"]
         assert value > 0
