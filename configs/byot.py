@@ -34,37 +34,11 @@ def get_config(arg=""):
         epochs=0.0,
     )
     config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
-    recipe = common.recipe(args.data)
-    quantized = args.bits != "float"
-    if args.deploy and not quantized:
+    if args.deploy and args.bits == "float":
         raise ValueError("deploy exports integers; give bits too, such as bits=w4a4.")
-
-    def stage(net, lr=0.1, weight_decay=5e-4, **more):
-        return common.train(
-            learn={net: dict(ce=common.ce(), **more)},
-            optim={net: common.sgd(lr, weight_decay=weight_decay)},
-            epochs=args.epochs or recipe["epochs"],
-            batch_size=recipe["batch_size"],
-        )
-
     own = common.term("byot", alpha=args.alpha, temperature=args.temperature, hint=args.hint)
-    config.nets.alone = common.net(args.model, width=args.width, rules=args.bits)
-    config.nets.student = common.net(
-        args.model, width=args.width, rules=args.bits, init_from="alone"
-    )
-    schedule, rates = [], {}
-    if quantized:
-        config.stages.start = stage("alone")
-        config.stages.calibrate = common.calibrate("alone", "student")
-        schedule += ["start", "calibrate"]
-        rates = dict(lr=0.05, weight_decay=1e-4)
-    # The student first: it copies `alone` at the moment at which it first takes part.
-    config.stages.distil = stage("student", **rates, byot=own)
-    config.stages.alone = stage("alone", **rates)
-    config.stages.evaluate = common.evaluate(alone="labels", student="be your own teacher")
-    schedule += ["distil", "alone", "evaluate"]
+    common.beside_labels(config, args, "be your own teacher", byot=own)
     if args.deploy:
         config.stages.deploy = common.deploy("student")
-        schedule.append("deploy")
-    config.schedule = tuple(schedule)
+        config.schedule = (*config.schedule, "deploy")
     return config.lock()

@@ -269,10 +269,7 @@ def sgd(lr: float, *, weight_decay: float, continues: str = "", **fields: Any) -
         freeze=(),
         continues=continues,
     )
-    unknown = set(fields) - set(defaults)
-    if unknown:
-        raise ValueError(f"unknown optimizer fields {sorted(unknown)}; {sorted(defaults)}")
-    return {**defaults, **fields}
+    return _filled("optimizer", defaults, fields)
 
 
 # What a train stage does for low-bit nets beside descent, all of it off.
@@ -300,10 +297,7 @@ def hygiene(**fields: Any) -> dict[str, Any]:
     of quantizers to a value at its end, ("temperature:32",); `size_bytes` with `size_weight` is the
     budget of learned bits.
     """
-    unknown = set(fields) - set(HYGIENE)
-    if unknown:
-        raise ValueError(f"unknown hygiene fields {sorted(unknown)}; {sorted(HYGIENE)}")
-    return {**HYGIENE, **fields}
+    return _filled("hygiene", HYGIENE, fields)
 
 
 def clamped(bits: str, *nets: str) -> dict[str, Any]:
@@ -431,7 +425,8 @@ def dafl(net: str, *, examples: int, **fields: Any) -> dict[str, Any]:
         entropy_weight=5.0,
         tap="pooled",
     )
-    return _filled("dafl", dict(kind="dafl", nets=(net,), examples=examples), defaults, fields)
+    own = dict(kind="dafl", nets=(net,), examples=examples)
+    return {**own, **_filled("dafl", defaults, fields)}
 
 
 def cmi(net: str, student: str = "", *, examples: int, **fields: Any) -> dict[str, Any]:
@@ -460,16 +455,50 @@ def cmi(net: str, student: str = "", *, examples: int, **fields: Any) -> dict[st
         student_temperature=20.0,
     )
     nets = (net, student) if student else (net,)
-    return _filled("cmi", dict(kind="cmi", nets=nets, examples=examples), defaults, fields)
+    return {**dict(kind="cmi", nets=nets, examples=examples), **_filled("cmi", defaults, fields)}
 
 
-def _filled(
-    what: str, own: dict[str, Any], defaults: dict[str, Any], fields: dict[str, Any]
-) -> dict[str, Any]:
+def _filled(what: str, defaults: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     unknown = set(fields) - set(defaults)
     if unknown:
         raise ValueError(f"unknown {what} fields {sorted(unknown)}; {sorted(defaults)}")
-    return {**own, **defaults, **fields}
+    return {**defaults, **fields}
+
+
+def beside_labels(config: ConfigDict, args: ConfigDict, method: str, **term: Any) -> None:
+    """Fills a config with a `student` that teaches itself by a term, and `alone` by labels.
+
+    With `args.bits` both learn in float first, from labels, and by their methods as quantized nets.
+
+    Args:
+      config: of `frame`; its nets, stages and schedule are written.
+      args: with `model`, `width`, `bits`, `data` and `epochs`.
+      method: the student's, in the results.
+      **term: {label: the term's row}.
+    """
+    known = recipe(args.data)
+
+    def stage(name: str, lr: float = 0.1, weight_decay: float = 5e-4, **more: Any) -> Any:
+        return train(
+            learn={name: dict(ce=ce(), **more)},
+            optim={name: sgd(lr, weight_decay=weight_decay)},
+            epochs=args.epochs or known["epochs"],
+            batch_size=known["batch_size"],
+        )
+
+    config.nets.alone = net(args.model, width=args.width, rules=args.bits)
+    config.nets.student = net(args.model, width=args.width, rules=args.bits, init_from="alone")
+    schedule, rates = [], {}
+    if args.bits != "float":
+        config.stages.start = stage("alone")
+        config.stages.calibrate = calibrate("alone", "student")
+        schedule += ["start", "calibrate"]
+        rates = dict(lr=0.05, weight_decay=1e-4)
+    # The student first: it copies `alone` at the moment at which it first takes part.
+    config.stages.distil = stage("student", **rates, **term)
+    config.stages.alone = stage("alone", **rates)
+    config.stages.evaluate = evaluate(alone="labels", student=method)
+    config.schedule = (*schedule, "distil", "alone", "evaluate")
 
 
 def diagnose(*nets: str) -> dict[str, Any]:

@@ -35,16 +35,6 @@ def get_config(arg=""):
         epochs=0.0,
     )
     config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
-    recipe = common.recipe(args.data)
-
-    def stage(net, lr=0.1, weight_decay=5e-4, **more):
-        return common.train(
-            learn={net: dict(ce=common.ce(), **more)},
-            optim={net: common.sgd(lr, weight_decay=weight_decay)},
-            epochs=args.epochs or recipe["epochs"],
-            batch_size=recipe["batch_size"],
-        )
-
     rising = dict(begin=0.0, end=1.0, shape="gaussian", steps=args.ramp)
     one = common.term(
         "one",
@@ -52,19 +42,5 @@ def get_config(arg=""):
         distil=rising if args.ramp else 1.0,
         adaptor=dict(branches=args.branches, blocks=args.blocks),
     )
-    config.nets.alone = common.net(args.model, width=args.width, rules=args.bits)
-    config.nets.student = common.net(
-        args.model, width=args.width, rules=args.bits, init_from="alone"
-    )
-    schedule, rates = [], {}
-    if args.bits != "float":
-        config.stages.start = stage("alone")
-        config.stages.calibrate = common.calibrate("alone", "student")
-        schedule += ["start", "calibrate"]
-        rates = dict(lr=0.05, weight_decay=1e-4)
-    # The student first: it copies `alone` at the moment at which it first takes part.
-    config.stages.distil = stage("student", **rates, one=one)
-    config.stages.alone = stage("alone", **rates)
-    config.stages.evaluate = common.evaluate(alone="labels", student="native ensemble")
-    config.schedule = (*schedule, "distil", "alone", "evaluate")
+    common.beside_labels(config, args, "native ensemble", one=one)
     return config.lock()

@@ -64,13 +64,13 @@ def get_config(arg=""):
     config.nets.qat_only = common.net(**quantized, init_from="student")
     config.nets.qat_fixed_teacher = common.net(**quantized, init_from="student")
 
-    def stage(share, learn, optim, low=""):
+    def stage(share, learn, optim, *low):
         return common.train(
             learn=learn,
             optim=optim,
             epochs=share * epochs,
             batch_size=batch_size,
-            hygiene=common.clamped(args.bits, low) if low else {},
+            hygiene=common.clamped(args.bits, *low),
         )
 
     def of_float(net):
