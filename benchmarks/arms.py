@@ -10,12 +10,15 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-__all__ = ["floats_of", "plot", "run_arm", "spread", "table_lines", "undeployed"]
+__all__ = ["config", "floats_of", "plot", "run_arm", "spread", "table_lines"]
 
 
-def undeployed(config):
-    """The config without deployment, diagnoses and periodic looks: the rows alone are wanted."""
-    config = config.unlock()
+def config(module, **given):
+    """A module's config with these arguments, without deployment, diagnoses and periodic looks.
+
+    The rows alone are wanted.
+    """
+    config = module.get_config(",".join(f"{k}={v}" for k, v in given.items())).unlock()
     kinds = config.stages
     config.schedule = tuple(
         s for s in config.schedule if kinds[s].kind not in ("deploy", "diagnose")

@@ -43,12 +43,19 @@ WIDTHS = {"resnet20": 8, "vit": 64}
 
 def trained(model, rules, args):
     """Returns (net, variables, test images, labels) of a run that is made if it is not there."""
-    arg = f"data={args.data},model={model},width={WIDTHS[model]},bits={rules}"
-    arg += f",train_examples={args.train_examples},epochs={args.epochs},seed={args.seed}"
+    given = dict(
+        data=args.data,
+        model=model,
+        width=WIDTHS[model],
+        bits=rules,
+        train_examples=args.train_examples,
+        epochs=args.epochs,
+        seed=args.seed,
+    )
     source = pathlib.Path(args.float) / f"{model}_s{args.seed}"
     if args.float and source.exists():
-        arg += f",init_from={source}#net"
-    config = arms.undeployed(qat.get_config(arg)).unlock()
+        given["init_from"] = f"{source}#net"
+    config = arms.config(qat, **given).unlock()
     kinds = ("train", "calibrate", "reestimate_bn")
     config.schedule = tuple(s for s in config.schedule if config.stages[s].kind in kinds)
     if model == "vit":  # transformers are trained by Adam, and have no BatchNorm

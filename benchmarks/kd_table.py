@@ -48,12 +48,9 @@ def parse():
     return parser.parse_args()
 
 
-def config_of(args, loss, seed):
-    """`configs/feature_kd.py` with a trained teacher, and the one of its arms that is wanted."""
-    if loss == QKD:
-        return qkd_config(args, seed)
-    given = dict(
-        loss="kd" if loss == ALONE else loss,
+def arguments(args, seed):
+    """Arguments of an arm's config, whichever it is."""
+    return dict(
         data=args.data,
         teacher=args.teacher,
         teacher_width=args.teacher_width,
@@ -65,10 +62,21 @@ def config_of(args, loss, seed):
         train_examples=args.train_examples,
         epochs=args.epochs,
     )
+
+
+def student_of(args, seed):
+    """The float student of a seed."""
+    return args.students.format(seed=seed) + "#net"
+
+
+def config_of(args, loss, seed):
+    """`configs/feature_kd.py` with a trained teacher, and the one of its arms that is wanted."""
+    if loss == QKD:
+        return qkd_config(args, seed)
+    given = arguments(args, seed) | dict(loss="kd" if loss == ALONE else loss)
     if args.students and loss != "simkd":
-        given["init_from"] = args.students.format(seed=seed) + "#net"
-    config = arms.undeployed(feature_kd.get_config(",".join(f"{k}={v}" for k, v in given.items())))
-    config = config.unlock()
+        given["init_from"] = student_of(args, seed)
+    config = arms.config(feature_kd, **given).unlock()
     if loss == ALONE:
         # Its weights are drawn as the students' of the other arms are: by the net's name.
         row = {"ce": dict(loss="ce", weight=1.0, label_smoothing=0.0)}
@@ -89,21 +97,8 @@ def config_of(args, loss, seed):
 
 def qkd_config(args, seed):
     """`configs/qkd.py` from the same nets, without its controls, which are arms here."""
-    given = dict(
-        data=args.data,
-        teacher=args.teacher,
-        teacher_width=args.teacher_width,
-        student=args.student,
-        student_width=args.student_width,
-        bits=args.bits,
-        teacher_from=args.teachers.format(seed=seed) + "#net",
-        init_from=args.students.format(seed=seed) + "#net",
-        seed=seed,
-        train_examples=args.train_examples,
-        epochs=args.epochs,
-    )
-    config = arms.undeployed(qkd.get_config(",".join(f"{k}={v}" for k, v in given.items())))
-    config = config.unlock()
+    given = arguments(args, seed) | dict(init_from=student_of(args, seed))
+    config = arms.config(qkd, **given).unlock()
     stages = ("qat_only", "qat_fixed_teacher", "reestimate_bn_controls", "evaluate_controls")
     for name in stages:
         del config.stages[name]

@@ -43,21 +43,17 @@ def parse():
 
 def config_of(args, quantizer, bits, seed):
     """The arm's config: `configs/qat.py` from a trained float net, evaluated and not deployed."""
-    source = args.floats.format(seed=seed) + "#net"
-    text = ",".join(
-        f"{k}={v}"
-        for k, v in dict(
-            data=args.data,
-            model=args.model,
-            width=args.width,
-            bits=f"{bits}:{quantizer}",
-            seed=seed,
-            train_examples=args.train_examples,
-            epochs=args.epochs,
-            init_from=source,
-        ).items()
+    return arms.config(
+        qat,
+        data=args.data,
+        model=args.model,
+        width=args.width,
+        bits=f"{bits}:{quantizer}",
+        seed=seed,
+        train_examples=args.train_examples,
+        epochs=args.epochs,
+        init_from=args.floats.format(seed=seed) + "#net",
     )
-    return arms.undeployed(qat.get_config(text))
 
 
 def arms_of(args):
