@@ -9,7 +9,7 @@ are quantized: they start from a float student and learn as quantized nets.
 
 import itertools
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg=""):
@@ -17,7 +17,7 @@ def get_config(arg=""):
 
     `widths` from the teacher to the student, and `models` as many or one, with + between them.
     """
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         models="resnet8",
@@ -49,12 +49,12 @@ def get_config(arg=""):
         models[-1], width=widths[-1], rules=args.bits, init_from="student"
     )
 
-    def stage(net, learn, lr=0.1, weight_decay=5e-4):
+    def stage(net, learn, bits="float"):
         return common.train(
             learn={net: learn},
-            optim={net: common.sgd(lr, weight_decay=weight_decay)},
             epochs=args.epochs or recipe["epochs"],
             batch_size=recipe["batch_size"],
+            **common.descent(net, bits=bits),
         )
 
     def taught(source):
@@ -68,15 +68,14 @@ def get_config(arg=""):
         schedule.append(name)
 
     add("teach", stage("teacher", dict(ce=common.ce())))
-    quantized = args.bits != "float"
-    last = dict(lr=0.05, weight_decay=1e-4) if quantized else {}
-    if quantized:
+    if args.bits != "float":
         add("start", stage("student", dict(ce=common.ce())))
         add("calibrate", common.calibrate("student"))
     # First the control: it copies the student at the moment at which it takes part.
-    add("direct", stage("direct", taught("teacher"), **last))
+    add("direct", stage("direct", taught("teacher"), args.bits))
     for before, name in itertools.pairwise(chain):
-        add(f"teach_{name}", stage(name, taught(before), **(last if name == "student" else {})))
+        bits = args.bits if name == "student" else "float"
+        add(f"teach_{name}", stage(name, taught(before), bits))
     methods = {name: "chain" for name in chain[1:]}
     add("evaluate", common.evaluate("teacher", teacher="labels", direct="teacher alone", **methods))
     config.schedule = tuple(schedule)

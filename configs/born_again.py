@@ -7,12 +7,12 @@ labels and from the generation before it. The rows show each generation and, as 
 step, the ensemble of all of them: the mean of their probabilities.
 """
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg=""):
     """Returns the config; its arguments are the defaults below."""
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         model="resnet8",

@@ -11,7 +11,7 @@ both learn in float first, from labels, and by their methods as quantized nets; 
 in float.
 """
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg=""):
@@ -19,7 +19,7 @@ def get_config(arg=""):
 
     `alpha`, `temperature` and `hint` are the loss's; `deploy` exports the student.
     """
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         model="resnet8",

@@ -1,17 +1,14 @@
-"""Pieces that the configs share: arguments, optimizers, stages, and the frame around them.
+"""Pieces that the configs share: optimizers, stages, and the frame around them.
 
-A config is data. `get_config(arg)` turns the structure arguments behind the colon
-(`--config=configs/qkd.py:data=digits,bits=w4a4`) into a locked `ConfigDict` whose every field is
-spelled in full, so that each can be overridden on the command line
-(`--config.stages.co_study.epochs=5`). No field is None: `ml_collections` cannot override a None,
-so "not set" is `""` for a name and 0 for a number.
+A config is data: a locked `ConfigDict` whose every field is spelled in full, so that each can be
+overridden on the command line (`--config.stages.co_study.epochs=5`). No field is None:
+`ml_collections` cannot override a None, so "not set" is `""` for a name and 0 for a number.
 
 Nothing here imports jax or qkd_jax: a config loads in milliseconds.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Any
 
@@ -26,13 +23,13 @@ __all__ = [
     "cmi",
     "dafl",
     "deploy",
+    "descent",
     "diagnose",
     "evaluate",
     "frame",
     "hygiene",
     "kd",
     "net",
-    "parse_arg",
     "pretrain",
     "recipe",
     "reestimate_bn",
@@ -59,66 +56,6 @@ DATA: dict[str, dict[str, Any]] = {
 def recipe(data: str) -> dict[str, Any]:
     """Returns the sizes for a data set; one that is not listed gets CIFAR-10's."""
     return DATA.get(data, DATA["cifar10"])
-
-
-def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
-    """Parses the structure arguments of a config, `"k=v,k=v"`, typed by their defaults.
-
-    A bare key (`"reduce_range"`) switches a boolean on. Booleans take true/false, yes/no, on/off
-    and 1/0. The values of integers and floats are read by `int` and `float`.
-
-    Args:
-      arg: the text behind the colon of `--config=file.py:text`; None and "" mean no arguments.
-      **defaults: every key that the config knows, with its default; bool, int, float or str.
-
-    Returns:
-      A `ConfigDict` with the keys of `defaults`.
-
-    Raises:
-      ValueError: for an unknown key (with the nearest known one), a key given twice, a value that
-        its type cannot hold, or a bare key that is not a boolean.
-    """
-    values = dict(defaults)
-    given = set()
-    for item in filter(None, (part.strip() for part in (arg or "").split(","))):
-        key, has_value, text = (part.strip() for part in item.partition("="))
-        if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"unknown config argument {key!r}; allowed: {', '.join(sorted(defaults))}.{hint} "
-                "Fields that are not structure are overridden as --config.<field>=<value>."
-            )
-        if key in given:
-            raise ValueError(f"config argument {key!r} is given twice in {arg!r}; keep one.")
-        given.add(key)
-        values[key] = _typed(key, text if has_value else None, defaults[key])
-    return ConfigDict(values)
-
-
-def _typed(key: str, text: str | None, default: Any) -> Any:
-    """Reads one argument's text as the type of its default."""
-    if isinstance(default, bool):
-        words = {"true": True, "yes": True, "on": True, "1": True}
-        words |= {"false": False, "no": False, "off": False, "0": False}
-        if text is None:
-            return True
-        if text.lower() not in words:
-            raise ValueError(f"config argument {key} is {text!r}; write true or false.")
-        return words[text.lower()]
-    if not text:
-        raise ValueError(f"config argument {key} has no value; write {key}={default!r}.")
-    if isinstance(default, int | float):
-        kind = type(default)
-        try:
-            return kind(text)
-        except ValueError:
-            wanted = "an integer" if kind is int else "a number"
-            raise ValueError(
-                f"config argument {key} is {text!r}; it must be {wanted}, for example "
-                f"{key}={default!r}."
-            ) from None
-    return text
 
 
 def frame(*, data: str, seed: int, train_examples: int = -1) -> ConfigDict:
@@ -300,15 +237,27 @@ def hygiene(**fields: Any) -> dict[str, Any]:
     return _filled("hygiene", HYGIENE, fields)
 
 
-def clamped(bits: str, *nets: str) -> dict[str, Any]:
-    """Returns the hygiene of low-bit nets: learned steps within a factor of 8 of the stage's start.
+def descent(*nets: str, bits: str = "float", **fields: Any) -> dict[str, Any]:
+    """Returns `optim` and `hygiene` of a stage in which nets learn: float ones, or quantized ones.
 
-    An 8-bit step that falls towards 0 takes its weights along, and behind a BatchNorm gradients
-    grow as they shrink: in one run of the digits the stem's step went from 0.02 past 0 to 15,756
-    within 20 steps. `bits` is a rules preset; those without learned steps have nothing to clamp.
+    Quantized nets start trained, at half the learning rate, and learned steps stay within a factor
+    of 8 of the stage's start: an 8-bit step that falls towards 0 takes its weights along, and
+    behind a BatchNorm gradients grow as they shrink (in one run of the digits the stem's step went
+    from 0.02 past 0 to 15,756 within 20 steps).
+
+    Args:
+      *nets: those that learn.
+      bits: their rules preset; those without learned steps have nothing to clamp.
+      **fields: of `sgd`.
     """
+    rates = dict(lr=0.1, weight_decay=5e-4)
+    if bits != "float":
+        rates = dict(lr=0.05, weight_decay=1e-4)
     learned = re.fullmatch(r"w\d+a\d+(:(?!static|dynamic).*)?|ternary", bits)
-    return {net: hygiene(max_ratio=8.0) for net in nets} if learned else {}
+    return dict(
+        optim={net: sgd(**rates, **fields) for net in nets},
+        hygiene={net: hygiene(max_ratio=8.0) for net in nets} if learned else {},
+    )
 
 
 def train(
@@ -353,9 +302,9 @@ def pretrain(net: str, *, data: str, epochs: float = 0.0) -> dict[str, Any]:
     known = recipe(data)
     return train(
         learn={net: dict(ce=ce())},
-        optim={net: sgd(0.1, weight_decay=5e-4)},
         epochs=epochs or known["epochs"],
         batch_size=known["batch_size"],
+        **descent(net),
     )
 
 
@@ -478,25 +427,24 @@ def beside_labels(config: ConfigDict, args: ConfigDict, method: str, **term: Any
     """
     known = recipe(args.data)
 
-    def stage(name: str, lr: float = 0.1, weight_decay: float = 5e-4, **more: Any) -> Any:
+    def stage(name: str, bits: str, **more: Any) -> Any:
         return train(
             learn={name: dict(ce=ce(), **more)},
-            optim={name: sgd(lr, weight_decay=weight_decay)},
             epochs=args.epochs or known["epochs"],
             batch_size=known["batch_size"],
+            **descent(name, bits=bits),
         )
 
     config.nets.alone = net(args.model, width=args.width, rules=args.bits)
     config.nets.student = net(args.model, width=args.width, rules=args.bits, init_from="alone")
-    schedule, rates = [], {}
+    schedule = []
     if args.bits != "float":
-        config.stages.start = stage("alone")
+        config.stages.start = stage("alone", "float")
         config.stages.calibrate = calibrate("alone", "student")
         schedule += ["start", "calibrate"]
-        rates = dict(lr=0.05, weight_decay=1e-4)
     # The student first: it copies `alone` at the moment at which it first takes part.
-    config.stages.distil = stage("student", **rates, **term)
-    config.stages.alone = stage("alone", **rates)
+    config.stages.distil = stage("student", args.bits, **term)
+    config.stages.alone = stage("alone", args.bits)
     config.stages.evaluate = evaluate(alone="labels", student=method)
     config.schedule = (*schedule, "distil", "alone", "evaluate")
 

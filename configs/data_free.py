@@ -20,7 +20,7 @@ MNIST, with the student beside it; its default here is 2,000.
 
 from typing import Any
 
-from configs import common
+from configs import arguments, common
 
 DIGITS = dict(
     deep_inversion=dict(steps=500),
@@ -43,7 +43,7 @@ def get_config(arg=""):
     images and of made ones; `calibration` that of either for the quantized copy. `steps` above 0
     takes the place of all makers' steps.
     """
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         makers="deep_inversion+dafl+cmi",

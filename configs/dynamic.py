@@ -6,7 +6,7 @@ Every row of an input (every example, for a convolution) has its own range, so n
 decide anything. The integer model finds the same ranges, and so do the ONNX file's own operations.
 """
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg=""):
@@ -15,7 +15,7 @@ def get_config(arg=""):
     `granularity` is that of the weights: "channel", "tensor" or a group size (which is not
     deployed); `init_from` a trained net (see `common.net`) in place of training one.
     """
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         model="resnet8",

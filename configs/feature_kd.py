@@ -10,7 +10,7 @@ same steps from labels. `loss=simkd` makes the student end in the teacher's clas
 several teachers get a second one, `second`.
 """
 
-from configs import common, terms
+from configs import arguments, common, terms
 
 
 def get_config(arg=""):
@@ -18,7 +18,7 @@ def get_config(arg=""):
 
     `teacher_from` and `init_from` take weights from runs or files instead of training them here.
     """
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         loss="fitnet",
         data="digits",
@@ -46,14 +46,13 @@ def get_config(arg=""):
     def labels():
         return dict(ce=common.ce())
 
-    def stage(net, rows, lr=0.1, weight_decay=5e-4, bits=""):
+    def stage(net, rows, bits="float"):
         freeze = ("head",) if borrows and net.startswith("student") else ()
         return common.train(
             learn={net: rows},
-            optim={net: common.sgd(lr, weight_decay=weight_decay, freeze=freeze)},
             epochs=args.epochs or recipe["epochs"],
             batch_size=recipe["batch_size"],
-            hygiene=common.clamped(bits, net),
+            **common.descent(net, bits=bits, freeze=freeze),
         )
 
     def net(**fields):
@@ -74,7 +73,6 @@ def get_config(arg=""):
         config.nets.second = common.net(args.teacher, width=args.teacher_width)
         add("teach_second", stage("second", labels()))
     head = dict(head_from="teacher") if borrows else {}
-    rates = {}
     if quantized:
         # The float student learns from labels; one with a borrowed head can only learn by its loss.
         config.nets.student_float = net(init_from=args.init_from, **head)
@@ -88,12 +86,11 @@ def get_config(arg=""):
             origin = "alone_float"
         config.nets.alone = net(rules=args.bits, init_from=origin)
         add("calibrate", common.calibrate("student", "alone"))
-        rates = dict(lr=0.05, weight_decay=1e-4, bits=args.bits)
     else:
         config.nets.student = net(init_from=args.init_from, **head)
         config.nets.alone = net(init_from=args.init_from)
-    add("alone", stage("alone", labels(), **rates))
-    add("distil", stage("student", taught(), **rates))
+    add("alone", stage("alone", labels(), args.bits))
+    add("distil", stage("student", taught(), args.bits))
     if quantized:
         add("reestimate_bn", common.reestimate_bn("student", "alone"))
     add("evaluate", common.evaluate("teacher", teacher="labels", alone="labels", student=args.loss))

@@ -3,12 +3,12 @@
 python launch.py --config=configs/float.py:data=digits,model=resnet8,width=8 --workdir=runs/float
 """
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg=""):
     """Returns the config; its arguments are the defaults below."""
-    args = common.parse_arg(
+    args = arguments.parse(
         arg, data="digits", model="resnet8", width=8, seed=0, train_examples=-1, epochs=0.0
     )
     config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)

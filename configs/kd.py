@@ -5,7 +5,7 @@
 The student and its control, `alone`, start from the same weights and see the same batches.
 """
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg=""):
@@ -14,7 +14,7 @@ def get_config(arg=""):
     With `views` both nets see so many fixed views of each image instead of fresh ones, and the
     teacher speaks of each view once (1: the images as they are).
     """
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         student="resnet8",

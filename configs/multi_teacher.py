@@ -11,7 +11,7 @@ and one with labels alone. The teachers together are a row too, the mean of thei
 With `bits` every student is quantized, after a float start of its own.
 """
 
-from configs import common
+from configs import arguments, common
 
 COMBINE = {"sum": "kd_sum", "mean": "kd_mean", "confidence": "ca_mkd"}
 
@@ -21,7 +21,7 @@ def get_config(arg=""):
 
     `teachers` and `teacher_widths` have + between them; one of either serves all.
     """
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         teachers="resnet8+resnet14",
@@ -60,12 +60,12 @@ def get_config(arg=""):
             args.student, width=args.width, rules=args.bits, init_from="student"
         )
 
-    def stage(learn, lr=0.1, weight_decay=5e-4):
+    def stage(learn, bits="float"):
         return common.train(
             learn=learn,
-            optim={net: common.sgd(lr, weight_decay=weight_decay) for net in learn},
             epochs=args.epochs or recipe["epochs"],
             batch_size=recipe["batch_size"],
+            **common.descent(*learn, bits=bits),
         )
 
     def taught(**kd):
@@ -74,8 +74,7 @@ def get_config(arg=""):
 
     schedule = ["teach"]
     config.stages.teach = stage({name: dict(ce=common.ce()) for name in teachers})
-    quantized = args.bits != "float"
-    if quantized:
+    if args.bits != "float":
         config.stages.start = stage(dict(student=dict(ce=common.ce())))
         config.stages.calibrate = common.calibrate("student")
         schedule += ["start", "calibrate"]
@@ -86,7 +85,7 @@ def get_config(arg=""):
         labels=dict(ce=common.ce()),
         **{one: taught(loss="kd", source=t) for one, t in zip(singles, teachers, strict=True)},
     )
-    config.stages.distil = stage(arms, *((0.05, 1e-4) if quantized else ()))
+    config.stages.distil = stage(arms, args.bits)
     config.stages.evaluate = common.evaluate(
         **dict.fromkeys(teachers, "labels"),
         student=f"{args.combine} of {count} teachers",

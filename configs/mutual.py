@@ -17,12 +17,12 @@ divergences; its nets see different parts of the data, these the same batches.
 students, and the control, are quantized after a float start and learn from one another as such.
 """
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg=""):
     """Returns the config; its arguments are the defaults below. `widths` may differ: "8+16"."""
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         model="resnet8",
@@ -53,13 +53,13 @@ def get_config(arg=""):
         config.nets[name] = common.net(args.model, width=width, rules=args.bits)
     config.nets[peers[0]].init_from = "alone"
 
-    def stage(learn, lr, weight_decay, stale=0):
+    def stage(learn, bits, stale=0):
         return common.train(
             learn=learn,
-            optim={net: common.sgd(lr, weight_decay=weight_decay) for net in learn},
             epochs=args.epochs or recipe["epochs"],
             batch_size=recipe["batch_size"],
             stale=stale,
+            **common.descent(*learn, bits=bits),
         )
 
     def labels():
@@ -76,14 +76,12 @@ def get_config(arg=""):
         for name in peers
     }
     schedule = []
-    quantized = args.bits != "float"
-    if quantized:
-        config.stages.start = stage({net: labels() for net in ["alone", *peers[1:]]}, 0.1, 5e-4)
+    if args.bits != "float":
+        config.stages.start = stage({net: labels() for net in ["alone", *peers[1:]]}, "float")
         config.stages.calibrate = common.calibrate("alone", *peers)
         schedule += ["start", "calibrate"]
-    lr, decay = (0.05, 1e-4) if quantized else (0.1, 5e-4)
-    config.stages.mutual = stage(mutual, lr, decay, args.stale)
-    config.stages.alone = stage(dict(alone=labels()), lr, decay)
+    config.stages.mutual = stage(mutual, args.bits, args.stale)
+    config.stages.alone = stage(dict(alone=labels()), args.bits)
     # The peers first: `student0` copies `alone` at the moment at which it first takes part.
     schedule += ["mutual", "alone", "evaluate"]
     config.stages.evaluate = common.evaluate(

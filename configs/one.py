@@ -11,7 +11,7 @@ without the others, which have rows of their own (`student.branch1`, ..., `stude
 their methods as quantized nets; the other branches stay in float.
 """
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg=""):
@@ -20,7 +20,7 @@ def get_config(arg=""):
     `blocks` is that of a stage of the model (1 for resnet8, 3 for resnet20). `ramp` is the share of
     the stage over which the ensemble's lessons come in: 80 of 300 epochs in the authors' code.
     """
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         model="resnet8",

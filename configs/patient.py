@@ -9,12 +9,12 @@ at the usual length (`short`), and labels in place of the teacher (`labels`, wit
 The rows differ in steps where the method is about them, and the run says so.
 """
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg=""):
     """Returns the config; its arguments are the defaults below. `bits` quantizes every student."""
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         model="resnet8",
@@ -34,16 +34,14 @@ def get_config(arg=""):
     epochs = args.epochs or recipe["epochs"]
     mixed = (*recipe["augment"], "mixup")
     arms = ("patient", "plain", "short", "labels")
-    quantized = args.bits != "float"
-    rates = (0.05, 1e-4) if quantized else (0.1, 5e-4)  # learning rate, weight decay
 
-    def stage(net, learn, factor=1.0, augment=(), rates=rates):
+    def stage(net, learn, factor=1.0, augment=(), bits=args.bits):
         return common.train(
             learn={net: learn},
-            optim={net: common.sgd(rates[0], weight_decay=rates[1])},
             epochs=factor * epochs,
             batch_size=recipe["batch_size"],
             augment=augment,
+            **common.descent(net, bits=bits),
         )
 
     schedule = []
@@ -52,7 +50,7 @@ def get_config(arg=""):
         config.stages[name] = fields
         schedule.append(name)
 
-    labels, of_float = dict(ce=common.ce()), (0.1, 5e-4)
+    labels = dict(ce=common.ce())
     config.nets.teacher = common.net(
         args.teacher, width=args.teacher_width, init_from=args.teacher_from
     )
@@ -62,9 +60,9 @@ def get_config(arg=""):
             args.model, width=args.width, rules=args.bits, init_from="start"
         )
     if not args.teacher_from:
-        add("teach", stage("teacher", labels, rates=of_float))
-    if quantized:
-        add("pretrain", stage("start", labels, rates=of_float))
+        add("teach", stage("teacher", labels, bits="float"))
+    if args.bits != "float":
+        add("pretrain", stage("start", labels, bits="float"))
         add("calibrate", common.calibrate("start"))
     taught = dict(kd=common.kd("teacher", temperature=args.temperature))
     add("patient", stage("patient", taught, args.patience, mixed))

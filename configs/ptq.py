@@ -8,7 +8,7 @@ top; GPTQ; learned rounding by layer (AdaRound) and by block (BRECQ, QDrop); and
 training, which sees labels. All but `dynamic` and `qat` have their BatchNorms folded first.
 """
 
-from configs import common
+from configs import arguments, common
 
 OBSERVERS = ("minmax", "percentile", "mse", "entropy", "rms")
 # Rung -> stages between folding and the row, in order. `calibrate` takes the mse observer.
@@ -29,7 +29,7 @@ def get_config(arg=""):
     at the learning rate `lr` (the papers take 10,000 and more at 0.001); `examples` the images that
     are shown to the methods; `rungs` a "+"-separated choice, empty for all.
     """
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         model="resnet8",
@@ -55,12 +55,12 @@ def get_config(arg=""):
             raise ValueError(f"unknown rung {rung!r} in rungs; allowed: {', '.join(known)}.")
     rungs = [r for r in known if not wanted or r in wanted]
 
-    def train(net, lr, weight_decay, epochs):
+    def train(net, bits, epochs):
         return common.train(
             learn={net: dict(ce=common.ce())},
-            optim={net: common.sgd(lr, weight_decay=weight_decay)},
             epochs=epochs or recipe["epochs"],
             batch_size=recipe["batch_size"],
+            **common.descent(net, bits=bits),
         )
 
     def net(rules, **fields):
@@ -74,7 +74,7 @@ def get_config(arg=""):
 
     config.nets.float = net("float", init_from=args.init_from)
     if not args.init_from:
-        add("pretrain", train("float", 0.1, 5e-4, args.epochs))
+        add("pretrain", train("float", "float", args.epochs))
     for rung in rungs:
         kind = {"dynamic": ":dynamic", "qat": ""}.get(rung, ":static")
         text = args.bits + kind + (f":{args.granularity}" if kind else "")
@@ -97,7 +97,7 @@ def get_config(arg=""):
                 stage.update(steps=args.steps, lr=args.lr)
             add(f"{rung}_{kind}", stage)
     if "qat" in rungs:
-        add("qat_train", train("qat", 0.05, 1e-4, args.qat_epochs))
+        add("qat_train", train("qat", args.bits, args.qat_epochs))
         add("qat_reestimate", common.reestimate_bn("qat"))
     methods = {r: f"static {r}" if r in OBSERVERS else r for r in rungs}
     add("evaluate", common.evaluate(reference="float", float="float", **methods))

@@ -16,7 +16,7 @@ ranges then, on activations that the quantized weights make, and training goes o
 and its place in the schedule.
 """
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg=""):
@@ -25,7 +25,7 @@ def get_config(arg=""):
     `progressive` is a "+"-separated list of bits, the last in place of `bits`: 4 is short for w4a4
     with the quantizer of `bits`.
     """
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         model="resnet8",
@@ -51,17 +51,13 @@ def get_config(arg=""):
     if len(set(names)) < len(names):
         raise ValueError(f"config argument progressive is {args.progressive!r}; name bits once.")
 
-    def train(net, share, optim, bits=""):
+    def train(net, share, bits, **fields):
         return common.train(
             learn={net: dict(ce=common.ce())},
-            optim={net: optim},
             epochs=share * epochs,
             batch_size=recipe["batch_size"],
-            hygiene=common.clamped(bits, net),
+            **common.descent(net, bits=bits, **fields),
         )
-
-    def low_bit(**fields):
-        return common.sgd(0.05, weight_decay=1e-4, **fields)
 
     schedule = []
 
@@ -71,7 +67,7 @@ def get_config(arg=""):
 
     first = names[0]
     if not args.init_from:  # a net from elsewhere is trained already
-        add("pretrain", train(first, 1.0, common.sgd(0.1, weight_decay=5e-4)))
+        add("pretrain", train(first, 1.0, "float"))
     add("evaluate_float", common.evaluate(**{first: "float"}))
     source = args.init_from
     for net, rules in zip(names, rungs, strict=True):
@@ -87,15 +83,15 @@ def get_config(arg=""):
         share = 1 / len(rungs)
         if args.delay:
             add(f"calibrate_weights{rung}", common.calibrate(net, operands=("weight",)))
-            add(f"qat_weights{rung}", train(net, share * args.delay, low_bit(), rules))
+            add(f"qat_weights{rung}", train(net, share * args.delay, rules))
             inputs = common.calibrate(net, operands=("input", "other", "output"))
             add(f"calibrate_inputs{rung}", inputs)
-            optim = low_bit(continues=f"qat_weights{rung}")
-            add(f"qat{rung}", train(net, share * (1 - args.delay), optim, rules))
+            rest = train(net, share * (1 - args.delay), rules, continues=f"qat_weights{rung}")
+            add(f"qat{rung}", rest)
         else:
             add(f"calibrate{rung}", common.calibrate(net))
             add(f"evaluate_calibrated{rung}", common.evaluate(**{net: "calibrated"}))
-            add(f"qat{rung}", train(net, share, low_bit(), rules))
+            add(f"qat{rung}", train(net, share, rules))
         if net != "net":
             add(f"evaluate{rung}", common.evaluate(**{net: "QAT"}))
     add("reestimate_bn", common.reestimate_bn("net"))

@@ -17,7 +17,7 @@ start of co-studying on: a loss that is a stage of its own (`fsp`, `ab`) leaves 
 labels, and `ft` goes on with its paraphraser.
 """
 
-from configs import common, terms
+from configs import arguments, common, terms
 
 
 def get_config(arg=""):
@@ -26,7 +26,7 @@ def get_config(arg=""):
     `bits` is w2a2, w4a4, ... or ternary; `teacher_from` and `init_from` take float weights from
     runs or files instead of training them here.
     """
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         student="resnet8",
@@ -64,20 +64,15 @@ def get_config(arg=""):
     config.nets.qat_only = common.net(**quantized, init_from="student")
     config.nets.qat_fixed_teacher = common.net(**quantized, init_from="student")
 
-    def stage(share, learn, optim, *low):
+    def stage(net, learn, *, share=1.0, bits=args.bits, continues=""):
         return common.train(
-            learn=learn,
-            optim=optim,
+            learn={net: learn},
             epochs=share * epochs,
             batch_size=batch_size,
-            hygiene=common.clamped(args.bits, *low),
+            **common.descent(net, bits=bits, continues=continues),
         )
 
-    def of_float(net):
-        return stage(1.0, {net: dict(ce=common.ce())}, {net: common.sgd(0.1, weight_decay=5e-4)})
-
-    def low_bit(continues=""):
-        return common.sgd(0.05, weight_decay=1e-4, continues=continues)
+    labels = dict(ce=common.ce())
 
     if args.loss in ("simkd", *terms.SEVERAL):
         raise ValueError(
@@ -92,43 +87,26 @@ def get_config(arg=""):
 
     stages = config.stages
     if not args.teacher_from:
-        stages.pretrain_teacher = of_float("teacher")
+        stages.pretrain_teacher = stage("teacher", labels, bits="float")
     if not args.init_from:
-        stages.pretrain_student = of_float("student")
+        stages.pretrain_student = stage("student", labels, bits="float")
     stages.evaluate_float = common.evaluate("teacher_before", teacher="float", student="float")
     stages.calibrate = common.calibrate("student")
-    stages.qat_only = stage(
-        1.0, dict(qat_only=dict(ce=common.ce())), dict(qat_only=low_bit()), "qat_only"
-    )
-    stages.qat_fixed_teacher = stage(
-        1.0,
-        dict(qat_fixed_teacher=taught()),
-        dict(qat_fixed_teacher=low_bit()),
-        "qat_fixed_teacher",
-    )
+    stages.qat_only = stage("qat_only", labels)
+    stages.qat_fixed_teacher = stage("qat_fixed_teacher", taught())
     # The controls get what the student gets.
     stages.reestimate_bn_controls = common.reestimate_bn("qat_only", "qat_fixed_teacher")
     stages.evaluate_controls = common.evaluate(
         "teacher_before", qat_only="QAT alone", qat_fixed_teacher="QAT, fixed teacher"
     )
-    stages.self_study = stage(
-        0.15, dict(student=dict(ce=common.ce())), dict(student=low_bit()), "student"
-    )
-    stages.co_study = stage(
-        0.50,
-        dict(
-            student=taught(share=0.50),
-            teacher=taught("student", share=0.50),
-        ),
-        dict(student=low_bit("self_study"), teacher=common.sgd(0.005, weight_decay=1e-4)),
-        "student",
-    )
-    stages.tutor = stage(
-        0.35,
-        dict(student=taught(done=0.50, share=0.35)),
-        dict(student=low_bit("co_study")),
-        "student",
-    )
+    stages.self_study = stage("student", labels, share=0.15)
+    co_study = stage("student", taught(share=0.50), share=0.50, continues="self_study")
+    co_study["learn"]["teacher"] = taught("student", share=0.50)
+    co_study["optim"]["teacher"] = common.sgd(0.005, weight_decay=1e-4)
+    co_study["hygiene"]["teacher"] = common.hygiene()
+    stages.co_study = co_study
+    tutored = taught(done=0.50, share=0.35)
+    stages.tutor = stage("student", tutored, share=0.35, continues="co_study")
     stages.reestimate_bn = common.reestimate_bn("student")
     stages.evaluate = common.evaluate("teacher_before", student="QKD", teacher="after co-studying")
     stages.deploy = common.deploy("student")

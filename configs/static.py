@@ -7,7 +7,7 @@ BatchNorm is folded first. `configs/ptq.py` goes on from here: equalization, bia
 learned rounding.
 """
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg=""):
@@ -16,7 +16,7 @@ def get_config(arg=""):
     `granularity` is that of the weights: "channel", "tensor" or a group size (which is not
     exported); `init_from` a trained net (see `common.net`) in place of training one.
     """
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         model="resnet8",

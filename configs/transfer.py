@@ -10,7 +10,7 @@ be the student's model, trained on images of the target's shape: `digits28` are 
 at the size of Fashion-MNIST. In the frozen arm BatchNorm's statistics still follow the new images.
 """
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg=""):
@@ -19,7 +19,7 @@ def get_config(arg=""):
     `source` is "<run folder>#<net>" or a file of weights; without one it is trained here on the
     target's own images, which shows the mechanism and no transfer.
     """
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="fashion_mnist",
         source="",

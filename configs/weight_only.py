@@ -6,7 +6,7 @@
 Weights with a scale a group (int4) run fake-quantized and are not exported.
 """
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg=""):
@@ -16,7 +16,7 @@ def get_config(arg=""):
     contraction of every layer; `init_from` a trained net (see `common.net`) in place of training
     one.
     """
-    args = common.parse_arg(
+    args = arguments.parse(
         arg,
         data="digits",
         model="resnet8",

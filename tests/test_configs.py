@@ -7,13 +7,15 @@ import sys
 
 import pytest
 
-from configs import common, qkd, terms
+from configs import arguments, qkd, terms
 from qkd_jax import experiment, presets
 from qkd_jax.experiment import settings
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
-    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common", "terms")
+    p.stem
+    for p in (ROOT / "configs").glob("*.py")
+    if p.stem not in ("__init__", "arguments", "common", "terms")
 )
 
 
@@ -53,12 +55,12 @@ def test_configs_load_without_jax():
 # --- arguments ---------------------------------------------------------------------------------
 
 
-def test_parse_arg_types_by_defaults():
-    args = common.parse_arg(
+def test_arguments_types_by_defaults():
+    args = arguments.parse(
         "seed=3, lr=1e-2,flag,data=mnist,other=no", seed=0, lr=0.1, flag=False, data="x", other=True
     )
     assert args.to_dict() == dict(seed=3, lr=0.01, flag=True, data="mnist", other=False)
-    assert common.parse_arg("", seed=1).seed == common.parse_arg(None, seed=1).seed == 1
+    assert arguments.parse("", seed=1).seed == arguments.parse(None, seed=1).seed == 1
 
 
 @pytest.mark.parametrize(
@@ -73,9 +75,9 @@ def test_parse_arg_types_by_defaults():
         ("seed=1,seed=2", "given twice"),
     ],
 )
-def test_parse_arg_says_what_is_wrong(arg, message):
+def test_arguments_says_what_is_wrong(arg, message):
     with pytest.raises(ValueError, match=message):
-        common.parse_arg(arg, seed=0, lr=0.1, flag=False)
+        arguments.parse(arg, seed=0, lr=0.1, flag=False)
 
 
 def test_qkd_arguments_reach_the_nets():
@@ -266,3 +268,21 @@ def test_qkd_starts_from_nets_that_are_trained():
     assert config.nets.teacher.init_from == "t.npz"
     assert config.nets.student.init_from == "s.npz"
     assert qkd.get_config("init_from=s.npz").schedule[0] == "pretrain_teacher"
+
+
+TRAINED_LOW = "assistant byot feature_kd multi_teacher mutual one patient ptq qat qkd"
+
+
+@pytest.mark.parametrize("name", TRAINED_LOW.split())
+def test_learned_steps_are_clamped_in_every_low_bit_recipe(name):
+    config = importlib.import_module(f"configs.{name}").get_config("bits=w2a2")
+    seen = set()
+    for stage in config.stages.values():
+        if stage.kind != "train":
+            continue
+        for net in stage.learn:
+            low = stage.optim[net].lr == 0.05
+            assert stage.hygiene[net].max_ratio == (8.0 if low else 0.0)
+            seen.add(low)
+            assert not low or config.nets[net].rules == "w2a2"
+    assert True in seen

@@ -226,7 +226,7 @@ def test_each_rule_finds_its_offence(check, file, source):
         ("qkd_jax/data/x.py", "def f():\n    import grain"),
         ("qkd_jax/report/x.py", "if TYPE_CHECKING:\n    import onnx"),
         ("launch.py", "from absl import app, flags\ndef f():\n    import qkd_jax"),
-        ("configs/x.py", "from configs.common import parse_arg\nimport ml_collections"),
+        ("configs/x.py", "from configs.common import sgd\nimport ml_collections"),
     ],
 )
 def test_what_is_allowed_passes(file, source):

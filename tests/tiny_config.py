@@ -1,11 +1,11 @@
 """QKD in seconds: MLPs on synthetic images. Used by the tests of the run as a whole."""
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg=""):
     """Returns the config. `steps` is the length of every arm."""
-    args = common.parse_arg(arg, seed=0, steps=8, deploy=False, save_steps=0)
+    args = arguments.parse(arg, seed=0, steps=8, deploy=False, save_steps=0)
     config = common.frame(data="synthetic", seed=args.seed, train_examples=96)
     config.eval_batch_size = 128
     config.data.augment = ("shift:1",)
