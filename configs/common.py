@@ -250,7 +250,7 @@ def descent(*nets: str, bits: str = "float", **fields: Any) -> dict[str, Any]:
       bits: their rules preset; those without learned steps have nothing to clamp.
       **fields: of `sgd`.
     """
-    rates = dict(lr=0.1, weight_decay=5e-4)
+    rates: dict[str, Any] = dict(lr=0.1, weight_decay=5e-4)
     if bits != "float":
         rates = dict(lr=0.05, weight_decay=1e-4)
     learned = re.fullmatch(r"w\d+a\d+(:(?!static|dynamic).*)?|ternary", bits)

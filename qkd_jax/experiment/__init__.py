@@ -35,7 +35,8 @@ from qkd_jax.experiment import soft_labels
 from qkd_jax.experiment.hygiene import check_hygiene
 from qkd_jax.experiment.overview import overview
 from qkd_jax.experiment.run import Run
-from qkd_jax.experiment.settings import Settings, Stage, resolve, shapes
+from qkd_jax.experiment.schedule import Stage
+from qkd_jax.experiment.settings import Settings, resolve, shapes
 from qkd_jax.experiment.stages import CHECKS, STAGES
 from qkd_jax.quantize import load_float
 from qkd_jax.training.checkpoint import Checkpoints

@@ -31,7 +31,7 @@ from qkd_jax import deploy as shipping
 from qkd_jax import ptq, report, weights
 from qkd_jax.data.dataset import Dataset
 from qkd_jax.experiment.run import Run
-from qkd_jax.experiment.settings import Stage
+from qkd_jax.experiment.schedule import Stage
 from qkd_jax.hierarchy import TREES
 from qkd_jax.inspection import LayerInfo, layers
 from qkd_jax.quantizers import QUANTIZERS, live

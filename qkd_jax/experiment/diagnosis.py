@@ -13,7 +13,7 @@ from typing import Any, cast
 from qkd_jax import checks
 from qkd_jax.diagnostics import diagnose as diagnose_net
 from qkd_jax.experiment.run import Run
-from qkd_jax.experiment.settings import Stage
+from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.values import check_rules
 from qkd_jax.training.tracking import read_json, write_json
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from qkd_jax import checks, training
 from qkd_jax.experiment.run import Run
-from qkd_jax.experiment.settings import Stage, shapes
+from qkd_jax.experiment.schedule import Stage
+from qkd_jax.experiment.settings import shapes
 from qkd_jax.training.generator_cmi import check_cmi, cmi_steps
 from qkd_jax.training.generator_dafl import check_dafl
 from qkd_jax.training.loop import Preempted

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkd_jax.experiment.settings import Settings, Stage, shapes
+from qkd_jax.experiment.schedule import Stage
+from qkd_jax.experiment.settings import Settings, shapes
 from qkd_jax.inspection import layers
 from qkd_jax.interception import OPERANDS
 from qkd_jax.numerics import Spec, Stats

@@ -13,7 +13,7 @@ from typing import Any
 
 from qkd_jax import checks, ptq
 from qkd_jax.experiment.run import Run
-from qkd_jax.experiment.settings import Stage
+from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.values import check_rules
 
 __all__ = ["PTQ_CHECKS", "PTQ_STAGES"]

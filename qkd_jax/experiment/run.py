@@ -15,7 +15,8 @@ import numpy as np
 
 from qkd_jax import data, metrics, weights
 from qkd_jax.data.dataset import Dataset
-from qkd_jax.experiment.settings import Settings, Stage, shapes
+from qkd_jax.experiment.schedule import Stage
+from qkd_jax.experiment.settings import Settings, shapes
 from qkd_jax.models import MODELS
 from qkd_jax.quantize import QuantizedModel, load_float
 from qkd_jax.training.checkpoint import Checkpoints, Restored

@@ -24,7 +24,7 @@ from qkd_jax.experiment.generation import GENERATOR_CHECKS, GENERATOR_STAGES
 from qkd_jax.experiment.heads import head_rows
 from qkd_jax.experiment.ptq_stages import PTQ_CHECKS, PTQ_STAGES
 from qkd_jax.experiment.run import Run
-from qkd_jax.experiment.settings import Stage
+from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.synthesis import check_synthesize, synthesize
 from qkd_jax.experiment.training_stage import plan_stage, quantizer_means, train
 from qkd_jax.experiment.values import check_rules

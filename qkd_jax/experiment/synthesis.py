@@ -10,7 +10,7 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.experiment.generation import check_remembers, reporter
 from qkd_jax.experiment.run import Run
-from qkd_jax.experiment.settings import Stage
+from qkd_jax.experiment.schedule import Stage
 from qkd_jax.training import synthesis
 from qkd_jax.training.progress import Progress
 from qkd_jax.training.state import stream_key

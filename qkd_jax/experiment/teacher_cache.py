@@ -24,7 +24,7 @@ from qkd_jax.data import logits as files
 from qkd_jax.data.dataset import Dataset
 from qkd_jax.data.views import Views
 from qkd_jax.experiment.run import Run
-from qkd_jax.experiment.settings import Stage
+from qkd_jax.experiment.schedule import Stage
 from qkd_jax.losses import BY_SOFTMAX, LOSSES
 from qkd_jax.training.plan import Plan, cached_key
 from qkd_jax.training.rows import as_sources

@@ -13,7 +13,7 @@ import numpy as np
 from qkd_jax import data
 from qkd_jax.experiment.heads import evaluate_heads
 from qkd_jax.experiment.run import Run
-from qkd_jax.experiment.settings import Stage
+from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.teacher_cache import cached_nets, prepare
 from qkd_jax.training import hygiene as healthy
 from qkd_jax.training.loop import Hooks, Window, run_steps

@@ -10,10 +10,8 @@
   `freeze` to `freeze_end` along a cosine; `dampen` adds L = sum (clip(w) - w_hat)^2, w_hat without
   gradient (equation 6), with a strength that rises from `dampen_start` to `dampen` along a cosine.
 - **Step clamp**: `max_ratio` keeps what a quantizer learns of its grid's size within a factor of
-  what it was when the stage began: `step`, `alpha` (pact, apot, static binary), `center` and
-  `half_width`, `gain` and the width of `lower` to `upper` (which is kept about its middle), and
-  `log2_threshold` within the factor's logarithm. What nothing learns (uniform's `scale`) is not
-  clamped, and a net that has nothing else is refused.
+  what it was when the stage began (`training/clamping.py`). What nothing learns (uniform's `scale`)
+  is not clamped, and a net that has nothing else is refused.
 - **Annealing**: `anneal` takes a quantizer's parameter, such as the sigmoid's temperature, to a
   value at the stage's end, by equal ratios.
 - **Size budget** for learned bits: `size_weight * max(size / size_bytes - 1, 0)` is added to the
@@ -41,6 +39,7 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.numerics import Spec
 from qkd_jax.quantizers import QUANTIZERS, lsq
+from qkd_jax.training import clamping
 from qkd_jax.training.trees import flatten
 from qkd_jax.training.weights import Weight, quantized_weights, rounded, with_weight
 
@@ -72,21 +71,6 @@ HYGIENE_FIELDS: dict[str, Any] = {
 }
 # A weight counts as oscillating from this frequency on, as in the paper's table 1.
 OSCILLATES = 0.005
-# What `max_ratio` clamps: the parameters in which the size of a quantizer's grid is learned.
-_CLAMPED = {
-    "lsq": ("step",),
-    "lsq_plus": ("step",),
-    "tqt": ("log2_threshold",),
-    "pact": ("alpha",),
-    "ewgs": ("lower", "upper", "gain"),
-    "dsq": ("step",),
-    "sigmoid": ("step",),
-    "qil": ("center", "half_width"),
-    "apot": ("alpha",),
-    "binary": ("alpha",),
-}
-_LOG2_STEPS = ("log2_threshold",)
-_ENDS = ("lower", "upper")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,12 +219,12 @@ def check(
                 f"{where}.anneal.{name}: no quantizer of the net has a parameter {name!r}; there "
                 f"are {', '.join(there) or 'none yet: calibrate first'}."
             )
-    if hygiene.clamp and not any(_clamps(spec, name) for spec, name in owned):
+    if hygiene.clamp and not any(clamping.clamps(spec, name) for spec, name in owned):
         has = ", ".join(sorted({f"{spec.quantizer}'s {name}" for spec, name in owned}))
         raise ValueError(
             f"{where}.max_ratio: no quantizer of the net has a learned step; there are "
             f"{has or 'none yet: calibrate first'}. Drop it, or use one of "
-            f"{', '.join(_CLAMPED)} (binary with the option static)."
+            f"{', '.join(clamping.CLAMPED)} (binary with the option static)."
         )
     if hygiene.budget and not any(map(_learns_bits, weights.values())):
         raise ValueError(
@@ -289,7 +273,7 @@ def init(
     state["start"] = {
         name: names[name]
         for name, spec in owners.items()
-        if _last(name) in hygiene.anneal or (hygiene.clamp and _clamps(spec, _last(name)))
+        if _last(name) in hygiene.anneal or (hygiene.clamp and clamping.clamps(spec, _last(name)))
     }
     for name, leaf in state["start"].items():
         if _last(name) in hygiene.anneal and not isinstance(leaf, jax.core.Tracer):
@@ -303,12 +287,6 @@ def _owner(module: Any, name: str) -> Spec | None:
     if not owner.endswith("_quantizer"):
         return None
     return module.spec_of(path.lstrip("/"), owner.removesuffix("_quantizer"))
-
-
-def _clamps(spec: Spec, name: str) -> bool:
-    if spec.quantizer == "binary" and not spec.option("static", False):
-        return False
-    return not spec.dynamic and name in _CLAMPED.get(spec.quantizer, ())
 
 
 def _refuse_sign(where: str, name: str, start: jax.Array) -> None:
@@ -416,7 +394,9 @@ def apply(
         },
     )
     if hygiene.clamp:
-        quant = _map_leaves(quant, _bounded_ends(hyper, flatten(quant), state["start"]))
+        quant = _map_leaves(
+            quant, clamping.bounded_ends(flatten(quant), state["start"], hyper["max_ratio"])
+        )
     learned = {**learned, "quant": quant} if quant else learned
     if hygiene.budget:
         learned = {**learned, "quant": _map_leaves(quant, _bounded_bits(module, learned))}
@@ -472,32 +452,9 @@ def _held(hygiene: Hygiene, hyper: Tree, done: jax.Array, name: str, start: jax.
     def held(value: jax.Array) -> jax.Array:
         if name in hygiene.anneal:
             return (start * (hyper[f"anneal_{name}"] / start) ** done).astype(value.dtype)
-        if name in _ENDS:  # together: `_bounded_ends`
-            return value
-        ratio = hyper["max_ratio"]
-        if name in _LOG2_STEPS:
-            return jnp.clip(value, start - jnp.log2(ratio), start + jnp.log2(ratio))
-        # A gain may be negative: its size is what is held.
-        low, high = jnp.abs(start) / ratio, jnp.abs(start) * ratio
-        return jnp.where(start < 0, jnp.clip(value, -high, -low), jnp.clip(value, low, high))
+        return clamping.clamped(name, value, start, hyper["max_ratio"])
 
     return held
-
-
-def _bounded_ends(hyper: Tree, leaves: Mapping[str, Any], start: Tree) -> Tree:
-    """{name in "quant": function} that holds the width of intervals, about their middle."""
-    found = {}
-    for name in start:
-        if _last(name) != "lower":
-            continue
-        above = f"{name.removesuffix('lower')}upper"
-        width, middle = leaves[above] - leaves[name], (leaves[above] + leaves[name]) / 2
-        first, ratio = start[above] - start[name], hyper["max_ratio"]
-        half = jnp.clip(width, first / ratio, first * ratio) / 2
-        inside = (width >= first / ratio) & (width <= first * ratio)
-        for end, place in ((name, middle - half), (above, middle + half)):
-            found[end] = lambda value, p=place, i=inside: jnp.where(i, value, p)
-    return found
 
 
 def oscillating(state: Tree) -> dict[str, float]:

@@ -14,6 +14,7 @@ from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, quantize
 from qkd_jax.quantizers import QUANTIZERS
 from qkd_jax.training import (
+    clamping,
     frozen_variables,
     hygiene,
     make_step,
@@ -294,8 +295,8 @@ def test_every_quantizer_that_learns_a_size_is_clamped():
         grads = jax.grad(lambda p: jnp.sum(x * module.fake_quant(x, p, spec)))(params)  # noqa: B023
         learned = {key for key, g in grads.items() if g != 0 and key in sized}
         learned -= {"alpha"} if name == "dsq" else set()
-        assert {key for key in params if hygiene._clamps(spec, key)} >= learned, name
-    assert not hygiene._clamps(Spec(4), "scale")
+        assert {key for key in params if clamping.clamps(spec, key)} >= learned, name
+    assert not clamping.clamps(Spec(4), "scale")
 
 
 def test_annealing_by_equal_ratios_to_the_end():

@@ -1,0 +1,76 @@
+"""Learned sizes of a quantizer's grid, kept within a factor of what they were.
+
+`step`, `alpha` (pact, apot, static binary), `center` and `half_width` and `gain` are kept between
+start / ratio and start ratio, `log2_threshold` within log2(ratio) of its start, and `lower` to
+`upper` by their width, about their middle.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax.numerics import Spec
+
+__all__ = ["CLAMPED", "bounded_ends", "clamped", "clamps"]
+
+# The parameters in which the size of a quantizer's grid is learned.
+CLAMPED = {
+    "lsq": ("step",),
+    "lsq_plus": ("step",),
+    "tqt": ("log2_threshold",),
+    "pact": ("alpha",),
+    "ewgs": ("lower", "upper", "gain"),
+    "dsq": ("step",),
+    "sigmoid": ("step",),
+    "qil": ("center", "half_width"),
+    "apot": ("alpha",),
+    "binary": ("alpha",),
+}
+_LOG2 = ("log2_threshold",)
+_ENDS = ("lower", "upper")
+
+
+def clamps(spec: Spec, name: str) -> bool:
+    """Whether a parameter of this quantizer is the learned size of its grid."""
+    if spec.quantizer == "binary" and not spec.option("static", False):
+        return False
+    return not spec.dynamic and name in CLAMPED.get(spec.quantizer, ())
+
+
+def clamped(name: str, value: jax.Array, start: jax.Array, ratio: jax.Array) -> jax.Array:
+    """Returns a parameter within its bounds; the ends of intervals wait for `bounded_ends`."""
+    if name in _ENDS:
+        return value
+    if name in _LOG2:
+        return jnp.clip(value, start - jnp.log2(ratio), start + jnp.log2(ratio))
+    # A gain may be negative: its size is what is held.
+    low, high = jnp.abs(start) / ratio, jnp.abs(start) * ratio
+    return jnp.where(start < 0, jnp.clip(value, -high, -low), jnp.clip(value, low, high))
+
+
+def bounded_ends(
+    leaves: Mapping[str, jax.Array], start: Mapping[str, jax.Array], ratio: jax.Array
+) -> dict[str, Callable[[jax.Array], jax.Array]]:
+    """Returns {name in "quant": function} that holds the width of intervals, about their middle.
+
+    Args:
+        leaves: Parameters now, by their paths.
+        start: Those of them that are clamped, when the stage began.
+        ratio: The factor, a scalar.
+    """
+    found: dict[str, Callable[[jax.Array], jax.Array]] = {}
+    for name in start:
+        if name.rpartition("/")[2] != "lower":
+            continue
+        above = f"{name.removesuffix('lower')}upper"
+        width, middle = leaves[above] - leaves[name], (leaves[above] + leaves[name]) / 2
+        first = start[above] - start[name]
+        half = jnp.clip(width, first / ratio, first * ratio) / 2
+        inside = (width >= first / ratio) & (width <= first * ratio)
+        for end, place in ((name, middle - half), (above, middle + half)):
+            found[end] = functools.partial(jnp.where, ~inside, place)
+    return found
