@@ -321,6 +321,7 @@ def calibrate(
 ) -> dict[str, Any]:
     """Returns a `calibrate` stage; `observer=""` leaves the choice to each spec.
 
+    Options of an observer are texts, observer_options=("power:2.4",) for "mse".
     `operands` ("weight", "input", "other", "output") calibrates some and keeps the others; empty
     means all. `images` names a stage that makes images; "" is the training split.
     """
@@ -329,6 +330,7 @@ def calibrate(
         nets=nets,
         examples=examples,
         observer="",
+        observer_options=(),
         operands=operands,
         images=images,
     )

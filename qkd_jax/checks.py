@@ -132,6 +132,26 @@ def number(
         )
 
 
+def named_numbers(name: str, given: Any, example: str) -> dict[str, Any]:
+    """Returns {word: number} of a mapping, or of texts "word:number" such as the example.
+
+    Texts are what a command line can override: a dict in a config takes no new keys from it.
+    """
+    if isinstance(given, Mapping):
+        return dict(given)
+    wrong = ValueError(f"{name} is {given!r}; give texts, such as ({example!r},), or a dict.")
+    if given is not None and not isinstance(given, list | tuple):
+        raise wrong
+    found = {}
+    for text in given or ():
+        word, _, value = str(text).partition(":")
+        try:
+            found[word.strip()] = float(value)
+        except ValueError:
+            raise wrong from None
+    return found
+
+
 def vector(name: str, array: Any, length: int, meaning: str) -> None:
     """Raises ValueError unless `array` has shape (length,); `meaning` says one entry per what."""
     if tuple(array.shape) != (length,):

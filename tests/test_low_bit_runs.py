@@ -198,7 +198,9 @@ def test_a_float_net_has_nothing_to_round(kind):
         (dict(observer="minmax", observer_options=dict(power=2.4)), r"minmax', which has none"),
         (dict(observer="mse", observer_options=dict(powr=2.4)), r"Did you mean 'power'"),
         (dict(observer="mse", observer_options=dict(power=0.0)), r"option power is 0"),
-        (dict(observer="mse", observer_options=2.4), r"give a dict"),
+        (dict(observer="mse", observer_options=("powr:2.4",)), r"Did you mean 'power'"),
+        (dict(observer="mse", observer_options=("power",)), r"such as \('power:2.4',\)"),
+        (dict(observer="mse", observer_options=2.4), r"give texts.*or a dict"),
     ],
 )
 def test_wrong_options_of_an_observer_are_refused_before_anything_runs(fields, message):

@@ -30,7 +30,6 @@ from qkd_jax.experiment.training_stage import plan_stage, quantizer_means, train
 from qkd_jax.experiment.values import check_rules
 from qkd_jax.inspection import layers, size
 from qkd_jax.interception import OPERANDS
-from qkd_jax.observers import OBSERVERS
 from qkd_jax.training.trees import flatten
 
 __all__ = ["CHECKS", "STAGES", "plan_stage"]
@@ -43,7 +42,7 @@ def calibrate(
     nets: Sequence[str],
     examples: int = 256,
     observer: str = "",
-    observer_options: Mapping[str, Any] | None = None,
+    observer_options: Sequence[str] | Mapping[str, Any] = (),
     operands: Sequence[str] = (),
     images: str = "",
 ) -> None:
@@ -52,9 +51,10 @@ def calibrate(
     With `operands` ("weight", "input", "other", "output") these alone, and the others as they are:
     weights first and inputs after some training, say. Empty means all.
     `images` names a stage that makes images, which are taken in place of training images.
-    `observer` serves every quantizer, with `observer_options` such as `dict(power=2.4)`.
+    `observer` serves every quantizer, with `observer_options` such as ("power:2.4",).
     """
     batches = run.images(examples, batch_size=256, source=images)
+    options = checks.named_numbers("observer_options", observer_options, "power:2.4")
     for name in nets:
         quant = flatten(run.variables[name].get("quant", {}))
         float_still = not any("_quantizer/" in f"/{path}" for path in quant)
@@ -69,7 +69,7 @@ def calibrate(
                 run.variables[name],
                 batches,
                 observer=observer or None,
-                observer_options=observer_options,
+                observer_options=options,
                 operands=tuple(operands) or None,
                 **cast(dict[str, Any], run.apply_arguments(name)),
             ),
@@ -81,8 +81,9 @@ def check_calibrate(nets: Mapping[str, Any], stage: Stage) -> None:
     """Checks the fields of a `calibrate` stage."""
     where = f"stages.{stage.name}"
     checks.integer_in(f"{where}.examples", stage.fields["examples"], 0)
-    checks.one_of(f"{where}.observer", stage.fields["observer"], ("", *OBSERVERS))
-    check_observer(f"{where}.", stage.fields["observer"] or None, stage.fields["observer_options"])
+    options = stage.fields["observer_options"]
+    options = checks.named_numbers(f"{where}.observer_options", options, "power:2.4")
+    check_observer(f"{where}.", stage.fields["observer"] or None, options)
     for operand in stage.fields["operands"]:
         if operand not in OPERANDS:
             raise checks.unknown(f"operand in {where}.operands", operand, OPERANDS)

@@ -108,7 +108,7 @@ def plan_hygiene(
             raise checks.unknown(f"field of {where}", key, HYGIENE_FIELDS)
     given = {**HYGIENE_FIELDS, **fields}
     numbers: dict[str, float] = {}
-    anneal = _annealed(f"{where}.anneal", given["anneal"])
+    anneal = checks.named_numbers(f"{where}.anneal", given["anneal"], "temperature:32")
     if given["track"] or given["freeze"]:
         checks.number(f"{where}.momentum", given["momentum"], low=0, low_allowed=False, high=1)
         numbers["momentum"] = given["momentum"]
@@ -145,23 +145,6 @@ def plan_hygiene(
         return None, {}
     numbers["horizon"] = float(horizon)
     return hygiene, {key: np.asarray(value, np.float32) for key, value in numbers.items()}
-
-
-def _annealed(where: str, given: Any) -> dict[str, Any]:
-    """{parameter: value at the end} of a mapping or of texts "parameter:value"."""
-    if isinstance(given, Mapping):
-        return dict(given)
-    wrong = ValueError(f"{where} is {given!r}; give texts, such as ('temperature:32',), or a dict.")
-    if isinstance(given, str):
-        raise wrong
-    found = {}
-    for text in given or ():
-        name, _, value = str(text).partition(":")
-        try:
-            found[name.strip()] = float(value)
-        except ValueError:
-            raise wrong from None
-    return found
 
 
 def describe(hygiene: Hygiene, numbers: Mapping[str, Any]) -> str:
