@@ -1,6 +1,6 @@
 """What distillation costs in a step: the teacher inside it, and each family of losses.
 
-    python benchmarks/distill.py [--batch 128] [--rounds 9] [--losses rkd,crd]
+    python benchmarks/distill.py [--batch 128] [--rounds 9] [--losses rkd,crd] [--teacher_width 16]
 
 A ResNet-8 student of width 8 and a ResNet-20 teacher of width 16 on 28x28x1 images. The programs
 run in turn (the order alternates), so that a machine whose speed drifts slows all of them alike;
@@ -11,7 +11,9 @@ quoted are medians and the median of the ratios round by round.
 - `kd step`: cross-entropy and `kd`, the teacher inside: at most 1.05 times the sum of the two.
 - `kd step, cached`: the same with the teacher's logits in the batch, as a stage's cache reads them
   from disk: at most 1.1 times the student's step.
-- other losses: their step over that same sum, for what the loss and its adaptor cost.
+- other losses: their step over that same sum, for what the loss and its adaptor cost, as
+  `configs/terms.py` has them. `--losses=all` takes all of one teacher but `simkd`, whose student is
+  another net.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import arms  # noqa: F401  (finds the project)
 import jax
 import jax.numpy as jnp
 
+from configs import terms
 from qkd_jax import MODELS, quantize
 from qkd_jax.training import (
     DataShape,
@@ -101,12 +105,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--losses", default="", help="more losses, with commas between")
+    parser.add_argument("--losses", default="", help="more losses, with commas between, or all")
+    parser.add_argument("--teacher_width", type=int, default=16)
     args = parser.parse_args()
 
     nets = {
         "student": quantize(MODELS["resnet8"](num_classes=10, width=8)),
-        "teacher": quantize(MODELS["resnet20"](num_classes=10, width=16)),
+        "teacher": quantize(MODELS["resnet20"](num_classes=10, width=args.teacher_width)),
     }
     keys = jax.random.split(jax.random.key(0), 4)
     batch = {
@@ -129,8 +134,11 @@ def main() -> None:
         "kd step": build({"ce": {}, "kd": teach}),
         "kd step, cached": build({"ce": {}, "kd": teach}, cached=taught),
     }
-    for loss in filter(None, args.losses.split(",")):
-        runners[f"{loss} step"] = build({"ce": {}, loss: teach})
+    losses = args.losses.split(",")
+    if args.losses == "all":
+        losses = [n for n in terms.TERMS if n not in (*terms.SEVERAL, "kd", "byot", "simkd")]
+    for loss in filter(None, losses):
+        runners[f"{loss} step"] = build(terms.learn(loss, "teacher"))
 
     times = timed(runners, args.rounds)
     parts = [a + b for a, b in zip(times["student step"], times["teacher forward"], strict=True)]

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from qkd_jax import checks
+from qkd_jax import checks, watched
 from qkd_jax.interception import OPERANDS, Frame
 from qkd_jax.numerics import Spec, stats
 from qkd_jax.observers import OBSERVERS
@@ -278,7 +278,7 @@ def _observe(
             ) from error
         if modules is not None:
             modules.update(frame.modules)
-        return _split(out["params"])
+        return watched.kept(out["params"], _SUFFIX)
 
     def start(found, path, operand, x, spec, axes):
         shape = tuple(n if i in axes else 1 for i, n in enumerate(x.shape)) if axes else ()
@@ -297,7 +297,9 @@ def _observe(
     step = jax.jit(lambda v, s, a: run(v, s, a, update))
     for arguments in inputs:
         states = step(variables, states, arguments)
-    return {(path, operand): state for path, operand, state in _walk(states) if state}
+    return {
+        (path, operand): state for path, operand, state in watched.walk(states, _SUFFIX) if state
+    }
 
 
 def _at(tree: Tree, path: str) -> Tree:
@@ -315,26 +317,6 @@ def _joined(floats: Mapping[str, Any], states: Tree) -> Tree:
         return out
 
     return {**floats, "params": merge(floats.get("params", {}), states)}
-
-
-def _split(params: Mapping[str, Any]) -> Tree:
-    out: Tree = {}
-    for key, value in params.items():
-        if key.endswith(_SUFFIX):
-            out[key] = value
-        elif isinstance(value, Mapping) and (inner := _split(value)):
-            out[key] = inner
-    return out
-
-
-def _walk(states: Tree, path: tuple[str, ...] = ()):
-    for key, value in states.items():
-        if key.endswith(_SUFFIX):
-            operand = key.removesuffix(_SUFFIX)
-            assert operand in OPERANDS
-            yield "/".join(path), operand, value
-        else:
-            yield from _walk(value, (*path, key))
 
 
 def _put(tree: Tree, path: str, name: str, value: Any) -> None:

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qkd_jax import watched
 from qkd_jax.calibration import model_arguments
-from qkd_jax.interception import OPERANDS, Frame, split_groups
+from qkd_jax.interception import Frame, split_groups
 from qkd_jax.numerics import Spec, compute_dtype
 from qkd_jax.quantize import QuantizedModel, join_quant
 from qkd_jax.quantizers import QUANTIZERS, in_use
@@ -183,14 +184,14 @@ def _runner(net: QuantizedModel, kwargs: Mapping[str, Any]):
     def run(joined, arguments):
         with nn.intercept_methods(_Watching(net, order)):
             _, out = net.model.apply(joined, *arguments, mutable=["params"], **kwargs)
-        return _kept(out["params"])
+        return watched.kept(out["params"], _SUFFIX)
 
     return jax.jit(run), order
 
 
 def _separate(states: Tree, order: Iterable[tuple[str, str]]):
     """Yields ((path, operand, step of a scan or None), sums) of one batch, in running order."""
-    found = {(path, operand): sums for path, operand, sums in _walk(states)}
+    found = {(path, operand): sums for path, operand, sums in watched.walk(states, _SUFFIX)}
     for path, operand in order:
         sums = found[path, operand]
         shape = np.shape(sums["count"])
@@ -361,24 +362,3 @@ def _finished(
         sqnr=sqnr,
         oscillating=oscillating if operand == "weight" else None,
     )
-
-
-def _kept(params: Mapping[str, Any]) -> Tree:
-    """The part of `params` that was written here."""
-    out: Tree = {}
-    for key, value in params.items():
-        if key.endswith(_SUFFIX):
-            out[key] = value
-        elif isinstance(value, Mapping) and (inner := _kept(value)):
-            out[key] = inner
-    return out
-
-
-def _walk(tree: Tree, path: tuple[str, ...] = ()):
-    for key, value in tree.items():
-        if key.endswith(_SUFFIX):
-            operand = key.removesuffix(_SUFFIX)
-            assert operand in OPERANDS
-            yield "/".join(path), operand, value
-        else:
-            yield from _walk(value, (*path, key))

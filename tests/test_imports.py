@@ -17,7 +17,18 @@ LAYERS: tuple[tuple[set[str], ...], ...] = (
     ({"quantizers"}, {"observers"}, {"losses"}, {"metrics"}),
     ({"models"}, {"data"}),
     ({"graph"},),
-    ({"product", "interception", "quantize", "calibration", "inspection", "placement", "presets"},),
+    (
+        {
+            "product",
+            "interception",
+            "watched",
+            "quantize",
+            "calibration",
+            "inspection",
+            "placement",
+            "presets",
+        },
+    ),
     ({"mixed_precision"}, {"diagnostics"}),
     ({"training"},),
     ({"ptq"}, {"weights"}),  # before deploy, since converting folds BatchNorm

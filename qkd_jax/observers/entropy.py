@@ -17,7 +17,6 @@ sums, so all cuts are one gather: see `thresholds`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Spec, Stats
+from qkd_jax.numerics import Spec
+from qkd_jax.observers.histogram import init, update
 
 __all__ = ["NEEDS_STATS", "START", "init", "range", "thresholds", "update"]
 
@@ -33,33 +33,6 @@ State = dict[str, jax.Array]
 
 NEEDS_STATS = False
 START = 128
-
-
-def init(shape: Sequence[int], spec: Spec) -> State:
-    """The state before any data: an empty histogram, and lo and hi."""
-    del spec
-    hi = jnp.full(shape, -jnp.inf, jnp.float32)
-    return {"lo": -hi, "hi": hi, **numerics.empty_histogram(shape)}
-
-
-def update(
-    state: State,
-    x: jax.Array,
-    spec: Spec,
-    *,
-    channel_axes: Sequence[int] = (),
-    stats: Stats | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
-) -> State:
-    """Counts one batch."""
-    del spec, stats
-    seen = numerics.measure(x, channel_axes=channel_axes, axis_name=axis_name)
-    histogram = {k: state[k] for k in ("counts", "exponent")}
-    return {
-        "lo": jnp.minimum(state["lo"], seen.lo.astype(state["lo"].dtype)),
-        "hi": jnp.maximum(state["hi"], seen.hi.astype(state["hi"].dtype)),
-        **numerics.add_to_histogram(histogram, x, channel_axes=channel_axes, axis_name=axis_name),
-    }
 
 
 def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:

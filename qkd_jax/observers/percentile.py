@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks, numerics
-from qkd_jax.numerics import Spec, Stats
+from qkd_jax.numerics import Spec
+from qkd_jax.observers import histogram
+from qkd_jax.observers.histogram import update
 
 __all__ = ["NEEDS_STATS", "OPTIONS", "init", "range", "update"]
 
@@ -36,32 +38,11 @@ def init(shape: Sequence[int], spec: Spec) -> State:
         ValueError: a percentile outside (0, 100].
     """
     checks.number("option percentile", _percentile(spec), low=0.0, high=100.0, low_allowed=False)
-    hi = jnp.full(shape, -jnp.inf, jnp.float32)
-    return {"lo": -hi, "hi": hi, **numerics.empty_histogram(shape)}
+    return histogram.init(shape, spec)
 
 
 def _percentile(spec: Spec) -> float:
     return spec.option("percentile", OPTIONS["percentile"])
-
-
-def update(
-    state: State,
-    x: jax.Array,
-    spec: Spec,
-    *,
-    channel_axes: Sequence[int] = (),
-    stats: Stats | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
-) -> State:
-    """Counts one batch."""
-    del spec, stats
-    seen = numerics.measure(x, channel_axes=channel_axes, axis_name=axis_name)
-    histogram = {k: state[k] for k in ("counts", "exponent")}
-    return {
-        "lo": jnp.minimum(state["lo"], seen.lo.astype(state["lo"].dtype)),
-        "hi": jnp.maximum(state["hi"], seen.hi.astype(state["hi"].dtype)),
-        **numerics.add_to_histogram(histogram, x, channel_axes=channel_axes, axis_name=axis_name),
-    }
 
 
 def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
