@@ -9,8 +9,9 @@
 Every arm is a run folder of its own under --out, the student's part of `configs/feature_kd.py`, so
 a stopped table goes on where it was; finished arms are read, not run. Seeds come one after another,
 so that an unfinished table has equal seeds in most rows. Losses of several teachers are left out.
-With `--bits=w2a2` the students of --students are quantized and learn again, and `QKD` (the three
-phases, the teacher learning in the second) is a row like the losses.
+With `--bits=w2a2` the students of --students are quantized and learn again. `QKD` (the three
+phases, the teacher learning in the second) and `QKD's loss, fixed teacher`, its control with the
+same terms and steps, are rows like the losses.
 Prints a markdown table (mean +- standard deviation over seeds) and writes kd_table.json and
 kd_table.png. `mistake severity` is the mean height of the lowest common ancestor of the predicted
 and the true class in the data set's class tree, over the mistakes; `s/step` is wall time on the
@@ -20,13 +21,14 @@ machine as it was, whose other work is in it.
 import argparse
 import json
 import pathlib
+import re
 import statistics
 
 import arms
 
 from configs import feature_kd, qkd, terms
 
-ALONE, QKD = "labels alone", "QKD"
+ALONE, QKD, FIXED = "labels alone", "QKD", "QKD's loss, fixed teacher"
 
 
 def parse():
@@ -71,8 +73,8 @@ def student_of(args, seed):
 
 def config_of(args, loss, seed):
     """`configs/feature_kd.py` with a trained teacher, and the one of its arms that is wanted."""
-    if loss == QKD:
-        return qkd_config(args, seed)
+    if loss in (QKD, FIXED):
+        return qkd_config(args, seed, fixed=loss == FIXED)
     given = arguments(args, seed) | dict(loss="kd" if loss == ALONE else loss)
     if args.students and loss != "simkd":
         given["init_from"] = student_of(args, seed)
@@ -95,16 +97,19 @@ def config_of(args, loss, seed):
     return config.lock()
 
 
-def qkd_config(args, seed):
-    """`configs/qkd.py` from the same nets, without its controls, which are arms here."""
+def qkd_config(args, seed, *, fixed):
+    """`configs/qkd.py` from the same nets: the student, or its control with a fixed teacher."""
     given = arguments(args, seed) | dict(init_from=student_of(args, seed))
     config = arms.config(qkd, **given).unlock()
-    stages = ("qat_only", "qat_fixed_teacher", "reestimate_bn_controls", "evaluate_controls")
-    for name in stages:
-        del config.stages[name]
-    for name in stages[:2]:
-        del config.nets[name]
-    config.schedule = tuple(s for s in config.schedule if s not in stages)
+    controls = ("qat_only", "qat_fixed_teacher", "reestimate_bn_controls", "evaluate_controls")
+    if fixed:
+        kept = ("evaluate_float", "calibrate", *controls[1:])
+        config.stages.reestimate_bn_controls.nets = ("qat_fixed_teacher",)
+        config.stages.evaluate_controls.nets = ("qat_fixed_teacher",)
+        config.stages.evaluate_controls.methods = {"qat_fixed_teacher": FIXED}
+    else:
+        kept = tuple(s for s in config.schedule if s not in controls)
+    config.schedule = kept
     return config.lock()
 
 
@@ -114,8 +119,10 @@ def show(found, teachers):
     for (loss, _), (rows, timings) in found.items():
         cells = table.setdefault(loss, {"top1": [], "loss": [], "severity": [], "step": []})
         # QKD's teacher and student have rows of the float nets before.
-        row = next((r for r in reversed(rows) if r["net"] == "student"), {})
-        times = timings.get("stages", {}).get("co_study" if loss == QKD else "distil", {})
+        net = "qat_fixed_teacher" if loss == FIXED else "student"
+        row = next((r for r in reversed(rows) if r["net"] == net), {})
+        stage = {QKD: "co_study", FIXED: "qat_fixed_teacher"}.get(loss, "distil")
+        times = timings.get("stages", {}).get(stage, {})
         cells["top1"].append(100 * row.get("top1", float("nan")))
         cells["loss"].append(row.get("loss", float("nan")))
         cells["severity"].append(row.get("severity") or float("nan"))
@@ -146,7 +153,8 @@ def main():
     found, teachers = {}, {}
     for seed in map(int, args.seeds.split(",")):
         for loss in losses:
-            name = f"{args.student}_{args.bits}_{loss.replace(' ', '_')}_s{seed}"
+            word = re.sub(r"\W+", "_", loss)
+            name = f"{args.student}_{args.bits}_{word}_s{seed}"
             result = arms.run_arm(config_of(args, loss, seed), out / name, dry=args.dry)
             if result is None:
                 continue

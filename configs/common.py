@@ -311,7 +311,8 @@ def pretrain(net: str, *, data: str, epochs: float = 0.0) -> dict[str, Any]:
 def cache(*, top_k: int = 0) -> dict[str, Any]:
     """Returns the `cache` of a train stage with `views`: its frozen teachers' logits, read.
 
-    `top_k` logits are kept of each view; 0 keeps all.
+    `top_k` logits are kept of each view; 0 keeps all. The mass of the others is spread evenly over
+    them, which a temperature above 1 makes heavier than it was: keep all where classes are few.
     """
     return dict(top_k=top_k, dir="")
 

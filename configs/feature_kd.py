@@ -7,7 +7,9 @@ Teacher and student may be of any families and sizes: taps are found and adaptor
 (`--mode=inspect` lists taps; override `stages.distil.learn.student.<loss>.taps`). With `bits` the
 student learns in float first, is calibrated, and learns again as a quantized net; `alone` takes the
 same steps from labels. `loss=simkd` makes the student end in the teacher's classifier; losses of
-several teachers get a second one, `second`.
+several teachers get a second one, `second`; losses of labels (`tf_kd`, and over the class tree
+`hxe`, `tree_soft_labels`, `lca_alignment`) train none, and show one only where `teacher_from` names
+it.
 """
 
 from configs import arguments, common, terms
@@ -64,11 +66,14 @@ def get_config(arg=""):
         config.stages[name] = fields
         schedule.append(name)
 
-    config.nets.teacher = common.net(
-        args.teacher, width=args.teacher_width, init_from=args.teacher_from
-    )
-    if not args.teacher_from:
-        add("teach", stage("teacher", labels()))
+    methods = dict(alone="labels", student=args.loss)
+    if args.teacher_from or args.loss not in terms.OF_LABELS:
+        config.nets.teacher = common.net(
+            args.teacher, width=args.teacher_width, init_from=args.teacher_from
+        )
+        methods = dict(teacher="labels", **methods)
+        if not args.teacher_from:
+            add("teach", stage("teacher", labels()))
     if "second" in sources:
         config.nets.second = common.net(args.teacher, width=args.teacher_width)
         add("teach_second", stage("second", labels()))
@@ -88,11 +93,12 @@ def get_config(arg=""):
         add("calibrate", common.calibrate("student", "alone"))
     else:
         config.nets.student = net(init_from=args.init_from, **head)
-        config.nets.alone = net(init_from=args.init_from)
+        # The control starts where the student starts, or would with a head of its own.
+        config.nets.alone = net(init_from=args.init_from or ("" if borrows else "student"))
     add("alone", stage("alone", labels(), args.bits))
     add("distil", stage("student", taught(), args.bits))
     if quantized:
         add("reestimate_bn", common.reestimate_bn("student", "alone"))
-    add("evaluate", common.evaluate("teacher", teacher="labels", alone="labels", student=args.loss))
+    add("evaluate", common.evaluate("teacher" if "teacher" in methods else "alone", **methods))
     config.schedule = tuple(schedule)
     return config.lock()

@@ -74,9 +74,9 @@ def get_config(arg=""):
 
     labels = dict(ce=common.ce())
 
-    if args.loss in ("simkd", *terms.SEVERAL):
+    if args.loss in ("simkd", *terms.SEVERAL, *terms.OF_LABELS):
         raise ValueError(
-            f"loss is {args.loss!r}, which needs another student or several teachers; use "
+            f"loss is {args.loss!r}, which needs another student, several teachers or none; use "
             "configs/feature_kd.py."
         )
 

@@ -13,10 +13,12 @@ from typing import Any
 
 from configs import common
 
-__all__ = ["SEVERAL", "TERMS", "learn"]
+__all__ = ["OF_LABELS", "SEVERAL", "TERMS", "learn"]
 
 # Losses of several teachers at once.
 SEVERAL = ("kd_mean", "kd_sum", "ca_mkd")
+# Losses of the labels: a net teaches itself, or a class tree does.
+OF_LABELS = ("tf_kd", "hxe", "tree_soft_labels", "lca_alignment")
 
 TERMS: dict[str, tuple[float, dict[str, Any]]] = {
     # Logits.
@@ -46,6 +48,11 @@ TERMS: dict[str, tuple[float, dict[str, Any]]] = {
     # Its heads learn from a teacher here; without one (configs/byot.py) from their own net. Common
     # code's numbers.
     "byot": (1.0, dict(weight=1.0, alpha=0.1, temperature=3.0, hint=1.28e-4)),
+    # Labels. The authors' multiplier of 100 undoes their mean over 100 classes.
+    "tf_kd": (0.9, dict(weight=0.1, correct=0.99, temperature=20.0)),
+    "hxe": (0.0, dict(weight=1.0, alpha=0.1)),
+    "tree_soft_labels": (0.0, dict(weight=1.0, beta=10.0)),
+    "lca_alignment": (0.0, dict(weight=1.0)),  # has the labels' term itself
     # Features.
     "fitnet": (1.0, dict(weight=100.0)),
     "at": (1.0, dict(weight=1000.0, mode="code")),
@@ -87,7 +94,7 @@ def learn(
 
     Args:
       loss: a key of `TERMS`.
-      source: the net that teaches, or several.
+      source: the net that teaches, or several; losses of the labels have none.
       done: share of the whole training in which this net has learned so from this source before.
       share: share of the whole training that this stage is.
 
@@ -102,6 +109,7 @@ def learn(
     # Where the loss is a stage of its own, the labels wait for its end.
     if "end" in fields and not course["end"]:
         return dict(ce=dict(common.ce(of_labels), start=0.0))
+    source = "" if loss in OF_LABELS else source
     rows: dict[str, Any] = {loss: common.term(loss, source, **course)}
     if of_labels:
         rows["ce"] = dict(common.ce(of_labels), start=course.get("end", 0.0))

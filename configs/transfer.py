@@ -6,8 +6,9 @@
 One student in four arms of equal steps on the target's images: from random weights; from the
 source's weights with a new head, all of it tuned ("tuned") or the head alone ("frozen"); and from
 random weights with a teacher that was trained on the target itself ("distilled"). The source must
-be the student's model, trained on images of the target's shape: `digits28` are handwritten digits
-at the size of Fashion-MNIST. In the frozen arm BatchNorm's statistics still follow the new images.
+be the student's model, trained on images of the target's shape, with any number of classes:
+`digits28` are handwritten digits at the size of Fashion-MNIST. In the frozen arm BatchNorm's
+statistics still follow the new images.
 """
 
 from configs import arguments, common
@@ -48,20 +49,22 @@ def get_config(arg=""):
         )
 
     labels = dict(ce=common.ce())
-    config.nets.source = net(init_from=args.source)
     config.nets.scratch = net()
-    config.nets.tuned = net(init_from="source", fresh="head")
-    config.nets.frozen = net(init_from="source", fresh="head")
+    source = args.source
+    if not source:
+        source = "source"
+        config.nets.source = net()
+    config.nets.tuned = net(init_from=source, fresh="head")
+    config.nets.frozen = net(init_from=source, fresh="head")
     # The distilled arm starts from the very weights of `scratch`.
     config.nets.distilled = net(init_from="scratch_before")
     config.nets.scratch_before = net(init_from="scratch")
     config.nets.teacher = common.net(args.teacher, width=args.teacher_width)
     kd = common.kd("teacher", args.kd_weight, temperature=args.temperature)
     stages = config.stages
-    stages.source = stage("source", labels)
-    stages.start = common.evaluate(
-        scratch_before="random weights", source="on the target, as it is"
-    )
+    if not args.source:
+        stages.source = stage("source", labels)
+    stages.start = common.evaluate(scratch_before="random weights")
     stages.scratch = stage("scratch", labels)
     stages.tuned = stage("tuned", labels)
     stages.frozen = stage("frozen", labels, freeze=("(?!head).+",))
@@ -76,7 +79,7 @@ def get_config(arg=""):
         distilled="random weights, teacher",
     )
     config.schedule = (
-        *(() if args.source else ("source",)),
+        *(name for name in ("source",) if name in stages),
         "start",
         "scratch",
         "tuned",

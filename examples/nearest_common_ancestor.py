@@ -14,6 +14,7 @@ NumPy is imported: JAX takes longer to start than 100 cases of 10,000 nodes take
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 
 import numpy as np
@@ -35,7 +36,11 @@ def answers(data: bytes) -> list[int]:
     place = 0
 
     def complain(at: int, what: str) -> InputError:
-        return InputError(f"line {_line(data, at)}: {what}")
+        line = _line(data, at)
+        # A number too many or too few moves all behind it: the fault is where that happened.
+        if (uneven := _uneven_line(data, before=line)) is not None:
+            return InputError(uneven)
+        return InputError(f"line {line}: {what}")
 
     def take(count: int, what: str) -> np.ndarray:
         nonlocal place
@@ -91,9 +96,12 @@ def _numbers(data: bytes) -> np.ndarray:
             with contextlib.suppress(ValueError):  # a sign in the middle of a word
                 return array.astype(np.int64)
     for at, word in enumerate(words):
-        if len(word) > DIGITS or not word.removeprefix(word[:1].strip(b"0123456789")).isdigit():
+        if len(word) > DIGITS or not re.fullmatch(rb"[+-]?[0-9]+", word):
             shown = word.decode(errors="replace")
-            raise InputError(f"line {_line(data, at)}: {shown!r:.40} is not a whole number.")
+            raise InputError(
+                f"line {_line(data, at)}: {shown!r:.40} is not a whole number of at most "
+                f"{DIGITS - 1} digits."
+            )
     return np.array([int(word) for word in words])
 
 
@@ -104,6 +112,26 @@ def _line(data: bytes, at: int) -> int:
         if at < 0:
             return number
     return data.count(b"\n") + 1
+
+
+def _uneven_line(data: bytes, *, before: int) -> str | None:
+    """Names the first line above `before` with another count of numbers than the format has."""
+    edges, first = 0, True  # edges and the query are lines of two numbers
+    for number, line in enumerate(data.splitlines(), 1):
+        words = line.split()
+        if number >= before:
+            return None
+        if not words:
+            continue
+        wanted = 2 if edges else 1
+        if len(words) != wanted:
+            return f"line {number}: it has {len(words)} numbers, and {wanted} belong here."
+        if edges:
+            edges -= 1
+        elif not first:
+            edges = max(int(words[0]), 0)
+        first = False
+    return None
 
 
 def _on_a_cycle(parent: np.ndarray) -> int | None:

@@ -88,6 +88,10 @@ def test_numpy_and_jitted_queries_agree():
     assert isinstance(wanted, np.ndarray) and isinstance(found, jax.Array)
     np.testing.assert_array_equal(found, wanted)
     np.testing.assert_array_equal(wanted, tree.lca(b, a))
+    few = tree.lca(a % 256, b % 256)  # numbers of a byte, in a tree of 5,000 nodes
+    small = ((a % 256).astype(np.uint8), (b % 256).astype(np.uint8))
+    np.testing.assert_array_equal(tree.lca(*small), few)
+    np.testing.assert_array_equal(tree.lca(*map(jnp.asarray, small)), few)
     assert int(tree.lca(7, 7)) == 7 and int(tree.lca(0, 4999)) == 0
 
 
@@ -129,6 +133,8 @@ def test_ways_to_write_the_same_tree():
         (lambda: ClassTree.from_lines(["a b", "c"]), "line 2 is 'c'"),
         (lambda: ClassTree.from_dict({"a": {"b": {}}, "c": {}}), "one name at the top"),
         (lambda: ClassTree.from_dict({"a": {"b": ["c"], "c": {}}}), "'c' comes twice"),
+        (lambda: ClassTree.from_dict({"a": ["b", "b", "c"]}), "'b' comes twice"),
+        (lambda: ClassTree.from_dict({"a": {"tops": "shirt"}}), "'tops' has 'shirt' below it"),
         (lambda: ClassTree.from_dict(CLOTHES).index("shrit"), "Did you mean 'shirt'"),
         (lambda: ClassTree.from_dict(CLOTHES).lca(0, 7), "b holds .*7.* no node.*0 to 6"),
         (lambda: ClassTree.from_dict(CLOTHES).lca(jnp.array([-1]), 0), "a holds .*-1"),

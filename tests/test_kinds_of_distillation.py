@@ -11,12 +11,16 @@ from configs import (
     born_again,
     common,
     data_free,
+    feature_kd,
+    kd,
     multi_teacher,
     mutual,
     patient,
     transfer,
 )
-from qkd_jax import experiment
+from qkd_jax import experiment, weights
+from qkd_jax.data import DATASETS
+from qkd_jax.models import create
 
 TINY = "data=synthetic,epochs=0.5,train_examples=64"
 
@@ -280,6 +284,41 @@ def test_students_of_made_images_know_real_ones(tmp_path):
 def test_makers_are_named(makers):
     with pytest.raises(ValueError, match=r"allowed, each once.*deep_inversion, dafl, cmi"):
         data_free.get_config(f"makers={makers}")
+
+
+@pytest.mark.slow
+def test_old_layers_come_from_a_net_of_other_classes(tmp_path):
+    net = create("mlp", 5, hidden=(8,))
+    images = np.zeros((1, *DATASETS["synthetic"].image_shape), np.float32)
+    variables = jax.device_get(net.init(jax.random.key(3), images))
+    weights.save(tmp_path / "five.npz", variables)
+    config = small(transfer.get_config(f"{TINY},teacher=mlp,source={tmp_path}/five.npz")).unlock()
+    config.schedule = ("frozen",)
+    experiment.run(config.lock(), tmp_path / "run", report=False, verbose=False)
+    _, run = experiment._open(tmp_path / "run")
+    frozen = run.variables["frozen"]["params"]
+    np.testing.assert_array_equal(
+        frozen["dense1"]["kernel"], variables["params"]["dense1"]["kernel"]
+    )
+    assert frozen["head"]["kernel"].shape == (8, 10)
+    config.unlock().nets.frozen.fresh = ""
+    with pytest.raises(ValueError, match=r"nets.frozen.init_from: .*head/bias has shape \(5,\)"):
+        experiment.run(config.lock(), tmp_path / "other", report=False, verbose=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("get_config", "arg"),
+    [(kd.get_config, ""), (feature_kd.get_config, "loss=rkd"), (feature_kd.get_config, "loss=hxe")],
+)
+def test_the_control_starts_where_the_student_starts(get_config, arg, tmp_path):
+    """Both learn from labels alone here, on the same batches, and end with equal rows."""
+    words = f"{TINY},teacher=mlp,student=mlp" + (f",{arg}" if arg else "")
+    config = small(get_config(words)).unlock()
+    config.stages.distil.learn.student = dict(ce=common.ce())
+    done = experiment.run(config.lock(), tmp_path / "run", report=False, verbose=False)
+    rows = {row["net"]: row for row in done["rows"]}
+    assert rows["alone"]["loss"] == rows["student"]["loss"]
 
 
 def test_mixtures_are_for_teachers_alone():

@@ -56,7 +56,7 @@ def test_the_program_answers_and_does_not_start_jax():
         [sys.executable, PATH], input="1\n2\n1 x\n1 2\n", capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: line 3: 'x' is not a whole number.\n"
+    assert done.stderr == "error: line 3: 'x' is not a whole number of at most 17 digits.\n"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,10 @@ def test_the_program_answers_and_does_not_start_jax():
         ("1\n1\n1 1\n7\n", "line 4: 1 cases were announced, and there is more"),
         ("1\n2\n1 2.0\n1 2\n", "line 3: '2.0' is not a whole number"),
         ("1\n2\n1 1-2\n1 2\n", "line 3: '1-2' is not"),
+        ("1\n2\n1 x2\n1 2\n", "line 3: 'x2' is not a whole number of at most 17 digits"),
+        ("1\n2\n1 #2\n1 2\n", "line 3: '#2' is not"),
+        ("1\n4\n1 2\n1\n1 4\n2 3\n", "line 4: it has 1 numbers, and 2 belong here"),
+        ("2\n2\n1 2\n1 2\n2 2\n1 2\n1 2\n", "line 5: it has 2 numbers, and 1 belong here"),
         ("1\n2\n1 1_0\n1 2\n", "line 3: '1_0' is not"),
         ("1\n2\n1 -\n1 2\n", "line 3: '-' is not"),
         ("1\n2\n1 " + 30 * "9" + "\n1 2\n", "line 3: '9999"),

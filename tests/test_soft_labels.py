@@ -197,6 +197,13 @@ def test_losses_over_a_tree_take_the_datas(tmp_path):
             r"learn\.student\.apart: loss 'dkd' looks at every logit of 'teacher'.*the 3 largest.*"
             r"distil\.cache\.top_k=0",
         ),
+        (
+            lambda c: c.stages.distil.update(
+                cache=common.cache(top_k=3),
+                learn=dict(student=dict(kd=common.term("kd", "teacher", standardize=True))),
+            ),
+            r"learn\.student\.kd: loss 'kd' with standardize looks at every logit",
+        ),
     ],
 )
 def test_wrong_caches(change, message):

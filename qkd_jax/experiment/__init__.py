@@ -34,11 +34,10 @@ from qkd_jax.experiment import settings as reading
 from qkd_jax.experiment import soft_labels
 from qkd_jax.experiment.hygiene import check_hygiene
 from qkd_jax.experiment.overview import overview
-from qkd_jax.experiment.run import Run
+from qkd_jax.experiment.run import Run, without_fresh
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.settings import Settings, resolve, shapes
 from qkd_jax.experiment.stages import CHECKS, STAGES
-from qkd_jax.quantize import load_float
 from qkd_jax.training.checkpoint import Checkpoints
 from qkd_jax.training.forward import mode_arguments
 from qkd_jax.training.loop import NonFiniteError, Preempted
@@ -125,10 +124,12 @@ def _check_files(settings: Settings) -> None:
     """Reads what nets start from outside of this run; later runs of the folder do not need it."""
     source = DATASETS[settings["data"]["name"]]
     for name, net in settings.nets.items():
-        init_from = settings["nets"][name].get("init_from")
+        fields = settings["nets"][name]
+        init_from, fresh = fields.get("init_from"), fields.get("fresh", "")
         if init_from and weights.is_source(init_from):
             try:
-                load_float(shapes(net, (1, *source.image_shape)), weights.load(init_from))
+                wanted = shapes(net, (1, *source.image_shape))
+                without_fresh(name, wanted, weights.load(init_from), fresh)
             except ValueError as error:
                 raise ValueError(f"nets.{name}.init_from: {error}") from error
 

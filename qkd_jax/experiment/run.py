@@ -41,6 +41,32 @@ class Evaluation:
     logits: np.ndarray
 
 
+def without_fresh(name: str, wanted: Variables, given: Mapping[str, Any], fresh: str) -> Variables:
+    """The weights given for a net's layers, but for those whose paths match `fresh`, "" for none.
+
+    Raises:
+        ValueError: a layer that is there but not given, or of another shape; a `fresh` that matches
+            nothing.
+    """
+    if not fresh:
+        return load_float(wanted, given)
+
+    def matches(path: str) -> bool:
+        _, *layer, _ = path.split("/")
+        return bool(re.fullmatch(fresh, "/".join(layer)))
+
+    def kept(tree: Mapping[str, Any]) -> Variables:
+        return nested({p: leaf for p, leaf in flatten(dict(tree)).items() if not matches(p)})
+
+    if not any(map(matches, paths := flatten(wanted))):
+        raise ValueError(
+            f"nets.{name}.fresh is {fresh!r} and matches no layer; there are "
+            f"{', '.join(sorted({path.split('/')[1] for path in paths}))}. It must match a whole "
+            "path, such as 'head'."
+        )
+    return load_float(kept(wanted), kept(given))
+
+
 @dataclasses.dataclass
 class Run:
     """The state of an experiment between stages; stages read and change it.
@@ -139,23 +165,10 @@ class Run:
 
     def _loaded(self, name: str, given: Mapping[str, Any], fresh: str) -> Variables:
         """A net with the weights given, but random ones in the layers whose paths match `fresh`."""
+        taken = without_fresh(name, self._shapes(name), given, fresh)
         if not fresh:
-            return load_float(self._shapes(name), given)
-
-        def matches(path: str) -> bool:
-            _, *layer, _ = path.split("/")
-            return bool(re.fullmatch(fresh, "/".join(layer)))
-
-        random = flatten(self._random(name))
-        if not any(map(matches, random)):
-            layers = sorted({path.split("/")[1] for path in random})
-            raise ValueError(
-                f"nets.{name}.fresh is {fresh!r} and matches no layer; there are "
-                f"{', '.join(layers)}. It must match a whole path, such as 'head'."
-            )
-        kept = {path: leaf for path, leaf in flatten(dict(given)).items() if not matches(path)}
-        new = {path: leaf for path, leaf in random.items() if matches(path)}
-        return load_float(self._shapes(name), nested({**kept, **new}))
+            return taken
+        return nested({**flatten(self._random(name)), **flatten(taken)})
 
     def _random(self, name: str) -> Variables:
         key = stream_key(self.settings["seed"], f"init/{name}")

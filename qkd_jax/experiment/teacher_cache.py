@@ -89,11 +89,12 @@ def _refuse_whole_logits(stage: Stage, frozen: Sequence[str], top_k: int) -> Non
         for label, row in rows.items():
             loss = str(row.get("loss") or label)
             taught = [name for name in as_sources(row.get("source")) if name in frozen]
-            if taught and loss in LOSSES and loss not in BY_SOFTMAX:
+            if taught and loss in LOSSES and (loss not in BY_SOFTMAX or row.get("standardize")):
+                how = " with standardize" if row.get("standardize") else ""
                 raise ValueError(
-                    f"stages.{stage.name}.learn.{net}.{label}: loss {loss!r} looks at every logit "
-                    f"of {taught[0]!r}, and the cache keeps the {top_k} largest: the others would "
-                    f"all be alike. Set stages.{stage.name}.cache.top_k=0, or take one of "
+                    f"stages.{stage.name}.learn.{net}.{label}: loss {loss!r}{how} looks at every "
+                    f"logit of {taught[0]!r}, and the cache keeps the {top_k} largest: the others "
+                    f"would all be alike. Set stages.{stage.name}.cache.top_k=0, or take one of "
                     f"{', '.join(BY_SOFTMAX)}."
                 )
 

@@ -94,6 +94,7 @@ def _of(nested: Mapping[Any, Any], labels: Sequence[str]) -> Callable[[], ClassT
 
 TREES: dict[str, Callable[[], ClassTree]] = {
     "digits": _of(DIGITS, [str(digit) for digit in range(10)]),
+    "digits28": _of(DIGITS, [str(digit) for digit in range(10)]),
     "mnist": _of(DIGITS, [str(digit) for digit in range(10)]),
     "fashion_mnist": _of(FASHION, FASHION_LABELS),
     "cifar10": _of(CIFAR10, CIFAR10_LABELS),

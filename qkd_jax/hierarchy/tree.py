@@ -113,7 +113,7 @@ class ClassTree:
         """A tree from nested dicts; lists of names, empty dicts and None end a branch.
 
         Raises:
-            ValueError: not one name at the top, or a name that comes twice.
+            ValueError: not one name at the top, a name that comes twice, or a branch that is text.
         """
         if not isinstance(nested, Mapping) or len(nested) != 1:
             raise ValueError(
@@ -130,8 +130,15 @@ class ClassTree:
                     "node's name must be its own."
                 )
             parents[name] = parent
-            inner = below if isinstance(below, Mapping) else dict.fromkeys(below or ())
-            stack.extend((n, name, b) for n, b in reversed(list(inner.items())))
+            if isinstance(below, Mapping):
+                inner = list(below.items())
+            elif below is None or isinstance(below, list | tuple):
+                inner = [(n, None) for n in below or ()]
+            else:
+                raise ValueError(
+                    f"{name!r} has {below!r} below it; give a dict, a list of names or None."
+                )
+            stack.extend((n, name, b) for n, b in reversed(inner))
         return cls.from_parents(parents)
 
     @classmethod
@@ -342,6 +349,7 @@ class ClassTree:
 
 
 def _query(xp: Any, table: Any, a: Any, b: Any) -> Any:
+    a, b = a.astype(xp.int32), b.astype(xp.int32)  # a small type would overflow below
     first, last = xp.minimum(a, b), xp.maximum(a, b)
     # The range first+1 .. last is covered by two blocks of 2^level nodes.
     length = xp.maximum(last - first, 1)

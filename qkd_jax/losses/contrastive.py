@@ -149,8 +149,7 @@ def crd(
     value = jnp.zeros(student.shape[0], student.dtype)
     log_z = []
     for i, (own, bank) in enumerate(((student, "teacher"), (teacher, "student"))):
-        against = memory[bank].astype(own.dtype)[chosen]
-        scores = jnp.einsum("bd,bkd->bk", own, against, precision="highest") / t
+        scores = _products(own, memory[bank].astype(own.dtype), chosen) / t
         first = _log_mean_exp(scores, rows.kept, axis_name) + math.log(size)
         z = jnp.where(memory["started"], memory["log_z"][i].astype(own.dtype), first)
         z = jax.lax.stop_gradient(z)
@@ -225,6 +224,17 @@ def crd_in_batch(
         hit = jnp.sum(jnp.where(itself, scores, 0), axis=-1)
         value += jax.nn.logsumexp(scores, axis=-1, where=among) - hit
     return keep(value, mask)
+
+
+def _products(own: jax.Array, bank: jax.Array, chosen: jax.Array) -> jax.Array:
+    """own_b . bank[chosen_bk], [batch, k].
+
+    One product with the whole bank is cheaper than the gathering of [batch, k, dim] vectors, unless
+    the bank is far larger than k.
+    """
+    if bank.shape[0] <= 4 * chosen.shape[1]:
+        return jnp.take_along_axis(inner(own, bank), chosen, axis=1)
+    return jnp.einsum("bd,bkd->bk", own, bank[chosen], precision="highest")
 
 
 def _integers(name: str, x: jax.Array, features: jax.Array) -> jax.Array:

@@ -7,7 +7,13 @@ import pytest
 from golden_inputs import waves
 
 from qkd_jax.losses import crd, crd_in_batch, crd_memory
-from qkd_jax.losses.contrastive import _by_class, _draw_others, _draw_same, _noise_contrast
+from qkd_jax.losses.contrastive import (
+    _by_class,
+    _draw_others,
+    _draw_same,
+    _noise_contrast,
+    _products,
+)
 
 
 def unit(x):
@@ -67,6 +73,18 @@ def test_two_steps_by_hand():
     wanted, _ = by_hand(memory, TEACHER, STUDENT, log_z)
     np.testing.assert_allclose(value, wanted, rtol=1e-5)
     np.testing.assert_array_equal(again["log_z"], memory["log_z"])
+
+
+@pytest.mark.parametrize("size", [12, 100])
+def test_products_with_a_small_and_a_large_bank(size):
+    own, bank = waves((3, 6), 1), waves((size, 6), 2)
+    chosen = np.random.default_rng(0).integers(0, size, (3, 8))
+    wanted = np.array([[np.float64(bank[k]) @ own[b] for k in row] for b, row in enumerate(chosen)])
+    np.testing.assert_allclose(_products(own, bank, chosen), wanted, rtol=1e-5, atol=1e-6)
+    slopes = jnp.arange(8.0)[None, :]
+    grad = jax.grad(lambda x: jnp.sum(slopes * _products(x, bank, chosen)))(own)
+    wanted = np.einsum("k,bkd->bd", np.arange(8.0), np.float64(bank)[chosen])
+    np.testing.assert_allclose(grad, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_is_the_closed_forms_slope():
