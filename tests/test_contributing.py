@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import inspect
 import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,6 +19,7 @@ import pytest
 from qkd_jax import losses, quantizers
 from qkd_jax.calibration import calibrate
 from qkd_jax.data import DATASETS
+from qkd_jax.losses import response
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, quantize
 
@@ -29,6 +34,13 @@ def block(heading: str) -> str:
 def run(code: str, **names) -> dict:
     exec(compile(code, "CONTRIBUTING.md", "exec"), names)
     return names
+
+
+def load(path: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_quantizer(monkeypatch):
@@ -53,17 +65,34 @@ def test_quantizer(monkeypatch):
     assert np.isfinite(net.apply(variables, x)).all()
 
 
+def added_loss() -> Callable[..., jax.Array]:
+    return run(block("Add a loss"), **vars(response))["reverse_kd"]
+
+
 def test_loss():
-    names = run(block("Add a loss"), jax=jax, jnp=jnp)
+    reverse_kd = added_loss()
     student = jnp.asarray([[1.0, 2.0, 0.5]])
-    assert names["reverse_kd"](student, student).shape == (1,)
-    assert abs(float(names["reverse_kd"](student, student)[0])) < 1e-6
+    assert reverse_kd(student, student).shape == (1,)
+    assert abs(float(reverse_kd(student, student)[0])) < 1e-6
     # The reverse divergence is Hinton's with the roles exchanged.
     teacher = jnp.asarray([[0.0, 1.0, 3.0]])
     want = losses.kd(teacher, student, temperature=2.0)
-    np.testing.assert_allclose(
-        names["reverse_kd"](student, teacher, temperature=2.0), want, rtol=1e-5
-    )
+    np.testing.assert_allclose(reverse_kd(student, teacher, temperature=2.0), want, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_loss_meets_the_contract(monkeypatch):
+    contract = load(Path(__file__).parent / "losses" / "test_losses.py")
+    monkeypatch.setitem(losses.LOSSES, "reverse_kd", added_loss())
+    monkeypatch.setattr(losses, "reverse_kd", losses.LOSSES["reverse_kd"], raising=False)
+    monkeypatch.setattr(losses, "__all__", [*losses.__all__, "reverse_kd"])
+    tried = 0
+    for name, test in vars(contract).items():
+        if name.startswith("test_") and list(inspect.signature(test).parameters) == ["name"]:
+            with contextlib.suppress(pytest.skip.Exception):
+                test("reverse_kd")
+                tried += 1
+    assert tried > 10
 
 
 def test_model():

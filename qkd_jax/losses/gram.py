@@ -93,8 +93,9 @@ def fsp(
 
     Note:
       The paper sums where this takes the mean over c and d, and pools by the maximum. It uses the
-      loss in a stage of its own, before the labels. torchdistill 1.1.5 sums norms of columns that
-      are not squared.
+      loss in a stage of its own, before the labels. RepDistiller pairs the stem with the first
+      stage too: taps=("stem_relu", "stages"). torchdistill 1.1.5 sums norms of columns that are not
+      squared.
 
     Reference:
       Yim et al., CVPR 2017, "A gift from knowledge distillation".
