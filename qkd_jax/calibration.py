@@ -20,7 +20,7 @@ from qkd_jax.interception import OPERANDS, Frame
 from qkd_jax.numerics import Spec, stats
 from qkd_jax.observers import OBSERVERS
 from qkd_jax.quantize import QuantizedModel, join_quant
-from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.quantizers import QUANTIZERS, is_uniform
 
 __all__ = ["calibrate", "check_observer", "model_arguments"]
 
@@ -79,10 +79,10 @@ def calibrate(
     kept = _kept(variables.get("quant", {}), chosen, "")
     start = {**floats, "quant": kept} if kept else floats
 
-    modules: set[str] = set()
-    first = _observe(net, start, inputs, kwargs, specs, chosen, _Moments(), modules=modules)
+    frames: list[Frame] = []
+    first = _observe(net, start, inputs, kwargs, specs, chosen, _Moments(), frames=frames)
     # `init` has checked this, but a net may start from a float checkpoint without it.
-    net.check_rules(modules)
+    net.check_rules(frames[0].modules, frames[0].seen.keys())
     if not first:
         raise ValueError(
             "no operand of this net is quantized: none of its rules gives a layer it uses a "
@@ -168,6 +168,11 @@ class _Specs:
         name = "minmax" if spec is None or spec.observer is None else spec.observer
         if name not in OBSERVERS:
             raise checks.unknown(f"observer of {operand} of {path!r}", name, OBSERVERS)
+        if getattr(OBSERVERS[name], "OF_CODES", False) and spec and not is_uniform(spec):
+            raise ValueError(
+                f"observer {name!r} of {operand} of {path!r} counts evenly spaced codes, and "
+                f"quantizer {spec.quantizer!r} has none; use 'mse', 'percentile' or 'minmax'."
+            )
         return name
 
 
@@ -254,11 +259,11 @@ class _Search:
 
 
 def _observe(
-    net, variables, inputs, kwargs, specs, chosen, task, known=None, modules=None
+    net, variables, inputs, kwargs, specs, chosen, task, known=None, frames=None
 ) -> dict[tuple[str, str], Tree]:
     """Runs the net over all inputs; each operand's state lies at its quantizer's place.
 
-    Adds the paths of all modules that ran to `modules`.
+    Adds the frames in which it was traced to `frames`.
     """
     variables = join_quant(variables)
 
@@ -276,8 +281,8 @@ def _observe(
                 "nn.RNN's cells do), where statistics can't be kept. Leave it in float with a rule "
                 f"without specs before the others, or unroll the loop. ({error})"
             ) from error
-        if modules is not None:
-            modules.update(frame.modules)
+        if frames is not None:
+            frames.append(frame)
         return watched.kept(out["params"], _SUFFIX)
 
     def start(found, path, operand, x, spec, axes):

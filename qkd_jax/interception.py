@@ -203,7 +203,7 @@ class Frame:
                 )
             if "bias" in folded:
                 out = out + jnp.reshape(folded["bias"], (1,) * (out.ndim - 1) + (-1,))
-            return out
+            return self._output_gradient(module, path, out)
 
         return product
 
@@ -247,7 +247,8 @@ class Frame:
             )
             if x_view is None or y_view is None or self.mode == "trace":
                 return described.fn(x_hat, y_hat)
-            return products.quantized_product(described, x_hat, y_hat, x_view, y_view)
+            out = products.quantized_product(described, x_hat, y_hat, x_view, y_view)
+            return self._output_gradient(module, layer, out)
 
         return einsum
 
@@ -282,9 +283,7 @@ class Frame:
             if x_view is None or w_view is None or self.mode == "trace":
                 return (x_hat, w_hat) if isinstance(module, nn.Embed) else (x_hat, w_hat, bias)
             x_scale, w_scale = (lax.stop_gradient(view[0]) for view in (x_view, w_view))
-            scaling["multiplier"] = described.scale_in_output(
-                x_scale, described.lhs_out
-            ) * described.scale_in_output(w_scale, described.rhs_out)
+            scaling["multiplier"] = described.scales_in_output(x_scale, w_scale)
             sums = products.sum_dtype(x_hat.dtype, x_view[1], w_view[1])
             scaling["dtype"] = x_hat.dtype
             codes = (
@@ -304,7 +303,18 @@ class Frame:
             out = (out * _fit(scaling["multiplier"], out)).astype(scaling["dtype"])
         if "bias" in scaling:
             out = out + _fit(scaling["bias"], out)
-        return out
+        return self._output_gradient(module, path, out)
+
+    def _output_gradient(self, module, path, out):
+        """A layer's output, whose gradient the quantizer of its input may round."""
+        spec = self.spec_of(path, "input")
+        if spec is None or self.mode != "apply":
+            return out
+        function = getattr(QUANTIZERS[spec.quantizer], "output_gradient", None)
+        if function is None:
+            return out
+        key = module.make_rng(ROUNDING) if module.scope.has_rng(ROUNDING) else None
+        return function(out, spec, batch_axes=_batch(out), key=key)
 
     def _output(self, module, path, out):
         if self.spec_of(path, "output") is None:

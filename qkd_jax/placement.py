@@ -19,9 +19,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.core import unfreeze
 
 from qkd_jax import graph as graphs
 from qkd_jax.graph import Graph, Node
+from qkd_jax.interception import Frame
 from qkd_jax.quantize import quantize
 
 __all__ = ["Layer", "Placement", "Site", "placement"]
@@ -76,10 +78,18 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Layers in the order in which they run, and the sites between them."""
+    """What a preset must know of a model.
+
+    Attributes:
+        layers: those with a product, in the order in which they run.
+        sites: outputs between them that want a grid.
+        summed: {path: length of the axis that the layer's weight is summed over}, which groups must
+            divide; 0 where nothing is summed (a table that is looked up).
+    """
 
     layers: tuple[Layer, ...]
     sites: tuple[Site, ...]
+    summed: Mapping[str, int]
 
 
 def placement(model: nn.Module, images: Any, **kwargs: Any) -> Placement:
@@ -99,16 +109,25 @@ def placement(model: nn.Module, images: Any, **kwargs: Any) -> Placement:
 def _placement(model: nn.Module, leaves: Any, tree: Any, kwargs: Any) -> Placement:
     images = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
     net, options = quantize(model), dict(kwargs)
-    variables = jax.eval_shape(
-        lambda: net.init(jax.random.key(0), _zeros(images), **options)  # traced, never computed
-    )
+    frame = Frame(net.spec_of)
+
+    def start() -> Any:  # traced, never computed
+        with nn.intercept_methods(frame):
+            return unfreeze(model.init(jax.random.key(0), _zeros(images), **options))
+
+    variables = jax.eval_shape(start)
+    summed = {
+        path: use.shapes["weight"][use.group_axis] if use.group_axis >= 0 else 0
+        for path, use in frame.seen.items()
+        if "weight" in use.shapes
+    }
     traced = graphs.trace(
         lambda v, x: net.trace_apply(v, x, mark_outputs=True, **options),
         variables,
         images,
         evaluate=False,
     )
-    return _Search(traced).placement()
+    return _Search(traced).placement(summed)
 
 
 def _zeros(images: Any) -> Any:
@@ -123,7 +142,7 @@ class _Search:
             for value in node.outputs:
                 self.unsigned[value] = self.sign(node)
 
-    def placement(self) -> Placement:
+    def placement(self, summed: Mapping[str, int]) -> Placement:
         layers: dict[str, Layer] = {}
         readers: dict[str, list[str]] = {}  # origin of a tensor -> layers that read it unchanged
         for node in self.graph.nodes:
@@ -142,7 +161,7 @@ class _Search:
                 readers.setdefault(source, []).append(path)
             else:
                 layers[path] = dataclasses.replace(layers[path], unsigned=unsigned)
-        return Placement(tuple(layers.values()), tuple(self.sites(layers, readers)))
+        return Placement(tuple(layers.values()), tuple(self.sites(layers, readers)), summed)
 
     def sites(self, layers: dict[str, Layer], readers: dict[str, list[str]]) -> list[Site]:
         wanted: dict[str, str] = {}

@@ -122,8 +122,10 @@ def post_training(
         return dict(bits=bits, signed=False, symmetric=False, **where)
 
     end = dict(bits=max(weight_bits, 8), granularity=granularity)
+    ends = dict(weight=end, input=inputs(max(input_bits, 8)))
     return (
-        dict(pattern="stem|dense1|head", weight=end, input=inputs(max(input_bits, 8))),
+        dict(pattern="stem|dense1", **ends),
+        dict(pattern="head", **ends),
         dict(
             pattern=".*",
             weight=dict(bits=weight_bits, granularity=granularity),
@@ -137,8 +139,9 @@ def weight_only(bits: int, *, granularity: str | int = "channel") -> RuleDicts:
 
     Args:
       bits: bits of the weights.
-      granularity: "channel", "tensor", or a group size that divides every layer's contraction axis;
-        int4 weights of language models have groups of 32 to 128.
+      granularity: "channel", "tensor", or a group size; int4 weights of language models have groups
+        of 32 to 128. Fitted to a model, layers whose contraction axis it does not divide have one
+        scale a channel.
     """
     return (dict(pattern=".*", weight=dict(bits=bits, granularity=granularity)),)
 
@@ -249,7 +252,8 @@ def _fitted(dicts: RuleDicts, found: Placement, placed: str) -> RuleDicts:
         if place < 0:
             continue
         bits[layer.path] = (dicts[place].get("input") or {}).get("bits", 8)
-        fields = planned[layer.path] = _signed(dicts[place], layer)
+        fields = _signed(dicts[place], layer)
+        planned[layer.path] = fields = _grouped(fields, found.summed.get(layer.path))
         if layer.source in sites and layer.path in sites[layer.source].readers:
             fields["input"] = None
         if layer.path in sites:
@@ -258,6 +262,16 @@ def _fitted(dicts: RuleDicts, found: Placement, placed: str) -> RuleDicts:
             key = (place, repr(sorted(fields.items())))
             special[place].setdefault(key, []).append(layer.path)
             fields_of[key] = fields
+    for path, summed in found.summed.items():  # layers without a product: tables
+        place = next((i for i, d in enumerate(dicts) if re.fullmatch(d["pattern"], path)), -1)
+        if path in planned or place < 0:
+            continue
+        plain = {k: v for k, v in dicts[place].items() if k != "pattern"}
+        fields = planned[path] = _grouped(plain, summed)
+        if fields != plain:
+            key = (place, repr(sorted(fields.items())))
+            special[place].setdefault(key, []).append(path)
+            fields_of[key] = fields
     for site in sites.values():
         if site.path not in planned:
             width = max([bits.get(path, 8) for path in site.readers], default=8)
@@ -265,7 +279,12 @@ def _fitted(dicts: RuleDicts, found: Placement, placed: str) -> RuleDicts:
     result = [dict(pattern=_any(paths), output=_output(*key)) for key, paths in outputs.items()]
     for fields, groups in zip(dicts, special, strict=True):
         result += [dict(pattern=_any(paths), **fields_of[key]) for key, paths in groups.items()]
-        result.append(dict(fields))
+        if fields["pattern"] == ".*" or any(
+            re.fullmatch(fields["pattern"], layer.path)
+            and not any(re.fullmatch(rule["pattern"], layer.path) for rule in result)
+            for layer in found.layers
+        ):
+            result.append(dict(fields))
     return tuple(result)
 
 
@@ -303,6 +322,14 @@ def _signed(fields: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
     if "other" in operands and operands["other"] != operands["input"]:
         out["other"] = spec if operands["other"] else signed
     return out
+
+
+def _grouped(fields: dict[str, Any], summed: int | None) -> dict[str, Any]:
+    """A rule's fields for one layer, per channel where its groups do not fit the weight."""
+    size = (fields.get("weight") or {}).get("granularity")
+    if summed is None or not isinstance(size, int) or (summed and summed % size == 0):
+        return fields
+    return {**fields, "weight": {**fields["weight"], "granularity": "channel"}}
 
 
 def _granularity(name: str, text: str) -> str | int:

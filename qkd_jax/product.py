@@ -61,6 +61,11 @@ class Product:
         """Axes of the left operand along which a scale may vary: one scale per row ("token")."""
         return tuple(i for i, out in enumerate(self.lhs_out) if out is not None)
 
+    def scales_in_output(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        """The product of both operands' scales, at the output's rank."""
+        left, right = (lhs, self.lhs_out), (rhs, self.rhs_out)
+        return self.scale_in_output(*left) * self.scale_in_output(*right)
+
     def scale_in_output(self, scale: jax.Array, axes: Axes) -> jax.Array:
         """Reshapes an operand's scale (scalar, or 1 on every summed axis) to the output's rank."""
         if jnp.ndim(scale) == 0:
@@ -160,7 +165,7 @@ def sum_dtype(dtype: Any, *formats: IntFormat) -> Any:
 
 
 class _Static(NamedTuple):
-    """What a compiled product is keyed by: the product, and the dtypes of its four stages."""
+    """What a compiled product is keyed by: the product, the dtypes of its stages, its folding."""
 
     product: Product
     kept_x: Any  # codes between the passes
@@ -168,6 +173,7 @@ class _Static(NamedTuple):
     sums: Any
     operands: Any
     out: Any
+    folded: bool  # whether a multiplier was given in place of the scales' product
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -191,8 +197,10 @@ def _forward(static, x_hat, w_hat, x_scale, w_scale, multiplier):
 
 def _backward(static, residuals, grad):
     codes_x, codes_w, x_scale, w_scale, multiplier = residuals
-    # The derivative is that of product(x_hat, w_hat); scales multiply the weight-sized side, where
-    # the sums' dtype has room for unscaled codes.
+    # The derivative is that of product(x_hat, w_hat), times what batch normalization does to it;
+    # scales multiply the weight-sized side, where the sums' dtype has room for unscaled codes.
+    if static.folded:
+        grad = grad * (multiplier / static.product.scales_in_output(x_scale, w_scale))
     grad = grad.astype(static.sums)
     x = codes_x.astype(static.sums)
     w = (codes_w.astype(jnp.float32) * w_scale).astype(static.sums)
@@ -218,9 +226,10 @@ def quantized_product(
 ) -> jax.Array:
     """Computes `product(codes_x, codes_w) * (s_x * s_w)`; differentiates `product(x_hat, w_hat)`.
 
-    The codes are centred (the zero point is taken off), so zero padding pads with real zero. The
-    gradients of the scales flow through `x_hat` and `w_hat`, that is through the quantizers' own
-    closed forms; none flows here.
+    With a `multiplier` the derivative is that times `multiplier / (s_x * s_w)`. The codes are
+    centred (the zero point is taken off), so zero padding pads with real zero. The gradients of the
+    scales flow through `x_hat` and `w_hat`, that is through the quantizers' own closed forms; none
+    flows here.
 
     Args:
       product: what to compute.
@@ -235,10 +244,9 @@ def quantized_product(
       The product, in the dtype that `product.fn` gives the operands.
     """
     (x_scale, x_format, x_affine), (w_scale, w_format, w_affine) = x_view, w_view
+    folded = multiplier is not None
     if multiplier is None:
-        multiplier = product.scale_in_output(x_scale, product.lhs_out) * product.scale_in_output(
-            w_scale, product.rhs_out
-        )
+        multiplier = product.scales_in_output(x_scale, w_scale)
     elif jnp.ndim(multiplier) not in (0, product.ndim):
         multiplier = jnp.reshape(multiplier, (1,) * (product.ndim - 1) + (-1,))
     stop = lax.stop_gradient
@@ -249,6 +257,7 @@ def quantized_product(
         sum_dtype(x_hat.dtype, x_format, w_format),
         x_hat.dtype,
         jax.eval_shape(product.fn, x_hat, w_hat).dtype,
+        folded,
     )
     return _product(
         static,

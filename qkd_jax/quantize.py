@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import flax.linen as nn
@@ -109,7 +109,7 @@ class QuantizedModel:
         frame = Frame(self.spec_of)
         with nn.intercept_methods(frame):
             variables = self.model.init(rngs, *args, **kwargs)
-        self.check_rules(frame.modules)
+        self.check_rules(frame.modules, frame.seen.keys())
         return unfreeze(variables)
 
     def apply(
@@ -164,8 +164,13 @@ class QuantizedModel:
             return None
         return getattr(rule, operand) or (rule.input if operand == "other" else None)
 
-    def check_rules(self, paths: Iterable[str]) -> None:
-        """Raises ValueError for a rule that no path matches."""
+    def check_rules(self, paths: Iterable[str], layers: Set[str]) -> None:
+        """Raises ValueError for a rule that changes nothing.
+
+        Args:
+          paths: of all modules.
+          layers: those of them that have operands.
+        """
         paths = sorted(paths)
         for path in paths:
             taken = [name for name in path.split("/") if is_ours(name)]
@@ -177,9 +182,29 @@ class QuantizedModel:
         for place, rule in enumerate(self.rules):
             if not any(re.fullmatch(rule.pattern, path) for path in paths):
                 shown = ", ".join(repr(p) for p in paths if p)
+                preset = " (A preset fits itself to a model: presets.rules(name, model=, images=).)"
                 raise ValueError(
                     f"rules[{place}] {rule.pattern!r} matches no layer. A pattern must match a "
                     f"whole path. Paths: {shown}.{checks.nearest(rule.pattern, paths)}"
+                    f"{preset if rule.pattern in ('stem|dense1', 'head') else ''}"
+                )
+            if rule.pattern == ".*":  # the rest, of which there may be none
+                continue
+            reached = [path for path in paths if _first_match(self.rules, path) is rule]
+            if not reached:
+                raise ValueError(
+                    f"rules[{place}] {rule.pattern!r} is never reached: the first rule that "
+                    "matches a path decides, and rules before it match all of its paths. Move it "
+                    "to the front, or drop it."
+                )
+            if (rule.weight or rule.input or rule.other) and layers.isdisjoint(reached):
+                inside = f"{rule.pattern}/.*"
+                fits = any(re.fullmatch(inside, path) for path in layers)
+                raise ValueError(
+                    f"rules[{place}] {rule.pattern!r} matches "
+                    f"{', '.join(map(repr, reached[:3]))}, with no weight and no input to "
+                    f"quantize. A pattern must match the path of a layer"
+                    f"{f', such as {inside!r}' if fits else ''}: {', '.join(sorted(layers))}."
                 )
 
 

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "qkd_jax"
 LAYERS: tuple[tuple[set[str], ...], ...] = (
     ({"checks"},),
     ({"numerics"}, {"hierarchy"}),
-    ({"quantizers"}, {"observers"}, {"losses"}, {"metrics"}),
+    ({"quantizers"}, {"losses"}, {"metrics"}),
+    ({"observers"},),  # one searches with the quantizers themselves
     ({"models"}, {"data"}),
     ({"graph"},),
     (

@@ -19,13 +19,15 @@ from qkd_jax.experiment.values import check_rules
 __all__ = ["PTQ_CHECKS", "PTQ_STAGES"]
 
 # Not for configs to say: what a stage gives the method, and callbacks.
-OWN = ("seed", "report", "reference")
+OWN = ("seed", "report")
 DEFAULT_EXAMPLES = 256
 
 
 def _options(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(method).parameters.values()
-    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in OWN}
+    options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in OWN}
+    # In a stage the name of a net, whose variables as they are then are meant.
+    return {n: p.replace(default="") if n == "reference" else p for n, p in options.items()}
 
 
 def _stage(name: str) -> Callable[..., None]:
@@ -46,11 +48,13 @@ def _stage(name: str) -> Callable[..., None]:
         given = batches[0] if "images" in taken else batches
         extra = {"seed": run.settings["seed"]} if "seed" in taken else {}
         for net in nets:
+            if name_of := options.get("reference", ""):
+                extra["reference"] = run.variables[name_of]
             variables = method(
                 run.nets[net],
                 run.variables[net],
                 given,
-                **options,
+                **{key: value for key, value in options.items() if key != "reference"},
                 **extra,
                 **run.apply_arguments(net),
             )

@@ -44,7 +44,7 @@ def cotangents(
     slope: Callable[[jax.Array, jax.Array], jax.Array],
     terms: Callable[[jax.Array, jax.Array, jax.Array], Sequence[jax.Array]],
     *,
-    factor: float = 1.0,
+    factor: float | jax.Array = 1.0,
     as_given: bool = False,
     apart: bool = False,
 ) -> tuple[jax.Array, ...]:
@@ -86,7 +86,7 @@ def cotangents(
 def partial_sums(
     terms: Callable[..., Sequence[jax.Array]],
     *arrays: jax.Array,
-    factor: float = 1.0,
+    factor: float | jax.Array = 1.0,
     apart: bool = False,
 ) -> Sequence[jax.Array]:
     """What `terms(*arrays)` gives, element by element, summed over some of the axes.

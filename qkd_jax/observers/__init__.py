@@ -7,7 +7,9 @@ Each is three pure functions and a flag:
 - `update(state, x, spec, *, channel_axes=(), stats=None, axis_name=None) -> state` sees one batch;
 - `range(state, spec) -> (lo, hi)`, at the end;
 - `NEEDS_STATS`: whether `update` wants `stats`, the finished statistics of a first pass over all
-  batches.
+  batches;
+- `OF_CODES`, only where it is True: the range depends on the number of evenly spaced codes, so
+  quantizers with other levels are refused.
 
 With `axis_name`, each device sees its part of the batch and all hold the state of the whole. To
 add one, write the file and name it in `OBSERVERS`: the tests in

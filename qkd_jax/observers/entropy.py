@@ -27,11 +27,12 @@ from qkd_jax import numerics
 from qkd_jax.numerics import Spec
 from qkd_jax.observers.histogram import init, update
 
-__all__ = ["NEEDS_STATS", "START", "init", "range", "thresholds", "update"]
+__all__ = ["NEEDS_STATS", "OF_CODES", "START", "init", "range", "thresholds", "update"]
 
 State = dict[str, jax.Array]
 
 NEEDS_STATS = False
+OF_CODES = True
 START = 128
 
 
@@ -45,13 +46,19 @@ def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """
     lo, hi = state["lo"], state["hi"]
     numerics.check_data(lo, hi, empty=lo > hi)
-    levels = 2 ** (spec.bits - int(spec.signed or not spec.symmetric))
 
-    def search(counts: Any, exponent: Any) -> Any:
-        kept = thresholds(numerics.magnitudes(np.asarray(counts, np.float64)), levels)
+    def search(counts: Any, exponent: Any, lo: Any) -> Any:
+        rows = numerics.magnitudes(np.asarray(counts, np.float64))
+        # Whether half of the codes are for values below 0.
+        halved = np.broadcast_to(
+            spec.signed if spec.symmetric else np.asarray(lo) < 0, np.shape(lo)
+        )
+        kept = np.zeros(np.shape(lo), np.int64)
+        for half in np.unique(halved):
+            kept = np.where(halved == half, thresholds(rows, 2 ** (spec.bits - half)), kept)
         return np.float32(np.ldexp(np.float64(kept), np.asarray(exponent)))
 
-    given = state["counts"], state["exponent"]
+    given = state["counts"], state["exponent"], lo
     if any(isinstance(a, jax.core.Tracer) for a in given):
         end = jax.pure_callback(search, jax.ShapeDtypeStruct(lo.shape, jnp.float32), *given)
     else:

@@ -2,9 +2,10 @@
 
     argmin_i  sum |x - Q(x; i/100 lo, i/100 hi)|^p,   i = 1 .. 100,  p = 2
 
-lo and hi are the ends of the data, shrunk together. The error of every candidate is summed over all
-batches and one argmin is taken at the end, per channel where ranges are: an argmin per batch would
-let the last batch decide.
+lo and hi are the ends of the data, shrunk together, and Q is the spec's own quantizer as it would
+start from that range: its levels, its rounding, a power-of-two scale. The error of every candidate
+is summed over all batches and one argmin is taken at the end, per channel where ranges are: an
+argmin per batch would let the last batch decide.
 
 The power p is the option `power`, of a spec (`options={"power": 2.4}`) or of `calibrate`. 2 is the
 mean squared error. The larger it is the more do clipped outliers count: L_p norms come from LAPQ
@@ -14,6 +15,7 @@ mean squared error. The larger it is the more do clipped outliers count: L_p nor
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 
 from qkd_jax import checks, numerics
 from qkd_jax.numerics import Spec, Stats
+from qkd_jax.quantizers import QUANTIZERS
 
 __all__ = ["CANDIDATES", "NEEDS_STATS", "OPTIONS", "init", "range", "update"]
 
@@ -67,7 +70,7 @@ def update(
     Args:
         state: of `init` or the last `update`.
         x: the batch.
-        spec: the format whose rounding is scored.
+        spec: whose quantizer is scored.
         channel_axes: axes of `x` with ranges of their own.
         stats: of all the batches (and devices), so that every batch scores the same candidates.
         axis_name: mapped axes to sum over.
@@ -82,13 +85,14 @@ def update(
         )
     axes = numerics.reduced_axes(x.ndim, channel_axes)
     wide, power = x.astype(numerics.compute_dtype(x)), _power(spec)
+    # With an observer quantizers start from the range, and not from other moments.
+    searched, quantizer = dataclasses.replace(spec, observer="mse"), QUANTIZERS[spec.quantizer]
 
     def error(fraction: jax.Array) -> jax.Array:
-        scale, zero_point = numerics.range_parameters(
-            stats.lo * fraction, stats.hi * fraction, spec
+        params = quantizer.init(
+            stats._replace(lo=stats.lo * fraction, hi=stats.hi * fraction), searched
         )
-        codes = numerics.encode(wide, scale, zero_point, spec.format)
-        gap = jnp.abs(wide - numerics.decode(codes, scale, zero_point))
+        gap = jnp.abs(wide - quantizer.fake_quant(wide, params, searched))
         gap = jnp.square(gap) if power == 2 else gap**power
         return jnp.sum(gap, axis=axes, keepdims=bool(channel_axes))
 

@@ -18,11 +18,12 @@ import numpy as np
 from qkd_jax import numerics
 from qkd_jax.numerics import IntFormat, Spec, Stats, Sums
 
-__all__ = ["NEEDS_STATS", "gaussian_multiple", "init", "range", "update"]
+__all__ = ["NEEDS_STATS", "OF_CODES", "gaussian_multiple", "init", "range", "update"]
 
 State = dict[str, jax.Array]
 
 NEEDS_STATS = False
+OF_CODES = True
 
 
 def init(shape: Sequence[int], spec: Spec) -> State:

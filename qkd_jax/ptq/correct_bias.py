@@ -20,6 +20,7 @@ from qkd_jax.ptq.products import Product, TracedNet, products, trace_net
 from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.ptq.trees import get, quantizer_paths, refuse_folded, without_quantizers
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.training.weights import quantized_weights, rounded
 
 __all__ = ["correct_bias"]
 
@@ -55,9 +56,9 @@ def correct_bias(
         batches: model inputs: arrays [batch, ...], dicts with "image" (and "mask"), or tuples of
             one array. With how="analytic" only the first one's shape is used.
         how: "empirical" or "analytic".
-        reference: the float variables to compare with, folded like `variables`. None takes
-            `variables` without their quantizers, which are these as long as no method has moved
-            the weights onto their grid (adaround, gptq).
+        reference: the variables to compare with, whose quantizers play no part, folded like
+            `variables`. None takes `variables` themselves, which serve as long as no method has
+            moved the weights onto their grid (adaround, brecq, qdrop, gptq).
         report: called with a line for each layer, e.g. `print`.
         **kwargs: further arguments of the model's call.
 
@@ -66,7 +67,8 @@ def correct_bias(
 
     Raises:
         ValueError: variables that are not calibrated or whose BatchNorms are folded into quantized
-            layers, no batch, an unknown `how`, or a reference that is folded otherwise.
+            layers, no batch, an unknown `how`, a reference that is folded otherwise, or none for
+            weights that lie on their grid already.
     """
     checks.one_of("how", how, ("empirical", "analytic"))
     if not quantizer_paths(variables):
@@ -76,6 +78,12 @@ def correct_bias(
     images = image_batches(batches)
     traced = trace_net(net, variables, images[0], **kwargs)
     refuse_folded("correct_bias", traced.multipliers)
+    if reference is None and _on_their_grid(net, variables):
+        raise ValueError(
+            "the weights lie on their grid already, so these variables say nothing of the error of "
+            "rounding them. Give reference= the variables from before (in a stage: the name of a "
+            "net that still has them), or correct biases first."
+        )
     floats = without_quantizers(variables if reference is None else reference)
     if _folded(variables) != _folded(floats):
         raise ValueError(
@@ -171,6 +179,14 @@ def _in_output(product: Product, error: np.ndarray) -> np.ndarray:
 
 def _where(place: Place) -> str:
     return "its BatchNorm's mean" if place.sign < 0 else place.path
+
+
+def _on_their_grid(net: QuantizedModel, variables: Mapping[str, Any]) -> bool:
+    """Whether every weight with codes is what it is rounded to."""
+    found = [rounded(dict(variables), weight) for weight in quantized_weights(net, dict(variables))]
+    return bool(found) and all(
+        bool(jnp.all(jnp.abs(w.values - w.on_grid) <= 1e-3 * w.scale)) for w in found
+    )
 
 
 def _folded(variables: Mapping[str, Any]) -> set[str]:

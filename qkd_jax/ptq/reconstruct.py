@@ -19,6 +19,7 @@ deployed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -347,8 +348,8 @@ class _Learner:
             pressed = sum(penalty(v, beta) for v in params["v"])
             return error + method.weight * jnp.where(counts, pressed, 0), error
 
-        @jax.jit
-        def chunk(params, state, data, key, first):
+        @functools.partial(jax.jit, static_argnames="length")
+        def chunk(params, state, data, key, first, length):
             def step(carry, i):
                 params, state = carry
                 draw, drop = jax.random.split(jax.random.fold_in(key, i))
@@ -359,15 +360,15 @@ class _Learner:
                 updates, state = optimizer.update(grads, state, params)
                 return (optax.apply_updates(params, updates), state), error
 
-            indices = first + jnp.arange(min(CHUNK, count))
+            indices = first + jnp.arange(length)
             (params, state), errors = jax.lax.scan(step, (params, state), indices)
             return params, state, jnp.mean(errors)
 
         state = optimizer.init(params)
-        # Whole chunks only, so that one program serves all of them.
-        for first in range(0, count, min(CHUNK, count)):
-            params, state, error = chunk(params, state, data, key, first)
-            report(self.unit.name, first + min(CHUNK, count), float(error))
+        for first in range(0, count, CHUNK):
+            length = min(CHUNK, count - first)
+            params, state, error = chunk(params, state, data, key, first, length)
+            report(self.unit.name, first + length, float(error))
         return params["v"], params["steps"]
 
     def _output(self, params, before, entry, key, *, hard: bool):

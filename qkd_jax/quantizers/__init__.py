@@ -14,7 +14,9 @@
 - `code_stride(spec) -> int`, only where not every code of the format occurs: the distance of
   neighbouring codes, counted from the lowest;
 - `clip_range(params, spec) -> (low, high)`, only where x is bent before it is rounded: the values
-  beyond which it is clipped, where else they are the grid's ends.
+  beyond which it is clipped, where else they are the grid's ends;
+- `output_gradient(out, spec, *, batch_axes, key) -> out`, only where the quantizer of a layer's
+  input also rounds the gradient of the layer's output.
 
 To add one, write the file and name it in `QUANTIZERS`: the tests in
 `tests/quantizers/test_every_quantizer.py` run over that dict.
@@ -61,6 +63,7 @@ __all__ = [
     "floating",
     "found_params",
     "in_use",
+    "is_uniform",
     "live",
     "lsq",
     "lsq_plus",
@@ -116,6 +119,17 @@ def live(x: jax.Array, params: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """The parameters as they are for `x`: those given, unless they depend on the tensor itself."""
     module = QUANTIZERS[spec.quantizer]
     return module.live(x, params, spec) if hasattr(module, "live") else dict(params)
+
+
+def is_uniform(spec: Spec) -> bool:
+    """Whether the spec's grid is uniform, so that its codes are integers times a scale."""
+    module, one = QUANTIZERS[spec.quantizer], jax.ShapeDtypeStruct((), jnp.float32)
+
+    def view(*moments: jax.Array) -> tuple[()] | None:
+        found = module.integer_view(module.init(stats.Stats(*moments), spec), spec)
+        return None if found is None else ()
+
+    return jax.eval_shape(view, *[one] * len(stats.Stats._fields)) is not None
 
 
 def found_params(

@@ -129,12 +129,8 @@ def fake_quant(
 
     Activations: x_hat = round(L clip(x, 0, 1)) / L;  dx = g * [0 < x < 1].
 
-    With the option `gradient_bits` k the gradient that passes an activation is rounded too, per
-    example, with K = 2^k - 1, m = max|g| and N uniform on [-1/2, 1/2) / K from `key` (0 without):
-
-        g_hat = 2 m (round(K (g / (2 m) + 1/2 + N)) / K - 1/2)
-
-    Equations 5, 8, 9, 11 and 12 of the paper.
+    With the option `gradient_bits` the gradient of a layer's output is rounded too: see
+    `output_gradient`. Equations 5, 8, 9 and 11 of the paper.
 
     Args:
         x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
@@ -155,12 +151,12 @@ def fake_quant(
         `restore=False` is the paper's. Its code differentiates M as well.
     """
     numerics.check_operand(x, params, ("bound",))
-    return _fake_quant(x, live(x, params, spec)["bound"], key, spec, tuple(batch_axes))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _fake_quant(x, bound, key, spec, batch_axes):
     del batch_axes
+    return _fake_quant(x, live(x, params, spec)["bound"], key, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _fake_quant(x, bound, key, spec):
     scale, _, _ = integer_view({"bound": bound}, spec)
     wide = x.astype(numerics.compute_dtype(x))
     levels = _levels(spec)
@@ -174,17 +170,15 @@ def _fake_quant(x, bound, key, spec, batch_axes):
     return (codes * scale).astype(x.dtype)
 
 
-def _forward(x, bound, key, spec, batch_axes):
-    return _fake_quant(x, bound, key, spec, batch_axes), (x, bound, key)
+def _forward(x, bound, key, spec):
+    return _fake_quant(x, bound, key, spec), (x, bound)
 
 
-def _backward(spec, batch_axes, residuals, g):
-    x, bound, key = residuals
+def _backward(spec, residuals, g):
+    x, bound = residuals
     wide, gain = x.astype(numerics.compute_dtype(x)), g.astype(numerics.compute_dtype(x))
     levels = _levels(spec)
     if not spec.signed:
-        if spec.option("gradient_bits", 0):
-            gain = _rounded_gradient(gain, spec.option("gradient_bits", 0), batch_axes, key)
         through = numerics.through_rounding(gain, jnp.clip(wide, 0, 1) * levels, spec)
         dx = jnp.where((0 < wide) & (wide < 1), through, 0)
     elif spec.bits == 1:
@@ -198,8 +192,42 @@ def _backward(spec, batch_axes, residuals, g):
     return numerics.match_cotangent(dx.astype(g.dtype), x), jnp.zeros_like(bound), None
 
 
+def output_gradient(
+    out: jax.Array, spec: Spec, *, batch_axes: Sequence[int] = (), key: jax.Array | None = None
+) -> jax.Array:
+    """Returns what a layer computed, unchanged; the gradient that arrives there is rounded.
+
+    From the option `gradient_bits` k of the layer's input, with K = 2^k - 1, m = max|g| of an
+    example and N uniform on [-1/2, 1/2) / K from `key` (0 without):
+
+        g_hat = 2 m (round(K (g / (2 m) + 1/2 + N)) / K - 1/2)
+
+    Equation 12 of the paper, where its algorithm 1 has it: before the layer's backward products, so
+    that both of them, for the input and for the weights, are products with k-bit gradients.
+    """
+    bits = spec.option("gradient_bits", 0)
+    return _round_gradient(out, key, bits, tuple(batch_axes)) if bits else out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _round_gradient(out, key, bits, batch_axes):
+    del key, bits, batch_axes
+    return out
+
+
+def _round_gradient_forward(out, key, bits, batch_axes):
+    return out, key
+
+
+def _round_gradient_backward(bits, batch_axes, key, g):
+    wide = g.astype(numerics.compute_dtype(g))
+    return _rounded_gradient(wide, bits, batch_axes, key).astype(g.dtype), None
+
+
+_round_gradient.defvjp(_round_gradient_forward, _round_gradient_backward)
+
+
 def _rounded_gradient(g: jax.Array, bits: int, batch_axes: Sequence[int], key: Any) -> jax.Array:
-    """The k-bit gradient of equation 12, one scale per example."""
     axes = tuple(i for i in range(g.ndim) if i not in {a % g.ndim for a in batch_axes})
     top = jnp.max(jnp.abs(g), axis=axes, keepdims=True)
     top = jnp.where(top > 0, top, 1)

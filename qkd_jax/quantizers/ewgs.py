@@ -182,11 +182,11 @@ def _fake_quant(x, lower, upper, gain, key, spec, factor):
 
 
 def _forward(x, lower, upper, gain, key, spec, factor):
-    return _fake_quant(x, lower, upper, gain, key, spec, factor), (x, lower, upper, gain)
+    return _fake_quant(x, lower, upper, gain, key, spec, factor), (x, lower, upper, gain, key)
 
 
 def _backward(spec, factor, residuals, g):
-    x, lower, upper, gain = residuals
+    x, lower, upper, gain, key = residuals
     levels, delta = _levels(spec), spec.option("delta", OPTIONS["delta"])
     dtype = numerics.compute_dtype(x)
     slopes = jnp.abs(gain) * ((1 + int(spec.signed)) / jnp.maximum(upper - lower, MIN_WIDTH))
@@ -194,7 +194,8 @@ def _backward(spec, factor, residuals, g):
     def parts(x, g):
         t, wide = _place(x, lower, upper), g.astype(dtype)
         normal = jnp.clip(t, 0, 1)
-        rounded = jnp.round(levels * normal) * (1 / levels)
+        codes = numerics.round_codes(levels * t, spec.rounding, key)  # those of the forward pass
+        rounded = jnp.clip(codes, 0, levels) * (1 / levels)
         # g (1 + delta sign(g) (xn - xq)), times what lies before and behind the rounding.
         dx = slopes * (wide + delta * jnp.abs(wide) * (normal - rounded))
         return t, wide, rounded, (t > 0) & (t < 1), dx
@@ -214,7 +215,9 @@ def _backward(spec, factor, residuals, g):
         )
 
     ends = (lower, upper, gain)
-    return *numerics.cotangents(x, g, ends, slope, terms, factor=factor), None
+    drawn = spec.rounding == "stochastic" and key is not None
+    grads = numerics.cotangents(x, g, ends, slope, terms, factor=factor, as_given=drawn)
+    return *grads, None
 
 
 _fake_quant.defvjp(_forward, _backward)

@@ -138,7 +138,8 @@ def fake_quant(
     learn_bits = spec.option("learn_bits", False)
     numerics.check_operand(x, params, ("step", "bits") if learn_bits else ("step",))
     step = params["step"]
-    factor = numerics.gradient_scale(x.shape, step.size, spec.format.qmax, batch_axes=batch_axes)
+    qmax = 1 if learn_bits else spec.format.qmax  # that of the bits in use: `_backward`
+    factor = numerics.gradient_scale(x.shape, step.size, qmax, batch_axes=batch_axes)
     if not learn_bits:
         return numerics.staircase(x, step, spec, factor=factor, key=key)
     return _learned_bits(x, step, used_bits(params, spec), spec, factor)
@@ -185,7 +186,7 @@ def _backward(spec, factor, residuals, g):
             wide * jnp.where(inside, 0, s * math.log(2) * end),
         )
 
-    return numerics.cotangents(x, g, (step, bits), slope, terms, factor=factor)
+    return numerics.cotangents(x, g, (step, bits), slope, terms, factor=factor / jnp.sqrt(high))
 
 
 _learned_bits.defvjp(_forward, _backward)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from qkd_jax.numerics import Spec
 
-__all__ = ["CLAMPED", "bounded_ends", "clamped", "clamps"]
+__all__ = ["CLAMPED", "bounded_ends", "bounds", "clamps"]
 
 # The parameters in which the size of a quantizer's grid is learned.
 CLAMPED = {
@@ -41,10 +41,24 @@ def clamps(spec: Spec, name: str) -> bool:
     return not spec.dynamic and name in CLAMPED.get(spec.quantizer, ())
 
 
-def clamped(name: str, value: jax.Array, start: jax.Array, ratio: jax.Array) -> jax.Array:
-    """Returns a parameter within its bounds; the ends of intervals wait for `bounded_ends`."""
-    if name in _ENDS:
-        return value
+def bounds(
+    starts: Mapping[str, jax.Array], ratio: jax.Array
+) -> dict[str, Callable[[jax.Array], jax.Array]]:
+    """Returns {name in "quant": function} that holds each parameter but the ends of intervals.
+
+    Args:
+        starts: {path of a parameter: its array when the stage began} of those that are clamped.
+        ratio: The factor, a scalar.
+    """
+    last = {name: name.rpartition("/")[2] for name in starts}
+    return {
+        name: functools.partial(_within, last[name], start, ratio)
+        for name, start in starts.items()
+        if last[name] not in _ENDS
+    }
+
+
+def _within(name: str, start: jax.Array, ratio: jax.Array, value: jax.Array) -> jax.Array:
     if name in _LOG2:
         return jnp.clip(value, start - jnp.log2(ratio), start + jnp.log2(ratio))
     # A gain may be negative: its size is what is held.

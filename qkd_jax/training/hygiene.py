@@ -12,8 +12,8 @@
 - **Step clamp**: `max_ratio` keeps what a quantizer learns of its grid's size within a factor of
   what it was when the stage began (`training/clamping.py`). What nothing learns (uniform's `scale`)
   is not clamped, and a net that has nothing else is refused.
-- **Annealing**: `anneal` takes a quantizer's parameter, such as the sigmoid's temperature, to a
-  value at the stage's end, by equal ratios.
+- **Annealing**: `anneal` takes the sigmoid's `temperature` or DSQ's `alpha` to a value at the
+  stage's end, by equal ratios.
 - **Size budget** for learned bits: `size_weight * max(size / size_bytes - 1, 0)` is added to the
   loss, size being that of all weights whose bits are learned (Uhlich et al., 2019, arXiv
   1905.11452, with a hinge in place of their squared one). Their bits are kept between the fewest
@@ -71,6 +71,8 @@ HYGIENE_FIELDS: dict[str, Any] = {
 }
 # A weight counts as oscillating from this frequency on, as in the paper's table 1.
 OSCILLATES = 0.005
+# What `anneal` takes to a value: how soft the gradient's staircase is.
+ANNEALED = {"sigmoid": "temperature", "dsq": "alpha"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,12 +197,13 @@ def check(
         for path, spec in weights.items():
             _refuse_bent(where, path, spec)
     owned = set(parameters)
-    there = sorted({name for _, name in owned})
     for name in hygiene.anneal:
-        if name not in there:
+        if not any(_anneals(hygiene, spec, own) and own == name for spec, own in owned):
+            there = ", ".join(sorted({spec.quantizer for spec, _ in owned}))
             raise ValueError(
-                f"{where}.anneal.{name}: no quantizer of the net has a parameter {name!r}; there "
-                f"are {', '.join(there) or 'none yet: calibrate first'}."
+                f"{where}.anneal.{name}: what can be annealed is "
+                f"{', '.join(f'the {n} of {q}' for q, n in ANNEALED.items())}, and the net's "
+                f"quantizers are {there or 'none yet: calibrate first'}."
             )
     if hygiene.clamp and not any(clamping.clamps(spec, name) for spec, name in owned):
         has = ", ".join(sorted({f"{spec.quantizer}'s {name}" for spec, name in owned}))
@@ -228,7 +231,8 @@ def init(
         where: For messages.
 
     Returns:
-        {"count": int32 scalar, "weights": {path: arrays}, "start": {path: array}}.
+        {"count": int32 scalar, "weights": {path: arrays}, and "clamped" and "annealed", {path of
+        a parameter: its array at the start}}.
 
     Raises:
         ValueError: As `check`.
@@ -239,7 +243,7 @@ def init(
     specs = {weight.path: weight.spec for weight in weights}
     owned = {(spec, _last(name)) for name, spec in owners.items()}
     check(hygiene, specs, owned, where=where)
-    state: Tree = {"count": jnp.zeros((), jnp.int32), "weights": {}, "start": {}}
+    state: Tree = {"count": jnp.zeros((), jnp.int32), "weights": {}}
     if hygiene.track:
         for weight in weights:
             codes = rounded(learned, weight).codes.astype(jnp.float32)
@@ -253,15 +257,22 @@ def init(
                     "mean": codes,
                     "pinned": jnp.full(codes.shape, jnp.nan, jnp.float32),
                 }
-    state["start"] = {
+    state["clamped"] = {
         name: names[name]
         for name, spec in owners.items()
-        if _last(name) in hygiene.anneal or (hygiene.clamp and clamping.clamps(spec, _last(name)))
+        if hygiene.clamp and clamping.clamps(spec, _last(name))
     }
-    for name, leaf in state["start"].items():
-        if _last(name) in hygiene.anneal and not isinstance(leaf, jax.core.Tracer):
+    state["annealed"] = {
+        name: names[name] for name, spec in owners.items() if _anneals(hygiene, spec, _last(name))
+    }
+    for name, leaf in state["annealed"].items():
+        if not isinstance(leaf, jax.core.Tracer):
             _refuse_sign(f"{where}.anneal.{_last(name)}", name, leaf)
     return state
+
+
+def _anneals(hygiene: Hygiene, spec: Spec, name: str) -> bool:
+    return name in hygiene.anneal and ANNEALED.get(spec.quantizer) == name
 
 
 def _owner(module: Any, name: str) -> Spec | None:
@@ -369,17 +380,15 @@ def apply(
         (learned, state, {"oscillating", "frozen"}: shares of all weights that are tracked).
     """
     done = _done(hyper, state["count"])
-    quant = _map_leaves(
-        learned.get("quant", {}),
-        {
-            name: _held(hygiene, hyper, done, _last(name), start)
-            for name, start in state["start"].items()
-        },
-    )
+    moved = {
+        name: functools.partial(_annealed, hyper[f"anneal_{_last(name)}"], done, start)
+        for name, start in state["annealed"].items()
+    }
+    quant = _map_leaves(learned.get("quant", {}), moved)
     if hygiene.clamp:
-        quant = _map_leaves(
-            quant, clamping.bounded_ends(flatten(quant), state["start"], hyper["max_ratio"])
-        )
+        starts, ratio = state["clamped"], hyper["max_ratio"]
+        quant = _map_leaves(quant, clamping.bounds(starts, ratio))
+        quant = _map_leaves(quant, clamping.bounded_ends(flatten(quant), starts, ratio))
     learned = {**learned, "quant": quant} if quant else learned
     if hygiene.budget:
         learned = {**learned, "quant": _map_leaves(quant, _bounded_bits(module, learned))}
@@ -429,15 +438,8 @@ def _watch(hygiene, hyper, done, learned, weight, states) -> tuple[Tree, Tree]:
     return learned, new
 
 
-def _held(hygiene: Hygiene, hyper: Tree, done: jax.Array, name: str, start: jax.Array):
-    """What is done to a parameter of a quantizer that was `start` when the stage began."""
-
-    def held(value: jax.Array) -> jax.Array:
-        if name in hygiene.anneal:
-            return (start * (hyper[f"anneal_{name}"] / start) ** done).astype(value.dtype)
-        return clamping.clamped(name, value, start, hyper["max_ratio"])
-
-    return held
+def _annealed(end: jax.Array, done: jax.Array, start: jax.Array, value: jax.Array) -> jax.Array:
+    return (start * (end / start) ** done).astype(value.dtype)
 
 
 def oscillating(state: Tree) -> dict[str, float]:

@@ -358,11 +358,28 @@ def test_dampening_clips_at_the_grid_of_the_bits_in_use():
 
 
 def test_annealing_from_what_is_not_positive_is_refused():
-    structure, _ = planned(anneal={"log2_threshold": 2.0})
-    net, learned = dense(Spec(3, quantizer="tqt"))
-    learned["quant"] = {"weight_quantizer": {"log2_threshold": jnp.float32(-1.0)}}
-    with pytest.raises(ValueError, match=r"anneal.log2_threshold: .* starts at -1"):
+    structure, _ = planned(anneal={"alpha": 0.1})
+    net, learned = dense(Spec(3, quantizer="dsq"))
+    learned["quant"] = {"weight_quantizer": {"step": jnp.float32(1), "alpha": jnp.float32(-1.0)}}
+    with pytest.raises(ValueError, match=r"anneal.alpha: .* starts at -1"):
         hygiene.init(structure, net, learned)
+
+
+def test_annealing_leaves_parameters_of_the_same_name_alone():
+    """DSQ's alpha is the softness of its staircase, PACT's the level that it clips at."""
+    structure, hyper = planned(5, anneal={"alpha": 0.05})
+    rule = Rule(
+        ".*", weight=Spec(3, quantizer="dsq"), input=Spec(4, quantizer="pact", signed=False)
+    )
+    net = quantize(nn.Dense(3), [rule])
+    x = jnp.abs(jax.random.normal(jax.random.key(0), (8, 4)))
+    learned = calibrate(net, net.init(jax.random.key(1), x), [x])
+    state = hygiene.init(structure, net, learned)
+    level = learned["quant"]["input_quantizer"]["alpha"]
+    for _ in range(5):
+        learned, state, _ = hygiene.apply(structure, net, hyper, learned, state)
+    assert learned["quant"]["weight_quantizer"]["alpha"] == pytest.approx(0.05)
+    assert learned["quant"]["input_quantizer"]["alpha"] == level
 
 
 def test_a_run_that_goes_on_is_the_run_that_was_not_broken():
@@ -439,7 +456,7 @@ def test_fields_out_of_range(fields, message):
     [
         (dict(freeze=0.1), Spec(3, quantizer="dorefa"), r"quantizer 'dorefa'.*track alone"),
         (dict(dampen=0.1), Spec(3, quantizer="qil"), r"quantizer 'qil'"),
-        (dict(anneal={"temperature": 9.0}), LSQ, r"no parameter|has a parameter 'temperature'"),
+        (dict(anneal={"temperature": 9.0}), LSQ, r"anneal.temperature: .*quantizers are lsq"),
         (dict(size_bytes=9.0), LSQ, r"learn_bits"),
         (dict(max_ratio=2.0), Spec(3, quantizer="dorefa"), r"no quantizer.*learned step"),
         (dict(max_ratio=2.0), Spec(3), r"there are uniform's scale"),
