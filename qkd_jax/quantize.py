@@ -190,7 +190,9 @@ class QuantizedModel:
                 )
             if rule.pattern == ".*":  # the rest, of which there may be none
                 continue
-            reached = [path for path in paths if _first_match(self.rules, path) is rule]
+            reached = [path for path in paths if _first_match(self.rules, path) == rule]
+            if rule in self.rules[:place]:
+                reached = []
             if not reached:
                 raise ValueError(
                     f"rules[{place}] {rule.pattern!r} is never reached: the first rule that "

@@ -1,5 +1,6 @@
 """The names that a config may give its rules."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -102,3 +103,42 @@ def test_weight_only_leaves_every_product_in_float():
 def test_wrong_names_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
         presets.rules(name)
+
+
+class Named(nn.Module):
+    """A net of which one end has the usual name."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), name="conv1")(x))
+        x = nn.relu(nn.Conv(32, (3, 3), name="conv2")(x))
+        return nn.Dense(4, name="head")(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("name", ["w4a4", "w4a4:static", "w4a4:dynamic"])
+def test_each_end_is_found_by_itself(name):
+    net = qk.quantize(Named(), presets.rules(name, model=Named(), images=IMAGES))
+    bits = [net.spec_of(path, "weight").bits for path in ("conv1", "conv2", "head")]
+    assert bits == [8, 4, 8]
+    net.init(jax.random.key(0), IMAGES)
+
+
+def test_groups_that_do_not_fit_become_channels():
+    rules = presets.rules("int4_weight_only", model=Named(), images=IMAGES)
+    net = qk.quantize(Named(), rules)
+    kinds = [net.spec_of(path, "weight").granularity for path in ("conv1", "conv2", "head")]
+    assert kinds == ["channel", "channel", 32]
+    qk.calibrate(net, net.init(jax.random.key(0), IMAGES), [IMAGES])
+
+
+def test_a_preset_without_its_model_says_what_is_missing():
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(x)
+
+    net = qk.quantize(Plain(), presets.rules("static"))
+    with pytest.raises(
+        ValueError, match=r"matches no layer.*presets.rules\(name, model=, images=\)"
+    ):
+        net.init(jax.random.key(0), IMAGES)

@@ -460,3 +460,32 @@ def test_load_float_takes_same_paths_and_refuses_others():
         load_float(variables, bad)
     with pytest.raises(ValueError, match="variables tree with 'params'"):
         load_float(variables, other["params"])
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([Rule(".*", weight=Spec(2)), Rule("head", weight=Spec(8))], r"rules\[1\] 'head' is never"),
+        (
+            [Rule("enc", weight=Spec(4)), Rule(".*")],
+            r"rules\[0\] 'enc' matches 'enc', with no weight.*such as 'enc/\.\*'.*enc/dense",
+        ),
+    ],
+)
+def test_rules_that_change_nothing_are_refused(rules, message):
+    class Encoder(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.relu(nn.Dense(4, name="dense")(x))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, name="head")(Encoder(name="enc")(x))
+
+    x = jnp.ones((2, 3))
+    net = quantize(Net(), rules)
+    with pytest.raises(ValueError, match=message):
+        net.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=message):
+        calibrate(net, Net().init(jax.random.key(0), x), [x])

@@ -1,5 +1,6 @@
 """What each observer finds."""
 
+import dataclasses
 import pathlib
 
 import flax.linen as nn
@@ -11,8 +12,9 @@ import pytest
 from qkd_jax import numerics
 from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec, Stats
-from qkd_jax.observers import ema, minmax, mse
+from qkd_jax.observers import ema, entropy, minmax, mse
 from qkd_jax.quantize import Rule, quantize
+from qkd_jax.quantizers import QUANTIZERS
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "quantizers.npz")
 
@@ -97,6 +99,54 @@ def test_mse_against_a_loop_in_float64(spec):
     chosen = round(float(hi / stats.hi) * 100)
     assert losses[100 - chosen] <= losses.min() * 1.001
     np.testing.assert_allclose(lo / stats.lo, hi / stats.hi, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec(6, quantizer="float"),
+        Spec(4, quantizer="float"),
+        Spec(4, quantizer="codebook"),
+        Spec(4, quantizer="apot"),
+        Spec(4, rounding="floor"),
+        Spec(4, quantizer="tqt"),
+        Spec(3, quantizer="dsq"),
+    ],
+    ids=lambda s: f"{s.label} {s.rounding}",
+)
+def test_mse_scores_the_quantizer_itself(spec):
+    """On heavy tails no range of the hundred has a smaller error behind this very quantizer."""
+    x = np.random.default_rng(3).standard_t(3, size=3000).astype(np.float32)
+    stats, quantizer = numerics.finish(numerics.measure(x)), QUANTIZERS[spec.quantizer]
+    searched = dataclasses.replace(spec, observer="mse")
+
+    def error(lo, hi):
+        params = quantizer.init(stats._replace(lo=jnp.float32(lo), hi=jnp.float32(hi)), searched)
+        x_hat = quantizer.fake_quant(jnp.asarray(x), params, searched)
+        return float(np.sum(np.square(np.float64(x) - np.float64(x_hat))))
+
+    state = UPDATE[mse](mse.init((), spec), jnp.asarray(x), spec, stats=stats)
+    candidates = [i / 100 for i in range(1, 101)]
+    best = min(error(stats.lo * f, stats.hi * f) for f in candidates)
+    assert error(*mse.range(state, spec)) <= 1.0005 * best
+
+
+@pytest.mark.parametrize("observer", ["rms", "entropy"])
+def test_observers_of_codes_refuse_grids_without_codes(observer):
+    x = jnp.ones((4, 3))
+    net = quantize(nn.Dense(2), [Rule(".*", input=Spec(8, quantizer="float"))])
+    with pytest.raises(ValueError, match=rf"observer '{observer}' of input.*'float' has none; use"):
+        calibrate(net, net.init(jax.random.key(0), x), [x], observer=observer)
+
+
+def test_entropy_counts_all_codes_of_data_that_are_never_negative():
+    x = jnp.maximum(np.random.default_rng(5).standard_t(4, size=20_000).astype(np.float32), 0)
+    found = {}
+    for spec in (Spec(4, signed=False), Spec(4, signed=False, symmetric=False), Spec(4)):
+        state = entropy.update(entropy.init((), spec), x, spec)
+        found[spec.label] = float(entropy.range(state, spec)[1])
+    unsigned, affine, signed = found.values()
+    assert unsigned == affine != signed
 
 
 def test_a_higher_power_clips_less():

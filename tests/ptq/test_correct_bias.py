@@ -13,6 +13,7 @@ from qkd_jax.numerics import Spec
 from qkd_jax.ptq import correct_bias, equalize, fold_bn
 from qkd_jax.ptq.moments import rectified_mean
 from qkd_jax.quantize import Rule
+from qkd_jax.training.weights import quantized_weights, rounded, with_weight
 
 RULES = [Rule(".*", weight=Spec(3, granularity="channel"), input=Spec(8, symmetric=False))]
 
@@ -194,3 +195,17 @@ def test_what_is_refused(setup):
     quantized["quant"]["stem"] = {"folded": {"multiplier": jnp.ones(8)}}
     with pytest.raises(ValueError, match="correct_bias before `fold_bn`"):
         correct_bias(net, quantized, [x])
+
+
+def test_weights_that_are_rounded_already_need_a_reference():
+    x = small_nets.images()
+    net, variables = small_nets.calibrated(small_nets.Mixed(), small_nets.rules(4, 8), x)
+    params = {**variables["params"]}
+    for weight in quantized_weights(net, variables):
+        params = with_weight(
+            {**variables, "params": params}, weight, rounded(variables, weight).on_grid
+        )["params"]
+    moved = {**variables, "params": params}
+    with pytest.raises(ValueError, match=r"on their grid already.*reference="):
+        correct_bias(net, moved, [x])
+    correct_bias(net, moved, [x], reference=variables)

@@ -33,6 +33,27 @@ def test_float_net_is_folded_exactly():
     assert set(folded["quant"]["depthwise"]["folded"]) == {"bias"}
 
 
+@pytest.mark.parametrize("kind", ["conv", "depthwise", "dense"])
+def test_gradients_through_a_folded_product_are_those_of_the_net(kind):
+    x = jax.random.normal(jax.random.key(3), (5, 7, 6, 6))
+    rule = Rule("layer", weight=Spec(4, granularity="channel"), input=Spec(6))
+    net, variables = small_nets.float_net(OneLayer(kind, False), x, [rule])
+    variables = calibrate(net, variables, [x])
+    folded = fold_bn(net, variables, x)
+    assert "multiplier" in folded["quant"]["layer"]["folded"]
+
+    def gradients(variables):
+        def total(x, kernel):
+            params = variables["params"]
+            params = {**params, "layer": {**params["layer"], "kernel": kernel}}
+            return jnp.sum(jnp.sin(net.apply({**variables, "params": params}, x)))
+
+        return jax.grad(total, (0, 1))(x, variables["params"]["layer"]["kernel"])
+
+    for found, wanted in zip(gradients(folded), gradients(variables), strict=True):
+        assert relative(found, wanted) < 1e-4
+
+
 class OneLayer(nn.Module):
     kind: str
     use_bias: bool

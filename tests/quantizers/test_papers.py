@@ -4,13 +4,16 @@ import ast
 import math
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qkd_jax import numerics
+from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec
+from qkd_jax.quantize import Rule, quantize
 from qkd_jax.quantizers import QUANTIZERS
 
 GOLDEN = dict(np.load(pathlib.Path(__file__).parents[1] / "golden" / "papers.npz"))
@@ -60,6 +63,8 @@ def test_value_and_gradients_are_the_papers(name):
     np.testing.assert_allclose(dx, golden["dx"], rtol=1e-5, atol=2e-6)
     # Five elements of an example share a parameter; the paper's gradient comes without the factor.
     qmax = 2**spec.bits - 1 if spec.quantizer == "ewgs" else spec.format.qmax
+    if "bits" in golden:  # learned: the largest code of those in use
+        qmax = 2 ** (round(float(golden["bits"])) - spec.signed) - 1
     factor = 1 / math.sqrt(5 * max(qmax, 1))
     for key, value in dparams.items():
         wanted = golden.get("d" + key, np.zeros(())) * factor
@@ -89,3 +94,60 @@ def test_scale_conventions_are_torchaos(name):
     wanted = np.ravel(golden["codes"])
     np.testing.assert_array_equal(codes[~tie], wanted[~tie])
     assert np.all(abs(codes - wanted) <= 1)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_learned_bits_are_a_narrower_lsq(signed):
+    """8 bits that are down to 3 have the values and gradients of LSQ with 3 bits."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 50)), jnp.float32)
+    x = x if signed else abs(x)
+    wide = Spec(8, quantizer="lsq", signed=signed, narrow_range=False, options={"learn_bits": True})
+    plain = Spec(3, quantizer="lsq", signed=signed, narrow_range=False)
+    lsq, step = QUANTIZERS["lsq"], jnp.float32(0.3)
+
+    def learned(x, step):
+        params = {"step": step, "bits": jnp.float32(3.2)}
+        return lsq.fake_quant(x, params, wide, batch_axes=(0,)).sum()
+
+    def fixed(x, step):
+        return lsq.fake_quant(x, {"step": step}, plain, batch_axes=(0,)).sum()
+
+    found = jax.value_and_grad(learned, (0, 1))(x, step)
+    wanted = jax.value_and_grad(fixed, (0, 1))(x, step)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rounding", ["even", "away", "floor", "stochastic"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_ewgs_is_linear_in_its_gain(rounding, signed):
+    """So the gain's gradient is sum g x_hat / gain, with the codes of the forward pass."""
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(40,)), jnp.float32)
+    spec = Spec(3, quantizer="ewgs", signed=signed, rounding=rounding)
+    lower = jnp.float32(-1.0 if signed else 0.1)
+    g = jnp.asarray(np.random.default_rng(2).normal(size=(40,)), jnp.float32)
+
+    def out(gain):
+        params = {"lower": lower, "upper": jnp.float32(1.3), "gain": gain}
+        return QUANTIZERS["ewgs"].fake_quant(x, params, spec, key=jax.random.key(3))
+
+    found = jax.grad(lambda gain: jnp.sum(g * out(gain)))(jnp.float32(0.7))
+    wanted = np.sum(np.float64(g) * np.float64(out(jnp.float32(0.7)))) / 0.7
+    np.testing.assert_allclose(found, wanted / math.sqrt(40 * 7), rtol=1e-5)
+
+
+def test_dorefa_rounds_the_gradient_of_a_layers_output():
+    """Both backward products of a layer run on gradients of k bits, also behind a BatchNorm."""
+    inputs = Spec(4, quantizer="dorefa", signed=False, options={"gradient_bits": 2})
+    net = quantize(nn.Dense(6), [Rule(".*", weight=Spec(4), input=inputs)])
+    x = jnp.asarray(np.random.default_rng(3).uniform(size=(5, 8)), jnp.float32)
+    variables = calibrate(net, net.init(jax.random.key(0), x), [x])
+    g = np.random.default_rng(4).normal(size=(5, 6)).astype(np.float32)
+    _, pull = jax.vjp(lambda p: net.apply({**variables, "params": p}, x), variables["params"])
+    (found,) = pull(jnp.asarray(g))
+    top = np.abs(g).max(axis=1, keepdims=True)
+    rounded = 2 * top * (np.round(3 * (g / (2 * top) + 0.5)) / 3 - 0.5)
+    assert all(len(np.unique(row)) <= 4 for row in rounded)
+    np.testing.assert_allclose(found["bias"], g.sum(0), rtol=1e-5, atol=1e-6)  # behind the product
+    x_hat = np.round(15 * np.float64(x)) / 15
+    np.testing.assert_allclose(found["kernel"], x_hat.T @ rounded, rtol=1e-4, atol=1e-5)
