@@ -10,7 +10,7 @@ Every arm is a run folder of its own under --out, the student's part of `configs
 a stopped table goes on where it was; finished arms are read, not run. Seeds come one after another,
 so that an unfinished table has equal seeds in most rows. Losses of several teachers are left out.
 With `--bits=w2a2` the students of --students are quantized and learn again. `QKD` (the three
-phases, the teacher learning in the second) and `QKD's loss, fixed teacher`, its control with the
+phases, the teacher learning in the second) and `QKD's terms with a fixed teacher`, its control with the
 same terms and steps, are rows like the losses.
 Prints a markdown table (mean +- standard deviation over seeds) and writes kd_table.json and
 kd_table.png. `mistake severity` is the mean height of the lowest common ancestor of the predicted
@@ -28,7 +28,7 @@ import arms
 
 from configs import feature_kd, qkd, terms
 
-ALONE, QKD, FIXED = "labels alone", "QKD", "QKD's loss, fixed teacher"
+ALONE, QKD, FIXED = "labels alone", "QKD", "QKD's terms with a fixed teacher"
 
 
 def parse():
