@@ -10,8 +10,8 @@ Every arm is a run folder of its own under --out, the student's part of `configs
 a stopped table goes on where it was; finished arms are read, not run. Seeds come one after another,
 so that an unfinished table has equal seeds in most rows. Losses of several teachers are left out.
 With `--bits=w2a2` the students of --students are quantized and learn again. `QKD` (the three
-phases, the teacher learning in the second) and `QKD's terms with a fixed teacher`, its control with the
-same terms and steps, are rows like the losses.
+phases, the teacher learning in the second) and `QKD's terms with a fixed teacher`, its control with
+the same terms and steps, are rows like the losses.
 Prints a markdown table (mean +- standard deviation over seeds) and writes kd_table.json and
 kd_table.png. `mistake severity` is the mean height of the lowest common ancestor of the predicted
 and the true class in the data set's class tree, over the mistakes; `s/step` is wall time on the
