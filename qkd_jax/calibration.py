@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.errors import ModifyScopeVariableError
 
 from qkd_jax import checks, watched
 from qkd_jax.interception import OPERANDS, Frame
@@ -280,6 +281,12 @@ def _observe(
                 "a quantized layer shares its parameters over the steps of nn.scan or nn.vmap (as "
                 "nn.RNN's cells do), where statistics can't be kept. Leave it in float with a rule "
                 f"without specs before the others, or unroll the loop. ({error})"
+            ) from error
+        except ModifyScopeVariableError as error:
+            raise ValueError(
+                "a quantized layer lies inside a module that hands it its parameters read-only "
+                "(nn.WeightNorm, nn.SpectralNorm), where statistics can't be kept. Leave it in "
+                f"float with a rule without specs before the others. ({error})"
             ) from error
         if frames is not None:
             frames.append(frame)

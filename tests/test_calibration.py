@@ -156,3 +156,15 @@ def test_errors_of_names_and_of_rules_that_do_nothing():
     rules = [Rule("secnd", weight=Spec(8)), Rule("second", weight=Spec(4))]
     with pytest.raises(ValueError, match=r"rules\[0\] 'secnd' matches no layer.*'second'"):
         calibrate(quantize(Net(), rules), variables, [x])
+
+
+def test_layers_with_borrowed_parameters_are_refused_by_name():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.WeightNorm(nn.Dense(3))(x)
+
+    net = quantize(Net(), [Rule(".*", weight=Spec(8), input=Spec(8))])
+    x = jnp.ones((2, 4))
+    with pytest.raises(ValueError, match=r"nn.WeightNorm.*a rule without specs"):
+        calibrate(net, net.init(jax.random.key(0), x), [x])

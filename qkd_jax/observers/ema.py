@@ -3,8 +3,9 @@
     m <- m + c (batch - m),  c = 0.01
 
 The first batch sets m, so there is no pull towards zero. One batch's outlier moves the range by a
-hundredth. Jacob et al., 2017 (arXiv 1712.05877, section 3.1) smooth activation ranges so; c is that
-of PyTorch's MovingAverageMinMaxObserver.
+hundredth, and so few batches leave it near the first one's: the option `momentum` is c. Jacob et
+al., 2017 (arXiv 1712.05877, section 3.1) smooth activation ranges so; 0.01 is that of PyTorch's
+MovingAverageMinMaxObserver.
 """
 
 from __future__ import annotations
@@ -14,22 +15,30 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from qkd_jax import numerics
+from qkd_jax import checks, numerics
 from qkd_jax.numerics import Spec, Stats
 
-__all__ = ["AVERAGING_CONSTANT", "NEEDS_STATS", "init", "range", "update"]
+__all__ = ["NEEDS_STATS", "OPTIONS", "init", "range", "update"]
 
 State = dict[str, jax.Array]
 
 NEEDS_STATS = False
-AVERAGING_CONSTANT = 0.01
+OPTIONS = {"momentum": 0.01}
 
 
 def init(shape: Sequence[int], spec: Spec) -> State:
-    """The state before any data: `batches` 0."""
-    del spec
+    """The state before any data: `batches` 0.
+
+    Raises:
+        ValueError: a momentum outside (0, 1].
+    """
+    checks.number("option momentum", _momentum(spec), low=0.0, high=1.0, low_allowed=False)
     zero = jnp.zeros(shape, jnp.float32)
     return {"lo": zero, "hi": zero, "batches": jnp.zeros((), jnp.int32)}
+
+
+def _momentum(spec: Spec) -> float:
+    return spec.option("momentum", OPTIONS["momentum"])
 
 
 def update(
@@ -42,7 +51,7 @@ def update(
     axis_name: str | tuple[str, ...] | None = None,
 ) -> State:
     """Moves the range towards one batch's; an empty batch leaves it."""
-    del spec, stats
+    del stats
     if x.size == 0:
         return state
     seen = numerics.measure(x, channel_axes=channel_axes, axis_name=axis_name)
@@ -50,7 +59,7 @@ def update(
 
     def moved(old, new):
         new = new.astype(old.dtype)
-        return jnp.where(first, new, old + AVERAGING_CONSTANT * (new - old))
+        return jnp.where(first, new, old + _momentum(spec) * (new - old))
 
     return {
         "lo": moved(state["lo"], seen.lo),

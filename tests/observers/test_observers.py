@@ -55,6 +55,9 @@ def test_ema_starts_at_the_first_batch_and_moves_by_a_hundredth():
     assert run(ema, [np.array([-1.0, 2.0])]) == (-1, 2)
     lo, hi = run(ema, [np.array([-1.0, 2.0]), np.array([-2.0, 12.0])])
     np.testing.assert_allclose([lo, hi], [-1.01, 2.1], rtol=1e-6)
+    half = Spec(4, observer="ema", options={"momentum": 0.5})
+    lo, hi = run(ema, [np.array([-1.0, 2.0]), np.array([-2.0, 12.0])], spec=half)
+    np.testing.assert_allclose([lo, hi], [-1.5, 7.0], rtol=1e-6)
 
 
 def truth(x, lo, hi, spec, power=2):
