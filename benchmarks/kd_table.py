@@ -166,7 +166,8 @@ def main():
         raise SystemExit(f"No arm is finished under {out}; run without --dry.")
     table = show(found, list(teachers.values()))
     (out / "kd_table.json").write_text(json.dumps({"teacher": teachers, "losses": table}, indent=1))
-    series = {"top-1": {loss: cells["top1"] for loss, cells in table.items()}}
+    order = sorted(table, key=lambda loss: statistics.fmean(table[loss]["top1"] or [0.0]))
+    series = {"top-1": {loss: table[loss]["top1"] for loss in order}}
     alone = table.get(ALONE, {}).get("top1")
     line = statistics.fmean(alone) if alone else None
     arms.plot(series, out / "kd_table.png", ylabel="top-1 %", line=line, line_label=ALONE)
