@@ -52,6 +52,7 @@ HEADROOM = 30  # bits that a rescaled sum may take
 GROUND = 20  # bits of a tensor in fixed point, so that 1,024 of its numbers can be added
 LIMIT = 2**31
 SAME = frozenset({"copy", "stop_gradient", "optimization_barrier", "convert_element_type"})
+COARSE = ("bfloat16", "float16")
 MOVES = frozenset("reshape transpose rev squeeze slice broadcast_in_dim".split())
 
 
@@ -352,17 +353,22 @@ class _Rewriter:
                 (v, np.asarray(r, np.float64)) for v, r in zip(node.outputs, results, strict=True)
             )
             return
-        result = self.applied(node, values)
+        dtype = self.graph.dtype(node.outputs[0])
+        rounds = dtype.name in COARSE and not isinstance(values[0], Raw)
+        result = None if rounds else self.applied(node, values)
         if result is None:
             reads = "it is no sum, scaling, clipping, pooling or move of numbers on grids"
+            if rounds or node.op == "convert_element_type":
+                reads = f"it rounds to {dtype.name}"
             raise self.refuse(repr(node.op), node.scope, reads)
         self.env[node.outputs[0]] = result
 
     def applied(self, node: Node, values: list[Any]) -> Any:
         op, x = node.op, values[0]
         if op in SAME:
-            same = self.graph.dtype(node.inputs[0]) == self.graph.dtype(node.outputs[0])
-            return x if same or not isinstance(x, Raw) else None
+            before, after = (self.graph.dtype(v) for v in (node.inputs[0], node.outputs[0]))
+            wider = not isinstance(x, Raw) and _holds(after, before)
+            return x if before == after or wider else None
         if any(isinstance(v, Raw) for v in values):
             if op not in MOVES:
                 return None
@@ -517,6 +523,14 @@ def _scaled(x: Linear, by: np.ndarray) -> Linear | None:
             ends = tuple(sorted(end * factor for end in ends))
     terms = tuple((v, m * by, bound) for v, m, bound in x.terms)
     return dataclasses.replace(x, terms=terms, bias=x.bias * by, low=ends[0], high=ends[1])
+
+
+def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
+    """Whether every number of a float type is one of another float type."""
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (wide, narrow)):
+        return False
+    a, b = jnp.finfo(wide), jnp.finfo(narrow)
+    return a.nmant >= b.nmant and a.maxexp >= b.maxexp
 
 
 def _negated(x: Linear) -> Linear:

@@ -83,8 +83,9 @@ def convert(
         integer_only: no floats between the codes of the input and those of the output: fixed-point
             multipliers, tables of thresholds up to 4 bits, sums and pools on integers. The net's
             sums, pools and logits must lie on grids (the preset "w8a8:integer" puts them there).
-            A value that lies within some 2^-10 steps of the boundary between two codes may get
-            the other one.
+            A value near the boundary between two codes may get the other one. Fixed point
+            resolves 2^-24 steps of its grid, or R 2^-28 where that is more: R is the largest sum
+            that the codes allow, in those steps. A net is refused where R reaches 2^30.
         **kwargs: further arguments of the model's call.
 
     Returns:

@@ -46,7 +46,7 @@ __all__ = ["OnnxFile", "has_vnni", "onnx_session", "to_onnx"]
 OPSETS = (13, 21)
 ACTIVATIONS = ("uint8", "int8", "own")
 DEFAULTS = {"opset": 17, "int4": False, "activations": "uint8"}
-INT4_OPSET = 21
+INT4_OPSET = 21  # and of codes of more than 8 bits
 HOST = "host"
 # The oldest ONNX file format that carries each opset.
 IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
@@ -94,7 +94,8 @@ def to_onnx(
         variables: float or calibrated, folded or not (BatchNorm is folded where it can be).
         images: example input, [batch, height, width, channels]; only its shape and type count.
         path: the file to write.
-        opset: ONNX operator set, 13 to 21. Quantized tensors of 9 to 16 bits need 21.
+        opset: ONNX operator set, 13 to 21. Quantized tensors of 9 to 16 bits need 21, and so does
+            int4; a target's own opset is raised to it for a net that has them.
         target: what will run the file, a key of `targets.TARGETS`, which decides the options that
             are not given (else opset 17, int4 off, "uint8") and refuses layers whose sums
             would saturate there: on x86 without VNNI, 8-bit weights on 8-bit inputs give wrong
@@ -120,8 +121,11 @@ def to_onnx(
     onnx = _import("onnx")
     checks.one_of("target", target, (None, HOST, *TARGETS))
     wanted: Mapping[str, Any] = file_options(target) if target in TARGETS else DEFAULTS
-    opset = wanted["opset"] if opset is None else opset
     int4 = bool(wanted["int4"] if int4 is None else int4)
+    if opset is None:
+        opset = wanted["opset"]
+        if target in TARGETS and (int4 or _is_wide(net)):
+            opset = max(opset, INT4_OPSET)
     chosen, activations = activations, activations or wanted["activations"]
     checks.one_of("activations", activations, ACTIVATIONS)
     checks.integer_in("opset", opset, *OPSETS)
@@ -135,12 +139,14 @@ def to_onnx(
     rounds = takes is not None and takes.integer_bias and bool(variables.get("quant"))
     folded = (integer_bias if rounds else fold_bn)(net, variables, images, **kwargs)
     traced = trace_net(net, folded, images, **kwargs)
-    export = Export(traced, opset, int4=int4, activations=activations)
+    options: dict[str, Any] = {"opset": opset, "int4": int4}
+    options["offset_before_rounding"] = takes is not None and takes.offset_before_rounding
+    export = Export(traced, activations=activations, **options)
     outputs = export.write()
     if takes and not takes.keeps_sum_grids and chosen is None and export.sums_of_grids():
         # In int8 no sum is fused with the convolution before it; uint8 came out one code off,
         # one sum in four.
-        export = Export(traced, opset, int4=int4, activations="int8")
+        export = Export(traced, activations="int8", **options)
         outputs = export.write()
     saturating = tuple(export.saturating)
     _check_target(target, saturating)
@@ -212,6 +218,12 @@ def _is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64", "i686", "x86")
 
 
+def _is_wide(net: QuantizedModel) -> bool:
+    """Whether any rule asks for codes of more than 8 bits."""
+    specs = (getattr(r, o) for r in net.rules for o in ("weight", "input", "other", "output"))
+    return any(spec is not None and spec.bits > 8 for spec in specs)
+
+
 def _check_target(target: str | None, saturating: tuple[str, ...]) -> None:
     if not saturating or target is None:
         return
@@ -240,10 +252,17 @@ class Export:
     """One export: walks the graph and remembers which ONNX tensor holds which value."""
 
     def __init__(
-        self, traced: TracedNet, opset: int, *, int4: bool = False, activations: str = "uint8"
+        self,
+        traced: TracedNet,
+        opset: int,
+        *,
+        int4: bool = False,
+        activations: str = "uint8",
+        offset_before_rounding: bool = False,
     ):
         self.traced, self.graph = traced, traced.graph
         self.int4, self.activations = int4, activations
+        self.offset_before_rounding = offset_before_rounding
         self.stored: dict[str, tuple[str, str]] = {}  # layer -> its codes, and what holds them
         self.writer = Writer(opset)
         self.products = {p.node: p for p in products(traced.graph)}
@@ -482,7 +501,7 @@ def _model(onnx: Any, export: Export, outputs: list[Tensor]) -> Any:
         [helper.make_node(op, i, o, name=n, **a) for op, i, o, a, n in nodes],
         type(export.traced.net.model).__name__,
         *value_infos,
-        [onnx.numpy_helper.from_array(np.ascontiguousarray(a), n) for n, a in constants.items()],
+        [onnx.numpy_helper.from_array(np.asarray(a, order="C"), n) for n, a in constants.items()],
     )
     return helper.make_model(
         graph,

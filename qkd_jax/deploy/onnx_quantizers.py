@@ -1,5 +1,8 @@
 """Activations on a grid in ONNX: an optional Clip, QuantizeLinear, DequantizeLinear.
 
+For an engine that adds a grid's lowest code before it rounds (`Target.offset_before_rounding`), Mul,
+Round, Clip and Cast stand in place of QuantizeLinear: the net's own arithmetic.
+
 A range that is found at run time is written out, in the net's own arithmetic: ONNX's
 DynamicQuantizeLinear has one range for the whole tensor, unsigned and affine, and divides.
 """
@@ -205,13 +208,24 @@ def _grid(
     maker = writer.maker(name)
     if maker is not None and maker[0] == "Relu" and format.qmin == zero_point and not clipped:
         name = maker[1][0]
-    if (format.qmin, format.qmax) != (limits.min, limits.max) and not clipped:
+    written_out = export.offset_before_rounding and stored_zero_point != np.iinfo(storage).min
+    narrow = (format.qmin, format.qmax) != (limits.min, limits.max)
+    if narrow and not clipped and not written_out:
         name = export.add("Clip", [name, *(writer.constant(e, "bound") for e in ends)], node)
     grid = [
         writer.constant(scale32, f"{node.params['path']}/{node.params['operand']}_scale"),
         writer.constant(storage.type(stored_zero_point), "zero_point"),
     ]
-    codes = export.add("QuantizeLinear", [name, *grid], node)
+    if written_out:
+        number = lambda value: writer.constant(np.float32(value), "number")
+        centred = (format.qmin - zero_point, format.qmax - zero_point)
+        codes = export.add("Mul", [name, number(np.float32(1) / scale32)], node)
+        codes = export.add("Clip", [export.add("Round", [codes], node), *map(number, centred)], node)
+        if stored_zero_point:
+            codes = export.add("Add", [codes, number(stored_zero_point)], node)
+        codes = export.add("Cast", [codes], node, to=export.element_type(storage))
+    else:
+        codes = export.add("QuantizeLinear", [name, *grid], node)
     real = export.add("DequantizeLinear", [codes, *grid], node)
     export.written[real] = (float(scale32), zero_point, format)
     # Kernels see signed codes shifted by 128; the largest of them decides about saturation.

@@ -159,6 +159,11 @@ GRIDS = [Rule("a|b", weight=Spec(8), input=Spec(8), output=Spec(8))]
     [
         (Touched(lambda x: 1 - x, first=True), GRIDS, "'sub' in 'the root module' stays in float"),
         (Touched(clamped, first=False), GRIDS, "'clamp' in 'the root module' stays in float"),
+        (Touched(lambda x: x.astype(jnp.int32).astype(jnp.float32), first=False), GRIDS,
+         "'convert_element_type' in 'the root module' stays in float: it rounds to int32"),
+        (Touched(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), first=False), GRIDS,
+         "'convert_element_type' in 'the root module' stays in float: it rounds to bfloat16"),
+        (Touched(jnp.bfloat16, first=True), GRIDS, "it rounds to bfloat16"),
         (
             Branches(),
             [Rule("left|right", weight=Spec(8), input=Spec(8)),

@@ -1,14 +1,17 @@
 """The table of engines against the engines, and rules against the table."""
 
 import dataclasses
+import sys
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_nets
 
 from qkd_jax import presets, ptq, quantize
-from qkd_jax.deploy import openvino_model, placed, targets, to_onnx
+from qkd_jax.deploy import onnx_session, openvino_model, placed, targets, to_onnx
 from qkd_jax.deploy.targets import TARGETS
 from qkd_jax.experiment.settings import build_net
 from qkd_jax.models import create
@@ -112,8 +115,6 @@ def integer_net():
 def test_every_product_of_a_requantizing_net_runs_on_integers(
     tmp_path, integer_net, target, monkeypatch
 ):
-    import sys
-
     # OpenVINO's telemetry forks this process, which JAX's threads do not survive for sure.
     monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
     engine = TARGETS[target].engine
@@ -131,8 +132,6 @@ def test_every_product_of_a_requantizing_net_runs_on_integers(
 @pytest.mark.slow
 def test_the_type_of_activations_changes_no_grid(tmp_path, integer_net):
     onnx = pytest.importorskip("onnx")
-    from qkd_jax.deploy import onnx_session
-
     net, variables, images = integer_net
     given = np.moveaxis(np.asarray(images), -1, 1)
     results, types = [], []
@@ -149,6 +148,87 @@ def test_the_type_of_activations_changes_no_grid(tmp_path, integer_net):
         assert np.abs(results[0] - other).max() <= 2.01 * step
 
 
+class One(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1, use_bias=False, name="one")(x)
+
+
+@pytest.mark.parametrize("zero_point", [None, 37])
+def test_openvino_rounds_the_number_that_the_net_rounds(tmp_path, monkeypatch, zero_point):
+    """Values a last bit from the middle of two codes: with the lowest code added it is lost."""
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
+    pytest.importorskip("openvino")
+    spec = Spec(8) if zero_point is None else Spec(8, signed=False, symmetric=False)
+    rules = [Rule("one", weight=Spec(8), input=spec)]
+    codes = np.arange(-30, 60)
+    towards_zero = np.nextafter(np.float32(codes + 0.5), np.float32(0))
+    x = np.concatenate([towards_zero, np.nextafter(np.float32(codes + 0.5), np.float32(99))])
+    x = np.float32(x[:, None]) / 32
+    net, variables = small_nets.calibrated(One(), rules, x)
+    variables["params"]["one"]["kernel"] = jnp.ones((1, 1))
+    variables["quant"]["one"]["weight_quantizer"]["scale"] = jnp.asarray(1 / 64)
+    quantizer = variables["quant"]["one"]["input_quantizer"]
+    quantizer["scale"] = jnp.asarray(1 / 32)
+    if zero_point is not None:
+        quantizer["zero_point"] = jnp.asarray(float(zero_point))
+    wanted = np.rint(x.astype(np.float64) * 32)
+    right = {}
+    for target in ("openvino-cpu-vnni", None):
+        path = to_onnx(net, variables, x, tmp_path / "m.onnx", target=target).path
+        right[target] = np.mean(np.rint(openvino_model(path)(x)[0] * 32) == wanted)
+    # Where the second is 1 too, the engine rounds as ONNX says, and the column can go.
+    assert right["openvino-cpu-vnni"] == 1 and right[None] < 1
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    model = create("vit", 5, depth=1, width=16, heads=2)
+    images = jax.random.normal(jax.random.key(1), (32, 8, 8, 1))
+    rules = presets.rules("w8a8:integer", model=model, images=images)
+    net, variables = small_nets.calibrated(model, rules, images)
+    return net, variables, images, np.asarray(jax.jit(net.apply)(variables, images))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target": "onnxruntime-x86-vnni"},
+        {"target": "openvino-cpu-vnni"},
+        {"target": "litert"},
+        {"target": "tensorrt"},
+        {"target": "openvino-cpu-vnni", "activations": "int8"},
+        {"target": "onnxruntime-x86-vnni", "activations": "own"},
+    ],
+)
+def test_both_engines_open_the_transformer_of_every_target(
+    tmp_path, monkeypatch, transformer, options
+):
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
+    pytest.importorskip("openvino")
+    net, variables, images, wanted = transformer
+    path = to_onnx(net, variables, images, tmp_path / "m.onnx", **options).path
+    given = np.moveaxis(np.asarray(images), -1, 1)
+    for found in (onnx_session(path).run(None, {"images": given})[0], openvino_model(path)(given)[0]):
+        assert np.mean(np.abs(found - wanted)) < 0.01 * np.abs(wanted).max()
+
+
+def test_the_opset_of_a_target_is_raised_where_a_type_needs_it(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    x = np.ones((2, 1), np.float32)
+    opset = {}
+    for bits in (8, 12):
+        net, variables = small_nets.calibrated(
+            One(), [Rule("one", weight=Spec(4), input=Spec(bits))], x
+        )
+        for int4 in (False, True):
+            target = "onnxruntime-x86-vnni"
+            written = to_onnx(net, variables, x, tmp_path / "m.onnx", target=target, int4=int4)
+            opset[bits, int4] = onnx.load(written.path).opset_import[0].version
+    assert opset == {(8, False): 20, (8, True): 21, (12, False): 21, (12, True): 21}
+
+
 def test_stablehlo_targets_take_no_onnx(tmp_path):
     net, variables, images = small_nets.case("w2a2")
     with pytest.raises(ValueError, match="target is 'xla', which takes stablehlo"):
@@ -160,8 +240,6 @@ def test_stablehlo_targets_take_no_onnx(tmp_path):
 def test_sums_of_grids_are_not_fused_for_an_engine_that_leaves_the_grid_out(
     tmp_path, integer_net, monkeypatch
 ):
-    import sys
-
     monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
     pytest.importorskip("openvino")
     onnx = pytest.importorskip("onnx")
@@ -176,8 +254,9 @@ def test_sums_of_grids_are_not_fused_for_an_engine_that_leaves_the_grid_out(
         ).path
         found = openvino_model(path)(given)[0]
         shares[stored] = float(np.mean(np.abs(found - wanted) < 1e-4 * np.abs(wanted).max()))
-        grids = {n.op_type: n for n in onnx.load(path).graph.node}
-        assert "Clip" not in grids
+        nodes = {name: node for node in onnx.load(path).graph.node for name in node.output}
+        clips = [node for node in nodes.values() if node.op_type == "Clip"]
+        assert all(nodes[node.input[0]].op_type == "Round" for node in clips)
     assert shares[None] > 0.9 and shares[None] >= shares["uint8"]
 
 
