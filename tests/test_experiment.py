@@ -306,9 +306,15 @@ def test_deploying_compares_the_files_with_the_trained_net(tmp_path, capsys):
     assert experiment.main("export", config=None, workdir=tmp_path, target=vnni) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "student on OpenVINO" in said and "deployed 100.00 %, as trained 100.00 %" in said
+    # The ONNX file beside StableHLO is compared with the net that it holds.
+    export = experiment.export(tmp_path, target="xla", verbose=False)["rows"][-1]["export"]
+    assert export["biases"] == "integer" and export["max_logit_difference"] < 1e-5
     (tmp_path / "model" / "student.onnx").unlink()
+    capsys.readouterr()
     assert experiment.main("export", config=None, workdir=tmp_path) == 0
     assert (tmp_path / "model" / "student.onnx").exists()
+    assert not (tmp_path / "model" / "student_target.json").exists()
+    assert " for xla" not in capsys.readouterr().out
     assert experiment.main("report", config=None, workdir=tmp_path) == 0
     assert (tmp_path / "report.html").exists() and "QKD" in capsys.readouterr().out
 

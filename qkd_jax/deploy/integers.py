@@ -119,7 +119,8 @@ def integer_apply(
             same integers held in float32, exact where a layer's sums, or those of the pieces that
             it is cut into, stay within 2^24; pieces are added in int32. "auto": the second where it
             is exact and the back-end is a CPU, whose integer convolutions are several times slower,
-            else the first. All give the same bits.
+            or codes do not fit int8 (XLA refuses such convolutions on CUDA), else the first. All
+            give the same bits.
 
     Returns:
         The net's output; with `capture`, (output, {"<layer>/<operand>": codes}), int32. A layer

@@ -1,7 +1,7 @@
 """Activations on a grid in ONNX: an optional Clip, QuantizeLinear, DequantizeLinear.
 
-For an engine that adds a grid's lowest code before it rounds (`Target.offset_before_rounding`), Mul,
-Round, Clip and Cast stand in place of QuantizeLinear: the net's own arithmetic.
+For an engine that adds a grid's lowest code before it rounds (`Target.offset_before_rounding`),
+Mul, Round, Clip and Cast stand in place of QuantizeLinear: the net's own arithmetic.
 
 A range that is found at run time is written out, in the net's own arithmetic: ONNX's
 DynamicQuantizeLinear has one range for the whole tensor, unsigned and affine, and divides.
@@ -220,7 +220,9 @@ def _grid(
         number = lambda value: writer.constant(np.float32(value), "number")
         centred = (format.qmin - zero_point, format.qmax - zero_point)
         codes = export.add("Mul", [name, number(np.float32(1) / scale32)], node)
-        codes = export.add("Clip", [export.add("Round", [codes], node), *map(number, centred)], node)
+        codes = export.add(
+            "Clip", [export.add("Round", [codes], node), *map(number, centred)], node
+        )
         if stored_zero_point:
             codes = export.add("Add", [codes, number(stored_zero_point)], node)
         codes = export.add("Cast", [codes], node, to=export.element_type(storage))

@@ -310,9 +310,12 @@ def _multiply(
             f"{FLOAT32_EXACT:,}; use formulation='int32' or 'auto'."
         )
     if formulation == "auto":
-        formulation = "cpu" if jax.default_backend() == "cpu" else "int32"
-    if formulation == "cpu":  # integer-only, which has no multiplier, is to be just that
-        formulation = "float32" if step.exact and step.multiplier else "int32"
+        formulation = "cpu" if jax.default_backend() == "cpu" else "accelerator"
+    if formulation in ("cpu", "accelerator"):
+        # Accelerators have products of int8; XLA refuses other integer convolutions on CUDA.
+        floats = formulation == "cpu" or not step.narrow
+        # Integer-only, which has no multiplier, is to be just that.
+        formulation = "float32" if floats and step.exact and step.multiplier else "int32"
     params = dict(step.node.params)
     if formulation == "float32":
         params["preferred_element_type"] = jnp.dtype(jnp.float32)

@@ -73,16 +73,13 @@ def save_stablehlo(
     products = [s for s in program.steps if isinstance(s, Multiply)]
     exact = any(s.multiplier and s.exact for s in products)
 
-    def integers(*images: Any) -> Any:
-        return run(arrays, list(images), False, "int32")
-
-    def floats(*images: Any) -> Any:
-        return run(arrays, list(images), False, "cpu")
+    def on(formulation: str) -> Callable[..., Any]:
+        return lambda *images: run(arrays, list(images), False, formulation)
 
     def forward(*images: Any) -> Any:
         if not exact:
-            return integers(*images)
-        return jax.lax.platform_dependent(*images, cpu=floats, default=integers)
+            return on("int32")(*images)
+        return jax.lax.platform_dependent(*images, cpu=on("cpu"), default=on("accelerator"))
 
     with _without_locations():
         exported = export.export(jax.jit(forward), platforms=list(platforms))(*inputs)

@@ -157,7 +157,11 @@ TARGETS: dict[str, Target] = {
         dynamic=True,
         folded_activations=(),
         engine="xla",
-        stays_float=("everything between products",),
+        # XLA refuses integer convolutions on CUDA unless both operands are int8.
+        stays_float=(
+            "everything between products",
+            "on CUDA and TPU, products whose codes do not fit int8 (held exactly)",
+        ),
         sources=("measured: jax 0.10 on CPU; lowered, not run, for cuda and tpu",),
     ),
 }
@@ -165,23 +169,38 @@ TARGETS: dict[str, Target] = {
 GRIDS = frozenset(
     "uniform lsq lsq_plus tqt pact dorefa ewgs dsq sigmoid qil binary ternary".split()
 )
+OPERANDS = ("weight", "input", "other", "output")
 
 
 def fit(rules: Iterable[Rule], target: str) -> tuple[Rule, ...]:
-    """Returns rules with the range that a target needs: 7 bits for 8-bit weights that saturate.
+    """Returns rules with the ranges that a target needs.
+
+    8-bit weights that would saturate get 7 bits; weights lose their lowest code and activations
+    become signed and symmetric where the target wants that. Widths are never raised: `check` names
+    those that the target does not take.
 
     Raises:
         ValueError: an unknown target.
     """
     takes, rules = lookup(target), tuple(rules)
-    if not (takes.reduce_range and _on_codes(rules)):
-        return rules
-    return tuple(
-        dataclasses.replace(rule, weight=dataclasses.replace(rule.weight, bits=7))
-        if rule.weight is not None and rule.weight.bits == 8
-        else rule
-        for rule in rules
-    )
+    reduced = takes.reduce_range and _on_codes(rules)
+
+    def fitted(operand: str, spec: Spec) -> Spec:
+        changes: dict[str, Any] = {}
+        if operand == "weight":
+            if reduced and spec.bits == 8:
+                changes["bits"] = 7
+            if takes.narrow_weights and spec.signed and spec.symmetric:
+                changes["narrow_range"] = True
+        elif takes.symmetric_inputs and spec.bits in takes.input_bits:
+            changes.update(signed=True, symmetric=True)
+        return dataclasses.replace(spec, **changes)
+
+    def specs(rule: Rule) -> dict[str, Any]:
+        given = {operand: getattr(rule, operand) for operand in OPERANDS}
+        return {operand: spec and fitted(operand, spec) for operand, spec in given.items()}
+
+    return tuple(dataclasses.replace(rule, **specs(rule)) for rule in rules)
 
 
 def check(rules: Iterable[Rule], target: str) -> None:
@@ -198,8 +217,8 @@ def check(rules: Iterable[Rule], target: str) -> None:
     if not _on_codes(rules):
         takes = dataclasses.replace(takes, reduce_range=False)
     for place, rule in enumerate(rules):
-        for operand in ("weight", "input", "other", "output"):
-            spec = getattr(rule, operand, None)
+        for operand in OPERANDS:
+            spec = getattr(rule, operand)
             if spec is None:
                 continue
             where = f"rules[{place}] ({rule.pattern!r}).{operand}"

@@ -90,18 +90,21 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
     takes = shipping.targets.TARGETS.get(target)
     engine = takes.engine if takes is not None and takes.engine in ENGINES else "onnxruntime"
     onnx_target = target if target and (takes is None or takes.file == "onnx") else None
+    unnamed = onnx_target in (None, "host")
     given, deployed = variables, trained
-    if engine == "onnxruntime":
+    if unnamed or (takes is not None and takes.integer_bias):
         rounded = ptq.integer_bias(net, variables, images)
         deployed = run.evaluate(name, variables=rounded)
-        given = rounded if takes is None else variables  # a named target's file is its own affair
+        given = rounded if unnamed else variables  # for a named target, to_onnx rounds itself
     written = shipping.to_onnx(net, given, images, path, target=onnx_target)
     before = _before(run, name)
     shipping.to_onnx(net, before or _floats(variables), images, path_float)
     onnx_bytes = shipping.stamp_onnx(path, description)
     shipping.stamp_onnx(path_float, description)
+    made = folder / f"{name}_target.json"
+    made.unlink(missing_ok=True)  # it may speak of an earlier export
     if takes is not None:
-        write_json(folder / f"{name}_target.json", _made(folder, name, target, written))
+        write_json(made, _made(folder, name, target, written))
     runs, runs_float = _open(path, engine), _open(path_float, engine)
 
     test = list(run.eval_batches("test"))

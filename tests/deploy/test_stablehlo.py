@@ -1,6 +1,7 @@
 """StableHLO: one file for three platforms and any batch, run where qkd_jax is not imported."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -63,6 +64,29 @@ def test_products_of_an_integer_only_net_are_on_integers_everywhere(tmp_path, in
     module = jax.export.deserialize(bytearray((tmp_path / "x").read_bytes())).mlir_module()
     products = [line for line in module.splitlines() if "stablehlo.dot_general" in line]
     assert products and any("f32" in line for line in products) != integer_only
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_accelerators_have_no_integer_convolution_but_of_int8(tmp_path, signed):
+    """XLA refuses others on CUDA. Nothing runs here: the text that would be compiled is read."""
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(4, (3, 3), name="a")(x))
+            return nn.Conv(3, (3, 3), name="b")(x).mean((1, 2))
+
+    rules = [
+        Rule("a", weight=Spec(8), input=Spec(8, symmetric=signed, signed=signed)),
+        Rule("b", weight=Spec(8), input=Spec(8, signed=signed)),
+    ]
+    x = np.random.default_rng(0).normal(size=(2, 6, 6, 3)).astype(np.float32)
+    integer = convert(*small_nets.calibrated(Two(), rules, x), x)
+    save_stablehlo(integer, tmp_path / "x", platforms=["cuda"])
+    module = jax.export.deserialize(bytearray((tmp_path / "x").read_bytes())).mlir_module()
+    products = [line for line in module.splitlines() if "stablehlo.convolution" in line]
+    kinds = [re.findall(r"x([a-z]+[0-9]+)>", line.rpartition(" : ")[2]) for line in products]
+    assert kinds == [["i8", "i8", "i32"] if signed else ["f32"] * 3] * 2
 
 
 def test_the_cpu_holds_codes_in_float_layer_by_layer(tmp_path):

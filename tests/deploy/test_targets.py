@@ -44,6 +44,22 @@ def test_the_target_chooses_the_range():
     alone = (Rule(".*", weight=W8),)  # products of weights alone are float: nothing saturates
     assert targets.fit(alone, "onnxruntime-x86") == alone
     targets.check(alone, "onnxruntime-x86")
+    wide = (Rule(".*", weight=Spec(8, narrow_range=False), input=A8),)
+    (fitted,) = targets.fit(wide, "litert")
+    assert fitted.weight.format.narrow_range and fitted.input == A8
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w8a8:integer", "w8a8:fused", "w8a8:static"])
+def test_presets_fit_an_engine_of_symmetric_activations(preset):
+    model = create("resnet8", 5, width=4)
+    images = np.zeros((1, 8, 8, 3), np.float32)
+    rules = presets.rules(preset, model=model, images=images)
+    with pytest.raises(ValueError, match=r"affine|unsigned"):
+        targets.check(rules, "tensorrt")
+    fitted = targets.fit(rules, "tensorrt")
+    targets.check(fitted, "tensorrt")
+    assert [rule.pattern for rule in fitted] == [rule.pattern for rule in rules]
+    assert [rule.weight for rule in fitted] == [rule.weight for rule in rules]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +114,10 @@ def test_a_config_that_names_a_target_gets_rules_that_fit():
     fields = {"model": "mlp", "hidden": (8,), "rules": "w8a8"}
     net = build_net("student", fields, {}, DATA, 3, "openvino-cpu")
     assert {rule.weight.bits for rule in net.rules if rule.weight} == {7}
-    with pytest.raises(ValueError, match=r"nets.student: rules\[0\].*tensorrt"):
+    net = build_net("student", fields, {}, DATA, 3, "tensorrt")
+    assert all(rule.input.signed and rule.input.symmetric for rule in net.rules if rule.input)
+    fields["rules"] = "w4a4"
+    with pytest.raises(ValueError, match=r"nets.student: rules\[.*4 bits; tensorrt takes 8"):
         build_net("student", fields, {}, DATA, 3, "tensorrt")
 
 
@@ -210,7 +229,10 @@ def test_both_engines_open_the_transformer_of_every_target(
     net, variables, images, wanted = transformer
     path = to_onnx(net, variables, images, tmp_path / "m.onnx", **options).path
     given = np.moveaxis(np.asarray(images), -1, 1)
-    for found in (onnx_session(path).run(None, {"images": given})[0], openvino_model(path)(given)[0]):
+    for found in (
+        onnx_session(path).run(None, {"images": given})[0],
+        openvino_model(path)(given)[0],
+    ):
         assert np.mean(np.abs(found - wanted)) < 0.01 * np.abs(wanted).max()
 
 
