@@ -25,7 +25,8 @@ import numpy as np
 
 from qkd_jax import numerics
 from qkd_jax.numerics import Spec
-from qkd_jax.observers.histogram import init, update
+from qkd_jax.numerics.states import init_histogram as init
+from qkd_jax.numerics.states import update_histogram as update
 
 __all__ = ["NEEDS_STATS", "OF_CODES", "START", "init", "range", "thresholds", "update"]
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from qkd_jax import checks, numerics
 from qkd_jax.numerics import Spec
-from qkd_jax.observers import histogram
-from qkd_jax.observers.histogram import update
+from qkd_jax.numerics.states import init_histogram
+from qkd_jax.numerics.states import update_histogram as update
 
 __all__ = ["NEEDS_STATS", "OPTIONS", "init", "range", "update"]
 
@@ -38,7 +38,7 @@ def init(shape: Sequence[int], spec: Spec) -> State:
         ValueError: a percentile outside (0, 100].
     """
     checks.number("option percentile", _percentile(spec), low=0.0, high=100.0, low_allowed=False)
-    return histogram.init(shape, spec)
+    return init_histogram(shape, spec)
 
 
 def _percentile(spec: Spec) -> float:
