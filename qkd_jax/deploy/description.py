@@ -98,14 +98,15 @@ class Description:
     def read_image(self, path: str) -> np.ndarray:
         """Reads an image file as the net's size and channels: uint8 [height, width, channels].
 
-        Grey and colour are converted into each other, transparency is dropped, and the size is
-        changed by Pillow's bilinear filter, which averages where it shrinks.
+        The image is turned as its EXIF orientation says and, where it is transparent, laid over
+        white. Grey and colour are converted into each other, and the size is changed by Pillow's
+        bilinear filter, which averages where it shrinks.
 
         Raises:
             ValueError: the file is no image of 8 bits a channel, or the net takes neither 1 nor 3
                 channels.
         """
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         height, width, channels = self.image_shape
         if channels not in MODES:
@@ -119,7 +120,12 @@ class Description:
                     raise ValueError(
                         f"{path} has pixels of mode {file.mode!r}; save it with 8 bits a channel."
                     )
-                image = file.convert(MODES[channels])
+                image = ImageOps.exif_transpose(file)
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    white = Image.new("RGBA", image.size, "white")
+                    image = Image.alpha_composite(white, image)
+                image = image.convert(MODES[channels])
         except (
             OSError,
             SyntaxError,

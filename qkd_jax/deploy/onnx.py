@@ -294,10 +294,9 @@ class Export:
             if node in self.absorbed:
                 self.tensors[node.outputs[0]] = self.tensors[self.absorbed[node]]
                 continue
-            (out,) = node.outputs if len(node.outputs) == 1 else (None,)
-            if out is None:
-                raise unsupported(node, "it has several results")
-            self.tensors[out] = self.node(node)
+            made = self.node(node)
+            made = made if isinstance(made, tuple) else (made,)
+            self.tensors.update(zip(node.outputs, made, strict=True))
         results = []
         for value in self.graph.outputs:
             if value not in self.tensors:
@@ -305,8 +304,8 @@ class Export:
             results.append(self.writer.plain(self.tensors[value], ""))
         return results
 
-    def node(self, node: Node) -> Tensor:
-        """Writes one node."""
+    def node(self, node: Node) -> Tensor | tuple[Tensor, ...]:
+        """Writes one node; several results come as a tuple."""
         if node.op in graphs.MARKERS:
             if is_quantizer(node):
                 return write_quantizer(self, node)
@@ -367,7 +366,7 @@ class Export:
         if batch == 2:
             return np.asarray(two[place])
         first, second = np.asarray(one[place]), np.asarray(two[place])
-        if not np.array_equal(np.broadcast_to(first, second.shape), second):
+        if not np.array_equal(np.broadcast_to(first, second.shape), second, equal_nan=True):
             raise unsupported(node, "its values differ along the batch")
         return first
 

@@ -1,17 +1,19 @@
 """How each operation of a traced net is written in ONNX.
 
-`OPERATIONS` maps a primitive's name to a function `(export, node, *tensors or arrays) -> Tensor`;
-add an operation as one entry.
+`OPERATIONS` maps a primitive's name to a function `(export, node, *tensors or arrays) -> Tensor`,
+or a tuple of them for a primitive with several results; add an operation as one entry.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jax.lax import GatherScatterMode
 
 from qkd_jax.deploy.onnx_patterns import GELU_OPSET, Pattern
 from qkd_jax.deploy.onnx_writer import Tensor
@@ -94,7 +96,7 @@ def _rsqrt(export: Export, node: Node, x: Tensor) -> Tensor:
 
 
 def _not_equal(export: Export, node: Node, x: Any, y: Any) -> Tensor:
-    equal = OPERATIONS["eq"](export, node, x, y)
+    equal = _binary("Equal")(export, node, x, y)
     return export.same(equal, export.add("Not", [equal.name], node))
 
 
@@ -228,6 +230,76 @@ def _slice(export: Export, node: Node, x: Tensor) -> Tensor:
         return x
     columns = [export.writer.shape_constant(c, "slice") for c in zip(*rows, strict=True)]
     return export.result(node, export.add("Slice", [x.name, *columns], node), x)
+
+
+def _split(export: Export, node: Node, x: Tensor) -> tuple[Tensor, ...]:
+    x, axis = export.writer.ordered(x, node.scope), node.params["axis"]
+    if x.shape[axis] == -1:
+        raise unsupported(node, "it cuts the batch")
+    ends = [0, *itertools.accumulate(node.params["sizes"])]
+    parts = []
+    for value, row in zip(node.outputs, itertools.pairwise(ends), strict=True):
+        columns = (*row, x.perm.index(axis))
+        inputs = [x.name, *(export.writer.shape_constant([n], "slice") for n in columns)]
+        name = export.add("Slice", inputs, node)
+        parts.append(dataclasses.replace(x, name=name, shape=export.sizes(value)))
+    return tuple(parts)
+
+
+def _rev(export: Export, node: Node, x: Tensor) -> Tensor:
+    x, axes = export.writer.ordered(x, node.scope), node.params["dimensions"]
+    if any(x.shape[a] == -1 for a in axes):
+        raise unsupported(node, "it turns the batch round")
+    if not axes:
+        return x
+    # From the last entry down; the end lies beyond the first.
+    rows = [(-1, np.iinfo(np.int64).min, x.perm.index(a), -1) for a in axes]
+    columns = [export.writer.shape_constant(c, "slice") for c in zip(*rows, strict=True)]
+    return export.same(x, export.add("Slice", [x.name, *columns], node))
+
+
+def _gather(export: Export, node: Node, x: Any, index: Any) -> Tensor:
+    """Entries along one axis: rows of a table (nn.Embed), or the places of a nearest resize.
+
+    Rows beyond a table are NaN in the net; what engines make of them is their own affair.
+    """
+    numbers, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
+    shape = export.graph.shape(node.inputs[0])
+    where = export.graph.shape(node.inputs[1])[:-1]
+    axis = numbers.collapsed_slice_dims[0] if len(numbers.collapsed_slice_dims) == 1 else -1
+    rank = len(shape) - 1 + len(where)
+    behind = tuple(a for a in range(rank) if not axis <= a < axis + len(where))
+    if (
+        axis < 0
+        or numbers.start_index_map != (axis,)
+        or numbers.offset_dims != behind
+        or numbers.operand_batching_dims
+        or any(n != m for a, (n, m) in enumerate(zip(sizes, shape, strict=True)) if a != axis)
+    ):
+        raise unsupported(node, "it takes more than entries of one axis")
+    writer = export.writer
+    if isinstance(index, Tensor):
+        if node.params["mode"] == GatherScatterMode.CLIP:
+            raise unsupported(node, "it clips places that are known at run time only")
+        index = writer.plain(index, node.scope)
+        last = writer.shape_constant([len(where)], "axes")
+        places = export.add("Squeeze", [index.name, last], node)
+    else:
+        index = np.asarray(index)[..., 0]
+        if index.min(initial=0) < 0 or index.max(initial=0) >= shape[axis]:
+            raise unsupported(node, "it takes entries beyond the axis")
+        places = writer.constant(index.astype(np.int64), "places")
+    if isinstance(x, Tensor):
+        x = writer.plain(x, node.scope)
+        if x.shape[axis] == -1:
+            raise unsupported(node, "it takes entries of the batch")
+        name = x.name
+    else:
+        name = writer.constant(x, f"{node.scope}/table" if node.scope else "table")
+    out = export.shape(node)
+    return Tensor(
+        export.add("Gather", [name, places], node, axis=axis), out, tuple(range(len(out)))
+    )
 
 
 def _pad(export: Export, node: Node, x: Tensor, value: Any) -> Tensor:
@@ -381,7 +453,7 @@ def _pool(op: str) -> Callable[..., Tensor]:
     return write
 
 
-OPERATIONS: dict[str, Callable[..., Tensor]] = {
+OPERATIONS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     **{name: _unary(op) for name, op in UNARY.items()},
     **{name: _binary(op) for name, op in BINARY.items()},
     "broadcast_in_dim": _broadcast,
@@ -391,6 +463,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "copy": _same,
     "erfc": _erfc,
     "expm1": _expm1,
+    "gather": _gather,
     "integer_pow": _integer_pow,
     "log1p": _log1p,
     "ne": _not_equal,
@@ -402,9 +475,11 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "reduce_window_max": _pool("Max"),
     "reduce_window_sum": _pool("Average"),
     "reshape": _reshape,
+    "rev": _rev,
     "rsqrt": _rsqrt,
     "select_n": _select,
     "slice": _slice,
+    "split": _split,
     "square": _square,
     "squeeze": _squeeze,
     "stop_gradient": _same,

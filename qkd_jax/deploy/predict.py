@@ -5,7 +5,8 @@
     python -m qkd_jax.deploy.predict runs/qkd_digits/model/student a.png --top=1 --json
 
 MODEL is a run folder (with --net where it has several), a folder of `model.json`, or an .onnx file.
-Size, channels and normalisation of the image come from the model's files. Exit code 2 says that
+Size, channels and normalisation of the image come from the model's files; photographs are turned as
+their EXIF orientation says, and transparent images lie on white. Exit code 2 says that
 something that was given is wrong; the message says what.
 """
 

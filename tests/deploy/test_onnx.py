@@ -1,6 +1,7 @@
 """ONNX files: valid, without needless nodes, and the same logits on ONNX Runtime."""
 
 import sys
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -160,6 +161,73 @@ def test_less_usual_operations(tmp_path):
     written, difference, _ = compare(net, variables, images, tmp_path / "m.onnx")
     assert difference < 1e-4
     assert written.operations["ConvTranspose"] == 1
+
+
+class Moved(nn.Module):
+    """Something between a convolution and the head."""
+
+    change: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.change(nn.Conv(6, (3, 3), name="conv")(x))
+        return nn.Dense(4, name="head")(x.reshape(x.shape[0], -1))
+
+
+def thirds(x):
+    a, b, c = jnp.split(x, (1, 4), axis=-1)
+    return jnp.concatenate([c, 2 * a, -b], -1)
+
+
+@pytest.mark.parametrize(
+    ("change", "operation"),
+    [
+        (thirds, "Slice"),
+        (nn.glu, "Slice"),
+        (lambda x: x[:, ::-1, ::-1], "Slice"),
+        (lambda x: jnp.pad(x, ((0, 0), (2, 1), (1, 1), (0, 0)), "reflect"), "Slice"),
+        (lambda x: jax.image.resize(x, (x.shape[0], 13, 16, 6), "nearest"), "Gather"),
+        (lambda x: nn.relu(x).std((1, 2)), "Where"),  # its unused branch is NaN
+    ],
+)
+def test_parts_turns_and_places_of_a_map(tmp_path, change, operation):
+    images = small_nets.images(3)
+    net, variables = small_nets.float_net(Moved(change), images)
+    written, difference, _ = compare(net, variables, images, tmp_path / "m.onnx")
+    assert difference < 1e-5
+    assert operation in written.operations
+
+
+def test_a_table_is_read_by_its_rows(tmp_path):
+    class Words(nn.Module):
+        mode: str = ""
+
+        @nn.compact
+        def __call__(self, x):
+            if self.mode:
+                y = jnp.take(self.param("table", nn.initializers.ones, (11, 6)), x, 0, mode="clip")
+            else:
+                y = nn.Embed(11, 6, name="table")(x)
+            return nn.Dense(4, name="head")(y.mean(1))
+
+    words = np.random.default_rng(0).integers(0, 11, (7, 5)).astype(np.int32)
+    rules = [Rule("head", weight=Spec(8), input=Spec(8)), Rule("table", weight=Spec(8))]
+    net, variables = small_nets.calibrated(Words(), rules, words)
+    written, difference, _ = compare(net, variables, words, tmp_path / "m.onnx")
+    assert difference < 1e-5 and written.operations["Gather"] == 1
+    net, variables = small_nets.float_net(Words("clip"), words)
+    with pytest.raises(ValueError, match="'gather' in 'the root module': it clips places"):
+        to_onnx(net, variables, words, tmp_path / "m.onnx")
+
+
+def test_the_batch_is_not_cut(tmp_path):
+    images = small_nets.images(4)
+    net, variables = small_nets.float_net(Moved(lambda x: jnp.split(x, 1)[0]), images)
+    with pytest.raises(ValueError, match="'split' in 'the root module': it cuts the batch"):
+        to_onnx(net, variables, images, tmp_path / "m.onnx")
+    net, variables = small_nets.float_net(Moved(lambda x: x[::-1]), images)
+    with pytest.raises(ValueError, match="'rev' in 'the root module': it turns the batch"):
+        to_onnx(net, variables, images, tmp_path / "m.onnx")
 
 
 def test_unfolded_batch_norm_is_one_mul_and_one_add(tmp_path):

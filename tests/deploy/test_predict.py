@@ -92,13 +92,28 @@ def test_images_of_other_sizes_and_kinds(run, tmp_path):
     Image.fromarray(grey).save(tmp_path / "grey.png")
     wide = np.dstack([np.full((40, 50, 3), 77, np.uint8), np.full((40, 50), 10, np.uint8)])
     Image.fromarray(wide).save(tmp_path / "alpha.png")
-    for name in ("grey.png", "alpha.png"):
+    for name, value in {"grey.png": 77, "alpha.png": 248}.items():  # 10 / 255 of it, over white
         read = DESCRIPTION.read_image(str(tmp_path / name))
-        np.testing.assert_array_equal(read, np.full(SHAPE, 77, np.uint8))
+        np.testing.assert_array_equal(read, np.full(SHAPE, value, np.uint8))
     one = Description((6, 5, 1), (0.4,), (0.2,))
     red = np.zeros((6, 5, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
     Image.fromarray(red).save(tmp_path / "red.png")
     np.testing.assert_array_equal(one.read_image(str(tmp_path / "red.png")), np.full((6, 5, 1), 76))
+
+
+def test_drawings_on_nothing_and_turned_photographs(tmp_path):
+    height, width, _ = SHAPE
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width), np.uint8)
+    ink = np.dstack([np.zeros(SHAPE, np.uint8), pixels])  # black: its shape is in the alpha alone
+    Image.fromarray(ink).save(tmp_path / "ink.png")
+    read = DESCRIPTION.read_image(str(tmp_path / "ink.png"))
+    np.testing.assert_array_equal(read, np.dstack([255 - pixels] * 3))
+    lying = Image.fromarray(np.rot90(pixels))  # as the sensor has it; 6: turn it clockwise
+    exif = lying.getexif()
+    exif[0x0112] = 6
+    lying.save(tmp_path / "turned.png", exif=exif)
+    read = DESCRIPTION.read_image(str(tmp_path / "turned.png"))
+    np.testing.assert_array_equal(read, np.dstack([pixels] * 3))
 
 
 def refused(capsys, match, *arguments):
