@@ -209,6 +209,8 @@ def _grid(
     if maker is not None and maker[0] == "Relu" and format.qmin == zero_point and not clipped:
         name = maker[1][0]
     written_out = export.offset_before_rounding and stored_zero_point != np.iinfo(storage).min
+    if written_out and format.signed:  # as they are: nothing to add, and nothing to take off again
+        storage, stored_zero_point = np.dtype(format.storage), zero_point
     narrow = (format.qmin, format.qmax) != (limits.min, limits.max)
     if narrow and not clipped and not written_out:
         name = export.add("Clip", [name, *(writer.constant(e, "bound") for e in ends)], node)
