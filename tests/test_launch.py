@@ -68,7 +68,7 @@ CONFIG = "--config=configs/qkd.py"
         ([CONFIG, "--mode=inspect", "--config.target=tpu"], "config.target"),
         (
             [CONFIG, "--mode=inspect", "--config.target=tensorrt"],
-            "affine; tensorrt takes signed activations with zero point 0",
+            "has 2 bits; tensorrt takes 8",
         ),
         (["--mode=report", "--workdir=/nowhere/at/all"], "does not exist"),
     ],

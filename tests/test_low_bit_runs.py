@@ -138,7 +138,7 @@ def assert_same_diagnosis(folder, other):
     [
         ("qat_only", dict(freez=0.1), r"stages.qat_only: unknown field.*Did you mean 'freeze'"),
         ("qat_only", dict(freeze=3.0), r"stages.qat_only: hygiene.qat_only.freeze is 3"),
-        ("qat_only", dict(anneal=("temperature:9",)), r"stages.qat_only.hygiene.*'temperature'"),
+        ("qat_only", dict(anneal=("temperature:9",)), r"qat_only.anneal.temperature: .* are lsq"),
         ("qat_only", dict(anneal=("temperature",)), r"give texts, such as \('temperature:32',\)"),
         ("qat_only", dict(anneal="temperature:9"), r"give texts"),
         ("qat_only", dict(size_bytes=10.0), r"stages.qat_only.hygiene.qat_only.size_bytes"),

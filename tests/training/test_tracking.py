@@ -294,7 +294,10 @@ def default_interrupt():
 
 
 @pytest.mark.usefixtures("default_interrupt")
-def test_the_first_signal_asks_and_the_second_acts():
+def test_the_first_signal_asks_and_the_second_acts(request):
+    # A shell starts jobs in the background with SIGINT ignored.
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, own))
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with GracefulStop() as stop:
         assert not stop.requested
