@@ -39,8 +39,8 @@ def allocate(
       pin: pattern -> choice of the layers whose whole path matches it; the first pattern wins.
 
     Returns:
-      One rule for each layer, its path escaped, and then the net's own rules for everything else:
-      an argument of `quantize`.
+      One rule for each layer, its path escaped, and then those of the net's own rules that still
+      have something to say: an argument of `quantize`.
 
     Raises:
       ValueError: no budget, one that no choice meets (the least that can be met is named), or a pin
@@ -65,7 +65,16 @@ def allocate(
     picked = _solve(rows, lambda c: c.loss, limits)
     if picked is None:
         raise ValueError(_too_small(table, rows, budgets))
-    return (*(c.rule for c in picked), *table.rules)
+    # A rule whose layers all have one of their own by now would never be reached, which `quantize`
+    # refuses; outputs may be those of other modules.
+    rest = [
+        rule
+        for rule in table.rules
+        if rule.pattern == ".*"
+        or rule.output is not None
+        or not any(re.fullmatch(rule.pattern, path) for path in table.layers)
+    ]
+    return (*(c.rule for c in picked), *rest)
 
 
 def _solve(
