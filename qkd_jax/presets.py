@@ -106,7 +106,7 @@ def _steady(fields: dict[str, Any], bits: int) -> dict[str, Any]:
     """A pair's fields at a width: floats of 8 bits keep the scale that they start with.
 
     It is the range over 448, and learned it lost 12 points of top-1 in 234 steps of QAT at the
-    weights' rate, from nets that had lost none by it.
+    weights' rate, from nets that had lost at most one by calibration.
     """
     if fields["quantizer"] == "float" and bits == 8:
         return {key: value for key, value in fields.items() if key != "options"}
