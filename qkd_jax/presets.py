@@ -259,27 +259,20 @@ def _fitted(dicts: RuleDicts, found: Placement, placed: str) -> RuleDicts:
     outputs: dict[tuple, list[str]] = {}
     planned: dict[str, dict[str, Any]] = {}
     bits: dict[str, int] = {}  # of each layer's input
-    for layer in found.layers:
-        place = next((i for i, d in enumerate(dicts) if re.fullmatch(d["pattern"], layer.path)), -1)
+    layers = {layer.path: layer for layer in found.layers}
+    for path in dict.fromkeys([*layers, *found.summed]):  # tables have no product: no `Layer`
+        place = next((i for i, d in enumerate(dicts) if re.fullmatch(d["pattern"], path)), -1)
         if place < 0:
             continue
-        bits[layer.path] = (dicts[place].get("input") or {}).get("bits", 8)
-        fields = _signed(dicts[place], layer)
-        planned[layer.path] = fields = _grouped(fields, found.summed.get(layer.path))
-        if layer.source in sites and layer.path in sites[layer.source].readers:
-            fields["input"] = None
-        if layer.path in sites:
-            fields["output"] = _output(sites[layer.path].unsigned, 8)
-        if fields != {k: v for k, v in dicts[place].items() if k != "pattern"}:
-            key = (place, repr(sorted(fields.items())))
-            special[place].setdefault(key, []).append(layer.path)
-            fields_of[key] = fields
-    for path, summed in found.summed.items():  # layers without a product: tables
-        place = next((i for i, d in enumerate(dicts) if re.fullmatch(d["pattern"], path)), -1)
-        if path in planned or place < 0:
-            continue
-        plain = {k: v for k, v in dicts[place].items() if k != "pattern"}
-        fields = planned[path] = _grouped(plain, summed)
+        layer, plain = layers.get(path), {k: v for k, v in dicts[place].items() if k != "pattern"}
+        fields = plain if layer is None else _signed(dicts[place], layer)
+        planned[path] = fields = _grouped(fields, found.summed.get(path))
+        if layer is not None:
+            bits[path] = (dicts[place].get("input") or {}).get("bits", 8)
+            if layer.source in sites and path in sites[layer.source].readers:
+                fields["input"] = None
+            if path in sites:
+                fields["output"] = _output(sites[path].unsigned, 8)
         if fields != plain:
             key = (place, repr(sorted(fields.items())))
             special[place].setdefault(key, []).append(path)

@@ -190,9 +190,12 @@ class QuantizedModel:
                 )
             if rule.pattern == ".*":  # the rest, of which there may be none
                 continue
-            reached = [path for path in paths if _first_match(self.rules, path) == rule]
-            if rule in self.rules[:place]:
-                reached = []
+            before = self.rules[:place]
+            reached = [
+                path
+                for path in paths
+                if re.fullmatch(rule.pattern, path) and _first_match(before, path) is None
+            ]
             if not reached:
                 raise ValueError(
                     f"rules[{place}] {rule.pattern!r} is never reached: the first rule that "

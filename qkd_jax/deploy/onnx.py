@@ -35,6 +35,7 @@ from qkd_jax.deploy.onnx_quantizers import Found, needs_opset_21, write_quantize
 from qkd_jax.deploy.onnx_writer import Tensor, Writer
 from qkd_jax.deploy.targets import TARGETS, file_options
 from qkd_jax.graph import Node
+from qkd_jax.interception import OPERANDS
 from qkd_jax.numerics import IntFormat
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.ptq.integer_bias import integer_bias
@@ -220,7 +221,7 @@ def _is_x86() -> bool:
 
 def _is_wide(net: QuantizedModel) -> bool:
     """Whether any rule asks for codes of more than 8 bits."""
-    specs = (getattr(r, o) for r in net.rules for o in ("weight", "input", "other", "output"))
+    specs = (getattr(r, o) for r in net.rules for o in OPERANDS)
     return any(spec is not None and spec.bits > 8 for spec in specs)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qkd_jax import checks
+from qkd_jax.interception import OPERANDS
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule
 
@@ -169,7 +170,6 @@ TARGETS: dict[str, Target] = {
 GRIDS = frozenset(
     "uniform lsq lsq_plus tqt pact dorefa ewgs dsq sigmoid qil binary ternary".split()
 )
-OPERANDS = ("weight", "input", "other", "output")
 
 
 def fit(rules: Iterable[Rule], target: str) -> tuple[Rule, ...]:

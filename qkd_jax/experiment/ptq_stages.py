@@ -47,14 +47,15 @@ def _stage(name: str) -> Callable[..., None]:
         # What works on the graph alone needs images for their shape only.
         given = batches[0] if "images" in taken else batches
         extra = {"seed": run.settings["seed"]} if "seed" in taken else {}
+        reference = options.pop("reference", "")
         for net in nets:
-            if name_of := options.get("reference", ""):
-                extra["reference"] = run.variables[name_of]
+            if reference:
+                extra["reference"] = run.variables[reference]
             variables = method(
                 run.nets[net],
                 run.variables[net],
                 given,
-                **{key: value for key, value in options.items() if key != "reference"},
+                **options,
                 **extra,
                 **run.apply_arguments(net),
             )

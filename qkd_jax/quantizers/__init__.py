@@ -23,6 +23,7 @@ To add one, write the file and name it in `QUANTIZERS`: the tests in
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -121,6 +122,7 @@ def live(x: jax.Array, params: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     return module.live(x, params, spec) if hasattr(module, "live") else dict(params)
 
 
+@functools.lru_cache
 def is_uniform(spec: Spec) -> bool:
     """Whether the spec's grid is uniform, so that its codes are integers times a scale."""
     module, one = QUANTIZERS[spec.quantizer], jax.ShapeDtypeStruct((), jnp.float32)
