@@ -3,7 +3,7 @@
 python launch.py --config=configs/qkd.py[:k=v,k=v] --workdir=DIR [--config.x.y=value]
 python launch.py --config=configs/qkd.py --mode=inspect
 python launch.py --workdir=DIR --mode=eval|export|report
-python launch.py --workdir=DIR --mode=export --target=onnxruntime-x86   # a key of deploy/targets.py
+python launch.py --workdir=DIR --mode=export --target=onnxruntime-x86   # of quantize/targets.py
 
 Exit codes: 0 done; 2 a mistake in the flags or the config; 3 a loss or gradient that is not
 finite; 75 stopped by SIGTERM or SIGINT after saving: the same command goes on from there.
@@ -38,7 +38,7 @@ flags.DEFINE_enum(
     "layers, computing nothing. eval, export, report: from a run folder alone.",
 )
 flags.DEFINE_string(
-    "target", "", "With --mode=export: the engine that the files are for (deploy/targets.py)."
+    "target", "", "With --mode=export: the engine that the files are for (quantize/targets.py)."
 )
 flags.DEFINE_bool("debug", False, "Show the traceback of an error in the flags or the config.")
 

@@ -32,10 +32,10 @@ import jax.numpy as jnp
 
 from configs import terms
 from qkd_jax import MODELS, quantize
+from qkd_jax.distillation.forward import forward
 from qkd_jax.training import (
     DataShape,
     compile_step,
-    forward,
     frozen_variables,
     make_step,
     plan_step,

@@ -28,7 +28,7 @@ import numpy as np
 
 from qkd_jax import ptq
 from qkd_jax.deploy import has_vnni, onnx_session, openvino_model, placed, to_onnx
-from qkd_jax.deploy.targets import TARGETS
+from qkd_jax.quantize.targets import TARGETS
 from qkd_jax.quantizers import QUANTIZERS
 
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # it forks the process

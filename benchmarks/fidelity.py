@@ -34,7 +34,8 @@ import numpy as np
 
 from configs import qat
 from qkd_jax import experiment, ptq
-from qkd_jax.deploy import convert, integer_apply, reference
+from qkd_jax.deploy import convert, integer_apply
+from qkd_jax.deploy.integer import reference
 from qkd_jax.quantizers import QUANTIZERS
 
 BATCH = 500

@@ -30,10 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkd_jax import calibrate, presets, quantize
+from qkd_jax import calibrate, quantize
 from qkd_jax.deploy import has_vnni, onnx_session, openvino_model, placed, to_onnx
-from qkd_jax.deploy.targets import TARGETS, fit
 from qkd_jax.models import create
+from qkd_jax.quantize import presets
+from qkd_jax.quantize.targets import TARGETS, fit
 
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # it forks the process
 

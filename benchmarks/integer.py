@@ -23,9 +23,9 @@ import jax
 import numpy as np
 
 import qkd_jax as qk
-from qkd_jax import presets
 from qkd_jax.deploy import convert, integer_apply
 from qkd_jax.models import create
+from qkd_jax.quantize import presets
 
 NETS = {
     "resnet20": (dict(width=16), (32, 32, 3)),

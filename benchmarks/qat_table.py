@@ -58,7 +58,7 @@ def config_of(args, quantizer, bits, seed):
 
 def arms_of(args):
     """Yields (quantizer, bits, seed)."""
-    from qkd_jax.presets import PAIRS
+    from qkd_jax.quantize.presets import PAIRS
 
     wanted = [q for q in args.quantizers.split(",") if q] or list(PAIRS)
     for quantizer in wanted:

@@ -4,20 +4,20 @@ The library's front door; runs start at `launch.py`.
 """
 
 from qkd_jax import deploy, losses, ptq, weights
-from qkd_jax.calibration import calibrate
 from qkd_jax.deploy import convert, integer_apply
-from qkd_jax.diagnostics import diagnose
-from qkd_jax.inspection import coverage, layers, size
 from qkd_jax.losses import LOSSES
 from qkd_jax.mixed_precision import allocate, sensitivity
 from qkd_jax.models import MODELS
 from qkd_jax.numerics import IntFormat, Spec
 from qkd_jax.observers import OBSERVERS
-from qkd_jax.presets import PRESETS
 
 # The function takes the place of its module in this namespace; `from qkd_jax.quantize import ...`
 # still finds the module.
 from qkd_jax.quantize import QuantizedModel, Rule, load_float, quantize
+from qkd_jax.quantize.calibration import calibrate
+from qkd_jax.quantize.diagnostics import diagnose
+from qkd_jax.quantize.inspection import coverage, layers, size
+from qkd_jax.quantize.presets import PRESETS
 from qkd_jax.quantizers import QUANTIZERS
 
 __version__ = "0.1.0"

@@ -23,7 +23,7 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.hierarchy import ClassTree, find
-from qkd_jax.numerics.logits import prepare_logits
+from qkd_jax.losses.inputs.logits import prepare_logits
 
 __all__ = [
     "add",

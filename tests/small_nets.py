@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, quantize
+from qkd_jax.quantize.calibration import calibrate
 
 
 class Mixed(nn.Module):

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from qkd_jax import losses, quantizers
-from qkd_jax.calibration import calibrate
 from qkd_jax.data import DATASETS
 from qkd_jax.losses import response
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, quantize
+from qkd_jax.quantize.calibration import calibrate
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 

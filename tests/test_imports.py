@@ -10,28 +10,21 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "qkd_jax"
 
-# From the bottom up; a part imports from the rows above its own, and within itself.
+# From the bottom up; a room imports from the rows above its own, and within itself.
 LAYERS: tuple[tuple[set[str], ...], ...] = (
-    ({"checks"},),
-    ({"numerics"}, {"hierarchy"}),
-    ({"quantizers"}, {"losses"}, {"metrics"}),
-    ({"observers"},),  # one searches with the quantizers themselves
-    ({"models"}, {"data"}),
+    ({"checks"}, {"trees"}),
     ({"graph"},),
+    ({"numerics"}, {"hierarchy"}),
+    ({"quantizers"}, {"losses"}),
     (
-        {
-            "product",
-            "interception",
-            "watched",
-            "quantize",
-            "calibration",
-            "inspection",
-            "placement",
-            "presets",
-        },
-    ),
-    ({"mixed_precision"}, {"diagnostics"}),
+        {"observers"},
+        {"metrics"},
+    ),  # an observer searches with the quantizers; metrics take logits in
+    ({"models"}, {"data"}),
+    ({"quantize"},),
+    ({"mixed_precision"}, {"distillation"}, {"record"}),
     ({"training"},),
+    ({"data_free"},),
     ({"ptq"}, {"weights"}),  # before deploy, since converting folds BatchNorm
     ({"deploy"}, {"report"}),
     ({"experiment"},),
@@ -41,8 +34,10 @@ LAYERS: tuple[tuple[set[str], ...], ...] = (
 LEVEL = {name: level for level, row in enumerate(LAYERS) for part in row for name in part}
 PART = {name: part for row in LAYERS for part in map(frozenset, row) for name in part}
 
-# In these a file is one method, and no method knows another.
+# In these a file is one method, and no method knows another; what they share lies in numerics or,
+# for losses, in `losses/inputs`.
 PURE = ("quantizers", "observers", "losses")
+SHARED = {"losses": "qkd_jax.losses.inputs"}
 # Imported inside the functions that use them, so that `--help` and a first import stay quick.
 LATE = ("grain", "tensorflow_datasets", "orbax", "matplotlib", "onnx", "onnxruntime", "openvino")
 NEVER = ("tensorflow", "sklearn", "torch")
@@ -139,9 +134,69 @@ def problems_of_siblings(entries):
     for entry in ours(entries):
         here, there = module_name(entry.file).split("."), entry.name.split(".")
         pure = len(here) > 2 and here[1] in PURE
+        shared = SHARED.get(here[1], "") if pure else ""
+        if shared and ".".join(there).startswith(shared):
+            continue
         if pure and there[:2] == here[:2] and there != here:
             problems.append(f"{entry}: a file of {here[1]} stands alone; share through numerics")
     return problems
+
+
+def arrows(entries):
+    """{module: modules that it imports}, of ours, wherever in the file the import stands."""
+    found = {module_name(path): set() for path in files()}
+    for entry in ours(entries):
+        name = module_name(entry.file)
+        found.setdefault(name, set()).update({entry.name} - {name})
+    return found
+
+
+def circles(graph):
+    """Groups of nodes that reach each other (Tarjan), each sorted."""
+    index, low, stack, found = {}, {}, [], []
+
+    def visit(node):
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(graph.get(node, ())):
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            group = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def problems_of_circles(entries):
+    return ["in a circle: " + ", ".join(group) for group in circles(arrows(entries))]
+
+
+def rooms():
+    """{room: rooms that it imports}: the picture of the house, from the files."""
+    found = {}
+    for module, names in arrows(ALL).items():
+        here = part_of(module)
+        found.setdefault(here, set()).update({part_of(name) for name in names} - {here, ""})
+    found.pop("", None)  # qkd_jax/__init__.py gathers the public names
+    return found
+
+
+def picture():
+    """The rooms from the bottom up, each with the rooms that it imports from."""
+    order = sorted(rooms().items(), key=lambda row: (LEVEL[row[0]], row[0]))
+    return "\n".join(
+        f"{room:16} <- {' '.join(sorted(below, key=lambda r: (LEVEL[r], r))) or '-'}"
+        for room, below in order
+    )
 
 
 def problems_of_flags(entries):
@@ -181,13 +236,28 @@ def problems_of_configs(entries):
     ]
 
 
+def test_rooms_are_in_no_circle():
+    print(picture())
+    assert circles(rooms()) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+def test_a_file_name_means_one_thing():
+    seen = {}
+    for path in files():
+        if PACKAGE in path.parents and not path.name.startswith("__"):
+            seen.setdefault(path.stem, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in seen.items() if len(paths) > 1} == {}
+
+
 def test_every_module_has_a_layer():
     found = {part_of(module_name(path)) for path in files()} - {""}
-    assert found <= set(LEVEL), f"add to LAYERS: {sorted(found - set(LEVEL))}"
+    assert found == set(LEVEL), f"add to LAYERS: {sorted(found - set(LEVEL))}, or take out"
 
 
 CHECKS = [
     problems_of_layers,
+    problems_of_circles,
     problems_of_siblings,
     problems_of_flags,
     problems_of_late_imports,
@@ -214,6 +284,11 @@ def test_rule(check):
         (problems_of_siblings, "qkd_jax/quantizers/x.py", "from qkd_jax.quantizers import lsq"),
         (problems_of_siblings, "qkd_jax/quantizers/x.py", "from . import lsq"),
         (problems_of_siblings, "qkd_jax/losses/x.py", "from qkd_jax.losses import LOSSES"),
+        (problems_of_siblings, "qkd_jax/losses/inputs/x.py", "from qkd_jax.losses import relation"),
+        (problems_of_layers, "qkd_jax/quantize/x.py", "from qkd_jax.training import optim"),
+        (problems_of_layers, "qkd_jax/distillation/x.py", "import qkd_jax.training.step"),
+        (problems_of_layers, "qkd_jax/record/x.py", "from qkd_jax.distillation import taps"),
+        (problems_of_layers, "qkd_jax/training/x.py", "from qkd_jax.data_free import inversion"),
         (problems_of_flags, "qkd_jax/report/x.py", "from absl import flags"),
         (problems_of_flags, "configs/x.py", "import absl.flags as f"),
         (problems_of_late_imports, "qkd_jax/report/x.py", "import matplotlib.pyplot as plt"),
@@ -227,12 +302,19 @@ def test_each_rule_finds_its_offence(check, file, source):
     assert check(imports(ROOT / file, source))
 
 
+def test_a_circle_is_found_wherever_the_import_stands():
+    late = imports(PACKAGE / "trees.py", "def f():\n    from qkd_jax import checks")
+    typed = imports(PACKAGE / "checks.py", "if TYPE_CHECKING:\n    from qkd_jax import trees")
+    assert problems_of_circles(late) == problems_of_circles(typed) == []
+    assert problems_of_circles(late + typed) == ["in a circle: qkd_jax.checks, qkd_jax.trees"]
+
+
 @pytest.mark.parametrize(
     ("file", "source"),
     [
         (
-            "qkd_jax/quantize.py",
-            "from qkd_jax import checks, product\nfrom qkd_jax.numerics import x",
+            "qkd_jax/quantize/x.py",
+            "from qkd_jax import checks, graph\nfrom qkd_jax.numerics import x",
         ),
         ("qkd_jax/losses/__init__.py", "from qkd_jax.losses.response import ce"),
         ("qkd_jax/data/x.py", "def f():\n    import grain"),
@@ -244,3 +326,7 @@ def test_each_rule_finds_its_offence(check, file, source):
 def test_what_is_allowed_passes(file, source):
     found = imports(ROOT / file, source)
     assert [problem for check in CHECKS for problem in check(found)] == []
+
+
+if __name__ == "__main__":
+    print(picture())

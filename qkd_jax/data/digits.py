@@ -13,7 +13,7 @@ import pathlib
 
 import numpy as np
 
-from qkd_jax.data import cache, sources, writer
+from qkd_jax.data import cache, record_writer, sources
 
 NAME = "digits"
 VERSION = "1.0.0"
@@ -91,7 +91,7 @@ def write(directory: pathlib.Path) -> pathlib.Path:
     with np.load(pathlib.Path(__file__).with_name("digits.npz")) as file:
         levels, labels = file["levels"], file["labels"]
     images = np.rint(levels[..., None] * (255 / 16)).astype(np.uint8)
-    return writer.write(
+    return record_writer.write(
         NAME,
         VERSION,
         directory,

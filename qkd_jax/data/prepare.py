@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Sequence
 
 from qkd_jax import checks
-from qkd_jax.data import DATASETS, digits, sources, writer
+from qkd_jax.data import DATASETS, digits, record_writer, sources
 from qkd_jax.data.official import OFFICIAL, Official
 
 TIMEOUT = 60  # seconds without a byte
@@ -84,7 +84,7 @@ def prepare(
     }
     if "id" in splits["train"]:
         features["id"] = tfds.features.Text()
-    return writer.write(
+    return record_writer.write(
         name,
         official.version,
         directory,

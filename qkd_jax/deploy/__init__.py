@@ -6,16 +6,17 @@ the same for XLA without `qkd_jax`, `to_onnx` and `onnx_session` the ONNX file a
 `targets` which rules an engine takes. A new kind of file is a module here.
 """
 
-from qkd_jax.deploy import targets
 from qkd_jax.deploy.description import Description
-from qkd_jax.deploy.engines import Placed, openvino_model, placed
-from qkd_jax.deploy.files import describe, load, save
-from qkd_jax.deploy.integers import convert, integer_apply
+from qkd_jax.deploy.integer.convert import convert, integer_apply
+from qkd_jax.deploy.integer.program import IntegerModel, LayerSize
+from qkd_jax.deploy.integer.saved_model import describe, load, save
 from qkd_jax.deploy.latency import latency
-from qkd_jax.deploy.onnx import OnnxFile, has_vnni, onnx_session, to_onnx
-from qkd_jax.deploy.program import IntegerModel, LayerSize
+from qkd_jax.deploy.onnx.engines import Placed, openvino_model, placed
+from qkd_jax.deploy.onnx.export import OnnxFile, to_onnx
+from qkd_jax.deploy.onnx.session import has_vnni, onnx_session
+from qkd_jax.deploy.onnx.stamp import read_stamp, stamp_onnx
 from qkd_jax.deploy.stablehlo import load_stablehlo, save_stablehlo
-from qkd_jax.deploy.stamp import read_stamp, stamp_onnx
+from qkd_jax.quantize import targets
 
 __all__ = [
     "Description",

@@ -27,11 +27,11 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.deploy.description import Description
-from qkd_jax.deploy.engines import openvino_model, without_telemetry
-from qkd_jax.deploy.files import JSON, describe, load
-from qkd_jax.deploy.integers import integer_apply
-from qkd_jax.deploy.onnx import onnx_session
-from qkd_jax.deploy.stamp import read_stamp
+from qkd_jax.deploy.integer.convert import integer_apply
+from qkd_jax.deploy.integer.saved_model import JSON, describe, load
+from qkd_jax.deploy.onnx.engines import openvino_model, without_telemetry
+from qkd_jax.deploy.onnx.session import onnx_session
+from qkd_jax.deploy.onnx.stamp import read_stamp
 
 __all__ = ["ENGINES", "Predictor", "main", "open_predictor", "predict"]
 

@@ -30,7 +30,7 @@ import numpy as np
 from jax import export
 
 from qkd_jax import checks
-from qkd_jax.deploy.program import IntegerModel, Multiply, run
+from qkd_jax.deploy.integer.program import IntegerModel, Multiply, run
 from qkd_jax.weights.files import damaged, read_bytes
 
 __all__ = ["PLATFORMS", "load_stablehlo", "save_stablehlo"]

@@ -11,12 +11,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from qkd_jax.distillation.forward import mode_arguments
+from qkd_jax.distillation.taps import features_of
 from qkd_jax.experiment.settings import Settings, shapes
 from qkd_jax.experiment.stages import plan_stage
-from qkd_jax.inspection import coverage, layers
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.training.forward import mode_arguments
-from qkd_jax.training.taps import features_of
+from qkd_jax.quantize.inspection import coverage, layers
 
 __all__ = ["overview"]
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qkd_jax import checks
-from qkd_jax.experiment.values import check_images, check_tables, mapping, with_tree
-from qkd_jax.training.rows import as_sources
-from qkd_jax.training.taps import DataShape
+from qkd_jax.distillation.learn_table import as_sources
+from qkd_jax.distillation.taps import DataShape
+from qkd_jax.experiment.config_checks import check_images, check_tables, mapping, with_tree
 
 __all__ = ["Stage", "lay_out"]
 

@@ -15,19 +15,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from qkd_jax import checks, presets, weights
-from qkd_jax.deploy import targets
-from qkd_jax.experiment.schedule import Stage, lay_out
-from qkd_jax.experiment.values import (
+from qkd_jax import checks, weights
+from qkd_jax.distillation.taps import DataShape, features_of
+from qkd_jax.experiment.config_checks import (
     check_augment,
     check_frame,
     check_origins,
     mapping,
     tree_of,
 )
+from qkd_jax.experiment.schedule import Stage, lay_out
 from qkd_jax.models import MODELS, BorrowedClassifier, create
-from qkd_jax.quantize import QuantizedModel, quantize
-from qkd_jax.training.taps import DataShape, features_of
+from qkd_jax.quantize import QuantizedModel, presets, quantize, targets
 
 __all__ = ["Settings", "build_net", "read", "resolve", "shapes"]
 

@@ -11,8 +11,8 @@ named  trees of known data sets: TREES
 files  trees in text files, such as WordNet's
 """
 
-from qkd_jax.hierarchy.files import find, read
 from qkd_jax.hierarchy.named import TREES
 from qkd_jax.hierarchy.tree import ClassTree
+from qkd_jax.hierarchy.tree_files import find, read
 
 __all__ = ["TREES", "ClassTree", "find", "read"]

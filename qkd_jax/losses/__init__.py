@@ -18,7 +18,7 @@ Signature rules that the training step relies on. Positional names say what it p
   or a vector [batch, channels]. `student_features` and `teacher_features` are tuples of such
   arrays, shallow to deep (`semckd`: the student's is a tuple of tuples). They arrive as they are to
   be compared: learned regressors and connectors belong to the training step. Maps of unlike size
-  are pooled inside the loss, the larger to the smaller one's size (`numerics.adaptive_avg_pool`).
+  are pooled inside the loss, the larger to the size of the smaller (`adaptive_avg_pool`).
 * `student_embedding` and `teacher_embedding`, [batch, dim], are features behind a learned embedding
   of either net. The gradient flows into both: what is detached is the teacher's feature, before
   its embedding.
@@ -54,11 +54,11 @@ from typing import Any
 import jax
 
 from qkd_jax.losses.activation import ab, ofd, ofd_margin
+from qkd_jax.losses.branches import byot, one
 from qkd_jax.losses.contrastive import crd, crd_in_batch, crd_memory
 from qkd_jax.losses.decoupled import dkd, nkd, tf_kd
 from qkd_jax.losses.feature import at, fitnet, ft, reviewkd, semckd, simkd, vid
 from qkd_jax.losses.gram import fsp, ickd, nst
-from qkd_jax.losses.heads import byot, one
 from qkd_jax.losses.hierarchical import hxe, lca_alignment, tree_soft_labels
 from qkd_jax.losses.predictions import dist, mlkd
 from qkd_jax.losses.relation import cc, cc_adjacent, irg, pkt, rkd, sp

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qkd_jax import checks
-from qkd_jax.numerics.features import check_tuple, prepare_feature_lists
-from qkd_jax.numerics.logits import keep
+from qkd_jax.losses.inputs.feature_maps import check_tuple, prepare_feature_lists
+from qkd_jax.losses.inputs.logits import keep
 
 __all__ = ["ab", "ofd", "ofd_margin"]
 

@@ -13,8 +13,15 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qkd_jax import checks
-from qkd_jax.numerics.features import gathered, inner, prepare_features, related_rows, total, unit
-from qkd_jax.numerics.logits import keep
+from qkd_jax.losses.inputs.feature_maps import (
+    gathered,
+    inner,
+    prepare_features,
+    related_rows,
+    total,
+    unit,
+)
+from qkd_jax.losses.inputs.logits import keep
 
 __all__ = ["crd", "crd_in_batch", "crd_memory"]
 

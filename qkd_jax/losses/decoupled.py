@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qkd_jax import checks
-from qkd_jax.numerics.logits import (
+from qkd_jax.losses.inputs.logits import (
     divergence,
     hits,
     keep,

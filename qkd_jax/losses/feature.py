@@ -1,8 +1,8 @@
 """Feature losses that compare adapted features element by element, or what is left of them.
 
 Each docstring says under Adaptor what stands between a tap and the loss in the method's paper or
-code. The training step owns those modules (`training/adaptors.py`); the losses are functions of the
-adapted features. Values are means over a feature's elements, so they do not grow with its size.
+code. The training step owns those modules (`distillation/adaptors`); the losses are functions of
+the adapted features. Values are means over a feature's elements, so they do not grow with its size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks
-from qkd_jax.numerics.features import (
+from qkd_jax.losses.inputs.feature_maps import (
     adaptive_avg_pool,
     check_tuple,
     example_means,
@@ -22,7 +22,7 @@ from qkd_jax.numerics.features import (
     safe_norm,
     unit,
 )
-from qkd_jax.numerics.logits import keep
+from qkd_jax.losses.inputs.logits import keep
 
 __all__ = ["at", "fitnet", "ft", "reviewkd", "semckd", "simkd", "vid"]
 

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from qkd_jax.numerics.features import (
+from qkd_jax.losses.inputs.feature_maps import (
     example_means,
     pooled_alike,
     prepare_feature_lists,
     prepare_features,
     unit,
 )
-from qkd_jax.numerics.logits import keep
+from qkd_jax.losses.inputs.logits import keep
 
 __all__ = ["fsp", "ickd", "nst"]
 

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from qkd_jax import checks
 from qkd_jax.hierarchy import ClassTree, find
-from qkd_jax.numerics.logits import keep, prepare_logits
+from qkd_jax.losses.inputs.logits import keep, prepare_logits
 
 __all__ = ["hxe", "lca_alignment", "tree_soft_labels"]
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qkd_jax import checks
-from qkd_jax.numerics.features import inner, related_rows, safe_norm, total
-from qkd_jax.numerics.logits import divergence, keep, prepare_pair, standardized
+from qkd_jax.losses.inputs.feature_maps import inner, related_rows, safe_norm, total
+from qkd_jax.losses.inputs.logits import divergence, keep, prepare_pair, standardized
 
 __all__ = ["dist", "mlkd"]
 

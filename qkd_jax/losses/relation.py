@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qkd_jax import checks
-from qkd_jax.numerics.features import (
+from qkd_jax.losses.inputs.feature_maps import (
     Rows,
     adaptive_mean,
     gathered,
@@ -32,7 +32,7 @@ from qkd_jax.numerics.features import (
     total,
     unit,
 )
-from qkd_jax.numerics.logits import keep, prepare_pair
+from qkd_jax.losses.inputs.logits import keep, prepare_pair
 
 __all__ = ["cc", "cc_adjacent", "irg", "pkt", "rkd", "sp"]
 

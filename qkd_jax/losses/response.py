@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qkd_jax import checks
-from qkd_jax.numerics.gradients import reverse_gradient
-from qkd_jax.numerics.logits import (
+from qkd_jax.losses.inputs.gradients import reverse_gradient
+from qkd_jax.losses.inputs.logits import (
     divergence,
     hits,
     keep,

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qkd_jax import checks
-from qkd_jax.numerics.features import check_tuple
-from qkd_jax.numerics.logits import divergence, hits, keep, prepare_logits, prepare_pair
+from qkd_jax.losses.inputs.feature_maps import check_tuple
+from qkd_jax.losses.inputs.logits import divergence, hits, keep, prepare_logits, prepare_pair
 
 __all__ = ["ca_mkd", "kd_mean", "kd_sum"]
 

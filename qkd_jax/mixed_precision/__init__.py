@@ -10,8 +10,8 @@ as HAWQ-V2 (Dong et al., 2019, arXiv 1911.03852) and ZeroQ do: right to second o
 errors of different layers are uncorrelated. Measure the net that comes out.
 """
 
+from qkd_jax.mixed_precision.candidates import Candidate, Sensitivity
 from qkd_jax.mixed_precision.measure import METRICS, sensitivity
 from qkd_jax.mixed_precision.solve import allocate
-from qkd_jax.mixed_precision.table import Candidate, Sensitivity
 
 __all__ = ["METRICS", "Candidate", "Sensitivity", "allocate", "sensitivity"]

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkd_jax import checks, inspection
-from qkd_jax.calibration import calibrate
-from qkd_jax.interception import Frame
+from qkd_jax import checks
+from qkd_jax.mixed_precision.candidates import Bits, Candidate, Sensitivity, label
 from qkd_jax.mixed_precision.hessian import mean_curvatures, weight_errors
-from qkd_jax.mixed_precision.table import Bits, Candidate, Sensitivity, label
 from qkd_jax.numerics import Spec
-from qkd_jax.quantize import QuantizedModel, Rule, quantize
+from qkd_jax.quantize import QuantizedModel, Rule, inspection, quantize
+from qkd_jax.quantize.calibration import calibrate
+from qkd_jax.quantize.interception import Frame
 
 __all__ = ["METRICS", "sensitivity"]
 

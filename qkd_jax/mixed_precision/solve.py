@@ -11,7 +11,7 @@ import numpy as np
 import scipy.optimize
 
 from qkd_jax import checks
-from qkd_jax.mixed_precision.table import Bits, Candidate, Sensitivity, label
+from qkd_jax.mixed_precision.candidates import Bits, Candidate, Sensitivity, label
 from qkd_jax.quantize import Rule
 
 __all__ = ["allocate"]

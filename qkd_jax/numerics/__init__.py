@@ -6,11 +6,9 @@ building blocks. Pure functions of arrays; nothing here knows of models.
 """
 
 from qkd_jax.numerics.backward import cotangents, mean_of, partial_sums
-from qkd_jax.numerics.features import adaptive_avg_pool
 from qkd_jax.numerics.fixed import FixedPointFormat
 from qkd_jax.numerics.floats import FLOAT_FORMATS, FloatFormat
 from qkd_jax.numerics.formats import MAX_BITS, IntFormat
-from qkd_jax.numerics.gradients import reverse_gradient
 from qkd_jax.numerics.histogram import BINS, add_to_histogram, empty_histogram, magnitudes
 from qkd_jax.numerics.mapping import (
     MIN_SCALE,
@@ -81,7 +79,6 @@ __all__ = [
     "Spec",
     "Stats",
     "Sums",
-    "adaptive_avg_pool",
     "add_to_histogram",
     "affine_parameters",
     "at_least",
@@ -113,7 +110,6 @@ __all__ = [
     "refuse_learned_power_of_two",
     "refuse_odd_codes_of_16_bits",
     "refuse_one_bit",
-    "reverse_gradient",
     "round_codes",
     "round_ste",
     "shared_axes",

@@ -9,13 +9,13 @@ Add one as a file with a function `(net, variables, ..., **options) -> variables
 """
 
 from qkd_jax.ptq.absorb_bias import absorb_bias
+from qkd_jax.ptq.batch_norm_statistics import reestimate_batch_norm
 from qkd_jax.ptq.correct_bias import correct_bias
 from qkd_jax.ptq.equalize import equalization_pairs, equalize
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.ptq.gptq import gptq
 from qkd_jax.ptq.integer_bias import integer_bias
 from qkd_jax.ptq.reconstruct import adaround, brecq, qdrop
-from qkd_jax.ptq.reestimate_bn import reestimate_batch_norm
 from qkd_jax.ptq.smooth import smooth
 
 __all__ = [

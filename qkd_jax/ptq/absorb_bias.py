@@ -16,10 +16,11 @@ from qkd_jax import checks
 from qkd_jax.graph import MARKERS, Graph, Node
 from qkd_jax.ptq.channels import IDENTITY, Link, Place, add_to, bias_place, is_relu, links, readers
 from qkd_jax.ptq.moments import norms_by_layer, output_moments
-from qkd_jax.ptq.products import TracedNet, trace_net
 from qkd_jax.ptq.stream import Stream, image_batches
-from qkd_jax.ptq.trees import at, get, put, refuse_folded, refuse_quantized
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.traced import TracedNet, trace_net
+from qkd_jax.quantize.variables import refuse_folded, refuse_quantized
+from qkd_jax.trees import at, get, put
 
 __all__ = ["absorb_bias"]
 

@@ -18,8 +18,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from qkd_jax.graph import MARKERS, Graph, Node
-from qkd_jax.ptq.products import LAYOUT, Product, TracedNet, products
-from qkd_jax.ptq.trees import Tree, at, get, put
+from qkd_jax.quantize.traced import LAYOUT, Product, TracedNet, products
+from qkd_jax.quantize.variables import Tree
+from qkd_jax.trees import at, get, put
 
 __all__ = [
     "Kernel",

@@ -16,11 +16,12 @@ from flax.core import unfreeze
 from qkd_jax import checks
 from qkd_jax.ptq.channels import Place, add_to, bias_place, kernel, readers
 from qkd_jax.ptq.moments import input_means
-from qkd_jax.ptq.products import Product, TracedNet, products, trace_net
 from qkd_jax.ptq.stream import Stream, image_batches
-from qkd_jax.ptq.trees import get, quantizer_paths, refuse_folded, without_quantizers
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.training.weights import quantized_weights, rounded
+from qkd_jax.quantize.stored_weights import quantized_weights, rounded
+from qkd_jax.quantize.traced import Product, TracedNet, products, trace_net
+from qkd_jax.quantize.variables import quantizer_paths, refuse_folded, without_quantizers
+from qkd_jax.trees import get
 
 __all__ = ["correct_bias"]
 

@@ -18,9 +18,10 @@ from flax.core import unfreeze
 from qkd_jax import checks
 from qkd_jax.ptq.channels import Kernel, Link, links
 from qkd_jax.ptq.moments import norms_by_layer, rescale_folded
-from qkd_jax.ptq.products import trace_net
-from qkd_jax.ptq.trees import get, put, refuse_folded, refuse_quantized
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.traced import trace_net
+from qkd_jax.quantize.variables import refuse_folded, refuse_quantized
+from qkd_jax.trees import get, put
 
 __all__ = ["equalization_pairs", "equalize"]
 

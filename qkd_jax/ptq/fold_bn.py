@@ -23,7 +23,8 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax.graph import MARKERS, Graph, Node
-from qkd_jax.ptq.products import (
+from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.traced import (
     Product,
     TracedNet,
     has_codes,
@@ -32,7 +33,6 @@ from qkd_jax.ptq.products import (
     trace_net,
     view,
 )
-from qkd_jax.quantize import QuantizedModel
 
 __all__ = ["fold_bn"]
 

@@ -22,11 +22,12 @@ from qkd_jax import checks
 from qkd_jax.graph import execute
 from qkd_jax.numerics import Spec, stats
 from qkd_jax.ptq.channels import kernel, readers
-from qkd_jax.ptq.products import Product, TracedNet, products, quantizer_params, trace_net
 from qkd_jax.ptq.stream import Stream, image_batches
-from qkd_jax.ptq.trees import at, get, put, quantizer_paths, refuse_folded, without_quantizers
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.traced import Product, TracedNet, products, quantizer_params, trace_net
+from qkd_jax.quantize.variables import quantizer_paths, refuse_folded, without_quantizers
 from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.trees import at, get, put
 
 __all__ = ["gptq", "quantize_columns"]
 

@@ -21,9 +21,9 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax.ptq.fold_bn import fold_bn
-from qkd_jax.ptq.products import has_codes, products, scale_in_output, trace_net, view
-from qkd_jax.ptq.trees import at, get, put
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.traced import has_codes, products, scale_in_output, trace_net, view
+from qkd_jax.trees import at, get, put
 
 __all__ = ["integer_bias"]
 

@@ -16,9 +16,10 @@ import scipy.special
 
 from qkd_jax.graph import Graph
 from qkd_jax.ptq.channels import IDENTITY, is_relu, norms_of
-from qkd_jax.ptq.products import Product, TracedNet, products, trace_net
-from qkd_jax.ptq.trees import at, get, put, without_folds
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.traced import Product, TracedNet, products, trace_net
+from qkd_jax.quantize.variables import without_folds
+from qkd_jax.trees import at, get, put
 
 __all__ = [
     "input_means",

@@ -30,7 +30,11 @@ import optax
 
 from qkd_jax import checks, numerics
 from qkd_jax.graph import Node, execute
-from qkd_jax.ptq.products import (
+from qkd_jax.ptq.soft_rounding import Grid, beta_at, hard_weight, penalty, soft_weight, start
+from qkd_jax.ptq.stream import Stream, image_batches
+from qkd_jax.ptq.units import Unit, block_units, layer_units, run_unit
+from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.traced import (
     TracedNet,
     is_quantizer,
     products,
@@ -38,18 +42,7 @@ from qkd_jax.ptq.products import (
     trace_net,
     view,
 )
-from qkd_jax.ptq.soft_rounding import (
-    Grid,
-    beta_at,
-    hard_weight,
-    penalty,
-    soft_weight,
-    start,
-)
-from qkd_jax.ptq.stream import Stream, image_batches
-from qkd_jax.ptq.trees import quantizer_paths, refuse_folded
-from qkd_jax.ptq.units import Unit, block_units, layer_units, run_unit
-from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.variables import quantizer_paths, refuse_folded
 from qkd_jax.quantizers import QUANTIZERS
 
 __all__ = ["Report", "adaround", "brecq", "qdrop"]

@@ -15,10 +15,11 @@ from flax.core import unfreeze
 from qkd_jax import checks
 from qkd_jax.ptq.channels import Link, links
 from qkd_jax.ptq.moments import norms_by_layer, rescale_folded
-from qkd_jax.ptq.products import products, trace_net
 from qkd_jax.ptq.stream import Stream, image_batches
-from qkd_jax.ptq.trees import get, put, refuse_folded, refuse_quantized
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.traced import products, trace_net
+from qkd_jax.quantize.variables import refuse_folded, refuse_quantized
+from qkd_jax.trees import get, put
 
 __all__ = ["smooth", "smoothing_scale"]
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax.graph import MARKERS, Graph, Node, execute
-from qkd_jax.ptq.products import Product, TracedNet, is_quantizer, products
+from qkd_jax.quantize.traced import Product, TracedNet, is_quantizer, products
 
 __all__ = ["ELEMENTWISE", "Unit", "block_units", "layer_units", "run_unit"]
 

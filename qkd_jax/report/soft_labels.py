@@ -59,7 +59,7 @@ def collect(
         label, why it was chosen, PNG, logits by net) and, for up to 200 classes, "similarity"
         ({net: mean softened distribution by true class}, at `temperature`), "order", "distance".
     """
-    from qkd_jax.data.writer import png
+    from qkd_jax.data.record_writer import png
 
     nets = list(logits)
     teacher, student = nets[:2]

@@ -1,25 +1,18 @@
-"""Training: state, optimizers, the step, the loop, checkpoints and the record of a run.
+"""Training: state, optimizers, the step and the loop.
 
 plan       who learns from whom: a table becomes structure (compiled) and numbers (arguments)
-rows       one row of that table: a term of a loss, checked; terms, owned: what becomes of it
-taps       where losses look into a net, by name
-adaptors   what stands between two nets' features and a loss, and learns beside the student
-forward    one pass of a net, with the features that somebody asked for
 hygiene    oscillation, clamps, annealing and budgets of quantizers in training
 optim      optimizers and schedules over the groups weights, plain and quant
 state      what a step reads and writes; random streams
 step       the step and the evaluation, pure functions
 parallel   the step compiled for devices; the compilation cache
-synthesis  images from the statistics that a net remembers; generator, generator_dafl,
-           generator_cmi: from a generator that learns from a net
-nonfinite  which layer went bad first
-loop, checkpoint, tracking are imported by name: they reach for the disk
+nonfinite  the first layer with a NaN or inf
+loop       is imported by name: it reaches for the disk
 """
 
-from qkd_jax.training.adaptors import ADAPTORS
-from qkd_jax.training.forward import forward
-from qkd_jax.training.generator_cmi import cmi
-from qkd_jax.training.generator_dafl import dafl
+from qkd_jax.distillation.adaptors import ADAPTORS
+from qkd_jax.distillation.forward import forward
+from qkd_jax.distillation.taps import DataShape
 from qkd_jax.training.nonfinite import NonFinite, locate_nonfinite
 from qkd_jax.training.optim import OPTIMIZERS, SCHEDULES
 from qkd_jax.training.parallel import (
@@ -39,8 +32,6 @@ from qkd_jax.training.state import (
     stream_key,
 )
 from qkd_jax.training.step import eval_step, make_step, name_metrics
-from qkd_jax.training.synthesis import Synthesis, synthesize
-from qkd_jax.training.taps import DataShape
 
 __all__ = [
     "ADAPTORS",
@@ -52,11 +43,8 @@ __all__ = [
     "Plan",
     "StepCache",
     "StepStructure",
-    "Synthesis",
     "TrainState",
-    "cmi",
     "compile_step",
-    "dafl",
     "enable_compilation_cache",
     "eval_step",
     "forward",
@@ -70,5 +58,4 @@ __all__ = [
     "start_state",
     "step_key",
     "stream_key",
-    "synthesize",
 ]

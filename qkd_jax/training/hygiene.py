@@ -38,10 +38,10 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.numerics import Spec
+from qkd_jax.quantize.stored_weights import Weight, quantized_weights, rounded, with_weight
 from qkd_jax.quantizers import QUANTIZERS, lsq
 from qkd_jax.training import clamping
-from qkd_jax.training.trees import flatten
-from qkd_jax.training.weights import Weight, quantized_weights, rounded, with_weight
+from qkd_jax.trees import flatten
 
 __all__ = [
     "HYGIENE_FIELDS",

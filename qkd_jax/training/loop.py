@@ -15,10 +15,10 @@ from typing import Any
 
 import jax
 
+from qkd_jax.record.progress import Progress
 from qkd_jax.training.nonfinite import locate_nonfinite
 from qkd_jax.training.parallel import CompiledStep
 from qkd_jax.training.plan import Plan
-from qkd_jax.training.progress import Progress
 from qkd_jax.training.state import TrainState
 from qkd_jax.training.step import name_metrics
 

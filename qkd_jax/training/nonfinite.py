@@ -13,12 +13,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from qkd_jax.interception import ROUNDING
-from qkd_jax.training.forward import forward
+from qkd_jax.distillation.forward import forward
+from qkd_jax.distillation.terms import term_numbers
+from qkd_jax.quantize.interception import ROUNDING
 from qkd_jax.training.plan import Plan
 from qkd_jax.training.state import TrainState, split, step_key
 from qkd_jax.training.step import Batch, adaptor_params, total_loss
-from qkd_jax.training.terms import term_numbers
 
 __all__ = ["NonFinite", "locate_nonfinite"]
 

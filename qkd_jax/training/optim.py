@@ -24,6 +24,7 @@ import numpy as np
 import optax
 
 from qkd_jax import checks
+from qkd_jax.distillation.terms import in_steps
 
 __all__ = [
     "GROUPS",
@@ -34,7 +35,6 @@ __all__ = [
     "frozen_by",
     "group_of",
     "groups",
-    "in_steps",
     "init_optimizer",
     "plan_optimizer",
     "schedule_factor",
@@ -222,11 +222,6 @@ def _patterns(where: str, given: Any) -> tuple[str, ...]:
         except re.error as error:
             raise ValueError(f"{where} {pattern!r} is no regular expression: {error}.") from None
     return tuple(sorted(given))
-
-
-def in_steps(value: float, horizon: int) -> float:
-    """A length in steps; below 1 it is a fraction of the horizon."""
-    return round(value * horizon) if 0 < value < 1 else value
 
 
 def schedule_factor(structure: OptimStructure, hyper: Hyper, position: jax.Array) -> jax.Array:

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from qkd_jax import checks
+from qkd_jax.distillation.learn_table import COURSE, plan_terms
+from qkd_jax.distillation.taps import DataShape
+from qkd_jax.distillation.term_state import Start, check_learned
+from qkd_jax.distillation.terms import Term
 from qkd_jax.training.hygiene import Hygiene, describe, plan_hygiene
 from qkd_jax.training.optim import OptimStructure, plan_optimizer
-from qkd_jax.training.owned import Start, check_learned
-from qkd_jax.training.rows import COURSE, plan_terms
-from qkd_jax.training.taps import DataShape
-from qkd_jax.training.terms import Term
 
 __all__ = ["Learner", "Plan", "StepStructure", "Term", "cached_key", "plan_step"]
 

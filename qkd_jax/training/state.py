@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks
+from qkd_jax.distillation.term_state import check_learned
 from qkd_jax.training import hygiene, optim
-from qkd_jax.training.owned import check_learned
 from qkd_jax.training.plan import Plan
-from qkd_jax.training.trees import flatten
+from qkd_jax.trees import flatten
 
 __all__ = [
     "LEARNED",

@@ -16,21 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qkd_jax.interception import ROUNDING
+from qkd_jax.distillation.adaptors import BEFORE_START
+from qkd_jax.distillation.forward import forward, forward_taps
+from qkd_jax.distillation.terms import Term, has_started, loss_inputs, term_numbers, unless_resting
 from qkd_jax.losses import LOSSES
 from qkd_jax.metrics import classification
+from qkd_jax.quantize.interception import ROUNDING
 from qkd_jax.training import hygiene, optim
-from qkd_jax.training.adaptors import BEFORE_START
-from qkd_jax.training.forward import forward, forward_taps
 from qkd_jax.training.plan import Learner, Plan, StepStructure, cached_key
 from qkd_jax.training.state import TrainState, join, split, step_key
-from qkd_jax.training.terms import (
-    Term,
-    has_started,
-    loss_inputs,
-    term_numbers,
-    unless_resting,
-)
 
 __all__ = [
     "Batch",

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.training.checkpoint import Checkpoints
-from qkd_jax.training.trees import flatten, nested
+from qkd_jax.record.checkpoint import Checkpoints
+from qkd_jax.trees import flatten, nested
 from qkd_jax.weights.files import damaged, read_npz, read_safetensors, safetensors_bytes
 from qkd_jax.weights.layouts import from_torch, is_torch, to_torch
 

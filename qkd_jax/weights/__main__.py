@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from qkd_jax import weights
-from qkd_jax.training.trees import flatten
+from qkd_jax.trees import flatten
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

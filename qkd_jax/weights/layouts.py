@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.training.trees import flatten, nested
+from qkd_jax.trees import flatten, nested
 
 __all__ = ["from_torch", "is_torch", "to_torch"]
 

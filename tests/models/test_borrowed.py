@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import qkd_jax as qk
-from qkd_jax import presets
 from qkd_jax.models import BorrowedClassifier, create
+from qkd_jax.quantize import presets
 from qkd_jax.training.state import jit_once
 
 IMAGES = np.random.default_rng(0).normal(size=(8, 8, 8, 1)).astype(np.float32)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from qkd_jax import models
-from qkd_jax.calibration import calibrate
-from qkd_jax.inspection import coverage, layers
 from qkd_jax.models.mobilenet import InvertedResidual, SeparableBlock
 from qkd_jax.numerics import Spec
-from qkd_jax.presets import rules
 from qkd_jax.ptq import fold_bn
 from qkd_jax.quantize import Rule, quantize
+from qkd_jax.quantize.calibration import calibrate
+from qkd_jax.quantize.inspection import coverage, layers
+from qkd_jax.quantize.presets import rules
 
 # Without optimisations XLA compiles several times faster, which is most of the time here.
 fast = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from qkd_jax import numerics
-from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec, Stats
 from qkd_jax.observers import ema, entropy, minmax, mse
 from qkd_jax.quantize import Rule, quantize
+from qkd_jax.quantize.calibration import calibrate
 from qkd_jax.quantizers import QUANTIZERS
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "quantizers.npz")

@@ -8,12 +8,12 @@ import pytest
 import small_nets
 from scipy import integrate, stats
 
-from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec
 from qkd_jax.ptq import correct_bias, equalize, fold_bn
 from qkd_jax.ptq.moments import rectified_mean
 from qkd_jax.quantize import Rule
-from qkd_jax.training.weights import quantized_weights, rounded, with_weight
+from qkd_jax.quantize.calibration import calibrate
+from qkd_jax.quantize.stored_weights import quantized_weights, rounded, with_weight
 
 RULES = [Rule(".*", weight=Spec(3, granularity="channel"), input=Spec(8, symmetric=False))]
 

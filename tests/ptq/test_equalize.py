@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import small_nets
 
+from qkd_jax.numerics import Spec
 from qkd_jax.ptq import equalization_pairs, equalize, fold_bn
-from qkd_jax.quantize import Rule, Spec
+from qkd_jax.quantize import Rule
 
 
 def relative(a, b):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import small_nets
 
-from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec
 from qkd_jax.ptq import fold_bn
 from qkd_jax.quantize import Rule, quantize
+from qkd_jax.quantize.calibration import calibrate
 
 
 def folded_norms(variables):

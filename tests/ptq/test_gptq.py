@@ -11,11 +11,11 @@ import pytest
 import small_nets
 
 from qkd_jax import data
-from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec
 from qkd_jax.ptq import gptq
 from qkd_jax.ptq.gptq import quantize_columns
 from qkd_jax.quantize import Rule, quantize
+from qkd_jax.quantize.calibration import calibrate
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "ptq.npz")
 CASES = {  # name: (bits, granularity)

@@ -13,9 +13,9 @@ from qkd_jax import ptq
 from qkd_jax.models import create
 from qkd_jax.numerics import IntFormat, Spec
 from qkd_jax.ptq import soft_rounding
-from qkd_jax.ptq.products import trace_net
 from qkd_jax.ptq.soft_rounding import Grid
 from qkd_jax.ptq.units import block_units, layer_units, run_unit
+from qkd_jax.quantize.traced import trace_net
 
 AFFINE = dict(signed=False, symmetric=False)
 

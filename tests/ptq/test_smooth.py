@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import small_nets
 
-from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec
 from qkd_jax.ptq import fold_bn, smooth
 from qkd_jax.ptq.smooth import smoothing_scale
 from qkd_jax.quantize import Rule, quantize
+from qkd_jax.quantize.calibration import calibrate
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "ptq.npz")
 INPUT = Spec(8, symmetric=False)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from qkd_jax import numerics
-from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, quantize
+from qkd_jax.quantize.calibration import calibrate
 from qkd_jax.quantizers import QUANTIZERS
 
 GOLDEN = dict(np.load(pathlib.Path(__file__).parents[1] / "golden" / "papers.npz"))

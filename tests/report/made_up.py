@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
+from qkd_jax.record.folder import RunFolder, write_json
 from qkd_jax.report import weight_histograms
-from qkd_jax.training.tracking import RunFolder, write_json
 
 LAYERS = ["stem", *(f"stage{s}_block0/{c}" for s in (1, 2, 3) for c in ("conv1", "conv2"))]
 LAYERS += ["stage2_block0/shortcut", "stage3_block0/shortcut", "head"]

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from qkd_jax import report
+from qkd_jax.record.folder import RunFolder, read_metrics
 from qkd_jax.report import plots
 from qkd_jax.report.table import count, number, percent
-from qkd_jax.training.tracking import RunFolder, read_metrics
 
 spec = importlib.util.spec_from_file_location("made_up", Path(__file__).parent / "made_up.py")
 assert spec is not None and spec.loader is not None

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from qkd_jax import numerics
-from qkd_jax.calibration import calibrate
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, quantize
+from qkd_jax.quantize.calibration import calibrate
+from qkd_jax.quantize.stored_weights import quantized_weights, rounded
 from qkd_jax.quantizers import QUANTIZERS
 from qkd_jax.training import (
     clamping,
@@ -22,8 +23,7 @@ from qkd_jax.training import (
     plan_step,
     start_state,
 )
-from qkd_jax.training.trees import flatten, unflatten_like
-from qkd_jax.training.weights import quantized_weights, rounded
+from qkd_jax.trees import flatten, unflatten_like
 
 LSQ = Spec(3, quantizer="lsq")
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_nets
 
+from qkd_jax.distillation.forward import mode_arguments
 from qkd_jax.losses import ce, kd
 from qkd_jax.quantize import quantize
 from qkd_jax.training import (
@@ -21,7 +22,6 @@ from qkd_jax.training import (
     plan_step,
     start_state,
 )
-from qkd_jax.training.forward import mode_arguments
 
 # One step of this moves every parameter by minus its gradient.
 PLAIN = {"lr": 1.0, "momentum": 0.0, "schedule": "constant"}

@@ -9,8 +9,8 @@ from mutation import mutated
 
 from qkd_jax import weights
 from qkd_jax.quantize import load_float
-from qkd_jax.training.checkpoint import Checkpoints
-from qkd_jax.training.trees import flatten
+from qkd_jax.record.checkpoint import Checkpoints
+from qkd_jax.trees import flatten
 
 TREE = {
     "params": {"stem": {"kernel": np.arange(36, dtype=np.float32).reshape(3, 3, 1, 4)}},

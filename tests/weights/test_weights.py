@@ -18,8 +18,8 @@ from formula_weights import fill
 
 from qkd_jax import models, weights
 from qkd_jax.quantize import load_float, quantize
-from qkd_jax.training.checkpoint import Checkpoints
-from qkd_jax.training.trees import flatten
+from qkd_jax.record.checkpoint import Checkpoints
+from qkd_jax.trees import flatten
 from qkd_jax.weights.__main__ import main
 from qkd_jax.weights.files import read_npz, read_safetensors, safetensors_bytes
 

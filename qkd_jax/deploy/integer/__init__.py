@@ -1,0 +1,1 @@
+"""The integer program of a net: conversion, evaluation, and its file."""

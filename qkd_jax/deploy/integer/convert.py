@@ -1,0 +1,437 @@
+"""A quantized net as integers: packed weight codes, multipliers, and a program that runs them.
+
+`convert` folds BatchNorm, takes each weight's codes once and keeps nothing else of it. What is left
+of the graph is a `Program`: quantizers turn activations into codes, products run on codes and are
+scaled by one multiplier per output channel, everything between (bias, ReLU, sums, pooling) is
+float32. The order of float operations is the trained net's, so activations get the same codes.
+
+    y = product(codes_x - z_x, codes_w - z_w) * multiplier + bias
+
+Codes are centred before the product, so zero padding pads with the zero point. Sums are integers of
+at most `bound`, the largest sum of |codes_w| over the inputs of an output times the largest
+|codes_x|. Below 2^24 float32 holds them exactly in any order, below 2^31 int32 does. Larger ones
+are cut along what is summed into as few pieces as keep each below 2^24, and added in int32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax import graph as graphs
+from qkd_jax.deploy.integer.integer_only import rewrite as integer_only_program
+from qkd_jax.deploy.integer.pack import pack, packed_bytes
+from qkd_jax.deploy.integer.program import (
+    FLOAT32_EXACT,
+    IntegerModel,
+    LayerSize,
+    Multiply,
+    Program,
+    Quantize,
+    Weight,
+    cut_axes,
+    cut_ends,
+    fresh,
+    run,
+)
+from qkd_jax.graph import Node
+from qkd_jax.ptq.fold_bn import fold_bn
+from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.traced import (
+    Operand,
+    Product,
+    TracedNet,
+    found_grid,
+    is_found,
+    is_quantizer,
+    products,
+    quantizer_params,
+    scale_in_output,
+    trace_net,
+    view,
+)
+from qkd_jax.quantizers import QUANTIZERS
+
+__all__ = ["convert", "integer_apply"]
+
+FORMULATIONS = ("auto", "int32", "float32")
+INT32_LIMIT = 2**31
+MOST_PIECES = 16  # beyond, int32
+
+
+def convert(
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    images: Any,
+    *,
+    integer_only: bool = False,
+    **kwargs: Any,
+) -> IntegerModel:
+    """Turns a calibrated net into integers.
+
+    Args:
+        net: the net.
+        variables: calibrated; folded or not (BatchNorm is folded here where it can be).
+        images: example input; only its shape counts, and the result takes any batch size.
+        integer_only: no floats between the codes of the input and those of the output: fixed-point
+            multipliers, tables of thresholds up to 4 bits, sums and pools on integers. The net's
+            sums, pools and logits must lie on grids (the preset "w8a8:integer" puts them there).
+            A value near the boundary between two codes may get the other one. Fixed point
+            resolves 2^-24 steps of its grid, or R 2^-28 where that is more: R is the largest sum
+            that the codes allow, in those steps. A net is refused where R reaches 2^30.
+        **kwargs: further arguments of the model's call.
+
+    Returns:
+        An `IntegerModel` for `integer_apply`.
+
+    Raises:
+        ValueError: the net is not calibrated; the sums of a layer could exceed int32; an operand
+            has no codes, or ranges that vary along its product's sum; with `integer_only`, an
+            operation that needs floats, such as finding a range at run time.
+    """
+    if not variables.get("quant"):
+        raise ValueError(
+            "variables has no 'quant' collection, so this net is float; calibrate it first."
+        )
+    folded = fold_bn(net, variables, images, **kwargs)
+    traced = trace_net(net, folded, images, **kwargs)
+    model = _Converter(traced).model()
+    return integer_only_program(model, traced.graph) if integer_only else model
+
+
+def integer_apply(
+    integer: IntegerModel, images: Any, *, capture: bool = False, formulation: str = "auto"
+) -> Any:
+    """Runs a converted net.
+
+    Args:
+        integer: from `convert`.
+        images: [batch, ...], float, as the net takes them; any batch size.
+        capture: also return the codes of every quantized activation.
+        formulation: how products run. "int32": on integers, accumulated in int32. "float32": the
+            same integers held in float32, exact where a layer's sums, or those of the pieces that
+            it is cut into, stay within 2^24; pieces are added in int32. "auto": the second where it
+            is exact and the back-end is a CPU, whose integer convolutions are several times slower,
+            or codes do not fit int8 (XLA refuses such convolutions on CUDA), else the first. All
+            give the same bits.
+
+    Returns:
+        The net's output; with `capture`, (output, {"<layer>/<operand>": codes}), int32. A layer
+        that runs again has "#2" and so on appended.
+
+    Raises:
+        ValueError: an unknown formulation, or "float32" for a layer whose sums are too large.
+    """
+    checks.one_of("formulation", formulation, FORMULATIONS)
+    return run(integer, images, capture, formulation)
+
+
+class _Converter:
+    """Builds a program from a traced net, constants by constants as they are needed."""
+
+    def __init__(self, traced: TracedNet):
+        self.traced, self.graph = traced, traced.graph
+        self.products = {p.node: p for p in products(traced.graph)}
+        self.steps: list[Any] = []
+        self.arrays: dict[str, np.ndarray] = {}
+        self.keys: dict[int, str] = {}
+        self.numbers: dict[int, np.ndarray] = {}
+        self.alias: dict[int, int] = {}  # markers that do nothing, and values already emitted
+        self.codes: dict[int, int] = {}  # value on a grid -> value of its centred codes
+        self.scales: dict[int, int] = {}  # value on a grid found at run time -> its scales
+        self.weights: dict[tuple[int, ...], Weight] = {}
+        self.layers: list[LayerSize] = []
+        self.next = max(self.graph.avals) + 1
+
+    def model(self) -> IntegerModel:
+        for node in self.graph.nodes:
+            if node.op in graphs.MARKERS:
+                if not is_quantizer(node):
+                    self.alias[node.outputs[0]] = node.inputs[0]
+                elif node.outputs[0] not in self.graph.constants:
+                    self.quantize(node)
+            elif node in self.products and self.products[node].quantized:
+                self.multiply(self.products[node])
+            else:
+                self.operation(node)
+        outputs = tuple(self.value(v) for v in self.graph.outputs)
+        program = Program(
+            steps=tuple(self.steps),
+            inputs=self.graph.inputs,
+            signature=tuple(self.graph.avals[v] for v in self.graph.inputs),
+            outputs=outputs,
+            arrays=self.keys,
+            numbers=self.numbers,
+            batch=self.graph.batch,
+            out_tree=self.graph.out_tree,
+            layers=tuple(self.layers),
+        )
+        return IntegerModel({k: jnp.asarray(a) for k, a in self.arrays.items()}, program)
+
+    def new(self) -> int:
+        self.next += 1
+        return self.next - 1
+
+    def operation(self, node: Node) -> None:
+        inputs = tuple(self.value(v) for v in node.inputs)
+        self.steps.append(dataclasses.replace(node, inputs=inputs))
+
+    def value(self, value: int) -> int:
+        """Returns where the program finds a value; emits what it takes to compute it."""
+        if value in self.alias:
+            return self.value(self.alias[value])
+        if value not in self.graph.constants or value in self.keys or value in self.numbers:
+            return value
+        node = self.graph.producer(value)
+        if node is not None and self.has_codes(value):
+            if is_quantizer(node):
+                self.alias[value] = self.weight(node, as_float=True).hat
+                return self.alias[value]
+            outputs = tuple(self.new() for _ in node.outputs)
+            inputs = tuple(self.value(v) for v in node.inputs)
+            self.steps.append(dataclasses.replace(node, inputs=inputs, outputs=outputs))
+            self.alias.update(zip(node.outputs, outputs, strict=True))
+            return self.alias[value]
+        array = self.graph.constants[value]
+        sources = self.graph.sources.get(value, frozenset())
+        if array.ndim == 0 and not sources:
+            self.numbers[value] = array
+        else:
+            self.keys[value] = self.store(_name(sources), array)
+        return value
+
+    def has_codes(self, value: int) -> bool:
+        """Whether a constant is computed from a quantized weight, which has no float copy."""
+        node = self.graph.producer(value)
+        if node is None:
+            return False
+        return is_quantizer(node) or any(self.has_codes(v) for v in node.inputs)
+
+    def store(self, name: str, array: np.ndarray) -> str:
+        same = self.arrays.get(name)
+        if same is not None and same.dtype == array.dtype and np.array_equal(same, array):
+            return name
+        name = fresh(self.arrays, name)
+        self.arrays[name] = np.asarray(array)
+        return name
+
+    def quantize(self, node: Node) -> None:
+        path, operand = node.params["path"], node.params["operand"]
+        (hat,), codes = node.outputs, self.new()
+        self.codes[hat] = codes
+        spec, name = self.traced.spec(node), f"{path}/{operand}"
+        if is_found(self.traced, node):
+            _, axes = found_grid(self.traced, node)
+            self.scales[hat] = scale = self.new()
+            given = self.value(node.inputs[0])
+            self.steps.append(Quantize(name, spec, (), given, hat, codes, axes, scale))
+            return
+        view(self.traced, node)  # raises for what has no codes
+        params = quantizer_params(self.traced, node)
+        keys = tuple(
+            (name, self.store(f"{path}/{operand}_quantizer/{name}", array))
+            for name, array in params.items()
+        )
+        self.steps.append(Quantize(name, spec, keys, self.value(node.inputs[0]), hat, codes))
+
+    def weight(self, node: Node, *, as_float: bool) -> Weight:
+        """Takes a weight's codes, once; a second reader of the same weight shares them."""
+        identity = (*node.inputs, int(as_float))
+        if identity in self.weights:
+            return self.weights[identity]
+        path, operand = node.params["path"], node.params["operand"]
+        name = path if operand == "weight" else f"{path}/{operand}"
+        scale, zero_point, format = view(self.traced, node)
+        hat = np.asarray(self.graph.constants[node.outputs[0]], np.float32)
+        codes = np.round(hat * (np.float32(1) / scale)) + zero_point
+        spec = self.traced.spec(node)
+        quantizer = QUANTIZERS[spec.quantizer]
+        stride = quantizer.code_stride(spec) if hasattr(quantizer, "code_stride") else 1
+        packed = pack(codes.astype(np.int64), format, stride)
+        step = Weight(
+            key=self.store(f"{name}/weight", packed),
+            shape=codes.shape,
+            format=format,
+            zero_point=self.store(f"{name}/zero_point", zero_point) if zero_point.any() else None,
+            scale=self.store(f"{name}/scale", scale) if as_float else "",
+            hat=self.new(),
+            codes=self.new(),
+            dtype=self.graph.dtype(node.outputs[0]),
+            stride=stride,
+        )
+        self.weights[identity] = step
+        self.steps.append(step)
+        if all(layer.path != step.key.removesuffix("/weight") for layer in self.layers):
+            self.layers.append(
+                LayerSize(
+                    path=step.key.removesuffix("/weight"),
+                    format=format.name,
+                    shape=codes.shape,
+                    bytes=packed_bytes(codes.shape, format, stride),
+                    float_bytes=4 * codes.size,
+                )
+            )
+        return step
+
+    def multiply(self, product: Product) -> None:
+        ranges, inputs = [], []
+        for operand in product.operands:
+            assert operand.marker is not None
+            ranges.append(self.range(operand.marker))
+            inputs.append(self.operand_codes(operand))
+        bound, pieces = self.bound(product, ranges)
+        if bound >= INT32_LIMIT:
+            raise ValueError(
+                f"the sums of layer {product.path!r} can reach {bound:,}, beyond int32; give its "
+                "weight or its input fewer bits."
+            )
+        found = tuple(
+            (self.operand_scale(product, operand), operand.output_axes)
+            for operand in product.operands
+            if is_found(self.traced, operand.marker)
+        )
+        if product.path in self.traced.multipliers:
+            multiplier = self.traced.multipliers[product.path]
+        else:
+            scales = [np.asarray(1, np.float32)]
+            scales += (
+                scale_in_output(product, side, view(self.traced, operand.marker)[0])
+                for side, operand in enumerate(product.operands)
+                if operand.marker is not None and not is_found(self.traced, operand.marker)
+            )
+            multiplier = functools.reduce(np.multiply, scales)
+        if multiplier.ndim not in (0, product.rank):
+            multiplier = multiplier.reshape((1,) * (product.rank - 1) + (-1,))
+        self.steps.append(
+            Multiply(
+                path=product.path,
+                node=product.node,
+                inputs=(inputs[0], inputs[1]),
+                narrow=all(-128 <= lo and hi <= 127 for lo, hi in ranges),
+                bound=bound,
+                multiplier=self.store(f"{product.path}/multiplier", np.asarray(multiplier)),
+                output=product.node.outputs[0],
+                dtype=self.graph.dtype(product.node.outputs[0]),
+                scales=found,
+                pieces=pieces,
+            )
+        )
+
+    def operand_codes(self, operand: Operand) -> int:
+        """Returns the value of an operand's codes, moved as its floats are."""
+        assert operand.marker is not None
+        (origin,) = operand.marker.outputs
+        if origin not in self.codes:
+            self.codes[origin] = self.weight(operand.marker, as_float=False).codes
+        return self.moved(self.codes, origin, operand)
+
+    def operand_scale(self, product: Product, operand: Operand) -> int:
+        """Returns the value of an operand's scales that are found at run time, moved as it is."""
+        assert operand.marker is not None
+        _, axes = found_grid(self.traced, operand.marker)
+        shape = [n if i in axes else 1 for i, n in enumerate(operand.marker_shape)]
+        # Numbers that all differ stand for the scales: equal ones must meet along each sum.
+        probe = np.broadcast_to(np.arange(math.prod(shape)).reshape(shape), operand.marker_shape)
+        for node in operand.moves:
+            probe = np.asarray(graphs.execute(node, [probe])[0])
+        summed = tuple(i for i, out in enumerate(operand.output_axes) if out is None)
+        if summed and np.any(probe.max(summed) != probe.min(summed)):
+            raise ValueError(
+                f"the {operand.name} of layer {product.path!r} has ranges that vary along its "
+                "product's sum; use granularity='tensor', or 'token' on the layer's own input."
+            )
+        return self.moved(self.scales, operand.marker.outputs[0], operand)
+
+    def moved(self, known: dict[int, int], origin: int, operand: Operand) -> int:
+        """Returns what belongs to an operand's grid after the moves between grid and product."""
+        at = known[origin]
+        for node in operand.moves:
+            if node.outputs[0] not in known:
+                moved = self.new()
+                self.steps.append(dataclasses.replace(node, inputs=(at,), outputs=(moved,)))
+                known[node.outputs[0]] = moved
+            at = known[node.outputs[0]]
+        return at
+
+    def range(self, marker: Node) -> tuple[int, int]:
+        """Lowest and highest centred code of a quantizer."""
+        if is_found(self.traced, marker):
+            format, _ = found_grid(self.traced, marker)
+            widest = format.qmax - format.qmin
+            if self.traced.spec(marker).symmetric:
+                return format.qmin, format.qmax
+            return -widest, widest  # the zero point is one of the codes
+        _, zero_point, format = view(self.traced, marker)
+        return int(format.qmin - zero_point.max()), int(format.qmax - zero_point.min())
+
+    def bound(self, product: Product, ranges: list[tuple[int, int]]) -> tuple[int, int]:
+        """Returns the largest magnitude that a sum can reach, and the pieces that it is cut into.
+
+        The pieces are the fewest whose own sums stay within `FLOAT32_EXACT`; 1 where none do.
+        """
+        cut = cut_axes(product.node)
+        largest = [max(-lo, hi) for lo, hi in ranges]
+        for side, operand in enumerate(product.operands):
+            if operand.value in self.graph.constants:
+                assert operand.marker is not None
+                scale = view(self.traced, operand.marker)[0]
+                hat = np.asarray(self.graph.constants[operand.marker.outputs[0]], np.float32)
+                codes = np.abs(np.round(hat * (np.float32(1) / scale))).astype(np.int64)
+                for node in operand.moves:
+                    codes = np.asarray(graphs.execute(node, [codes.astype(np.int32)])[0])
+                summed = tuple(i for i, out in enumerate(operand.output_axes) if out is None)
+                codes, other = codes.astype(np.int64), largest[1 - side]
+                bound = int(codes.sum(axis=summed).max(initial=0)) * other
+                if bound <= FLOAT32_EXACT or cut is None:
+                    return bound, 1
+                # The axis that is cut comes last: sums of each of its entries, by output.
+                rest = tuple(i for i in summed if i != cut[side])
+                by_entry = np.moveaxis(codes.sum(axis=rest, keepdims=True), cut[side], -1)
+                by_entry = by_entry.reshape(-1, codes.shape[cut[side]]) * other
+                return bound, _pieces(by_entry)
+        operand = product.operands[0]
+        terms = math.prod(
+            n for n, out in zip(operand.shape, operand.output_axes, strict=True) if out is None
+        )
+        bound = terms * largest[0] * largest[1]
+        if bound <= FLOAT32_EXACT or cut is None:
+            return bound, 1
+        size = operand.shape[cut[0]]
+        return bound, _pieces(np.full((1, size), bound // size, np.int64))
+
+
+def _pieces(sums: np.ndarray) -> int:
+    """The fewest pieces whose sums stay within `FLOAT32_EXACT`; 1 where up to `MOST_PIECES` do not.
+
+    Args:
+        sums: largest magnitudes, [outputs, entries of the axis that is cut].
+    """
+    size = sums.shape[1]
+    for pieces in range(2, min(size, MOST_PIECES) + 1):
+        starts = cut_ends(size, pieces)[:-1]
+        if np.add.reduceat(sums, starts, axis=1).max(initial=0) <= FLOAT32_EXACT:
+            return pieces
+    return 1
+
+
+def _name(sources: frozenset[str]) -> str:
+    """Names an array after the variables that it comes from."""
+    names = sorted(s.partition("/")[2].replace("folded/", "") for s in sources)
+    if len(names) <= 1:
+        return names[0] if names else "constant"
+    return "/".join([*_common([n.split("/")[:-1] for n in names]), "constant"])
+
+
+def _common(paths: list[list[str]]) -> list[str]:
+    first = paths[0]
+    for i, part in enumerate(first):
+        if any(len(p) <= i or p[i] != part for p in paths):
+            return first[:i]
+    return first

@@ -1,0 +1,554 @@
+"""A converted net without floats: from the codes of its input to the codes of its output.
+
+Between two quantizers a net computes, channel by channel, a clipped sum of scaled integers,
+
+    y = clip(sum_i multiplier_i * integer_i + bias, lowest, highest)
+
+with one term behind a product, two behind a residual sum, and `lowest = 0` behind a ReLU. `rewrite`
+follows a program's values in this form and writes each quantizer as
+
+- `Rescale`: fixed-point factors multiplier_i / scale to `shift` fraction bits, their sum, and one
+  rounding shift. It differs from float arithmetic where a value lies within about 2^-shift steps of
+  the boundary between two codes; or
+- `Table`: the integers at which the code rises, by channel, found with the quantizer itself. Exact
+  for any monotone quantizer; small for grids of few codes (Umuroglu et al., 2016, arXiv
+  1612.07119).
+
+What is pooled, or summed again, off the grids becomes integers first: fixed point with one unit for
+the whole tensor and `GROUND` bits, also a `Rescale`. What can't be written so (a product of two
+activations, a softmax) is refused, with the place and the rule to add.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax import graph as graphs
+from qkd_jax.deploy.integer.fixed_point import decompose
+from qkd_jax.deploy.integer.program import (
+    Decode,
+    Encode,
+    IntegerModel,
+    Multiply,
+    Quantize,
+    Rescale,
+    Table,
+    Weight,
+    fresh,
+)
+from qkd_jax.graph import Graph, Node
+from qkd_jax.quantize.traced import known_view
+from qkd_jax.quantizers import QUANTIZERS
+
+__all__ = ["rewrite"]
+
+TABLE_CODES = 16  # up to this many codes a quantizer becomes a table
+HEADROOM = 30  # bits that a rescaled sum may take
+GROUND = 20  # bits of a tensor in fixed point, so that 1,024 of its numbers can be added
+LIMIT = 2**31
+SAME = frozenset({"copy", "stop_gradient", "optimization_barrier", "convert_element_type"})
+COARSE = ("bfloat16", "float16")
+MOVES = frozenset("reshape transpose rev squeeze slice broadcast_in_dim".split())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Linear:
+    """A value clip(sum of multiplier * integers + bias, low, high); constants broadcast to `shape`.
+
+    Attributes:
+        terms: (value of the integers, multiplier, largest magnitude of the integers).
+        bias: float64.
+        low: lowest value, or -inf.
+        high: highest value, or inf.
+        shape: with a batch of 1.
+    """
+
+    terms: tuple[tuple[int, np.ndarray, int], ...]
+    bias: np.ndarray
+    shape: tuple[int, ...]
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def clipped(self) -> bool:
+        return self.low > -math.inf or self.high < math.inf
+
+    @property
+    def codes(self) -> bool:
+        """Whether it is integers times one number, nothing else."""
+        one = len(self.terms) == 1 and self.terms[0][1].size == 1
+        return one and not self.clipped and not self.bias.any()
+
+
+@dataclasses.dataclass(frozen=True)
+class Raw:
+    """The net's own input, moved: still float."""
+
+    value: int
+    shape: tuple[int, ...]
+
+
+def rewrite(model: IntegerModel, graph: Graph) -> IntegerModel:
+    """Writes a converted net without floats.
+
+    Args:
+        model: what `convert` makes of the net.
+        graph: the graph that it was made from.
+
+    Raises:
+        ValueError: a float operation remains; the message names it and the spec that it lacks.
+    """
+    return _Rewriter(model, graph).model()
+
+
+class _Rewriter:
+    def __init__(self, model: IntegerModel, graph: Graph):
+        self.source, self.graph, self.batch = model.program, graph, model.program.batch
+        self.given = {key: np.asarray(a) for key, a in model.arrays.items()}
+        self.arrays: dict[str, np.ndarray] = {}
+        self.numbers: dict[int, np.ndarray] = {}
+        self.steps: list[Any] = []
+        self.env: dict[int, Any] = {}
+        self.next = 1 + max(
+            [*graph.avals, *self.source.arrays]
+            + [v for step in self.source.steps for v in _written(step)]
+        )
+
+    def model(self) -> IntegerModel:
+        for step in self.source.steps:
+            if isinstance(step, Quantize) and step.spec.dynamic:
+                path, _, operand = step.name.rpartition("/")
+                raise ValueError(
+                    f"integer_only: {operand} of layer {path!r} finds its range at run time, which "
+                    "takes a division of floats. Use dynamic=False and calibrate, or convert "
+                    "without integer_only."
+                )
+        for value in self.source.inputs:
+            self.env[value] = Raw(value, self.shape(value))
+        for value, key in self.source.arrays.items():
+            self.env[value] = self.given[key].astype(np.float64)
+        for value, number in self.source.numbers.items():
+            self.env[value] = np.asarray(number, np.float64)
+        if len(self.source.inputs) != 1 or len(self.source.outputs) != 1:
+            raise ValueError("integer_only takes nets with one input and one output array.")
+        for step in self.source.steps:
+            if isinstance(step, Quantize):
+                self.quantize(step)
+            elif isinstance(step, Weight):
+                self.weight(step)
+            elif isinstance(step, Multiply):
+                self.multiply(step)
+            else:
+                self.node(step)
+        output = self.decode(self.source.outputs[0])
+        program = dataclasses.replace(
+            self.source,
+            steps=tuple(self.steps),
+            outputs=(output,),
+            arrays={},
+            numbers=self.numbers,
+        )
+        return IntegerModel({k: jnp.asarray(a) for k, a in self.arrays.items()}, program)
+
+    # -- helpers ---------------------------------------------------------------------------------
+
+    def shape(self, value: int) -> tuple[int, ...]:
+        """Shape in the graph, with a batch of 1."""
+        batch, shape = self.batch or 0, self.graph.shape(value)
+        return tuple(n // batch if batch and n and n % batch == 0 else n for n in shape)
+
+    def new(self) -> int:
+        self.next += 1
+        return self.next - 1
+
+    def zero(self) -> int:
+        value = self.new()
+        self.numbers[value] = np.zeros((), np.int32)
+        return value
+
+    def store(self, name: str, array: Any, dtype: Any = np.int32) -> str:
+        name = fresh(self.arrays, name)
+        self.arrays[name] = np.asarray(array, dtype)
+        return name
+
+    def keep(self, key: str) -> str:
+        self.arrays[key] = self.given[key]
+        return key
+
+    def refuse(self, what: str, place: str, why: str) -> ValueError:
+        return ValueError(
+            f"integer_only: {what} in {place or 'the root module'!r} stays in float: {why}. Give "
+            f"what it reads a grid: an `output` spec on the module that makes it, such as "
+            f"Rule({place or 'head'!r}, output=Spec(8)), or train with the preset 'w8a8:integer', "
+            "which finds these places."
+        )
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def quantize(self, step: Quantize) -> None:
+        spec, quantizer = step.spec, QUANTIZERS[step.spec.quantizer]
+        params = {name: self.given[key] for name, key in step.params}
+        scale, zero_point, format = known_view(params, spec)
+        scale, zero_point = np.asarray(scale), np.asarray(zero_point)
+        if scale.size != 1:
+            raise ValueError(
+                f"integer_only: {step.name} has a scale per channel; use granularity='tensor'."
+            )
+        scale, zero = scale.reshape(()), np.asarray(zero_point, np.int64).reshape(())
+        ends = int(format.qmin - zero), int(format.qmax - zero)
+        plain = not hasattr(quantizer, "pre_affine") and spec.rounding != "floor"
+        found = self.env[step.input]
+        offset = self.store(f"{step.name}/zero_point", zero)
+        if isinstance(found, Raw):
+            if not plain:
+                raise ValueError(
+                    f"integer_only: {step.name} reads the net's input with quantizer "
+                    f"{spec.quantizer!r}; use 'uniform' or 'lsq' there."
+                )
+            key = self.store(f"{step.name}/scale", scale, np.float32)
+            self.steps.append(Encode(step.name, key, offset, *ends, found.value, step.codes))
+        elif isinstance(found, Linear):
+            single = len(found.terms) == 1
+            if single and (not plain or ends[1] - ends[0] < TABLE_CODES):
+                self.table(step, found, params, scale, zero, ends, offset)
+            elif plain:
+                self.steps.append(
+                    self.fixed(step.name, found, float(scale), ends, offset, step.codes)
+                )
+            else:
+                raise ValueError(
+                    f"integer_only: {step.name} quantizes a sum of two tensors with quantizer "
+                    f"{spec.quantizer!r}, which bends what it reads; use 'uniform' or 'lsq'."
+                )
+        else:
+            raise ValueError(f"integer_only: {step.name} quantizes a constant; leave it in float.")
+        largest, shape = max(-ends[0], ends[1]), found.shape
+        one = np.asarray(1.0)
+        self.env[step.codes] = Linear(((step.codes, one, largest),), np.zeros(()), shape)
+        self.env[step.hat] = Linear(
+            ((step.codes, np.asarray(scale, np.float64), largest),), np.zeros(()), shape
+        )
+
+    def fixed(
+        self, name: str, found: Linear, scale: float, ends: tuple[int, int], offset: str, codes: int
+    ) -> Rescale:
+        """The step that takes a value to its nearest multiple of a scale."""
+        reach = np.abs(found.bias).max() / scale + sum(
+            np.abs(m).max() * bound / scale for _, m, bound in found.terms
+        )
+        shift = HEADROOM - 1 - math.ceil(math.log2(max(reach, 1e-30)))
+        shift = max(min(shift, 24), 0)
+        if reach * 2.0**shift >= 2.0**HEADROOM:
+            raise ValueError(
+                f"integer_only: what {name} reads reaches {reach:.3g} of its steps, beyond "
+                "30 bits; its scale is far too small for the layer. Calibrate it again."
+            )
+        terms = []
+        for value, multiplier, _ in found.terms:
+            m0, exponent = decompose(multiplier / scale * 2.0**shift)
+            key = self.store(f"{name}/multiplier", m0)
+            terms.append((value, key, self.store(f"{name}/multiplier_exponent", exponent)))
+        bias = self.store(f"{name}/bias", np.rint(found.bias / scale * 2.0**shift))
+        low, high = ends
+        if found.low > -math.inf:
+            low = max(low, min(round(found.low / scale), high))
+        if found.high < math.inf:
+            high = min(high, max(round(found.high / scale), low))
+        return Rescale(name, tuple(terms), bias, offset, shift, low, high, codes)
+
+    def table(self, step, found, params, scale, zero, ends, offset) -> None:
+        """Searches, for every channel and code, the smallest sum with at least that code."""
+        ((value, multiplier, bound),) = found.terms
+        quantizer = QUANTIZERS[step.spec.quantizer]
+        sign = np.where(multiplier < 0, -1, 1).astype(np.int64)
+        shape = np.broadcast_shapes(multiplier.shape, found.bias.shape)
+        m = np.broadcast_to(multiplier, shape).astype(np.float32)
+        b = np.broadcast_to(found.bias, shape).astype(np.float32)
+        sign = np.broadcast_to(sign, shape)
+
+        def codes_at(sums: np.ndarray) -> np.ndarray:
+            # The float operations of the trained net, on every sum that can occur.
+            x = np.clip((sums * sign).astype(np.float32) * m + b, found.low, found.high)
+            hat = quantizer.fake_quant(jnp.asarray(x, jnp.float32), params, step.spec)
+            return np.rint(np.asarray(hat) * (np.float32(1) / np.float32(scale)))
+
+        levels = np.arange(ends[0] + 1, ends[1] + 1).reshape(-1, *(1,) * len(shape))
+        # Invariant: the code is below the level at `low` and at least the level at `high`. At first
+        # these lie one beyond the sums that occur, on either side: no code is taken there.
+        low = np.full((len(levels), *shape), -bound - 1, np.int64)
+        high = np.full((len(levels), *shape), bound + 1, np.int64)
+        while np.any(high - low > 1):
+            middle = (low + high) // 2
+            reached = codes_at(middle) >= levels
+            low, high = np.where(reached, low, middle), np.where(reached, middle, high)
+        # A level that no sum reaches stays beyond the bound, one that all reach at the lowest sum.
+        key = self.store(f"{step.name}/thresholds", high)
+        flipped = self.store(f"{step.name}/sign", sign) if np.any(sign < 0) else None
+        self.steps.append(Table(step.name, value, key, flipped, offset, ends[0], step.codes))
+
+    def weight(self, step: Weight) -> None:
+        self.keep(step.key)
+        if step.zero_point is not None:
+            self.keep(step.zero_point)
+        self.steps.append(dataclasses.replace(step, scale=""))
+        largest = step.format.qmax - step.format.qmin
+        self.env[step.codes] = Linear(
+            ((step.codes, np.asarray(1.0), largest),), np.zeros(()), step.shape
+        )
+        if step.scale:
+            self.env[step.hat] = None  # its float is not to be had
+
+    def multiply(self, step: Multiply) -> None:
+        inputs = []
+        for value in step.inputs:
+            found = self.env[value]
+            assert isinstance(found, Linear) and found.codes
+            inputs.append(found.terms[0][0])
+        self.steps.append(dataclasses.replace(step, inputs=(inputs[0], inputs[1]), multiplier=""))
+        multiplier = self.given[step.multiplier].astype(np.float64)
+        self.env[step.output] = Linear(
+            ((step.output, multiplier, step.bound),), np.zeros(()), self.shape(step.node.outputs[0])
+        )
+
+    def decode(self, value: int) -> int:
+        found = self.env[value]
+        if not isinstance(found, Linear) or not found.codes:
+            raise ValueError(
+                "integer_only: the net's output is not on a grid, so its last sums would be scaled "
+                "in float. Give the last layer an output spec, such as Rule('head', ..., "
+                "output=Spec(8)), or train with the preset 'w8a8:integer'."
+            )
+        ((codes, multiplier, _),) = found.terms
+        key = self.store("output/scale", multiplier, np.float32)
+        output = self.new()
+        self.steps.append(Decode(codes, key, output))
+        return output
+
+    # -- operations between quantizers -----------------------------------------------------------
+
+    def node(self, node: Node) -> None:
+        values = []
+        for v in node.inputs:
+            if v not in self.env:
+                raise self.refuse(
+                    repr(node.op), node.scope, "it reads what is known at run time only"
+                )
+            if self.env[v] is None:
+                raise ValueError(
+                    f"integer_only: {node.op!r} in {node.scope or 'the root module'!r} stays in "
+                    "float: its weight has codes and its input has none. Give the layer's rule an "
+                    "`input` spec, or the module that makes its input an `output` spec."
+                )
+            values.append(self.env[v])
+        if all(isinstance(v, np.ndarray) for v in values):
+            dtypes = [self.graph.dtype(v) for v in node.inputs]
+            given = [a.astype(d) for a, d in zip(values, dtypes, strict=True)]
+            results = graphs.execute(node, given, self.batch, 1)
+            self.env.update(
+                (v, np.asarray(r, np.float64)) for v, r in zip(node.outputs, results, strict=True)
+            )
+            return
+        dtype = self.graph.dtype(node.outputs[0])
+        rounds = dtype.name in COARSE and not isinstance(values[0], Raw)
+        result = None if rounds else self.applied(node, values)
+        if result is None:
+            reads = "it is no sum, scaling, clipping, pooling or move of numbers on grids"
+            if rounds or node.op == "convert_element_type":
+                reads = f"it rounds to {dtype.name}"
+            raise self.refuse(repr(node.op), node.scope, reads)
+        self.env[node.outputs[0]] = result
+
+    def applied(self, node: Node, values: list[Any]) -> Any:
+        op, x = node.op, values[0]
+        if op in SAME:
+            before, after = (self.graph.dtype(v) for v in (node.inputs[0], node.outputs[0]))
+            wider = not isinstance(x, Raw) and _holds(after, before)
+            return x if before == after or wider else None
+        if any(isinstance(v, Raw) for v in values):
+            if op not in MOVES:
+                return None
+            self.steps.append(dataclasses.replace(node, inputs=(x.value,)))
+            return Raw(node.outputs[0], self.shape(node.outputs[0]))
+        if len(values) == 1:
+            if op == "neg":
+                return _negated(x)
+            if op in MOVES:
+                return self.moved(node, x)
+            if op in ("reduce_sum", "reduce_window_sum"):
+                return self.summed(node, x)
+            if op in ("reduce_max", "reduce_window_max"):
+                return self.moved(node, self.grounded(node, x))
+            return None
+        if op == "pad" and isinstance(x, Linear) and isinstance(values[1], np.ndarray):
+            inside = all(step == 0 for _, _, step in node.params["padding_config"])
+            if inside and not values[1].any():
+                return self.moved(node, self.grounded(node, x), extra=(self.zero(),))
+            return None
+        if op == "concatenate" and all(isinstance(v, Linear) for v in values):
+            return self.joined(node, [self.grounded(node, v) for v in values])
+        if op == "clamp" and isinstance(values[1], Linear):
+            low, high = values[0], values[2]
+            if isinstance(low, np.ndarray) and isinstance(high, np.ndarray):
+                if low.max() == low.min() and high.max() == high.min():
+                    return _clipped(values[1], float(low.max()), float(high.max()))
+            return None
+        if len(values) != 2:
+            return None
+        if op == "max" and isinstance(x, Linear) and x.codes and x.terms[0][1] > 0:
+            if isinstance(values[1], np.ndarray) and not values[1].any():
+                return self.moved(node, x, extra=(self.zero(),))  # ReLU of codes: codes
+        if all(isinstance(v, Linear) for v in values):
+            values = [self.grounded(node, v) if v.clipped else v for v in values]
+        return self.binary(op, *values)
+
+    def binary(self, op: str, x: Any, y: Any) -> Any:
+        if isinstance(x, np.ndarray):
+            if op == "sub":
+                x, y, op = _negated(y), x, "add"
+            elif op in ("add", "add_any", "mul", "max", "min"):
+                x, y = y, x
+            else:
+                return None
+        if isinstance(y, np.ndarray):
+            y = _compressed(y)
+            if op in ("mul", "div"):
+                return _scaled(x, y if op == "mul" else 1 / y)
+            if op in ("add", "add_any", "sub"):
+                y = y if op != "sub" else -y
+                if x.clipped and y.size > 1:
+                    return None
+                shift = float(y.reshape(-1)[0]) if x.clipped else 0.0
+                return dataclasses.replace(
+                    x, bias=x.bias + y, low=x.low + shift, high=x.high + shift
+                )
+            if op in ("max", "min") and y.size == 1:
+                bound = float(y.reshape(()))
+                low, high = (bound, math.inf) if op == "max" else (-math.inf, bound)
+                return _clipped(x, low, high)
+            return None
+        if op not in ("add", "add_any", "sub") or x.clipped or y.clipped:
+            return None
+        y = _negated(y) if op == "sub" else y
+        shape = np.broadcast_shapes(x.shape, y.shape)
+        return Linear((*x.terms, *y.terms), x.bias + y.bias, shape)
+
+    def grounded(self, node: Node, x: Linear) -> Linear:
+        """Integers times one positive number, without bias and clip: x itself, or fixed point."""
+        if x.codes and x.terms[0][1] > 0:
+            return x
+        reach = float(np.abs(x.bias).max()) + sum(
+            float(np.abs(m).max()) * bound for _, m, bound in x.terms
+        )
+        unit, codes = max(reach, 1e-30) / 2.0 ** (GROUND - 1), self.new()
+        ends = -(2 ** (GROUND - 1)), 2 ** (GROUND - 1)
+        self.steps.append(self.fixed(f"{node.scope}/fixed_point", x, unit, ends, "", codes))
+        return Linear(((codes, np.asarray(unit), ends[1]),), np.zeros(()), x.shape)
+
+    def step(self, node: Node, value: int, extra: tuple[int, ...] = ()) -> int:
+        moved = self.new()
+        self.steps.append(dataclasses.replace(node, inputs=(value, *extra), outputs=(moved,)))
+        return moved
+
+    def moved(self, node: Node, x: Linear, extra: tuple[int, ...] = ()) -> Linear:
+        """The same numbers in other places, or a choice among them: constants move along."""
+        terms = tuple(
+            (self.step(node, v, extra), self.constant(node, m, x), bound) for v, m, bound in x.terms
+        )
+        bias = self.constant(node, x.bias, x)
+        return dataclasses.replace(x, terms=terms, bias=bias, shape=self.shape(node.outputs[0]))
+
+    def constant(self, node: Node, array: np.ndarray, x: Linear) -> np.ndarray:
+        if array.size == 1:
+            return array.reshape(())
+        whole = np.broadcast_to(array, x.shape)
+        (result,) = graphs.execute(node, [whole], self.batch, 1)
+        return _compressed(np.asarray(result, np.float64))
+
+    def summed(self, node: Node, x: Linear) -> Linear | None:
+        """A sum over places of integers that share a multiplier there."""
+        x = self.grounded(node, x)
+        if node.op == "reduce_sum":
+            axes = node.params["axes"]
+            count = math.prod(x.shape[a] for a in axes)
+            if 0 in axes and self.batch:
+                return None
+        else:
+            window = node.params["window_dimensions"]
+            count = math.prod(window)
+        terms = []
+        for value, m, bound in x.terms:
+            if bound * count >= LIMIT:
+                raise ValueError(
+                    f"integer_only: a sum in {node.scope or 'the root module'!r} can reach "
+                    f"{bound * count:,}, beyond int32; pool fewer places or use fewer bits."
+                )
+            terms.append((self.step(node, value), m, bound * count))
+        return Linear(tuple(terms), np.zeros(()), self.shape(node.outputs[0]))
+
+    def joined(self, node: Node, values: list[Linear]) -> Linear | None:
+        """A concatenation of codes: their scales become one multiplier an entry of the axis."""
+        axis, out = node.params["dimension"], self.new()
+        inputs = tuple(v.terms[0][0] for v in values)
+        self.steps.append(dataclasses.replace(node, inputs=inputs, outputs=(out,)))
+        shape = self.shape(node.outputs[0])
+        parts = [np.full(v.shape[axis], float(v.terms[0][1].reshape(()))) for v in values]
+        place = [1] * len(shape)
+        place[axis] = -1
+        multiplier = _compressed(np.concatenate(parts).reshape(place))
+        bound = max(v.terms[0][2] for v in values)
+        return Linear(((out, multiplier, bound),), np.zeros(()), shape)
+
+
+def _written(step: Any) -> tuple[int, ...]:
+    if isinstance(step, Quantize | Weight):
+        return step.hat, step.codes
+    return (step.output,) if isinstance(step, Multiply) else step.outputs
+
+
+def _scaled(x: Linear, by: np.ndarray) -> Linear | None:
+    """Returns x * by: what clips is scaled too, and turned round by a negative number."""
+    ends = x.low, x.high
+    if x.clipped:
+        if by.size > 1 and not (np.all(by >= 0) and ends == (0.0, math.inf)):
+            return None
+        if by.size == 1:
+            factor = float(by.reshape(()))
+            if factor == 0:
+                return None
+            ends = tuple(sorted(end * factor for end in ends))
+    terms = tuple((v, m * by, bound) for v, m, bound in x.terms)
+    return dataclasses.replace(x, terms=terms, bias=x.bias * by, low=ends[0], high=ends[1])
+
+
+def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
+    """Whether every number of a float type is one of another float type."""
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (wide, narrow)):
+        return False
+    a, b = jnp.finfo(wide), jnp.finfo(narrow)
+    return a.nmant >= b.nmant and a.maxexp >= b.maxexp
+
+
+def _negated(x: Linear) -> Linear:
+    terms = tuple((v, -m, bound) for v, m, bound in x.terms)
+    return dataclasses.replace(x, terms=terms, bias=-x.bias, low=-x.high, high=-x.low)
+
+
+def _clipped(x: Linear, low: float, high: float) -> Linear | None:
+    """Clips what is clipped already; None where the two ranges do not meet."""
+    low, high = max(x.low, low), min(x.high, high)
+    return dataclasses.replace(x, low=low, high=high) if low <= high else None
+
+
+def _compressed(array: np.ndarray) -> np.ndarray:
+    """Shrinks every axis along which a constant does not vary to size 1; a scalar if none does."""
+    array = np.asarray(array, np.float64)
+    for axis, size in enumerate(array.shape):
+        first = array.take([0], axis)
+        if size > 1 and np.array_equal(np.broadcast_to(first, array.shape), array):
+            array = first
+    return array.reshape(()) if array.size == 1 else array

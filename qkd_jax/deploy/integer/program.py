@@ -1,0 +1,386 @@
+"""The integer model: its arrays, its program, and how the program runs.
+
+A program is a list of steps over numbered values. Quantizers turn activations into centred codes
+(`Quantize`), weights are unpacked (`Weight`), products run on codes and are scaled by one
+multiplier per output channel (`Multiply`), and everything between (bias, ReLU, sums, pooling) is a
+node of the net's graph, in float32. `integers.convert` writes programs.
+
+An integer-only program (`integer_only.rewrite`) has no floats inside: `Encode` makes the codes of
+the net's input, a `Multiply` without a multiplier leaves its int32 sums, `Rescale` and `Table` turn
+integers into the next codes, nodes of the graph move, pool and concatenate integers, and `Decode`
+scales the codes of the output.
+
+A step names arrays by their key in `IntegerModel.arrays`: `<layer>/weight` packed codes,
+`<layer>/multiplier` float32, `<layer>/zero_point` of a weight, `<layer>/<operand>_quantizer/<name>`
+the parameters of a quantizer, the model's own names for the rest (`<layer>/bias`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax import graph as graphs
+from qkd_jax.deploy.integer import fixed_point
+from qkd_jax.deploy.integer.pack import unpack
+from qkd_jax.graph import Node
+from qkd_jax.numerics import IntFormat, Spec
+from qkd_jax.quantizers import QUANTIZERS, found_params, live
+
+__all__ = [
+    "FLOAT32_EXACT",
+    "Decode",
+    "Encode",
+    "IntegerModel",
+    "LayerSize",
+    "Multiply",
+    "Program",
+    "Quantize",
+    "Rescale",
+    "Table",
+    "Weight",
+    "cut_axes",
+    "cut_ends",
+    "fresh",
+    "run",
+]
+
+FLOAT32_EXACT = 2**24
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantize:
+    """Step: a tensor to its grid, as a float (`hat`) and as centred codes.
+
+    A dynamic spec has no parameters in the arrays: each entry along `axes` gets those of its own
+    range, and the scale is written too, as large as the tensor.
+    """
+
+    name: str
+    spec: Spec
+    params: tuple[tuple[str, str], ...]  # parameter -> key in the arrays
+    input: int
+    hat: int
+    codes: int
+    axes: tuple[int, ...] = ()
+    scale: int = -1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """Step: packed codes to centred codes and, for readers other than products, to a float."""
+
+    key: str
+    shape: tuple[int, ...]
+    format: IntFormat
+    zero_point: str | None
+    scale: str
+    hat: int
+    codes: int
+    dtype: np.dtype  # of the float
+    stride: int = 1  # of the packed codes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Multiply:
+    """Step: an integer product and its multiplier."""
+
+    path: str
+    node: Node
+    inputs: tuple[int, int]  # centred codes
+    narrow: bool  # both fit int8
+    bound: int
+    multiplier: str  # "" leaves the int32 sums
+    output: int
+    dtype: np.dtype  # of the net's own product
+    # Scales found at run time, as large as their operand, and the operand's axes in the output.
+    scales: tuple[tuple[int, tuple[int | None, ...]], ...] = ()
+    pieces: int = 1  # that its sums are cut into so that each stays within `FLOAT32_EXACT`
+
+    @property
+    def exact(self) -> bool:
+        """Whether float32 holds its sums, or those of its pieces, exactly in any order."""
+        return self.bound <= FLOAT32_EXACT or self.pieces > 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encode:
+    """Step: the net's float input to centred codes, clip(round(x / scale), lo, hi)."""
+
+    name: str
+    scale: str
+    zero_point: str
+    lo: int
+    hi: int
+    input: int
+    codes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rescale:
+    """Step: a sum of integers times fixed-point factors to centred codes.
+
+    codes = clip((sum_i x_i * m0_i * 2^(exponent_i - 31) + bias) / 2^shift, lo, hi), each rounded.
+    """
+
+    name: str
+    terms: tuple[tuple[int, str, str], ...]  # (integers, m0, exponent)
+    bias: str
+    zero_point: str  # "" for a tensor in fixed point that no quantizer asked for
+    shift: int
+    lo: int
+    hi: int
+    codes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """Step: integers to centred codes, lo + the number of thresholds that sign * x has reached."""
+
+    name: str
+    input: int
+    thresholds: str
+    sign: str | None
+    zero_point: str
+    lo: int
+    codes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decode:
+    """Step: the codes of the net's output to floats, outside of the integer part."""
+
+    codes: int
+    scale: str
+    output: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSize:
+    """Bytes of one layer's weight, packed and as float32."""
+
+    path: str
+    format: str
+    shape: tuple[int, ...]
+    bytes: int
+    float_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """What an `IntegerModel` runs. It holds no arrays; it is compared by identity."""
+
+    steps: tuple[Any, ...]
+    inputs: tuple[int, ...]
+    signature: tuple[jax.ShapeDtypeStruct, ...]  # of the inputs; the batch axis is `batch`
+    outputs: tuple[int, ...]
+    arrays: dict[int, str]  # value -> key in the arrays
+    numbers: dict[int, np.ndarray]  # scalars of the model's code
+    batch: int | None
+    out_tree: Any
+    layers: tuple[LayerSize, ...]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["program"]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class IntegerModel:
+    """A converted net: a pytree of its arrays.
+
+    Attributes:
+        arrays: `<layer>/weight` packed codes, `<layer>/multiplier`, biases and the quantizers'
+            parameters. No quantized weight has a float copy.
+        program: static.
+    """
+
+    arrays: dict[str, jax.Array]
+    program: Program
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(a.size * a.dtype.itemsize for a in self.arrays.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return sum(layer.bytes for layer in self.program.layers)
+
+    def report(self) -> str:
+        """Returns a table of the weights: format, shape, and bytes beside those of float32."""
+        rows = [("layer", "format", "shape", "bytes", "float32")]
+        for layer in self.program.layers:
+            shape = "x".join(map(str, layer.shape))
+            sizes = (f"{layer.bytes:,}", f"{layer.float_bytes:,}")
+            rows.append((layer.path, layer.format, shape, *sizes))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+        lines.append(
+            f"weights {self.weight_bytes:,} bytes, with multipliers, biases and steps "
+            f"{self.nbytes:,}"
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def run(integer: IntegerModel, images: Any, capture: bool, formulation: str) -> Any:
+    """Runs a program; see `integers.integer_apply`."""
+    program, arrays = integer.program, integer.arrays
+    env: dict[int, Any] = dict(program.numbers)
+    env.update((v, arrays[key]) for v, key in program.arrays.items())
+    flat = jax.tree.leaves(images)
+    env.update(zip(program.inputs, flat, strict=True))
+    captured: dict[str, Any] = {}
+    for step in program.steps:
+        if isinstance(step, Quantize):
+            codes = _quantize(step, env, arrays)
+            captured[fresh(captured, step.name)] = codes
+        elif isinstance(step, Weight):
+            codes = unpack(arrays[step.key], step.shape, step.format, step.stride)
+            if step.zero_point is not None:
+                codes = codes.astype(jnp.int32) - arrays[step.zero_point].astype(jnp.int32)
+            env[step.codes] = codes
+            if step.scale:
+                hat = codes.astype(jnp.float32) * arrays[step.scale]
+                env[step.hat] = hat.astype(step.dtype)
+        elif isinstance(step, Multiply):
+            env[step.output] = _multiply(step, env, arrays, formulation)
+        elif isinstance(step, Encode | Rescale | Table):
+            env[step.codes] = _codes(step, env, arrays)
+            if step.zero_point:
+                codes = env[step.codes] + arrays[step.zero_point]
+                captured[fresh(captured, step.name)] = codes
+        elif isinstance(step, Decode):
+            env[step.output] = env[step.codes].astype(jnp.float32) * arrays[step.scale]
+        else:
+            values = [env[v] for v in step.inputs]
+            results = graphs.execute(step, values, program.batch, flat[0].shape[0])
+            env.update(zip(step.outputs, results, strict=True))
+    out = jax.tree.unflatten(program.out_tree, [env[v] for v in program.outputs])
+    return (out, captured) if capture else out
+
+
+def _quantize(step: Quantize, env: dict[int, Any], arrays: Mapping[str, Any]) -> jax.Array:
+    """Writes x_hat and centred codes; returns the codes as the format numbers them."""
+    x, quantizer = env[step.input], QUANTIZERS[step.spec.quantizer]
+    if step.spec.dynamic:
+        params = live(x, found_params(x, step.spec, step.axes), step.spec)
+    else:
+        params = {name: arrays[key] for name, key in step.params}
+    hat = quantizer.fake_quant(x, params, step.spec)
+    scale, zero_point, _ = quantizer.integer_view(params, step.spec)
+    if step.spec.dynamic:
+        env[step.scale] = jnp.broadcast_to(scale, x.shape)
+    # x_hat gives back its code exactly, whatever a quantizer does before it rounds; and so the
+    # operations are those of the trained net. XLA fuses the two.
+    centred = jnp.round(hat * (1 / scale))
+    env[step.hat], env[step.codes] = hat, centred
+    return (centred + zero_point).astype(jnp.int32)
+
+
+def _codes(step: Any, env: dict[int, Any], arrays: Mapping[str, Any]) -> jax.Array:
+    """Centred codes of an integer-only program, int32."""
+    if isinstance(step, Encode):
+        codes = jnp.round(env[step.input] * (1 / arrays[step.scale]))
+        return jnp.clip(codes, step.lo, step.hi).astype(jnp.int32)
+    if isinstance(step, Table):
+        sign = None if step.sign is None else arrays[step.sign]
+        return fixed_point.table(env[step.input], arrays[step.thresholds], sign) + step.lo
+    total = arrays[step.bias]
+    for value, m0, exponent in step.terms:
+        total = total + fixed_point.rescale(env[value], arrays[m0], arrays[exponent])
+    return jnp.clip(fixed_point.rounding_shift(total, step.shift), step.lo, step.hi)
+
+
+def _multiply(
+    step: Multiply, env: dict[int, Any], arrays: Mapping[str, Any], formulation: str
+) -> jax.Array:
+    lhs, rhs = (env[v] for v in step.inputs)
+    if formulation == "float32" and not step.exact:
+        raise ValueError(
+            f"the sums of layer {step.path!r} reach {step.bound:,}, and float32 is exact up to "
+            f"{FLOAT32_EXACT:,}; use formulation='int32' or 'auto'."
+        )
+    if formulation == "auto":
+        formulation = "cpu" if jax.default_backend() == "cpu" else "accelerator"
+    if formulation in ("cpu", "accelerator"):
+        # Accelerators have products of int8; XLA refuses other integer convolutions on CUDA.
+        floats = formulation == "cpu" or not step.narrow
+        # Integer-only, which has no multiplier, is to be just that.
+        formulation = "float32" if floats and step.exact and step.multiplier else "int32"
+    params = dict(step.node.params)
+    if formulation == "float32":
+        params["preferred_element_type"] = jnp.dtype(jnp.float32)
+        params["precision"] = (jax.lax.Precision.HIGHEST,) * 2
+        operand = jnp.float32
+    else:
+        params["preferred_element_type"] = jnp.dtype(jnp.int32)
+        params["precision"] = None
+        operand = jnp.int8 if step.narrow else jnp.int32
+    sums = _sums(step, lhs.astype(operand), rhs.astype(operand), params)
+    if not step.multiplier:
+        return sums.astype(jnp.int32)
+    multiplier = arrays[step.multiplier]
+    for value, axes in step.scales:
+        multiplier = _in_output(env[value], axes, sums.ndim) * multiplier
+    return (sums.astype(jnp.float32) * multiplier).astype(step.dtype)
+
+
+def _sums(step: Multiply, lhs: Any, rhs: Any, params: Mapping[str, Any]) -> jax.Array:
+    """A product, or int32 sums of the products of its pieces, each of them exact in float32."""
+    product = functools.partial(step.node.primitive.bind, **params)
+    axes = cut_axes(step.node)
+    if axes is None or step.pieces == 1 or lhs.dtype != jnp.float32:
+        return product(lhs, rhs)
+    ends = cut_ends(lhs.shape[axes[0]], step.pieces)
+    parts = (
+        product(
+            jax.lax.slice_in_dim(lhs, lo, hi, axis=axes[0]),
+            jax.lax.slice_in_dim(rhs, lo, hi, axis=axes[1]),
+        )
+        for lo, hi in itertools.pairwise(ends)
+    )
+    return functools.reduce(jnp.add, (part.astype(jnp.int32) for part in parts))
+
+
+def cut_axes(node: Node) -> tuple[int, int] | None:
+    """Axes of both operands along which a product can be cut into a sum of products, or None."""
+    numbers, params = node.params["dimension_numbers"], node.params
+    if node.op == "dot_general":
+        (left, right), _ = numbers
+        return (left[-1], right[-1]) if left else None
+    if params["feature_group_count"] == params["batch_group_count"] == 1:
+        return numbers.lhs_spec[1], numbers.rhs_spec[1]
+    return None
+
+
+def cut_ends(size: int, pieces: int) -> list[int]:
+    """Ends of nearly equal pieces of an axis."""
+    return [size * i // pieces for i in range(pieces + 1)]
+
+
+def _in_output(scale: jax.Array, axes: tuple[int | None, ...], rank: int) -> jax.Array:
+    """One scale for each of a product's sums, from scales that are equal along what is summed."""
+    scale = scale[tuple(slice(0, 1) if out is None else slice(None) for out in axes)]
+    kept = sorted((out, axis) for axis, out in enumerate(axes) if out is not None)
+    shape = [1] * rank
+    for out, axis in kept:
+        shape[out] = scale.shape[axis]
+    order = [axis for _, axis in kept] + [axis for axis, out in enumerate(axes) if out is None]
+    return jnp.reshape(jnp.transpose(scale, order), shape)
+
+
+def fresh(taken: Mapping[str, Any], name: str) -> str:
+    """Returns `name`, or `name#2` and so on where it is taken."""
+    count = 1
+    while (unique := name if count == 1 else f"{name}#{count}") in taken:
+        count += 1
+    return unique

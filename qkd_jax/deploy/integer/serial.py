@@ -1,0 +1,315 @@
+"""An integer program as plain JSON values, and back: no code, no pickle, a closed set of types.
+
+Numbers, text, booleans and null stand for themselves, tuples are lists, and everything else is an
+object that says what it is:
+
+    {"is": "multiply", "path": "stem", "node": {"is": "operation", "op": "dot_general", ...}, ...}
+
+The fields of a structure are those of its dataclass, without those that have their default; the
+operations are those of `operations.OPERATIONS`. A new kind of step is a line in `STRUCTURES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax.deploy.integer import program as programs
+from qkd_jax.deploy.integer.operations import attributes, parameters, primitive
+from qkd_jax.graph import Node
+from qkd_jax.numerics import IntFormat, Spec
+
+__all__ = ["STRUCTURES", "decode", "dtype_of", "encode"]
+
+STRUCTURES: dict[str, type] = {
+    "program": programs.Program,
+    "quantize": programs.Quantize,
+    "weight": programs.Weight,
+    "multiply": programs.Multiply,
+    "encode": programs.Encode,
+    "rescale": programs.Rescale,
+    "table": programs.Table,
+    "decode": programs.Decode,
+    "layer_size": programs.LayerSize,
+    "spec": Spec,
+    "int_format": IntFormat,
+    "conv_dimensions": jax.lax.ConvDimensionNumbers,
+    "gather_dimensions": jax.lax.GatherDimensionNumbers,
+}
+ENUMS: dict[str, type[enum.Enum]] = {
+    "precision": jax.lax.Precision,
+    "rounding": jax.lax.RoundingMethod,
+    "gather_mode": jax.lax.GatherScatterMode,
+}
+NAMES: dict[type, str] = {cls: name for name, cls in (STRUCTURES | ENUMS).items()}
+DTYPES = (
+    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 bfloat16"
+).split()
+
+
+def dtype_of(name: Any) -> np.dtype:
+    """Returns a dtype by its name.
+
+    Raises:
+        ValueError: a name that is not in `DTYPES`.
+    """
+    checks.one_of("dtype", name, DTYPES)
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def encode(value: Any) -> Any:
+    """Returns a value of a program as JSON has it.
+
+    Raises:
+        ValueError: a value or an operation that a file cannot hold.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, enum.Enum):
+        return {"is": NAMES[type(value)], "name": value.name}
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating) and not isinstance(value, np.generic):
+        return _encode_float(float(value))
+    if type(value) in NAMES:
+        return {"is": NAMES[type(value)], **_fields(value)}
+    if isinstance(value, tuple | list):
+        return [encode(v) for v in value]
+    if isinstance(value, Node):
+        kept = attributes(value.op, value.params, value.scope)
+        return {
+            "is": "operation",
+            "op": value.op,
+            "inputs": list(value.inputs),
+            "outputs": list(value.outputs),
+            "scope": value.scope,
+            **({"attributes": {k: encode(v) for k, v in kept.items()}} if kept else {}),
+        }
+    if isinstance(value, Mapping):
+        return {"is": "map", "items": [[encode(k), encode(v)] for k, v in value.items()]}
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return {"is": "array", "dtype": value.dtype.name, "shape": list(value.shape)}
+    if isinstance(value, np.ndarray | np.generic) and np.ndim(value) == 0:
+        return {"is": "number", "dtype": value.dtype.name, "value": encode(value.item())}
+    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
+        return {"is": "dtype", "name": np.dtype(value).name}
+    if isinstance(value, jax.tree_util.PyTreeDef):
+        leaves = list(range(value.num_leaves))
+        return {"is": "tree", "of": _encode_tree(jax.tree.unflatten(value, leaves))}
+    raise ValueError(f"a program holds {value!r:.100} ({type(value).__name__}); files cannot.")
+
+
+def _encode_float(value: float) -> Any:
+    return value if math.isfinite(value) else {"is": "float", "name": str(value)}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a structure that differ from their defaults."""
+    if not dataclasses.is_dataclass(value):
+        return {name: encode(v) for name, v in zip(value._fields, value, strict=True)}
+    return {
+        f.name: encode(given)
+        for f in dataclasses.fields(value)
+        if (given := getattr(value, f.name)) is not None or f.default is dataclasses.MISSING
+        if f.default is dataclasses.MISSING or given != f.default
+    }
+
+
+def _encode_tree(tree: Any) -> Any:
+    if isinstance(tree, bool) or not isinstance(tree, int | dict | list | tuple):
+        raise ValueError(
+            f"the model returns a {type(tree).__name__}; files hold arrays, lists, tuples and "
+            "dicts of them."
+        )
+    if isinstance(tree, dict):
+        return {str(k): _encode_tree(v) for k, v in tree.items()}
+    if isinstance(tree, int):
+        return tree
+    return [type(tree).__name__, *(_encode_tree(v) for v in tree)]
+
+
+def decode(data: Any) -> Any:
+    """Inverts `encode`.
+
+    Raises:
+        ValueError: anything that `encode` does not write; no other exception.
+    """
+    if data is None or isinstance(data, bool | str | int | float):
+        return data
+    if isinstance(data, list):
+        return tuple(decode(v) for v in data)
+    kind = data.get("is") if isinstance(data, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError(f"an object does not say what it is: {data!r:.80}.")
+    fields = {k: v for k, v in data.items() if k != "is"}
+    if kind in ENUMS:
+        (name,) = _only(kind, fields, "name")
+        checks.one_of(f"name of a {kind}", name, [member.name for member in ENUMS[kind]])
+        return ENUMS[kind][name]
+    if kind in STRUCTURES:
+        return _structure(kind, {k: decode(v) for k, v in fields.items()})
+    if kind not in READERS:
+        raise checks.unknown("kind of object", kind, [*STRUCTURES, *ENUMS, *READERS])
+    return READERS[kind](fields)
+
+
+def _only(kind: str, fields: Mapping[str, Any], *names: str) -> list[Any]:
+    if set(fields) != set(names):
+        raise ValueError(
+            f"a {kind} has the fields {', '.join(sorted(fields))}; it must have {', '.join(names)}."
+        )
+    return [fields[name] for name in names]
+
+
+def _structure(kind: str, fields: dict[str, Any]) -> Any:
+    cls = STRUCTURES[kind]
+    hints = _hints(cls)
+    for name, value in fields.items():
+        if name not in hints:
+            raise checks.unknown(f"field of a {kind}:", name, hints)
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{name} of a {kind} is {value!r:.80}; it must be {hints[name]}.")
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise ValueError(f"a {kind} lacks fields: {error}.") from error
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(cls):
+        hints = typing.get_type_hints(cls)
+        return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    return {name: tuple[int, ...] for name in cls._fields}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; of a mapping or `Any`, as far as can be seen."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if args[-1] is Ellipsis:
+            return all(_fits(v, args[0]) for v in value)
+        return len(value) == len(args) and all(map(_fits, value, args))
+    if origin is not None and issubclass(origin, Mapping):
+        pairs = value.items() if isinstance(value, Mapping) else ((None, None),)
+        return all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in pairs)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is np.ndarray:
+        return isinstance(value, np.ndarray)
+    return isinstance(value, type(None) if hint is None else hint)
+
+
+def _integers(name: str, data: Any) -> tuple[int, ...]:
+    if not _fits(found := decode(data), tuple[int, ...]):
+        raise ValueError(f"{name} is {data!r:.80}; it must be a list of integers.")
+    return found
+
+
+def _operation(fields: dict[str, Any]) -> Node:
+    given = {"attributes": {}, **fields}
+    op, inputs, outputs, scope, kept = _only(
+        "operation", given, "op", "inputs", "outputs", "scope", "attributes"
+    )
+    if not isinstance(op, str) or not isinstance(scope, str) or not isinstance(kept, dict):
+        raise ValueError(f"an operation has op {op!r:.40} in scope {scope!r:.40}.")
+    params = parameters(op, {k: decode(v) for k, v in kept.items()})
+    return Node(
+        op,
+        _integers("inputs of an operation", inputs),
+        _integers("outputs of an operation", outputs),
+        params,
+        scope,
+        primitive(op),
+    )
+
+
+def _map(fields: dict[str, Any]) -> dict[Any, Any]:
+    (items,) = _only("map", fields, "items")
+    pairs = decode(items)
+    if not isinstance(pairs, tuple) or not all(
+        isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], int | str) for p in pairs
+    ):
+        raise ValueError(f"items of a map are {items!r:.80}; they must be pairs of key and value.")
+    return dict(pairs)
+
+
+def _array(fields: dict[str, Any]) -> jax.ShapeDtypeStruct:
+    dtype, shape = _only("array", fields, "dtype", "shape")
+    sizes = _integers("shape of an array", shape)
+    if any(n < 0 for n in sizes):
+        raise ValueError(f"shape of an array is {shape!r:.80}; sizes are at least 0.")
+    return jax.ShapeDtypeStruct(sizes, dtype_of(dtype))
+
+
+def _number(fields: dict[str, Any]) -> np.ndarray:
+    name, value = _only("number", fields, "dtype", "value")
+    dtype, value = dtype_of(name), decode(value)
+    if not isinstance(value, bool | int | float):
+        raise ValueError(f"a number is {value!r:.80}.")
+    try:
+        return np.asarray(value, dtype)
+    except (OverflowError, ValueError) as error:
+        raise ValueError(f"{value!r:.80} is no {name}.") from error
+
+
+def _float(fields: dict[str, Any]) -> float:
+    (name,) = _only("float", fields, "name")
+    checks.one_of("name of a float", name, ("inf", "-inf", "nan"))
+    return float(name)
+
+
+def _tree(fields: dict[str, Any]) -> Any:
+    (of,) = _only("tree", fields, "of")
+    found: list[int] = []
+
+    def build(data: Any) -> Any:
+        if isinstance(data, bool):
+            raise ValueError("a tree has a boolean for a leaf.")
+        if isinstance(data, int):
+            found.append(data)
+            return data
+        if isinstance(data, dict):
+            return {k: build(v) for k, v in data.items()}
+        if isinstance(data, list) and data and data[0] in ("list", "tuple"):
+            return {"list": list, "tuple": tuple}[data[0]](build(v) for v in data[1:])
+        raise ValueError(f"a tree has the branch {data!r:.80}.")
+
+    tree = build(of)
+    if jax.tree.leaves(tree) != list(range(len(found))):
+        raise ValueError(f"the leaves of a tree are {found!r:.80}; they must be 0, 1, 2, ...")
+    return jax.tree.structure(tree)
+
+
+def _dtype(fields: dict[str, Any]) -> np.dtype:
+    return dtype_of(*_only("dtype", fields, "name"))
+
+
+READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "operation": _operation,
+    "map": _map,
+    "array": _array,
+    "number": _number,
+    "float": _float,
+    "tree": _tree,
+    "dtype": _dtype,
+}

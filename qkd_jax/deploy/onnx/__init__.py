@@ -1,0 +1,1 @@
+"""ONNX files of quantized nets, and the engines that run them."""

@@ -1,0 +1,171 @@
+"""ONNX files with QuantizeLinear / DequantizeLinear, written from the graph of the folded net.
+
+The file computes what the net computes: weights are the trained codes (int8) with one scale per
+output channel, into which BatchNorm is folded; activations are quantized where the net quantizes
+them. A float net gives a float file, so that both can be timed on one engine.
+
+Three things differ from the net's own arithmetic, each by rounding only: engines divide by a scale
+where the net multiplies by its reciprocal, they add in another order, and a fused kernel applies
+its multiplier once where the file has several operations. A value near the middle between two codes
+may fall to the other side. So does one that lies exactly there where a spec has rounding="away":
+QuantizeLinear rounds half to even.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qkd_jax import checks
+from qkd_jax.deploy.onnx import assemble
+from qkd_jax.deploy.onnx.context import Export
+from qkd_jax.deploy.onnx.session import has_vnni, import_engine, is_x86
+from qkd_jax.deploy.onnx.walk import write
+from qkd_jax.ptq.fold_bn import fold_bn
+from qkd_jax.ptq.integer_bias import integer_bias
+from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.interception import OPERANDS
+from qkd_jax.quantize.targets import TARGETS, file_options
+from qkd_jax.quantize.traced import trace_net
+
+__all__ = ["OnnxFile", "to_onnx"]
+
+OPSETS = (13, 21)
+ACTIVATIONS = ("uint8", "int8", "own")
+DEFAULTS = {"opset": 17, "int4": False, "activations": "uint8"}
+INT4_OPSET = 21  # and of codes of more than 8 bits
+HOST = "host"
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxFile:
+    """What `to_onnx` wrote.
+
+    Attributes:
+        path: the file.
+        operations: operation -> number of nodes.
+        bytes: size of the file.
+        saturating: layers whose codes go wrong on x86 without VNNI (see `to_onnx`).
+        stored: layer -> (format of its weight's codes, type they are stored in); ONNX has none of
+            1, 2 or 3 bits, so that such codes take an int4 or an int8 each.
+    """
+
+    path: Path
+    operations: dict[str, int]
+    bytes: int
+    saturating: tuple[str, ...]
+    stored: dict[str, tuple[str, str]]
+
+
+def to_onnx(
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    images: Any,
+    path: str | os.PathLike[str],
+    *,
+    opset: int | None = None,
+    target: str | None = None,
+    int4: bool | None = None,
+    activations: str | None = None,
+    **kwargs: Any,
+) -> OnnxFile:
+    """Writes a net, float or quantized, as an ONNX file.
+
+    The input is "images", channels first ([batch, channels, height, width]) for images and as the
+    model has it otherwise; the output is "logits". The batch axis is dynamic.
+
+    Args:
+        net: the net.
+        variables: float or calibrated, folded or not (BatchNorm is folded where it can be).
+        images: example input, [batch, height, width, channels]; only its shape and type count.
+        path: the file to write.
+        opset: ONNX operator set, 13 to 21. Quantized tensors of 9 to 16 bits need 21, and so does
+            int4; a target's own opset is raised to it for a net that has them.
+        target: what will run the file, a key of `targets.TARGETS`, which decides the options that
+            are not given (else opset 17, int4 off, "uint8") and refuses layers whose sums
+            would saturate there: on x86 without VNNI, 8-bit weights on 8-bit inputs give wrong
+            logits, and accuracy alone does not show it. "host" warns if this machine is such one;
+            None does neither. 7-bit weights are safe everywhere, and so is ONNX Runtime with the
+            session of `onnx_session`. Where the engine adds biases as integers, they are rounded
+            as it would: the file is then the net `ptq.integer_bias(net, variables, images)`.
+        int4: store weights of up to 4 bits as int4 or uint4, two to a byte, which needs opset 21.
+            Engines for CPUs have no products of them: they unpack such weights when they load the
+            file, and run those layers in float.
+        activations: the type that holds the codes of activations: "uint8" or "int8" for all, where
+            the zero point of a grid of the other kind moves by 128, or "own", each grid's own.
+        **kwargs: further arguments of the model's call.
+
+    Returns:
+        An `OnnxFile`.
+
+    Raises:
+        ImportError: the `export` extra is not installed.
+        ValueError: an operation that cannot be written (named with its module), an `opset` or
+            `target` out of range, or layers that saturate on the target.
+    """
+    onnx = import_engine("onnx")
+    checks.one_of("target", target, (None, HOST, *TARGETS))
+    wanted: Mapping[str, Any] = file_options(target) if target in TARGETS else DEFAULTS
+    int4 = bool(wanted["int4"] if int4 is None else int4)
+    if opset is None:
+        opset = wanted["opset"]
+        if target in TARGETS and (int4 or _is_wide(net)):
+            opset = max(opset, INT4_OPSET)
+    chosen, activations = activations, activations or wanted["activations"]
+    checks.one_of("activations", activations, ACTIVATIONS)
+    checks.integer_in("opset", opset, *OPSETS)
+    if target in TARGETS and TARGETS[target].file != "onnx":
+        raise ValueError(
+            f"target is {target!r}, which takes {TARGETS[target].file} and no ONNX file."
+        )
+    if int4 and opset < INT4_OPSET:
+        raise ValueError(f"opset is {opset}, and ONNX has int4 since {INT4_OPSET}; give opset=21.")
+    takes = TARGETS.get(target or "")
+    rounds = takes is not None and takes.integer_bias and bool(variables.get("quant"))
+    folded = (integer_bias if rounds else fold_bn)(net, variables, images, **kwargs)
+    traced = trace_net(net, folded, images, **kwargs)
+    options: dict[str, Any] = {"opset": opset, "int4": int4}
+    options["offset_before_rounding"] = takes is not None and takes.offset_before_rounding
+    export = Export(traced, activations=activations, **options)
+    outputs = write(export)
+    if takes and not takes.keeps_sum_grids and chosen is None and export.sums_of_grids():
+        # In int8 no sum is fused with the convolution before it; uint8 came out one code off,
+        # one sum in four.
+        export = Export(traced, activations="int8", **options)
+        outputs = write(export)
+    saturating = tuple(export.saturating)
+    _check_target(target, saturating)
+    model = assemble.model(onnx, export, outputs)
+    onnx.checker.check_model(model, full_check=True)
+    data = model.SerializeToString()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    counts: dict[str, int] = {}
+    for node in model.graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return OnnxFile(path, counts, len(data), saturating, export.stored)
+
+
+def _is_wide(net: QuantizedModel) -> bool:
+    """Whether any rule asks for codes of more than 8 bits."""
+    specs = (getattr(r, o) for r in net.rules for o in OPERANDS)
+    return any(spec is not None and spec.bits > 8 for spec in specs)
+
+
+def _check_target(target: str | None, saturating: tuple[str, ...]) -> None:
+    if not saturating or target is None:
+        return
+    message = (
+        f"8-bit weights on 8-bit inputs saturate on x86 without VNNI in: {', '.join(saturating)}. "
+        "Give these weights 7 bits, or run ONNX Runtime through `onnx_session`, which sets "
+        "session.x64quantprecision=1."
+    )
+    if target in TARGETS and TARGETS[target].reduce_range:
+        raise ValueError(message)
+    if target == HOST and is_x86() and not has_vnni():
+        warnings.warn(message, stacklevel=3)

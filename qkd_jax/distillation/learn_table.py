@@ -1,0 +1,261 @@
+"""Reads a row of the `learn` table: a term of a net's loss, its numbers, and its own state.
+
+Fields of a row: `loss` (or the label), `source` (a net, or several; without one the net itself for
+losses of self-distillation), `weight`; `taps` and `teacher_taps` (see `taps`) and `adaptor`
+(options, see `adaptors`) where the loss looks at features; `start`, `end`, `warmup`, `decay` for
+the course of the weight over the stage, in steps or below 1 in fractions of it; and the loss's own
+hyper-parameters. A number, the weight too, may be a ramp over the stage:
+`temperature=dict(begin=8.0, end=2.0, shape="cosine")`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qkd_jax import checks, losses
+from qkd_jax.distillation import adaptors
+from qkd_jax.distillation.taps import DataShape
+from qkd_jax.distillation.term_state import Owned, Start
+from qkd_jax.distillation.terms import Term, in_steps
+
+__all__ = ["FIELDS", "as_sources", "plan_terms", "signature"]
+
+COURSE = ("start", "end", "warmup", "decay")
+FIELDS = ("loss", "source", "weight", "taps", "teacher_taps", "adaptor", *COURSE)
+SHAPES = ("linear", "cosine", "gaussian")
+
+
+def as_sources(source: Any) -> tuple[str, ...]:
+    """The nets that a row's `source` names: none, one, or several."""
+    if not source:
+        return ()
+    return (source,) if isinstance(source, str) else tuple(source)
+
+
+def plan_terms(
+    net: str,
+    table: Mapping[str, Any],
+    modules: Mapping[str, Any],
+    slots: dict[str, str],
+    *,
+    data: DataShape | None = None,
+    first: int = 0,
+    steps: int = 1,
+) -> tuple[tuple[Term, ...], dict[str, Any], dict[str, str], dict[str, Start]]:
+    """Terms of one net, their numbers, their labels, and how their states begin.
+
+    Args:
+        net: The net that learns.
+        table: {label: row}.
+        modules: {net: QuantizedModel}.
+        slots: {net: slot}; frozen sources are added.
+        data: Shapes of the data; terms with features or memory need it.
+        first: Global step at which the stage starts.
+        steps: Its length.
+
+    Returns:
+        (terms, {term: numbers}, {term: label}, {term: start(key, {net: variables}) -> state}).
+
+    Raises:
+        ValueError: as `plan.plan_step` says.
+    """
+    # Sorted by loss, so that the order in which a config lists its terms decides nothing.
+    rows = sorted((str(row.get("loss") or label), label) for label, row in table.items())
+    terms, values, names, starts = [], {}, {}, {}
+    for index, (loss, label) in enumerate(rows):
+        where, fields = f"learn.{net}.{label}", dict(table[label])
+        if "/" in str(label):  # metrics and checkpoints name what belongs to it by paths
+            raise ValueError(
+                f"{where}: the label {label!r} has a '/'; write another sign there, such as '_'."
+            )
+        if loss not in losses.LOSSES:
+            raise checks.unknown(f"loss in {where}", loss, losses.LOSSES)
+        inputs, arguments = signature(loss)
+        sources = _sources(where, net, loss, inputs, fields.get("source"), modules)
+        for source in sources:
+            slots.setdefault(source, f"net{len(slots)}")
+        for key in fields:
+            if key not in FIELDS and key not in arguments:
+                raise checks.unknown(f"argument of {where}", key, (*FIELDS, *arguments))
+        traced, static = _arguments(where, arguments, fields)
+        plain, numbers_of_term, ramps = _ramps(where, traced, steps)
+        course = _course(where, fields, steps)
+        if course or ramps:
+            numbers_of_term["first"] = first
+        owned = Owned(where, net, loss, fields, inputs, sources, modules, data)
+        taps, teacher_taps, adaptor = owned.adaptor()
+        name = f"term{index}"
+        term = Term(
+            name=name,
+            loss=loss,
+            inputs=inputs,
+            sources=tuple(slots[source] for source in sources),
+            traced=tuple(sorted(set(traced) - {"weight"})),
+            static=tuple(sorted(static.items())),
+            taps=taps,
+            teacher_taps=teacher_taps,
+            adaptor=adaptor,
+            ramps=ramps,
+            course=bool(course),
+            spread="axis_name" in inspect.signature(losses.LOSSES[loss]).parameters,
+        )
+        start = owned.start(term)
+        for numbers_of_end in plain:
+            owned.attempt(term, start, {**numbers_of_end, **static})
+        terms.append(term)
+        values[name] = {
+            key: np.asarray(value, np.float32)
+            for key, value in {**numbers_of_term, **course}.items()
+        }
+        names[name] = label
+        if start is not None:
+            starts[name] = start
+    return tuple(terms), values, names, starts
+
+
+@functools.cache
+def signature(loss: str) -> tuple[tuple[str, ...], dict[str, inspect.Parameter]]:
+    """Positional names and keyword-only hyper-parameters of a loss."""
+    inputs, arguments = [], {}
+    for name, parameter in inspect.signature(losses.LOSSES[loss]).parameters.items():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            inputs.append(name)
+        elif name not in ("where", "axis_name"):
+            if name in FIELDS:
+                raise ValueError(
+                    f"loss {loss!r} has a hyper-parameter {name!r}, which is a field of every term "
+                    f"of a loss ({', '.join(FIELDS)}); rename it."
+                )
+            arguments[name] = parameter
+    return tuple(inputs), arguments
+
+
+def _sources(
+    where: str,
+    net: str,
+    loss: str,
+    inputs: tuple[str, ...],
+    source: Any,
+    modules: Mapping[str, Any],
+) -> tuple[str, ...]:
+    needs = any(name.startswith("teacher") for name in inputs)
+    own = loss in adaptors.SELF_TAUGHT
+    sources = as_sources(source) or ((net,) if own else ())
+    if needs and not sources:
+        raise ValueError(
+            f"{where}.source is missing; loss {loss!r} compares with another net's logits, so name "
+            f"that net: {', '.join(n for n in modules if n != net) or '(no other net)'}."
+        )
+    if not needs and sources:
+        raise ValueError(
+            f"{where}.source is {source!r}, but loss {loss!r} compares with no other net; drop the "
+            "source."
+        )
+    if len(sources) > 1 and "teachers_logits" not in inputs:
+        several = [n for n in losses.LOSSES if "teachers_logits" in signature(n)[0]]
+        raise ValueError(
+            f"{where}.source names {len(sources)} nets, but loss {loss!r} takes one; give each "
+            f"source a term of its own, or use a loss of several: {', '.join(several) or '(none)'}."
+        )
+    for place, name in enumerate(sources):
+        if name not in modules:
+            raise checks.unknown(f"net in {where}.source", name, modules)
+        if name == net and not own:
+            raise ValueError(
+                f"{where}.source is the net itself: a net equals its own detached logits, so "
+                "nothing would be learned; name another net (init_from gives a copy of this one)."
+            )
+        if name in sources[:place]:
+            raise ValueError(f"{where}.source names {name!r} twice; name each net once.")
+    return sources
+
+
+def _arguments(
+    where: str, arguments: Mapping[str, inspect.Parameter], fields: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits weight and hyper-parameters into (numbers or ramps, which are traced; all others).
+
+    Defaults are filled in, so that a table which spells them out shares the step of one that does
+    not. A parameter is traced if its default or its annotation is a float.
+    """
+    traced: dict[str, Any] = {"weight": fields.get("weight", 1.0)}
+    static: dict[str, Any] = {}
+    for name, parameter in arguments.items():
+        empty = parameter.default is inspect.Parameter.empty
+        if empty and name not in fields:
+            raise ValueError(f"{where}.{name} is missing; the loss has no default for it.")
+        value = fields.get(name, parameter.default)
+        is_float = isinstance(parameter.default, float) or "float" in str(parameter.annotation)
+        if is_float and value is not None:
+            traced[name] = value
+        else:
+            static[name] = tuple(value) if isinstance(value, list) else value
+    return traced, static
+
+
+def _ramps(
+    where: str, traced: Mapping[str, Any], steps: int
+) -> tuple[list[dict[str, float]], dict[str, float], tuple[tuple[str, str], ...]]:
+    """(Numbers at begin and end for checks, numbers of the step, (name, shape) of ramps)."""
+    begins, ends, given, ramps = {}, {}, {}, []
+    for name, value in traced.items():
+        place = f"{where}.{name}"
+        if not isinstance(value, Mapping):
+            _number(place, value)
+            begins[name] = ends[name] = given[name] = float(value)
+            continue
+        for key in value:
+            if key not in ("begin", "end", "shape", "steps"):
+                raise checks.unknown(f"field of {place}", key, ("begin", "end", "shape", "steps"))
+        for key in ("begin", "end"):
+            if key not in value:
+                raise ValueError(
+                    f"{place}.{key} is missing; a number that changes is a table such as "
+                    "dict(begin=8.0, end=2.0, shape='cosine')."
+                )
+            _number(f"{place}.{key}", value[key])
+        shape = value.get("shape", "linear")
+        checks.one_of(f"{place}.shape", shape, SHAPES)
+        checks.in_range(f"{place}.steps", value.get("steps", 0), 0, steps)
+        begins[name], ends[name] = float(value["begin"]), float(value["end"])
+        given[f"{name}_begin"], given[f"{name}_end"] = begins[name], ends[name]
+        given[f"{name}_steps"] = in_steps(value.get("steps", 0), steps) or steps
+        ramps.append((name, shape))
+    for numbers_of_end in (begins, ends):
+        checks.in_range(f"{where}.weight", numbers_of_end["weight"], 0.0, math.inf)
+    plain = [{k: v for k, v in n.items() if k != "weight"} for n in (begins, ends)]
+    return plain if ramps else plain[:1], given, tuple(sorted(ramps))
+
+
+def _course(where: str, fields: Mapping[str, Any], steps: int) -> dict[str, float]:
+    """Start, end, warm-up and decay of a weight in steps; empty where none is given."""
+    given = {name: fields.get(name) or 0 for name in COURSE}
+    for name, value in given.items():
+        checks.in_range(f"{where}.{name}", value, 0, steps)
+        if isinstance(value, float) and value == 1:
+            raise ValueError(
+                f"{where}.{name} is 1.0, which may mean one step or the whole stage; write 1 for "
+                "one step, 0.0 to leave it off, or a fraction below 1."
+            )
+    if not any(given.values()):
+        return {}
+    found = {name: float(in_steps(value, steps)) for name, value in given.items()}
+    found["end"] = found["end"] or float(steps)
+    if found["start"] >= found["end"]:
+        raise ValueError(
+            f"{where} starts at step {found['start']:g} and ends at {found['end']:g}; the end must "
+            "come later (numbers below 1 are fractions of the stage)."
+        )
+    return found
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; it must be a finite number.")

@@ -1,0 +1,141 @@
+"""One term of a net's loss: what of it is compiled, and the numbers that it gets at a step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Term", "has_started", "in_steps", "loss_inputs", "term_numbers", "unless_resting"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One term of a net's loss, hashable; all numbers are arguments of the step.
+
+    Attributes:
+        name: canonical, "term0".
+        loss: key of LOSSES.
+        inputs: the loss's positional arguments.
+        sources: slots of the nets that teach.
+        traced: hyper-parameters that are arguments of the step.
+        static: the others, with their values.
+        taps: taps of the net that learns.
+        teacher_taps: taps of the source.
+        adaptor: QuantizedModel around an adaptor, whose variables are the term's own, or None.
+        ramps: (name, shape) of the numbers that change over the stage; "weight" may be one.
+        course: whether the weight has a start, an end, a warm-up or a decay.
+        spread: whether the loss takes `axis_name`.
+    """
+
+    name: str
+    loss: str
+    inputs: tuple[str, ...]
+    sources: tuple[str, ...] = ()
+    traced: tuple[str, ...] = ()
+    static: tuple[tuple[str, Any], ...] = ()
+    taps: tuple[str, ...] = ()
+    teacher_taps: tuple[str, ...] = ()
+    adaptor: Any = None
+    ramps: tuple[tuple[str, str], ...] = ()
+    course: bool = False
+    spread: bool = False
+
+    @property
+    def owns(self) -> bool:
+        """Whether the term has a state of its own: an adaptor's variables, a memory, or both."""
+        return self.adaptor is not None or "memory" in self.inputs
+
+    @property
+    def rests(self) -> bool:
+        """Whether the weight is 0 in some steps of the stage, by its course."""
+        return self.course or any(name == "weight" for name, _ in self.ramps)
+
+
+def term_numbers(
+    term: Term, given: Mapping[str, jax.Array], step: jax.Array
+) -> dict[str, jax.Array]:
+    """Weight and hyper-parameters of a term at a global step.
+
+    With p the steps of the stage that are done, the weight is multiplied by
+
+        min(1, (p - start + 1) / warmup) * min(1, (end - p) / decay), 0 outside [start, end)
+
+    and a ramp over n steps gives begin + (end - begin) g(t), t = min(1, p / (n - 1)), with g(t) = t
+    ("linear"), (1 - cos(pi t)) / 2 ("cosine") or exp(-5 (1 - t)^2) ("gaussian", which starts at
+    0.0067; Laine, Aila, 2016, arXiv 1610.02242).
+    """
+    found = {name: given[name] for name in ("weight", *term.traced) if name in given}
+    if not term.course and not term.ramps:
+        return found
+    place = (step - given["first"]).astype(jnp.float32)
+    for name, shape in term.ramps:
+        begin, end, steps = (given[f"{name}_{part}"] for part in ("begin", "end", "steps"))
+        t = jnp.clip(place / jnp.maximum(steps - 1.0, 1.0), 0.0, 1.0)
+        if shape == "cosine":
+            t = 0.5 * (1.0 - jnp.cos(jnp.pi * t))
+        elif shape == "gaussian":
+            t = jnp.exp(-5.0 * jnp.square(1.0 - t))
+        found[name] = begin + (end - begin) * t
+    if term.course:
+        rise = (place - given["start"] + 1.0) / jnp.maximum(given["warmup"], 1.0)
+        fall = (given["end"] - place) / jnp.maximum(given["decay"], 1.0)
+        found["weight"] = found["weight"] * jnp.clip(rise, 0.0, 1.0) * jnp.clip(fall, 0.0, 1.0)
+    return found
+
+
+def in_steps(value: float, horizon: int) -> float:
+    """A length in steps; below 1 it is a fraction of the horizon."""
+    return round(value * horizon) if 0 < value < 1 else value
+
+
+def has_started(term: Term, given: Mapping[str, jax.Array], step: jax.Array) -> jax.Array:
+    """Whether the course of a term's weight has begun by a global step; without a course it has."""
+    if not term.course:
+        return jnp.array(True)
+    return step - given["first"] >= given["start"]
+
+
+def unless_resting(x: Any, weight: jax.Array) -> Any:
+    """`x`, whose gradient is exactly 0 where `weight` is 0.
+
+    The weight itself does not do that: 0 times the slope of a loss that overflows is NaN.
+    """
+    return jax.tree.map(lambda leaf: _gate(leaf, weight > 0), x)
+
+
+@jax.custom_vjp
+def _gate(x: jax.Array, opened: jax.Array) -> jax.Array:
+    del opened
+    return x
+
+
+def _gate_forward(x: jax.Array, opened: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x, opened
+
+
+def _gate_backward(opened: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.where(opened, gradient, 0), None
+
+
+_gate.defvjp(_gate_forward, _gate_backward)
+
+
+def loss_inputs(
+    features: tuple[jax.Array, ...],
+    teacher_features: tuple[jax.Array, ...],
+    logits: jax.Array,
+    teachers_logits: tuple[jax.Array, ...],
+) -> dict[str, Any]:
+    """{positional name of a loss: what two nets have for it}; an adaptor's outputs go on top."""
+    found: dict[str, Any] = {"logits": logits, "student_logits": logits}
+    if teachers_logits:
+        found |= {"teacher_logits": teachers_logits[0], "teachers_logits": teachers_logits}
+    if features:
+        found |= {"student_feature": features[-1], "student_features": features}
+    if teacher_features:
+        found |= {"teacher_feature": teacher_features[-1], "teacher_features": teacher_features}
+    return found

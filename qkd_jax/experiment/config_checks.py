@@ -1,0 +1,178 @@
+"""Values of a config that are neither a net's nor a stage's own, checked before anything runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from qkd_jax import checks
+from qkd_jax.data import DATASETS, augment
+from qkd_jax.data.views import LARGEST as LARGEST_VIEWS
+from qkd_jax.hierarchy import TREES, find
+from qkd_jax.losses import LOSSES
+from qkd_jax.quantize.targets import TARGETS
+from qkd_jax.training.parallel import MODES
+
+__all__ = [
+    "check_augment",
+    "check_frame",
+    "check_origins",
+    "check_rules",
+    "check_tables",
+    "mapping",
+    "tree_of",
+    "with_tree",
+]
+
+
+def mapping(where: str, value: Any, example: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a value that must be a dict; `example` is one for the message."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} is {value!r}; it must be a dict, such as {dict(example)!r}.")
+    return value
+
+
+def check_frame(plain: Mapping[str, Any]) -> None:
+    """Checks what is neither a net nor a stage."""
+    checks.one_of("config.data.name", plain["data"]["name"], DATASETS)
+    checks.integer_in("config.data.train_examples", plain["data"]["train_examples"], 0)
+    if plain["target"]:
+        checks.one_of("config.target", plain["target"], TARGETS)
+    try:
+        augment.parse(plain["data"]["augment"])
+    except ValueError as error:
+        raise ValueError(f"config.data.augment: {error}") from error
+    if tree := tree_of(plain["data"]):
+        try:
+            find(tree, DATASETS[plain["data"]["name"]].num_classes)
+        except ValueError as error:
+            raise ValueError(f"config.data.tree: {error}") from error
+    checks.integer_in("config.seed", plain["seed"], 0, 2**32 - 1)
+    checks.integer_in("config.eval_batch_size", plain["eval_batch_size"], 1)
+    for key, value in plain["log"].items():
+        checks.integer_in(f"config.log.{key}", value, 0)
+    every = plain["checkpoint"]
+    checks.in_range("config.checkpoint.every_seconds", every["every_seconds"], 0, float("inf"))
+    checks.integer_in("config.checkpoint.every_steps", every["every_steps"], 0)
+    checks.one_of("config.parallel.mode", plain["parallel"]["mode"], MODES)
+    devices = plain["parallel"]["devices"]
+    checks.integer_in("config.parallel.devices", devices, 0, len(jax.devices()))
+    for key in ("nets", "stages"):
+        mapping(f"config.{key}", plain[key], {"<name>": {}})
+        checks.at_least_one(f"config.{key}", plain[key])
+
+
+def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:
+    """Refuses unknown augmentations in a train stage, and mixtures of images that cannot be.
+
+    Images that are fixed beforehand (`views`), or learned from by labels, are not mixed.
+    """
+    checks.integer_in(f"stages.{name}.views", fields["views"], 0, LARGEST_VIEWS)
+    own = fields["augment"]
+    where = f"stages.{name}.augment" if own else "config.data.augment"
+    try:
+        parsed = augment.parse(own or default)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if all(entry.keeps_labels for entry, _ in parsed):
+        return
+    if fields["views"]:
+        raise ValueError(
+            f"{where} mixes the images of a batch, and stages.{name}.views fixes views of each "
+            "image by itself; take the mixing out, or draw anew at every step (views=0)."
+        )
+    for net, terms in fields["learn"].items():
+        for label, term in terms.items():
+            loss = str(term.get("loss") or label)
+            if term.get("weight") == 0 or loss not in LOSSES:
+                continue
+            if "labels" in inspect.signature(LOSSES[loss]).parameters:
+                raise ValueError(
+                    f"{where} mixes images, so that their labels are not theirs any more, and "
+                    f"stages.{name}.learn.{net}.{label} learns from labels (loss {loss!r}). Take "
+                    "the term out (a teacher alone teaches, as with kd), or the augmentation."
+                )
+
+
+def tree_of(data: Mapping[str, Any]) -> str:
+    """The class tree of config.data: the one named, else the data set's own, else ""; "none" is "".
+
+    A name is a key of `hierarchy.TREES` or a file, "tree.txt#classes.txt".
+    """
+    named = data["tree"] or (data["name"] if data["name"] in TREES else "")
+    return "" if named == "none" else named
+
+
+def with_tree(where: str, learn: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """`learn` with the data's class tree in each term whose loss takes one and names none.
+
+    Raises:
+        ValueError: there is no tree to take.
+    """
+    found = {net: dict(terms) for net, terms in learn.items()}
+    for net, terms in found.items():
+        for label, row in terms.items():
+            loss = LOSSES.get(str(row.get("loss") or label))
+            if loss is None or "tree" not in inspect.signature(loss).parameters or row.get("tree"):
+                continue
+            if not (tree := tree_of(data)):
+                raise ValueError(
+                    f"{where}.learn.{net}.{label} needs a class tree, and data set "
+                    f"{data['name']!r} has none; name one as tree= there or as config.data.tree: "
+                    f"{', '.join(TREES)}, or a file."
+                )
+            terms[label] = {**row, "tree": tree}
+    return found
+
+
+def check_images(name: str, source: str, made: Mapping[str, int], schedule: Sequence[str]) -> str:
+    """Returns the stage that a stage's `images` names: an earlier one that makes images."""
+    if source and source not in made:
+        late = " (it comes later in the schedule)" if source in schedule else ""
+        raise ValueError(
+            f"stages.{name}.images is {source!r}{late}; it must be '' (the training split) or an "
+            f"earlier stage that makes images: {', '.join(made) or '(none)'}."
+            f"{checks.nearest(source, made)}"
+        )
+    return source
+
+
+def check_origins(nets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses nets that start from one another in a circle."""
+    for name in nets:
+        chain = [name]
+        while (source := nets[chain[-1]].get("init_from", "")) in nets:
+            if source in chain:
+                circle = " -> ".join([*chain[chain.index(source) :], source])
+                raise ValueError(
+                    f"nets.{source}.init_from goes in a circle, {circle}; let one of these nets "
+                    "start from '' (random weights) or a file."
+                )
+            chain.append(source)
+
+
+def check_rules(nets: Mapping[str, Any], stage: Any) -> None:
+    """Refuses nets without rules where a stage (a `Stage`) is about quantizers."""
+    for name in stage.nets:
+        if not nets[name].rules:
+            raise ValueError(
+                f"stages.{stage.name}.nets has {name!r}, whose rules are float; give it others "
+                f"(nets.{name}.rules='w4a4'), or take it out of the stage."
+            )
+
+
+def check_tables(where: str, fields: Mapping[str, Any]) -> None:
+    """Refuses anything but dicts where `learn`, `optim`, `hygiene` of a train stage hold dicts."""
+    row = {"loss": "ce", "weight": 1.0}
+    for net, terms in mapping(f"{where}.learn", fields["learn"], {"<net>": {"ce": row}}).items():
+        for label, term in mapping(f"{where}.learn.{net}", terms, {"ce": row}).items():
+            mapping(f"{where}.learn.{net}.{label}", term, row)
+    rates = {"name": "sgd", "lr": 0.05}
+    for net, numbers in mapping(f"{where}.optim", fields["optim"], {"<net>": rates}).items():
+        mapping(f"{where}.optim.{net}", numbers, rates)
+    rows = {"<net>": {"freeze": 0.04}}
+    for net, options in mapping(f"{where}.hygiene", fields.get("hygiene") or {}, rows).items():
+        mapping(f"{where}.hygiene.{net}", options, rows["<net>"])

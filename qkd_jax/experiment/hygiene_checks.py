@@ -1,0 +1,87 @@
+"""Hygiene of a train stage, checked against what its nets' quantizers will be by then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax.distillation.forward import mode_arguments
+from qkd_jax.experiment.schedule import Stage
+from qkd_jax.experiment.settings import Settings, shapes
+from qkd_jax.numerics import Spec, Stats
+from qkd_jax.quantize.inspection import layers
+from qkd_jax.quantize.interception import OPERANDS
+from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.training import hygiene
+from qkd_jax.training.plan import Plan
+
+__all__ = ["calibrated", "check_hygiene"]
+
+
+def check_hygiene(
+    settings: Settings, stage: Stage, plan: Plan, image_shape: tuple[int, ...]
+) -> None:
+    """Refuses hygiene that would find nothing to act on once the stage starts.
+
+    Args:
+        settings: the whole schedule, which says what is calibrated before the stage.
+        stage: a `train` stage.
+        plan: its plan.
+        image_shape: (1, height, width, channels).
+
+    Raises:
+        ValueError: as `training.hygiene.check`.
+    """
+    for learner in plan.structure.learners:
+        if learner.hygiene is None:
+            continue
+        name = plan.net_of(learner.slot)
+        net = settings.nets[name]
+        there = calibrated(settings, name, stage.index)
+        images = jax.ShapeDtypeStruct(image_shape, np.float32)
+        weights: dict[str, Spec] = {}
+        parameters: set[tuple[Spec, str]] = set()
+        for layer in layers(net, shapes(net, image_shape), images, **mode_arguments(net, False)):
+            specs = {"weight": layer.weight, "input": layer.input, "output": layer.output}
+            for operand, spec in specs.items():
+                if spec is None or operand not in there:
+                    continue
+                params = _params(spec)
+                parameters |= {(spec, name) for name in params}
+                if operand == "weight" and _has_codes(spec, params):
+                    weights[layer.path] = spec
+        where = f"stages.{stage.name}.hygiene.{name}"
+        hygiene.check(learner.hygiene, weights, parameters, where=where)
+
+
+def calibrated(settings: Settings, net: str, end: int) -> set[str]:
+    """The operands of a net that have quantizers before the stage with number `end`."""
+    found: set[str] = set()
+    for stage in settings.stages[:end]:
+        if stage.kind == "calibrate" and net in stage.nets:
+            found |= set(stage.fields["operands"] or OPERANDS)
+    source = settings["nets"][net].get("init_from", "")
+    if source in settings.nets and settings.nets[source] == settings.nets[net]:
+        # A net of the same rules is copied with its quantizers, when it first takes part.
+        first = next((stage.index for stage in settings.stages if net in stage.nets), end)
+        found |= calibrated(settings, source, min(first, end))
+    return found
+
+
+def _params(spec: Spec) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """What `calibrate` will make for a spec, for one channel."""
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    if spec.dynamic:
+        return {"dynamic": scalar}
+    init = QUANTIZERS[spec.quantizer].init
+    return jax.eval_shape(lambda *s: init(Stats(*s), spec), *[scalar for _ in Stats._fields])
+
+
+def _has_codes(spec: Spec, params: Mapping[str, jax.ShapeDtypeStruct]) -> bool:
+    if spec.dynamic:  # as `training.weights.quantized_weights`
+        return False
+    view = QUANTIZERS[spec.quantizer].integer_view
+    return jax.eval_shape(lambda p: (view(p, spec) or (None,))[0], params) is not None

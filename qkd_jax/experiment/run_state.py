@@ -1,0 +1,385 @@
+"""What a run has in its hands, and how it is saved: nets, optimizers, rows, its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qkd_jax import data, metrics, weights
+from qkd_jax.data.dataset import Dataset
+from qkd_jax.distillation.forward import mode_arguments
+from qkd_jax.experiment.schedule import Stage
+from qkd_jax.experiment.settings import Settings, shapes
+from qkd_jax.models import MODELS
+from qkd_jax.quantize import QuantizedModel, load_float
+from qkd_jax.record.checkpoint import Checkpoints, Restored
+from qkd_jax.record.folder import tree_sha256
+from qkd_jax.training.loop import Window
+from qkd_jax.training.parallel import StepCache
+from qkd_jax.training.state import jit_once, stream_key
+from qkd_jax.training.step import eval_step
+from qkd_jax.trees import flatten, nested
+
+__all__ = ["Evaluation", "Run", "place"]
+
+Variables = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A net on a split: metrics as means, and the logits [examples, classes] in order."""
+
+    metrics: dict[str, float]
+    logits: np.ndarray
+
+
+def without_fresh(name: str, wanted: Variables, given: Mapping[str, Any], fresh: str) -> Variables:
+    """The weights given for a net's layers, but for those whose paths match `fresh`, "" for none.
+
+    Raises:
+        ValueError: a layer that is there but not given, or of another shape; a `fresh` that matches
+            nothing.
+    """
+    if not fresh:
+        return load_float(wanted, given)
+
+    def matches(path: str) -> bool:
+        _, *layer, _ = path.split("/")
+        return bool(re.fullmatch(fresh, "/".join(layer)))
+
+    def kept(tree: Mapping[str, Any]) -> Variables:
+        return nested({p: leaf for p, leaf in flatten(dict(tree)).items() if not matches(p)})
+
+    if not any(map(matches, paths := flatten(wanted))):
+        raise ValueError(
+            f"nets.{name}.fresh is {fresh!r} and matches no layer; there are "
+            f"{', '.join(sorted({path.split('/')[1] for path in paths}))}. It must match a whole "
+            "path, such as 'head'."
+        )
+    return load_float(kept(wanted), kept(given))
+
+
+@dataclasses.dataclass
+class Run:
+    """The state of an experiment between stages; stages read and change it.
+
+    Attributes:
+        settings: the checked config.
+        dataset: the data.
+        folder: the run folder, or None where nothing is written.
+        checkpoints: the checkpoints, or None where nothing is saved.
+        steps: the compiled steps, shared by all stages.
+        stopping: whether the run has been asked to stop.
+        verbose: whether progress is shown.
+        variables: {net: variables}; a net is there once it has taken part in a stage.
+        optimizers: {stage: {net: flat optimizer state}} of stages that go on or are continued.
+        rows: the results table so far; no times.
+        oscillating: {net: {path of a layer: share of its weights that oscillate}}, as the net's
+            last training stage left it; empty where that one did not track them.
+        heads: {net: [{"head", metrics}]} of the classifiers that its last training stage had beside
+            the net, at the end of that stage; a list, as a checkpoint keeps no order of names.
+        synthetic: {stage: {"sha256"}} of the images that stages made.
+        timings: everything that is a time.
+        stage_index: place in the schedule.
+        stage_step: steps of that stage that are done.
+        window: metrics since the last logged line, when a stage was interrupted.
+    """
+
+    settings: Settings
+    dataset: Dataset
+    folder: Any = None
+    checkpoints: Checkpoints | None = None
+    steps: StepCache = dataclasses.field(default_factory=StepCache)
+    stopping: Callable[[], bool] = lambda: False
+    verbose: bool = True
+    variables: dict[str, Variables] = dataclasses.field(default_factory=dict)
+    optimizers: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    oscillating: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    heads: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    synthetic: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    timings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stage_index: int = 0
+    stage_step: int = 0
+    window: Window = dataclasses.field(default_factory=Window)
+    _made: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    # --- nets ---------------------------------------------------------------------------------
+
+    @property
+    def nets(self) -> dict[str, QuantizedModel]:
+        """{net: quantized model}."""
+        return self.settings.nets
+
+    @property
+    def example(self) -> jax.ShapeDtypeStruct:
+        """Shape of one image as a batch of one."""
+        return jax.ShapeDtypeStruct((1, *self.dataset.image_shape), np.float32)
+
+    def bring_in(self, name: str) -> None:
+        """Makes the variables of a net that takes part for the first time."""
+        if name in self.variables:
+            return
+        fields = self.settings["nets"][name]
+        source, fresh = fields.get("init_from", ""), fields.get("fresh", "")
+        net = self.nets[name]
+        if not source:
+            self.variables[name] = self._random(name)
+        elif weights.is_source(source):
+            self.variables[name] = self._loaded(name, weights.load(source), fresh)
+        else:
+            self.bring_in(source)
+            taken = self.variables[source]
+            if net == self.nets[source] and not fresh:
+                self.variables[name] = jax.tree.map(np.asarray, taken)
+            elif "folded" in str(jax.tree.structure(taken.get("quant", {}))):
+                raise ValueError(
+                    f"nets.{name}.init_from is {source!r}, whose BatchNorms are folded by now, and "
+                    "its weights alone would be another net. Bring this net in before that stage, "
+                    "and fold it itself."
+                )
+            else:  # another structure or other rules: the weights, which it must calibrate itself
+                self.variables[name] = self._loaded(name, taken, fresh)
+        if lender := self.settings["nets"][name].get("head_from", ""):
+            self._borrow_head(name, lender)
+        self.variables[name] = place(self.variables[name])
+
+    def _borrow_head(self, name: str, lender: str) -> None:
+        """Gives a net the classifier of another, as that stands now."""
+        self.bring_in(lender)
+        own, head = self.variables[name]["params"], self.variables[lender]["params"].get("head")
+        if jax.tree.map(np.shape, head) != jax.tree.map(np.shape, own["head"]):
+            raise ValueError(
+                f"nets.{name}.head_from is {lender!r}, whose head is no dense layer named 'head' "
+                f"on its pooled features; nets of {', '.join(MODELS)} have one."
+            )
+        self.variables[name] = {**self.variables[name], "params": {**own, "head": head}}
+
+    def _loaded(self, name: str, given: Mapping[str, Any], fresh: str) -> Variables:
+        """A net with the weights given, but random ones in the layers whose paths match `fresh`."""
+        taken = without_fresh(name, self._shapes(name), given, fresh)
+        if not fresh:
+            return taken
+        return nested({**flatten(self._random(name)), **flatten(taken)})
+
+    def _random(self, name: str) -> Variables:
+        key = stream_key(self.settings["seed"], f"init/{name}")
+        images = np.zeros(self.example.shape, np.float32)
+        return jit_once(self.nets[name].init)(key, images)
+
+    def _shapes(self, name: str) -> Variables:
+        return shapes(self.nets[name], self.example.shape)
+
+    def student_steps(self, name: str) -> int:
+        """Steps that a net has learned so far, counted from its quantization."""
+        return self.settings.student_steps(name, self.step)
+
+    def put(self, name: str, variables: Mapping[str, Any]) -> None:
+        """Replaces a net's variables."""
+        self.variables[name] = place(dict(variables))
+
+    # --- data ---------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _eval_batches(self) -> dict[str, Sequence[Any]]:
+        size = self.settings["eval_batch_size"]
+        return {s: data.eval_batches(self.dataset, s, size) for s in ("train", "test")}
+
+    def eval_batches(self, split: str) -> Sequence[Any]:
+        """The batches of a split, in order, padded, with masks."""
+        return self._eval_batches[split]
+
+    @property
+    def pixel_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """What nets see of black and of full pixels, float32 [1, 1, channels] each."""
+        pixels = np.array([0, 255], np.uint8)[:, None, None, None]
+        channels = self.dataset.image_shape[2]
+        low, high = self.dataset.normalize(np.broadcast_to(pixels, (2, 1, 1, channels)))
+        return low, high
+
+    def keep_images(self, stage: str, images: np.ndarray, labels: np.ndarray) -> None:
+        """Keeps the images that a stage made: `synthetic/<stage>.npz`, and its hash."""
+        self._made[stage] = {"images": images, "labels": labels}
+        self.synthetic[stage] = {"sha256": tree_sha256(self._made[stage])}
+        if self.folder is not None:
+            path = self._images_file(stage)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{stage}.tmp.npz")
+            np.savez(temporary, images=images, labels=labels)
+            os.replace(temporary, path)
+            self.folder.write_run(synthetic={stage: self.synthetic[stage]})
+
+    def _images_file(self, stage: str) -> Path:
+        return self.folder.path / "synthetic" / f"{stage}.npz"
+
+    def made_images(self, stage: str) -> dict[str, np.ndarray]:
+        """{"images" float32, "labels" int32} of a stage that makes images and is done.
+
+        Raises:
+            ValueError: the file is not there or not the one that the stage wrote.
+        """
+        if stage not in self._made:
+            path = self._images_file(stage)
+            found = weights.read_npz(path)
+            if tree_sha256(found) != self.synthetic[stage]["sha256"]:
+                raise ValueError(
+                    f"{path} does not hold what stage {stage!r} made; put that file back, or run "
+                    "the config in a new folder."
+                )
+            self._made[stage] = found
+        return self._made[stage]
+
+    def training_set(self, source: str) -> Dataset:
+        """The data with the images that a stage made to train on; "" is the data itself.
+
+        Training reads 8-bit images, so what was made is rounded to them.
+        """
+        if not source:
+            return self.dataset
+        made = self.made_images(source)
+        return self.dataset.with_train(self.dataset.pixels(made["images"]), made["labels"])
+
+    def images(self, count: int, *, batch_size: int = 64, source: str = "") -> list[np.ndarray]:
+        """Training images in a random order, without augmentation, in near-equal batches.
+
+        `source` names a stage whose images are taken instead, as it made them.
+
+        All `count` of them (0: the whole split) are there, none is padded, no batch is larger than
+        `batch_size`, and the sizes of two batches differ by one at most: two programs compile.
+        """
+        dataset = self.training_set(source)
+        total = len(dataset.train_images)
+        count = min(count or total, total)
+        seed = self.settings["seed"]
+        order = data.train_batches(dataset, batch_size=count, seed=seed).indices(0)
+        parts = np.array_split(order, -(-count // batch_size))
+        if source:
+            return [self.made_images(source)["images"][index] for index in parts]
+        return [dataset.normalize(dataset.train_images[index]) for index in parts]
+
+    def evaluate(
+        self, name: str, split: str = "test", variables: Mapping[str, Any] | None = None
+    ) -> Evaluation:
+        """Evaluates a net on a split; one compilation for each structure of a net."""
+        compiled = eval_step(self.nets[name])
+        placed = place(self.variables[name] if variables is None else variables)
+        total: dict[str, float] | None = None
+        logits = []
+        for batch in self.eval_batches(split):
+            given = {k: batch[k] for k in ("image", "label", "mask")}
+            sums, out = jax.device_get(compiled(placed, given))
+            total = sums if total is None else metrics.add(total, sums)
+            logits.append(out[batch["mask"]])
+        assert total is not None
+        found = np.concatenate(logits)
+        return Evaluation({**metrics.finish(total), **self.severity(found, split)}, found)
+
+    def severity(self, logits: np.ndarray, split: str = "test") -> dict[str, float]:
+        """How bad the mistakes of logits [examples, classes] are by the class tree, by name.
+
+        See `metrics.hierarchical`. Nothing where there is no tree; means over mistakes are left out
+        where there is no mistake.
+        """
+        if not self.settings.tree:
+            return {}
+        of_batch, size = hierarchical_step(self.settings.tree), self.settings["eval_batch_size"]
+        total: dict[str, float] = {}
+        for batch in self.eval_batches(split):
+            mask = batch["mask"]
+            padded = np.zeros((size, logits.shape[1]), np.float32)
+            padded[mask] = logits[batch["index"][mask]]
+            total = metrics.add(total, jax.device_get(of_batch(padded, batch["label"], mask)))
+        found = metrics.finish_hierarchical(total)
+        return {k: v for k, v in found.items() if v is not None and k not in ("count", "mistakes")}
+
+    def apply_arguments(self, name: str) -> dict[str, bool]:
+        """Arguments that put a net's model into evaluation mode."""
+        return mode_arguments(self.nets[name], False)
+
+    # --- saving -------------------------------------------------------------------------------
+
+    def stage(self) -> Stage:
+        """The stage that is running or comes next."""
+        return self.settings.stages[self.stage_index]
+
+    @property
+    def step(self) -> int:
+        """Global step: done stages and the steps done in this one."""
+        if self.stage_index == len(self.settings.stages):
+            return self.settings.total_steps
+        return self.stage().first + self.stage_step
+
+    def save(self, *, score: float | None = None, blocking: bool = False) -> None:
+        """Saves everything that matters."""
+        if self.checkpoints is None:
+            return
+        tree = {"nets": self.variables, "optimizers": self.optimizers}
+        meta = {
+            "stage": "" if self.finished else self.stage().name,
+            "stage_index": self.stage_index,
+            "stage_step": self.stage_step,
+            "window": dataclasses.asdict(self.window),
+            "rows": self.rows,
+            "oscillating": self.oscillating,
+            "heads": self.heads,
+            "synthetic": self.synthetic,
+            "timings": self.timings,
+            "lines": 0 if self.folder is None else self.folder.lines,
+        }
+        self.checkpoints.save(self.step, tree, meta, score=score, blocking=blocking)
+
+    def load(self, saved: Restored) -> None:
+        """Takes over what `save` wrote."""
+        tree = nested(saved.tree)
+        self.variables = {n: place(v) for n, v in tree.get("nets", {}).items()}
+        self.optimizers = {}
+        for name, leaf in saved.tree.items():
+            if name.startswith("optimizers/"):
+                _, stage, net, rest = name.split("/", 3)
+                self.optimizers.setdefault(stage, {}).setdefault(net, {})[rest] = leaf
+        self.stage_index = saved.meta["stage_index"]
+        self.stage_step = saved.meta["stage_step"]
+        self.window = Window(**saved.meta["window"])
+        self.rows = saved.meta["rows"]
+        self.oscillating = saved.meta.get("oscillating", {})
+        self.heads = saved.meta.get("heads", {})
+        self.synthetic = saved.meta.get("synthetic", {})
+        self.timings = saved.meta["timings"]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole schedule is done."""
+        return self.stage_index == len(self.settings.stages)
+
+    def add_times(self, stage: str, times: Mapping[str, float]) -> None:
+        """Adds times of a stage: seconds and steps of interrupted parts add up; rates are new."""
+        entry = self.timings.setdefault("stages", {}).setdefault(stage, {})
+        for key, value in times.items():
+            adds = key == "steps" or key.endswith("seconds")
+            entry[key] = entry.get(key, 0) + value if adds else value
+
+    def log(self, stage: Stage, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Writes a line to metrics.jsonl at a step of a stage (counted from 1)."""
+        if self.folder is not None:
+            self.folder.log(stage.first + step, stage.name, split, values)
+
+
+@functools.lru_cache(maxsize=16)
+def hierarchical_step(tree: str) -> Callable[..., Any]:
+    """Compiled sums of `metrics.hierarchical`: fn(logits, labels, mask)."""
+    return jax.jit(
+        lambda logits, labels, mask: metrics.hierarchical(logits, labels, tree=tree, where=mask)
+    )
+
+
+def place(tree: Any) -> Any:
+    """Puts a tree on the first device, so that evaluation compiles once whoever made the arrays."""
+    return jax.device_put(tree, jax.local_devices()[0])

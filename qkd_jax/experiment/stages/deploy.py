@@ -1,0 +1,357 @@
+"""The `deploy` stage: one trained net becomes files that run elsewhere, and is compared with them.
+
+Into `<run folder>/model` go, for a net `student`:
+
+    student.npz            the trained variables, flat (`init_from` reads it)
+    student.onnx           the quantized net with QuantizeLinear / DequantizeLinear
+    student_float.onnx     the same architecture in float, for the latency beside it
+    student/               model.safetensors and model.json: the integer model; model.stablehlo
+    student_target.json    for a named target: the file for it, what stays in float there
+    layers.json            bits and bytes of every layer
+    histograms.json        weights on the code grid, before and after
+
+The comparison is on logits over the whole test split: an engine whose sums saturate can give a
+higher accuracy and wrong logits. Where the engine adds biases as integers, the deployed net is
+the trained one with its biases rounded so (`ptq.integer_bias`): that net is evaluated in JAX, the
+file is compared with it, and the row says beside it how far the trained net is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax import checks, ptq, report, weights
+from qkd_jax import deploy as shipping
+from qkd_jax.data.dataset import Dataset
+from qkd_jax.experiment.config_checks import check_rules
+from qkd_jax.experiment.results import row
+from qkd_jax.experiment.run_state import Run
+from qkd_jax.experiment.schedule import Stage
+from qkd_jax.hierarchy import TREES
+from qkd_jax.quantize import targets
+from qkd_jax.quantize.inspection import LayerInfo, layers
+from qkd_jax.quantizers import QUANTIZERS, live
+from qkd_jax.record.folder import write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["check_deploy", "compare", "deploy"]
+
+ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+def deploy(
+    run: Run,
+    stage: Stage,
+    *,
+    nets: Sequence[str],
+    latency_batches: Sequence[int] = (1, 64),
+    latency_rounds: int = 100,
+    target: str = "",
+) -> None:
+    """Writes a net's deployable files and adds what they do to its row of the results.
+
+    `latency_rounds` runs of each engine and batch size are timed in turns; 0 times nothing.
+    `target` is a key of `deploy.targets.TARGETS` (the config's own `target` where it is empty): it
+    chooses the form of the ONNX file, refuses what would go wrong there, and writes
+    `<net>_target.json`, which says what stays in float and what cannot be made here. `"host"` warns
+    of 8-bit weights that saturate if this machine is an x86 without VNNI.
+    """
+    target = target or run.settings["target"]
+    for name in nets:
+        if not run.variables[name].get("quant"):
+            raise ValueError(
+                f"stages.{stage.name}.nets has {name!r}, which is float: no calibrate stage has "
+                "named it; calibrate it before deploying it."
+            )
+        _deploy(run, name, latency_batches, latency_rounds, target)
+
+
+def check_deploy(nets: Mapping[str, Any], stage: Stage) -> None:
+    """Checks the fields of a `deploy` stage."""
+    where, fields = f"stages.{stage.name}", stage.fields
+    target = fields["target"]
+    checks.one_of(f"{where}.target", target, ("", "host", *targets.TARGETS))
+    for name in stage.nets if target in targets.TARGETS else ():
+        try:
+            targets.check(nets[name].rules, target)
+        except ValueError as error:
+            raise ValueError(f"{where}.target: {error} (nets.{name})") from error
+    checks.integer_in(f"{where}.latency_rounds", fields["latency_rounds"], 0)
+    batches = fields["latency_batches"]
+    if not isinstance(batches, list | tuple):
+        raise ValueError(f"{where}.latency_batches is {batches!r}; give a tuple, such as (1, 64).")
+    for place, size_of_batch in enumerate(batches):
+        checks.integer_in(f"{where}.latency_batches[{place}]", size_of_batch, 1)
+    check_rules(nets, stage)
+
+
+def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, target: str) -> None:
+    net, variables = run.nets[name], run.variables[name]
+    images = np.zeros(run.example.shape, np.float32)
+    folder = run.folder.model
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = run.evaluate(name)
+
+    weights.save(folder / f"{name}.npz", variables)
+    integer = shipping.convert(net, variables, images)
+    description = _description(run.dataset)
+    sizes = shipping.save(integer, folder / name, description=description)
+    shipping.save_stablehlo(integer, folder / name / "model.stablehlo")
+    integer = shipping.load(folder / name)  # what is compared below is what the files hold
+    path, path_float = folder / f"{name}.onnx", folder / f"{name}_float.onnx"
+    # What takes another kind of file, or runs nowhere here, is compared on ONNX Runtime.
+    takes = shipping.targets.TARGETS.get(target)
+    engine = takes.engine if takes is not None and takes.engine in ENGINES else "onnxruntime"
+    onnx_target = target if target and (takes is None or takes.file == "onnx") else None
+    unnamed = onnx_target in (None, "host")
+    given, deployed = variables, trained
+    if unnamed or (takes is not None and takes.integer_bias):
+        rounded = ptq.integer_bias(net, variables, images)
+        deployed = run.evaluate(name, variables=rounded)
+        given = rounded if unnamed else variables  # for a named target, to_onnx rounds itself
+    written = shipping.to_onnx(net, given, images, path, target=onnx_target)
+    before = _before(run, name)
+    shipping.to_onnx(net, before or _floats(variables), images, path_float)
+    onnx_bytes = shipping.stamp_onnx(path, description)
+    shipping.stamp_onnx(path_float, description)
+    made = folder / f"{name}_target.json"
+    made.unlink(missing_ok=True)  # it may speak of an earlier export
+    if takes is not None:
+        write_json(made, _made(folder, name, target, written))
+    runs, runs_float = _open(path, engine), _open(path_float, engine)
+
+    test = list(run.eval_batches("test"))
+    entry = _row(run, name, trained.metrics)
+    logits = _logits(runs, test)
+    entry["export"] = {
+        "engine": ENGINES[engine],
+        "bytes": onnx_bytes,
+        "saturating_layers": list(written.saturating),
+        "biases": "float" if deployed is trained else "integer",
+        "deployed_top1": deployed.metrics["top1"],
+        **compare(logits, deployed.logits, test),
+        "as_trained": distance(logits, trained.logits),
+    }
+    entry["integer"] = {
+        "bytes": integer.nbytes,
+        "weight_bytes": integer.weight_bytes,
+        "files": sizes,
+        **compare(
+            _logits(lambda x: shipping.integer_apply(integer, x), test), trained.logits, test
+        ),
+    }
+    infos = layers(net, variables, run.example, **run.apply_arguments(name))
+    write_json(folder / "layers.json", [_layer(info) for info in infos])
+    write_json(folder / "histograms.json", _histograms(variables, before, infos))
+    if rounds:
+        timed = {f"{name} {_widths(entry)}": runs, f"{name} float32": runs_float}
+        run.timings["latency"] = [
+            {**found, "engine": ENGINES[engine]}
+            for found in latencies(timed, run.dataset.image_shape, latency_batches, rounds)
+        ]
+
+
+def _description(dataset: Dataset) -> shipping.Description:
+    """The preprocessing of a data set, and the names of its classes where they are known."""
+    tree = TREES[dataset.name]() if dataset.name in TREES else None
+    return shipping.Description(
+        dataset.image_shape,
+        tuple(dataset.mean.tolist()),
+        tuple(dataset.std.tolist()),
+        () if tree is None else tuple(str(tree.names[leaf]) for leaf in tree.classes),
+    )
+
+
+def _made(folder: Path, name: str, target: str, written: shipping.OnnxFile) -> dict[str, Any]:
+    """What was written for a target, and what it cannot run on integers."""
+    takes = shipping.targets.lookup(target)
+    path = written.path
+    if takes.file == "stablehlo":
+        path = folder / name / "model.stablehlo"
+    found: dict[str, Any] = {
+        "target": target,
+        "file": str(path.relative_to(folder)),
+        "bytes": path.stat().st_size,
+        "stays_float_by_the_table": list(takes.stays_float),
+        "integers_from_bits": takes.fast,
+        "inside_of_products": list(takes.folded_activations),
+        "cannot_be_made_here": takes.not_made,
+        "sources": list(takes.sources),
+    }
+    if takes.engine in ("onnxruntime", "openvino"):
+        where = shipping.placed(path, takes.engine)
+        found["integer_products"] = list(where.integer)
+        found["float_products"] = list(where.floating)
+    return found
+
+
+def _row(run: Run, name: str, found: Mapping[str, float]) -> dict[str, Any]:
+    """The newest row of a net, or a new one where no stage has evaluated it."""
+    rows = [r for r in run.rows if r["net"] == name]
+    if not rows:
+        run.rows.append(row(run, name, "exported", found))
+        return run.rows[-1]
+    return rows[-1]
+
+
+def _widths(row: Mapping[str, Any]) -> str:
+    return f"w{row['weight_bits']}a{row['activation_bits']}"
+
+
+def _floats(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in variables.items() if k != "quant"}
+
+
+def _before(run: Run, name: str) -> dict[str, Any] | None:
+    """The net's variables from before it was quantized, which its `calibrate` stage has kept."""
+    path = run.folder.model / f"{name}_float.npz"
+    return weights.load(path) if path.exists() else None
+
+
+def _open(path: Path, engine: str) -> Callable[[Any], np.ndarray]:
+    """Images [batch, height, width, channels] to logits; the files take channels first."""
+    if engine == "openvino":
+        request = shipping.openvino_model(path).create_infer_request()
+        return lambda images: request.infer([_channels_first(images)])[0].copy()
+    session = shipping.onnx_session(path)
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: _channels_first(images)})[0]
+
+
+def _channels_first(images: Any) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(np.asarray(images, np.float32), -1, 1))
+
+
+def _logits(predict: Callable[[Any], Any], batches: Iterable[Mapping[str, Any]]) -> np.ndarray:
+    """Logits of a split, [examples, classes], from batches that are padded, with masks."""
+    return np.concatenate([np.asarray(predict(b["image"]))[b["mask"]] for b in batches])
+
+
+def compare(
+    logits: np.ndarray, wanted: np.ndarray, batches: Iterable[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Compares an engine's logits with those of the net that it runs.
+
+    Args:
+        logits: of the engine, [examples, classes].
+        wanted: of the net, in the same order.
+        batches: the split, padded, with masks, in the same order.
+
+    Returns:
+        top1 of the engine, argmax_agreement (share of examples), max_logit_difference.
+    """
+    labels = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
+    return {"top1": float(np.mean(logits.argmax(-1) == labels)), **distance(logits, wanted)}
+
+
+def distance(logits: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+    """Share of examples with the same argmax, and the largest difference of logits."""
+    return {
+        "argmax_agreement": float(np.mean(logits.argmax(-1) == wanted.argmax(-1))),
+        "max_logit_difference": float(np.max(np.abs(logits - wanted))),
+    }
+
+
+def latencies(
+    engines: Mapping[str, Callable[[Any], Any]],
+    image_shape: tuple[int, ...],
+    batch_sizes: Sequence[int],
+    rounds: int,
+) -> Iterable[dict[str, Any]]:
+    """Times engines in turns, so that a change of the machine's mood meets all of them.
+
+    Yields:
+        {"model", "batch", "median_ms", "min_ms", "rounds"}.
+    """
+    for batch in batch_sizes:
+        images = np.random.default_rng(0).normal(size=(batch, *image_shape)).astype(np.float32)
+        seconds: dict[str, list[float]] = {label: [] for label in engines}
+        for predict in engines.values():
+            for _ in range(3):
+                predict(images)
+        for _ in range(rounds):
+            for label, predict in engines.items():
+                begin = time.perf_counter()
+                predict(images)
+                seconds[label].append(time.perf_counter() - begin)
+        for label, values in seconds.items():
+            yield {
+                "model": label,
+                "batch": int(batch),
+                "median_ms": 1e3 * float(np.median(values)),
+                "min_ms": 1e3 * min(values),
+                "rounds": rounds,
+            }
+
+
+def _layer(info: LayerInfo) -> dict[str, Any]:
+    spec = info.weight
+    return {
+        "path": info.path,
+        "kind": info.kind,
+        "shape": list(info.weight_shape),
+        "params": info.params,
+        "weight_bits": spec.bits if spec else None,
+        "input_bits": info.input.bits if info.input else None,
+        "bytes": -(-info.bits // 8),
+        "quantizer": spec.label if spec else None,
+    }
+
+
+def _histograms(
+    variables: Mapping[str, Any], before: Mapping[str, Any] | None, infos: Sequence[LayerInfo]
+) -> dict[str, Any]:
+    """Float weights and codes of every layer whose kernel is quantized."""
+    specs = {info.path: info.weight for info in infos if info.weight is not None}
+    given = {
+        path: (kernel, params)
+        for path in specs
+        if (kernel := _at(variables["params"], path, "kernel")) is not None
+        and (params := _at(variables["quant"], path, "weight_quantizer")) is not None
+        and _has_codes(specs[path], params)
+    }
+
+    @jax.jit  # all layers in one program: one by one, each shape would compile ten
+    def quantized(given: Any) -> Any:
+        found = {}
+        for path, (kernel, params) in given.items():
+            quantizer, spec = QUANTIZERS[specs[path].quantizer], specs[path]
+            params = live(kernel, params, spec)
+            scale, _, _ = quantizer.integer_view(params, spec)
+            hat = quantizer.fake_quant(kernel, params, spec)
+            found[path] = {"codes": jnp.round(hat * (1 / scale)), "scale": scale}
+        return found
+
+    return report.weight_histograms(
+        {
+            path: {
+                **values,
+                "weight": np.asarray(given[path][0]),
+                "before": before and _at(before["params"], path, "kernel"),
+                "label": specs[path].label,
+            }
+            for path, values in jax.device_get(quantized(given)).items()
+        }
+    )
+
+
+def _at(tree: Any, path: str, name: str) -> Any:
+    for key in [*path.split("/"), name]:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _has_codes(spec: Any, params: Any) -> bool:
+    """Whether a weight is integer codes with a scale that its layer stores."""
+    if spec.dynamic or isinstance(spec.granularity, int):
+        return False
+    return QUANTIZERS[spec.quantizer].integer_view(params, spec) is not None

@@ -1,0 +1,1 @@
+"""Logits and features as losses take them in: checked, masked, in float32 or wider."""

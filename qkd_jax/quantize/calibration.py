@@ -1,0 +1,369 @@
+"""Calibration: the float net sees data, and every quantizer gets its first parameters.
+
+One pass over the batches takes sums and counts of each operand (and the observer's own state); a
+second follows only for observers that search a grid whose width the first pass found. All layers
+are observed at once, on float activations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.errors import ModifyScopeVariableError
+
+from qkd_jax import checks
+from qkd_jax.numerics import Spec, stats
+from qkd_jax.observers import OBSERVERS
+from qkd_jax.quantize import variables as trees_of
+from qkd_jax.quantize.interception import OPERANDS, Frame
+from qkd_jax.quantize.model import QuantizedModel
+from qkd_jax.quantize.variables import join_quant
+from qkd_jax.quantizers import QUANTIZERS, is_uniform
+
+__all__ = ["calibrate", "check_observer", "model_arguments"]
+
+Tree = dict[str, Any]
+_SUFFIX = "_observed"
+
+
+def calibrate(
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    observer: str | None = None,
+    observer_options: Mapping[str, Any] | None = None,
+    operands: Sequence[str] | None = None,
+    **kwargs: Any,
+) -> Tree:
+    """Gives a net the `quant` collection: from then on it is quantized.
+
+    Args:
+      net: the net; its rules say what is quantized, by which quantizer.
+      variables: its float variables. Old quantizers are replaced; what `fold_bn` left for float
+        layers stays.
+      batches: an iterable of model inputs: arrays [batch, ...], dicts with the key "image" (and
+        "mask", which leaves out padding), or tuples of positional arguments. Batches of one shape
+        compile once. A second pass is made for observers that need one, so all batches are held
+        in memory.
+      observer: a key of `OBSERVERS` for every quantizer, or None: what each spec says, else each
+        quantizer's own initialisation (LSQ's from the mean magnitude, the others' from the range).
+        Dynamic operands need none and are left out.
+      observer_options: the observer's own numbers, such as `{"power": 2.4}` of "mse" or
+        `{"percentile": 99.9}`, in place of those that specs have (`Spec.options`).
+      operands: which of "weight", "input", "other" and "output" to calibrate; None means all. With
+        some of them, the quantizers of the others stay as they are and act while these are
+        observed: weights first and inputs later, say, or inputs anew on quantized weights.
+      **kwargs: further arguments of the model's call, such as `train=False`.
+
+    Returns:
+      The variables with `quant` added; everything else is as it was.
+
+    Raises:
+      ValueError: no batch; a rule that matches nothing; no layer quantized; non-finite data; an
+        input that is 0 throughout; an operand with negative values under an unsigned symmetric
+        spec; an unknown observer, option or operand; variables whose BatchNorms were folded into
+        quantized layers. The message names the layer.
+    """
+    check_observer("", observer, observer_options)
+    if hasattr(batches, "shape") or isinstance(batches, Mapping):
+        raise ValueError("batches is one batch; give a list of batches, such as [images].")
+    inputs = [model_arguments(batch) for batch in batches]
+    if not inputs:
+        raise ValueError("batches is empty; give at least one batch of real inputs.")
+    chosen = OPERANDS if operands is None else _chosen(operands)
+    specs = _Specs(net, observer, observer_options)
+    floats = {name: value for name, value in variables.items() if name != "quant"}
+    kept = _kept(variables.get("quant", {}), chosen, "")
+    start = {**floats, "quant": kept} if kept else floats
+
+    frames: list[Frame] = []
+    first = _observe(net, start, inputs, kwargs, specs, chosen, _Moments(), frames=frames)
+    # `init` has checked this, but a net may start from a float checkpoint without it.
+    net.check_rules(frames[0].modules, frames[0].seen.keys())
+    if not first:
+        raise ValueError(
+            "no operand of this net is quantized: none of its rules gives a layer it uses a "
+            f"{' or '.join(chosen)} spec. `coverage` lists what the rules reach."
+        )
+    measured = {key: _named(key, stats.finish, found["sums"]) for key, found in first.items()}
+    searching = {key for key in first if OBSERVERS[specs.observer(*key)].NEEDS_STATS}
+    second: dict[tuple[str, str], Tree] = {}
+    if searching:
+        known = {key: measured[key] for key in searching}
+        second = _observe(net, start, inputs, kwargs, specs, chosen, _Search(searching), known)
+
+    quant: Tree = _copied(kept)
+    for key, moments in measured.items():
+        path, operand = key
+        spec = specs(path, operand)
+        assert spec is not None
+        if spec.dynamic:
+            # Nothing is kept but that the operand is quantized from now on.
+            mark = jax.numpy.ones_like(moments.count)  # one for each step of a scanned layer
+            _put(quant, path, f"{operand}_quantizer", {"dynamic": mark})
+            continue
+        _check_sign(path, operand, spec, moments)
+        _check_silent(path, operand, moments)
+        state = second[key]["observer"] if key in searching else first[key]["observer"]
+        lo, hi = _named(key, OBSERVERS[specs.observer(path, operand)].range, state, spec)
+        params = QUANTIZERS[spec.quantizer].init(moments._replace(lo=lo, hi=hi), spec)
+        _put(quant, path, f"{operand}_quantizer", params)
+    return {**floats, "quant": quant}
+
+
+def check_observer(where: str, observer: str | None, options: Mapping[str, Any] | None) -> None:
+    """Raises ValueError for an unknown observer, or options that are not its own.
+
+    Args:
+      where: what stands before the arguments' names in messages, such as "stages.calibrate.".
+      observer: a key of `OBSERVERS`, or None.
+      options: its options, or None.
+    """
+    if observer is not None and observer not in OBSERVERS:
+        raise checks.unknown(f"{where}observer", observer, OBSERVERS)
+    if not options:
+        return
+    if not isinstance(options, Mapping):
+        raise ValueError(
+            f"{where}observer_options is {options!r}; give a dict, such as {{'power': 2.4}}."
+        )
+    having = [name for name, module in OBSERVERS.items() if hasattr(module, "OPTIONS")]
+    if observer not in having:
+        raise ValueError(
+            f"{where}observer_options came with observer={observer!r}, which has none; the "
+            f"observers with options are {', '.join(having)}."
+        )
+    assert observer is not None
+    for name in options:
+        if name not in OBSERVERS[observer].OPTIONS:
+            raise checks.unknown(
+                f"option of {where}observer {observer!r}", name, OBSERVERS[observer].OPTIONS
+            )
+    try:
+        OBSERVERS[observer].init((), Spec(8, observer=observer, options=options))
+    except ValueError as error:
+        raise ValueError(f"{where}observer_options: {error}") from None
+
+
+class _Specs:
+    """The specs of a net, with `calibrate`'s observer in place of their own."""
+
+    def __init__(
+        self, net: QuantizedModel, observer: str | None, options: Mapping[str, Any] | None
+    ):
+        self.net, self.override, self.options = net, observer, dict(options or {})
+
+    def __call__(self, path: str, operand: str) -> Spec | None:
+        spec = self.net.spec_of(path, operand)
+        if spec is None or self.override is None or spec.dynamic:
+            return spec
+        options = {**dict(spec.options), **self.options}
+        return dataclasses.replace(spec, observer=self.override, options=options)
+
+    def observer(self, path: str, operand: str) -> str:
+        spec = self(path, operand)
+        name = "minmax" if spec is None or spec.observer is None else spec.observer
+        if name not in OBSERVERS:
+            raise checks.unknown(f"observer of {operand} of {path!r}", name, OBSERVERS)
+        if getattr(OBSERVERS[name], "OF_CODES", False) and spec and not is_uniform(spec):
+            raise ValueError(
+                f"observer {name!r} of {operand} of {path!r} counts evenly spaced codes, and "
+                f"quantizer {spec.quantizer!r} has none; use 'mse', 'percentile' or 'minmax'."
+            )
+        return name
+
+
+def _chosen(operands: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(operands, str) or not operands:
+        raise ValueError(
+            f"operands is {operands!r}; give a list of names, such as ('weight',): any of "
+            f"{', '.join(OPERANDS)}."
+        )
+    for operand in operands:
+        if operand not in OPERANDS:
+            raise checks.unknown("operand", operand, OPERANDS)
+    return tuple(operands)
+
+
+def _kept(quant: Mapping[str, Any], replaced: Sequence[str], path: str) -> Tree:
+    """What stays of a `quant` tree: folded float layers, and quantizers that are not replaced."""
+    kept: Tree = {}
+    for key, value in quant.items():
+        if key == "folded" and "multiplier" in value:
+            raise ValueError(
+                f"layer {path!r} has a BatchNorm folded into its output multiplier, which holds "
+                "for its old scales alone; calibrate the variables from before `fold_bn`, or fold "
+                "the float net first."
+            )
+        if key.removesuffix("_quantizer") in replaced and key.endswith("_quantizer"):
+            continue
+        if key == "folded" or key.endswith("_quantizer"):
+            kept[key] = value
+        elif inner := _kept(value, replaced, f"{path}/{key}".lstrip("/")):
+            kept[key] = inner
+    return kept
+
+
+def _copied(tree: Any) -> Any:
+    return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def model_arguments(batch: Any) -> tuple[Any, ...]:
+    """What a model is called with for one batch as `calibrate` takes it, padding left out."""
+    if isinstance(batch, Mapping):
+        if "image" not in batch:
+            raise ValueError(
+                f"a batch has the keys {sorted(batch)}; a dict needs 'image', or give a tuple of "
+                "the model's arguments."
+            )
+        image = np.asarray(batch["image"])
+        # A padded last batch: what the mask leaves out was never seen by the net.
+        return (image[np.asarray(batch["mask"]) > 0] if "mask" in batch else image,)
+    return tuple(batch) if isinstance(batch, tuple) else (batch,)
+
+
+class _Moments:
+    """First pass: sums of every operand, and the state of observers that need no more."""
+
+    def start(self, key, shape, spec, observer) -> Tree:
+        found: Tree = {"sums": stats.empty(shape)}
+        if not observer.NEEDS_STATS:
+            found["observer"] = observer.init(shape, spec)
+        return found
+
+    def update(self, found, x, spec, axes, observer) -> Tree:
+        new = {"sums": stats.merge(found["sums"], stats.measure(x, channel_axes=axes))}
+        if "observer" in found:
+            new["observer"] = observer.update(found["observer"], x, spec, channel_axes=axes)
+        return new
+
+
+class _Search:
+    """Second pass: observers that search within the moments that the first one found."""
+
+    def __init__(self, keys: set[tuple[str, str]]):
+        self.keys = keys
+
+    def start(self, key, shape, spec, observer) -> Tree:
+        return {"observer": observer.init(shape, spec)} if key in self.keys else {}
+
+    def update(self, found, x, spec, axes, observer) -> Tree:
+        if not found:
+            return found
+        new = observer.update(found["observer"], x, spec, channel_axes=axes, stats=found["stats"])
+        # The moments lie beside the state, so that a scanned layer sees its own slice of them.
+        return {"observer": new, "stats": found["stats"]}
+
+
+def _observe(
+    net, variables, inputs, kwargs, specs, chosen, task, known=None, frames=None
+) -> dict[tuple[str, str], Tree]:
+    """Runs the net over all inputs; each operand's state lies at its quantizer's place.
+
+    Adds the frames in which it was traced to `frames`.
+    """
+    variables = join_quant(variables)
+
+    def run(floats, states, arguments, record):
+        frame = Frame(specs, mode="observe", observe=record, observed=chosen)
+        given = _joined(floats, states)
+        try:
+            with nn.intercept_methods(frame):
+                _, out = net.model.apply(given, *arguments, mutable=["params"], **kwargs)
+        except ValueError as error:
+            if not any(word in str(error) for word in ("broadcasted variable", "out_axes")):
+                raise
+            raise ValueError(
+                "a quantized layer shares its parameters over the steps of nn.scan or nn.vmap (as "
+                "nn.RNN's cells do), where statistics can't be kept. Leave it in float with a rule "
+                f"without specs before the others, or unroll the loop. ({error})"
+            ) from error
+        except ModifyScopeVariableError as error:
+            raise ValueError(
+                "a quantized layer lies inside a module that hands it its parameters read-only "
+                "(nn.WeightNorm, nn.SpectralNorm), where statistics can't be kept. Leave it in "
+                f"float with a rule without specs before the others. ({error})"
+            ) from error
+        if frames is not None:
+            frames.append(frame)
+        return trees_of.kept(out["params"], _SUFFIX)
+
+    def start(found, path, operand, x, spec, axes):
+        shape = tuple(n if i in axes else 1 for i, n in enumerate(x.shape)) if axes else ()
+        observer = OBSERVERS[specs.observer(path, operand)]
+        return task.start((path, operand), shape, spec, observer)
+
+    def update(found, path, operand, x, spec, axes):
+        observer = OBSERVERS[specs.observer(path, operand)]
+        return task.update(found, jax.lax.stop_gradient(x), spec, axes, observer)
+
+    # The states' tree comes from a run of which nothing but the empty states is computed.
+    states = jax.jit(lambda v, a: run(v, {}, a, start))(variables, inputs[0])
+    for (path, operand), moments in (known or {}).items():
+        _at(states, path)[f"{operand}{_SUFFIX}"]["stats"] = moments
+    # The variables are arguments: XLA would fold the statistics of constants, slowly.
+    step = jax.jit(lambda v, s, a: run(v, s, a, update))
+    for arguments in inputs:
+        states = step(variables, states, arguments)
+    return {
+        (path, operand): state for path, operand, state in trees_of.walk(states, _SUFFIX) if state
+    }
+
+
+def _at(tree: Tree, path: str) -> Tree:
+    for key in path.split("/") if path else []:
+        tree = tree[key]
+    return tree
+
+
+def _joined(floats: Mapping[str, Any], states: Tree) -> Tree:
+    def merge(params, extra):
+        out = dict(params)
+        for key, value in extra.items():
+            inside = not key.endswith(_SUFFIX) and isinstance(params.get(key), Mapping)
+            out[key] = merge(params[key], value) if inside else value
+        return out
+
+    return {**floats, "params": merge(floats.get("params", {}), states)}
+
+
+def _put(tree: Tree, path: str, name: str, value: Any) -> None:
+    for key in path.split("/") if path else []:
+        tree = tree.setdefault(key, {})
+    tree[name] = value
+
+
+def _named(key: tuple[str, str], function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except ValueError as error:
+        path, operand = key
+        raise ValueError(f"{operand} of layer {path!r}: {error}") from None
+
+
+def _check_sign(path: str, operand: str, spec: Spec, moments: stats.Stats) -> None:
+    lowest = float(np.min(np.asarray(moments.lo)))
+    if spec.symmetric and not spec.signed and lowest < 0:
+        raise ValueError(
+            f"{operand} of layer {path!r} goes down to {lowest:.4g}, but its spec is unsigned and "
+            "symmetric: all negative values would become 0. Use signed=True, or symmetric=False "
+            "for an affine grid; a preset signs such inputs itself: "
+            "presets.rules(name, model=model, images=images)."
+        )
+
+
+def _check_silent(path: str, operand: str, moments: stats.Stats) -> None:
+    """An all-zero weight is exact on any grid, but the range of a silent input is not known."""
+    if operand in ("input", "other") and not np.any(moments.lo) and not np.any(moments.hi):
+        raise ValueError(
+            f"{operand} of layer {path!r} is 0 in all the calibration data, so its range is not "
+            "known: real values would meet a grid of step 1. Give batches of real inputs; where "
+            "the layer before it is dead, leave this one in float with a rule without specs before "
+            "the others."
+        )

@@ -1,0 +1,365 @@
+"""What each quantizer of a calibrated net does to data, operand by operand.
+
+    print(diagnose(net, variables, batches))
+
+Where a low-bit net has lost its accuracy: an input whose range is clipped, a weight that uses three
+of its sixteen codes, a layer whose signal-to-quantization-noise ratio is far below its
+neighbours'. The net runs quantized, so each operand is what it is behind quantized layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax.numerics import Spec, compute_dtype
+from qkd_jax.quantize import variables as trees_of
+from qkd_jax.quantize.calibration import model_arguments
+from qkd_jax.quantize.interception import Frame, split_groups
+from qkd_jax.quantize.model import QuantizedModel
+from qkd_jax.quantize.variables import join_quant
+from qkd_jax.quantizers import QUANTIZERS, in_use
+
+__all__ = ["Diagnosed", "Diagnosis", "diagnose"]
+
+Tree = dict[str, Any]
+_SUFFIX = "_diagnosed"
+# Where a grid has no codes to ask, its ends are what these two are rounded to.
+_FAR = 1e15
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosed:
+    """One quantized operand of a layer, over all the data that it was shown.
+
+    Attributes:
+      path: the layer's path; a step of a scanned layer has its number behind, "block/dense[2]".
+      operand: "weight", "input", "other" (of an attention product) or "output".
+      bits: bits of its spec, or those in use where they are learned.
+      label: its format and quantizer, such as "int4 lsq per channel".
+      count: number of elements.
+      lo: smallest value.
+      hi: largest value.
+      grid_lo: smallest value that the quantizer can give, over channels (rows, if it is dynamic).
+      grid_hi: largest one.
+      clipped: share of the elements beyond the grid's ends by more than half a step (by anything,
+        for a grid that is not uniform, or where the quantizer clips before it scales).
+      zeros: share of the elements that become 0.
+      used: how many codes occur, all channels taken together; of a weight whose grid is not uniform
+        the distinct values of the channel that has most; None for other operands on such a grid.
+      levels: how many codes there are.
+      sqnr: signal-to-quantization-noise ratio 10 log10(sum x^2 / sum (x - x_hat)^2) in dB; inf if
+        the operand lies on its grid already, NaN if it is 0 throughout.
+      oscillating: share of a weight's codes that oscillate in training, where that was tracked.
+    """
+
+    path: str
+    operand: str
+    bits: int
+    label: str
+    count: int
+    lo: float
+    hi: float
+    grid_lo: float
+    grid_hi: float
+    clipped: float
+    zeros: float
+    used: int | None
+    levels: int
+    sqnr: float
+    oscillating: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """All quantized operands of a net in the order in which they run; prints as a table."""
+
+    operands: tuple[Diagnosed, ...]
+
+    def records(self) -> list[dict[str, Any]]:
+        """The operands as dicts, for JSON or a data frame."""
+        return [dataclasses.asdict(operand) for operand in self.operands]
+
+    def __str__(self) -> str:
+        headings = ["layer", "operand", "grid", "data", "grid range", "clipped", "zero", "codes"]
+        headings.append("SQNR dB")
+        tracked = any(d.oscillating is not None for d in self.operands)
+        headings += ["oscillating"] if tracked else []
+        rows = [
+            [*_cells(d), *([_percent(d.oscillating)] if tracked else [])] for d in self.operands
+        ]
+        widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                text.ljust(width) if place < 3 else text.rjust(width)
+                for place, (text, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in [headings, *rows]
+        )
+
+
+def _cells(d: Diagnosed) -> list[str]:
+    used = "-" if d.used is None else f"{d.used}"
+    return [
+        d.path,
+        d.operand,
+        d.label,
+        f"{d.lo:.3g} .. {d.hi:.3g}",
+        f"{d.grid_lo:.3g} .. {d.grid_hi:.3g}",
+        _percent(d.clipped),
+        _percent(d.zeros),
+        f"{used}/{d.levels}",
+        f"{d.sqnr:.1f}",
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}%"
+
+
+def diagnose(
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    oscillating: Mapping[str, float] | None = None,
+    **kwargs: Any,
+) -> Diagnosis:
+    """Measures every quantized operand of a net on data.
+
+    One compiled pass; what is kept of a batch are sums and counts, so batches of different sizes
+    add up to what one batch of all of them gives.
+
+    Args:
+      net: the net.
+      variables: its calibrated variables, before or after training.
+      batches: an iterable of model inputs, as `calibrate` takes them.
+      oscillating: {layer path: share of its weights that oscillate}, where training tracked it.
+      **kwargs: further arguments of the model's call, such as `train=False`.
+
+    Returns:
+      A `Diagnosis`; print it, or ask for `.operands` or `.records()`.
+
+    Raises:
+      ValueError: no batch, an empty one, or a net of which nothing is quantized yet.
+    """
+    if hasattr(batches, "shape") or isinstance(batches, Mapping):
+        raise ValueError("batches is one batch; give a list of batches, such as [images].")
+    joined = join_quant(variables)
+    run, order = _runner(net, kwargs)
+    total: dict[tuple[str, str, int | None], dict[str, Any]] = {}
+    number = -1
+    for number, batch in enumerate(batches):
+        arguments = model_arguments(batch)
+        if any(np.shape(a)[:1] == (0,) for a in arguments):
+            raise ValueError(f"batch {number} of batches is empty; leave it out.")
+        for key, found in _separate(jax.device_get(run(joined, arguments)), order):
+            if key not in total:
+                total[key] = found
+            elif key[1] != "weight":  # the same in every batch
+                total[key] = _added(total[key], found)
+    if number < 0:
+        raise ValueError("batches is empty; give at least one batch of real inputs.")
+    if not total:
+        raise ValueError(
+            "nothing of this net is quantized: its variables have no quantizers. Calibrate it "
+            "first; `coverage` lists what its rules plan."
+        )
+    shares = oscillating or {}
+    return Diagnosis(
+        tuple(_finished(net, *key, found, shares.get(key[0])) for key, found in total.items())
+    )
+
+
+def _runner(net: QuantizedModel, kwargs: Mapping[str, Any]):
+    """Returns (compiled function of variables and arguments, the operands in running order)."""
+    order: dict[tuple[str, str], None] = {}
+
+    def run(joined, arguments):
+        with nn.intercept_methods(_Watching(net, order)):
+            _, out = net.model.apply(joined, *arguments, mutable=["params"], **kwargs)
+        return trees_of.kept(out["params"], _SUFFIX)
+
+    return jax.jit(run), order
+
+
+def _separate(states: Tree, order: Iterable[tuple[str, str]]):
+    """Yields ((path, operand, step of a scan or None), sums) of one batch, in running order."""
+    found = {(path, operand): sums for path, operand, sums in trees_of.walk(states, _SUFFIX)}
+    for path, operand in order:
+        sums = found[path, operand]
+        shape = np.shape(sums["count"])
+        # The steps of a scanned or vmapped layer are layers, each with quantizers of its own.
+        for step, place in enumerate(np.ndindex(*shape)):
+            key = (path, operand, step if shape else None)
+            yield key, {name: value[place] for name, value in sums.items()}
+
+
+class _Watching(Frame):
+    """A quantized application that leaves the sums of each operand beside its quantizer.
+
+    Written into the layer's own scope they come out of `nn.scan`, `nn.vmap` and `nn.remat` as the
+    layer's parameters do; handed to a callback they would leak from there.
+    """
+
+    def __init__(self, net: QuantizedModel, order: dict[tuple[str, str], None]):
+        super().__init__(net.spec_of, watch=self._look)
+        self.order = order
+        self.looked: tuple[Any, ...] | None = None
+
+    def _look(self, path, operand, x, x_hat, spec, params):
+        self.looked = (x, x_hat, spec, params)
+
+    def _operand(self, module, sub, path, operand, x, place, *, batch_axes=()):
+        self.looked = None
+        out = super()._operand(module, sub, path, operand, x, place, batch_axes=batch_axes)
+        if self.looked is not None:
+            x, x_hat, spec, params = self.looked
+            if isinstance(spec.granularity, int):
+                axis = self.seen[path].group_axis
+                x, x_hat = (split_groups(a, axis, spec.granularity) for a in (x, x_hat))
+            name = f"{operand}{_SUFFIX}"
+            sums = _sums(x, x_hat, spec, params, operand)
+            before = self._variables(module, sub, name)  # a layer that the net calls again
+            if before is None:
+                self._write(module, sub, name, sums)
+            elif operand != "weight":
+                self._write(module, sub, name, _added(before, sums))
+            self.order[path, operand] = None
+        return out
+
+
+def _sums(x: Any, x_hat: Any, spec: Spec, params: Any, operand: str) -> Tree:
+    """What is kept of one operand: sums, counts and extremes, that batches can be added to."""
+    module = QUANTIZERS[spec.quantizer]
+    learned = spec.option("learn_bits", False)
+    x, x_hat = (jax.lax.stop_gradient(a.astype(compute_dtype(a))) for a in (x, x_hat))
+    params = jax.lax.stop_gradient(params)
+    view = module.integer_view(params, spec)
+    if view is None:
+        low, high = _asked(params, spec)
+        slack, extra = 0.0, {}
+        if operand == "weight":
+            extra["distinct"] = _distinct(x_hat, params)
+    else:
+        scale, zero_point, format = view
+        # The view has the format of the upper bound of learned bits.
+        ends = (scale * (code - zero_point) for code in (format.qmin, format.qmax))
+        low, high = _asked(params, spec) if learned else ends
+        slack = scale / 2
+        codes = jnp.round(x_hat * (1 / scale) + zero_point) - format.qmin
+        extra = {"codes": jnp.zeros(format.levels, bool).at[codes.astype(jnp.int32)].set(True)}
+    ends = (low - slack, high + slack)
+    if hasattr(module, "clip_range"):
+        ends = module.clip_range(params, spec)
+    beyond = (x < ends[0]) | (x > ends[1])
+    return {
+        "lo": jnp.min(x),
+        "hi": jnp.max(x),
+        "grid_lo": jnp.min(low),
+        "grid_hi": jnp.max(high),
+        "count": jnp.asarray(x.size, jnp.int32),
+        "clipped": jnp.sum(beyond, dtype=jnp.int32),
+        "zeros": jnp.sum(x_hat == 0, dtype=jnp.int32),
+        "signal": jnp.sum(jnp.square(x)),
+        "noise": jnp.sum(jnp.square(x - x_hat)),
+        **({"bits": jnp.max(params["bits"])} if learned else {}),
+        **extra,
+    }
+
+
+def _asked(params: Any, spec: Spec) -> Iterator[jax.Array]:
+    """Yields the ends of a grid as its quantizer gives them."""
+    shape = jax.tree.leaves(params)[0].shape
+    for far in (-_FAR, _FAR):
+        yield QUANTIZERS[spec.quantizer].fake_quant(jnp.full(shape, far), params, spec)
+
+
+def _distinct(x_hat: jax.Array, params: Any) -> jax.Array:
+    """Distinct values of the channel that has most, for channels differ in their scales."""
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == x_hat.ndim]
+    own = [a for a in range(x_hat.ndim) if any(s[a] == x_hat.shape[a] != 1 for s in shapes)]
+    rows = jnp.moveaxis(x_hat, own, range(len(own)))
+    rows = rows.reshape(math.prod(x_hat.shape[a] for a in own), -1)
+    rows = jnp.sort(rows, axis=1)
+    return 1 + jnp.max(jnp.sum(rows[:, 1:] != rows[:, :-1], axis=1))
+
+
+_EXTREMES = {
+    "lo": "minimum",
+    "grid_lo": "minimum",
+    "hi": "maximum",
+    "grid_hi": "maximum",
+    "bits": "maximum",
+}
+
+
+def _added(a: Mapping[str, Any], b: Mapping[str, Any]) -> Tree:
+    """Joins two parts of the data, traced or on the host (there without rounding or overflow)."""
+    traced = any(isinstance(v, jax.Array) for v in a.values())
+    np_, wide = (jnp, lambda v: v) if traced else (np, _wide)
+    out = {}
+    for key in a:
+        if key in _EXTREMES:
+            out[key] = getattr(np_, _EXTREMES[key])(a[key], b[key])
+        elif key == "codes":
+            out[key] = a[key] | b[key]
+        else:
+            out[key] = wide(a[key]) + wide(b[key])
+    return out
+
+
+def _wide(value: Any) -> Any:
+    return int(value) if np.issubdtype(np.asarray(value).dtype, np.integer) else float(value)
+
+
+def _finished(
+    net: QuantizedModel,
+    path: str,
+    operand: str,
+    step: int | None,
+    found: Mapping[str, Any],
+    oscillating: float | None,
+) -> Diagnosed:
+    spec = net.spec_of(path, operand)
+    assert spec is not None
+    spec = in_use(spec, {name: np.asarray(found[name]) for name in ("bits",) if name in found})
+    count = int(found["count"])
+    signal, noise = float(found["signal"]), float(found["noise"])
+    if noise > 0:
+        sqnr = 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    else:
+        sqnr = math.inf if signal > 0 else math.nan
+    if noise != noise or signal != signal:
+        sqnr = math.nan
+    levels, used = 2**spec.bits, None
+    if "codes" in found:
+        used = int(np.sum(found["codes"]))
+        # Codes of every second integer (DoReFa's weights, binary ones) take a wider format.
+        levels = min(levels, len(found["codes"]))
+    elif "distinct" in found:
+        used = int(found["distinct"])
+    return Diagnosed(
+        path=path if step is None else f"{path}[{step}]",
+        operand=operand,
+        bits=spec.bits,
+        label=spec.label,
+        count=count,
+        lo=float(found["lo"]),
+        hi=float(found["hi"]),
+        grid_lo=float(found["grid_lo"]),
+        grid_hi=float(found["grid_hi"]),
+        clipped=int(found["clipped"]) / count,
+        zeros=int(found["zeros"]) / count,
+        used=used,
+        levels=levels,
+        sqnr=sqnr,
+        oscillating=oscillating if operand == "weight" else None,
+    )

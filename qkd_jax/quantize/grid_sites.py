@@ -1,0 +1,275 @@
+"""Where a model can be quantized: the signs of operands, and the places that want a grid.
+
+Read from the graph of the float model, before any data: an operand is unsigned where its values are
+proven not to be negative (they follow a ReLU, a softmax, a sum of such ...), and signed elsewhere.
+
+An engine that computes on integers needs a grid on both inputs and the output of a residual sum, on
+what is pooled, and on the logits; and one grid, made where the tensor is made, for a tensor that
+several layers read. These places are outputs of modules: `Site`s that a rule's `output` reaches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.core import unfreeze
+
+from qkd_jax import graph as graphs
+from qkd_jax.graph import Graph, Node
+from qkd_jax.quantize.interception import Frame
+from qkd_jax.quantize.model import quantize
+
+__all__ = ["Layer", "Placement", "Site", "placement"]
+
+MOVES = frozenset(
+    "reshape transpose rev squeeze expand_dims broadcast_in_dim slice convert_element_type copy "
+    "stop_gradient optimization_barrier gather dynamic_slice".split()
+)
+# Keeps a tensor on its grid, beside `MOVES`: a choice among its values, or among them and zero.
+CHOICES = frozenset({"reduce_window_max", "reduce_max", "max"})
+# Of values that are not negative these make others that are not.
+KEEP_SIGN = MOVES | frozenset(
+    "add mul div reduce_sum reduce_max reduce_min reduce_window_sum reduce_window_max sqrt rsqrt "
+    "cumsum cumprod concatenate pad dot_general conv_general_dilated min clamp integer_pow pow "
+    "sort".split()
+)
+NEVER_NEGATIVE = frozenset({"exp", "exp2", "abs", "logistic", "square", "iota"})
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer with a product.
+
+    Attributes:
+        path: its path.
+        unsigned: per operand ("input", "other"), whether its values are never negative.
+        source: path of the module whose output its input is, unchanged, or "".
+    """
+
+    path: str
+    unsigned: Mapping[str, bool]
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A module's output that wants a grid.
+
+    Attributes:
+        path: the module's path.
+        unsigned: whether its values are never negative.
+        readers: paths of the layers whose input it is, unchanged.
+        why: "sum", "pool", "logits" or "several readers".
+    """
+
+    path: str
+    unsigned: bool
+    readers: tuple[str, ...]
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """What a preset must know of a model.
+
+    Attributes:
+        layers: those with a product, in the order in which they run.
+        sites: outputs between them that want a grid.
+        summed: {path: length of the axis that the layer's weight is summed over}, which groups must
+            divide; 0 where nothing is summed (a table that is looked up).
+    """
+
+    layers: tuple[Layer, ...]
+    sites: tuple[Site, ...]
+    summed: Mapping[str, int]
+
+
+def placement(model: nn.Module, images: Any, **kwargs: Any) -> Placement:
+    """Finds a model's layers and sites; nothing is computed.
+
+    Args:
+        model: a linen module.
+        images: example input, or its shape; sizes play no part in the answer.
+        **kwargs: further arguments of the model's call.
+    """
+    shapes = jax.tree.map(lambda a: (tuple(a.shape), np.dtype(a.dtype)), images)
+    leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return _placement(model, tuple(leaves), tree, tuple(sorted(kwargs.items())))
+
+
+@functools.lru_cache(maxsize=64)
+def _placement(model: nn.Module, leaves: Any, tree: Any, kwargs: Any) -> Placement:
+    images = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    net, options = quantize(model), dict(kwargs)
+    frame = Frame(net.spec_of)
+
+    def start() -> Any:  # traced, never computed
+        with nn.intercept_methods(frame):
+            return unfreeze(model.init(jax.random.key(0), _zeros(images), **options))
+
+    variables = jax.eval_shape(start)
+    summed = {
+        path: use.shapes["weight"][use.group_axis] if use.group_axis >= 0 else 0
+        for path, use in frame.seen.items()
+        if "weight" in use.shapes
+    }
+    traced = graphs.trace(
+        lambda v, x: net.trace_apply(v, x, mark_outputs=True, **options),
+        variables,
+        images,
+        evaluate=False,
+    )
+    return _Search(traced).placement(summed)
+
+
+def _zeros(images: Any) -> Any:
+    return jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), images)
+
+
+class _Search:
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.unsigned: dict[int, bool] = {}
+        for node in graph.nodes:
+            for value in node.outputs:
+                self.unsigned[value] = self.sign(node)
+
+    def placement(self, summed: Mapping[str, int]) -> Placement:
+        layers: dict[str, Layer] = {}
+        readers: dict[str, list[str]] = {}  # origin of a tensor -> layers that read it unchanged
+        for node in self.graph.nodes:
+            operand = node.params.get("operand") if node.op in graphs.MARKERS else None
+            if operand not in ("input", "other"):
+                continue
+            path, value = node.params["path"], node.inputs[0]
+            marker = self.output_marker(value)
+            source = "" if marker is None else marker.params["path"]
+            known = layers.get(path)
+            unsigned = dict(known.unsigned) if known else {}
+            unsigned[operand] = unsigned.get(operand, True) and self.known(value)
+            if operand == "input":
+                same = source if known is None or known.source == source else ""
+                layers[path] = Layer(path, unsigned, same)
+                readers.setdefault(source, []).append(path)
+            else:
+                layers[path] = dataclasses.replace(layers[path], unsigned=unsigned)
+        return Placement(tuple(layers.values()), tuple(self.sites(layers, readers)), summed)
+
+    def sites(self, layers: dict[str, Layer], readers: dict[str, list[str]]) -> list[Site]:
+        wanted: dict[str, str] = {}
+        unsigned: dict[str, bool] = {}
+
+        def want(value: int, why: str) -> None:
+            marker = self.origin(value)
+            if marker is not None:
+                path = marker.params["path"]
+                wanted.setdefault(path, why)
+                sign = self.known(marker.inputs[0])
+                unsigned[path] = unsigned.get(path, True) and sign
+
+        for node in self.graph.nodes:
+            if node.op in graphs.MARKERS:
+                if node.params["operand"] == "input":
+                    source = layers[node.params["path"]].source
+                    if source and len(set(readers[source])) > 1:
+                        want(node.inputs[0], "several readers")
+            elif node.op in ("add", "sub", "add_any") and not any(map(self.fixed, node.inputs)):
+                if self.joins(node):
+                    for value in node.inputs:
+                        want(value, "sum")
+            elif node.op in ("reduce_sum", "reduce_window_sum") and self.pools(node):
+                want(node.inputs[0], "pool")
+        for value in self.graph.outputs:
+            want(value, "logits")
+        return [
+            Site(
+                path,
+                unsigned[path],
+                tuple(p for p in readers.get(path, ()) if layers[p].source == path),
+                why,
+            )
+            for path, why in wanted.items()
+        ]
+
+    def fixed(self, value: int) -> bool:
+        """Whether a value comes from the variables or the code alone."""
+        return value in self.graph.constants or value in self.graph.sources
+
+    def joins(self, node: Node) -> bool:
+        """Whether a sum joins two branches; a polynomial of one tensor (in GELU) does not."""
+        a, b = node.inputs
+        same = self.graph.shape(a) == self.graph.shape(b) and math.prod(self.graph.shape(a)) > 1
+        return same and a not in self.elementwise(b) and b not in self.elementwise(a)
+
+    def elementwise(self, value: int) -> set[int]:
+        """What a value is computed from, back to the nearest products."""
+        found, pending = {value}, [value]
+        while pending:
+            node = self.graph.producer(pending.pop())
+            if node is not None and node.op not in PRODUCTS:
+                pending += [v for v in node.inputs if v not in found]
+                found.update(node.inputs)
+        return found - {value}
+
+    def pools(self, node: Node) -> bool:
+        """Whether a reduction averages over places and not over the features of one."""
+        if node.op == "reduce_window_sum":
+            return True
+        return len(self.graph.shape(node.inputs[0])) - 1 not in node.params["axes"]
+
+    def output_marker(self, value: int) -> Node | None:
+        """The innermost mark of a module's output that a value is, unchanged."""
+        found = None
+        while (node := self.graph.producer(value)) is not None and node.op in graphs.MARKERS:
+            if node.params["operand"] == "output":
+                found = node
+            value = node.inputs[0]
+        return found
+
+    def origin(self, value: int) -> Node | None:
+        """The module's output that a value is, but for moves and choices among its entries."""
+        while (node := self.graph.producer(value)) is not None:
+            if (marker := self.output_marker(value)) is not None:
+                return marker
+            if node.op in MOVES or node.op in graphs.MARKERS:
+                value = node.inputs[0]
+            elif node.op in CHOICES:
+                moving = [v for v in node.inputs if not self.fixed(v)]
+                if len(moving) != 1:
+                    return None
+                value = moving[0]
+            else:
+                return None
+        return None
+
+    def known(self, value: int) -> bool:
+        """Whether a value is known not to be negative."""
+        if value in self.unsigned:
+            return self.unsigned[value]
+        if value in self.graph.constants:
+            return bool(np.all(np.asarray(self.graph.constants[value]) >= 0))
+        return False
+
+    def sign(self, node: Node) -> bool:
+        if node.op in NEVER_NEGATIVE:
+            return True
+        if node.op == "max":
+            return any(map(self.known, node.inputs))
+        if node.op == "select_n":
+            return all(map(self.known, node.inputs[1:]))
+        if node.op in ("mul", "dot_general") and len(set(node.inputs[:2])) == 1:
+            return node.op == "mul" or self.known(node.inputs[0])
+        if node.op == "integer_pow" and node.params["y"] % 2 == 0:
+            return True
+        if node.op in graphs.MARKERS or node.op in KEEP_SIGN:
+            moved = node.inputs[:1] if node.op in MOVES or node.op in graphs.MARKERS else None
+            return all(map(self.known, moved if moved is not None else node.inputs))
+        return False

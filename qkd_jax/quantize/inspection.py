@@ -1,0 +1,313 @@
+"""What quantization does to a net, said before anything is trained: layers, sizes, coverage.
+
+Nothing here computes: shapes come from `jax.eval_shape`, products from the traced graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from qkd_jax import graph
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize.interception import Frame, LayerUse
+from qkd_jax.quantize.model import QuantizedModel
+from qkd_jax.quantizers import QUANTIZERS, in_use
+
+__all__ = ["Coverage", "Covered", "LayerInfo", "Size", "coverage", "layers", "size"]
+
+_TABLES = ("kernel", "embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerInfo:
+    """One layer of a net.
+
+    Attributes:
+      path: "stage1_block0/conv1".
+      kind: "conv", "dense", "einsum", "embed", "conv_transpose" or "attention".
+      weight_shape: shape of the kernel or table as the layer sees it; () for attention's products.
+      params: number of parameters of the layer, bias included.
+      weight: spec of the weight, or None for float; its bits, if they are learned, are those in
+        use. Likewise the others.
+      input: spec of the input, or None.
+      output: spec of the output, or None.
+      bits: storage of the layer's parameters in bits (kernel at its width, the rest float32).
+      calibrated: whether the layer's quantizers have their variables.
+    """
+
+    path: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    params: int
+    weight: Spec | None
+    input: Spec | None
+    output: Spec | None
+    bits: int
+    calibrated: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Storage of a net's parameters.
+
+    Attributes:
+      params: number of parameters.
+      float_bytes: bytes of all parameters in float32.
+      bytes: bytes with every quantized kernel at its width; biases, batch normalization's scale and
+        offset and the weights' own scales in float32. Running statistics are not counted: an
+        exported net has folded them away.
+    """
+
+    params: int
+    float_bytes: int
+    bytes: int
+
+
+def _seen(net: QuantizedModel, variables: Any, images: Any, **kwargs: Any) -> Frame:
+    frame = Frame(net.spec_of)
+    jax.eval_shape(lambda v, x: net._apply(frame, v, x, **kwargs), variables, images)
+    return frame
+
+
+def _at(tree: Any, path: str) -> Any:
+    for key in path.split("/") if path else []:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return {}
+        tree = tree[key]
+    return tree
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _spec(net: QuantizedModel, path: str, operand: str, quant: Any) -> Spec | None:
+    """The spec of an operand, with the bits in use; `quant` is what the layer's quantizers own."""
+    spec = net.spec_of(path, operand)
+    return None if spec is None else in_use(spec, quant.get(f"{operand}_quantizer"))
+
+
+def _scales(spec: Spec, params: Any, use: LayerUse) -> int:
+    """How many float32 numbers a weight's scales (and zero points) are, measured or planned."""
+    if params is not None and not spec.dynamic:
+        view = QUANTIZERS[spec.quantizer].integer_view
+        scale = jax.eval_shape(lambda p: (view(p, spec) or (None,))[0], params)
+        if scale is None:
+            return _count(params)
+        count = math.prod(scale.shape)
+    elif spec.granularity == "tensor":
+        count = 1
+    else:
+        shape = use.shapes["weight"]
+        count = math.prod(shape[axis] for axis in use.channels["weight"])
+        if isinstance(spec.granularity, int):
+            count *= shape[use.group_axis] // spec.granularity
+    return count if spec.symmetric else 2 * count
+
+
+def layers(
+    net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
+) -> list[LayerInfo]:
+    """Lists the layers that quantization can reach, in the order in which they run.
+
+    Args:
+      net: the net.
+      variables: its variables, or their shapes.
+      images: example input, or its shape.
+      **kwargs: further arguments of the model's call.
+
+    Returns:
+      One `LayerInfo` a layer. An uncalibrated net lists what its rules plan.
+    """
+    found = []
+    for path, use in _seen(net, variables, images, **kwargs).seen.items():
+        params = _at(variables.get("params", {}), path)
+        quant = _at(variables.get("quant", {}), path)
+        weight = _spec(net, path, "weight", quant) if "weight" in use.shapes else None
+        params = {k: v for k, v in params.items() if not isinstance(v, Mapping)}
+        table = _count({k: v for k, v in params.items() if k in _TABLES})
+        bits = 32 * _count(params)
+        if weight is not None:
+            scales = _scales(weight, quant.get("weight_quantizer"), use)
+            bits += table * (weight.bits - 32) + 32 * scales
+        found.append(
+            LayerInfo(
+                path=path,
+                kind=use.kind,
+                weight_shape=use.shapes.get("weight", ()),
+                params=_count(params),
+                weight=weight,
+                input=_spec(net, path, "input", quant) if "input" in use.shapes else None,
+                output=_spec(net, path, "output", quant),
+                bits=bits,
+                calibrated=bool(quant),
+            )
+        )
+    return found
+
+
+def size(net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any) -> Size:
+    """Counts a net's parameters and their bytes, quantized as its rules say if it is calibrated."""
+    total = _count(variables.get("params", {}))
+    bits = 32 * total
+    for layer in layers(net, variables, images, **kwargs):
+        if layer.calibrated:
+            bits += layer.bits - 32 * layer.params
+    return Size(params=total, float_bytes=4 * total, bytes=math.ceil(bits / 8))
+
+
+@dataclasses.dataclass(frozen=True)
+class Covered:
+    """One product of the forward pass.
+
+    Attributes:
+      path: the layer's path; for a product of no known layer the scope in which it stands (a
+        module's path, the equation of an einsum).
+      op: the jaxpr's operation, "dot_general" or "conv_general_dilated".
+      macs: multiply-accumulates for one example.
+      status: "quantized", "weight only", "input only", "skipped" (a rule leaves it in float, or no
+        rule speaks of the layer) or "MISSED" (a product that no rule can reach).
+      bits: (weight bits, input bits); 32 is float, and learned bits are those in use.
+    """
+
+    path: str
+    op: str
+    macs: int
+    status: str
+    bits: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """Every product of a net, and what quantization does to it; prints as a table."""
+
+    products: tuple[Covered, ...]
+    calibrated: bool
+
+    @property
+    def missed(self) -> tuple[Covered, ...]:
+        """Products that no rule can reach: `x @ w`, `jnp.dot`, custom code."""
+        return tuple(p for p in self.products if p.status == "MISSED")
+
+    def __str__(self) -> str:
+        width = max([len(p.path) for p in self.products] + [4])
+        lines = [f"{'path':{width}}  {'op':20}  {'weight':>6}  {'input':>5}  {'MACs':>12}  status"]
+        total = sum(p.macs for p in self.products) or 1
+        for p in self.products:
+            weight, inputs = ("float" if b == 32 else str(b) for b in p.bits)
+            lines.append(
+                f"{p.path:{width}}  {p.op:20}  {weight:>6}  {inputs:>5}  {p.macs:12,}  {p.status}"
+            )
+        share = sum(p.macs for p in self.products if p.status == "quantized") / total
+        state = "" if self.calibrated else " (planned: the net is float until it is calibrated)"
+        lines.append(
+            f"{len(self.products)} products, {share:.1%} of multiply-accumulates quantized{state}, "
+            f"{len(self.missed)} MISSED"
+        )
+        return "\n".join(lines)
+
+
+_LAYOUT = frozenset(
+    (
+        "reshape",
+        "transpose",
+        "rev",
+        "squeeze",
+        "expand_dims",
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "reduce_sum",
+    )
+)
+
+
+def coverage(
+    net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
+) -> Coverage:
+    """Reports every matmul and convolution: quantized, skipped by a rule, or MISSED.
+
+    The products are read from the jaxpr, not from the list of layers, so `x @ w`, `jnp.dot`,
+    `jnp.einsum` and `lax.dot_general` in a model's own code are found too, inside `jit`, `remat`,
+    `scan`, `vmap`, every branch of a `cond` and the body of a `while` (counted once, for the number
+    of its rounds is not known).
+
+    Args:
+      net: the net.
+      variables: its variables, or their shapes.
+      images: example input, or its shape.
+      **kwargs: further arguments of the model's call.
+
+    Returns:
+      A `Coverage`; `print` it, or ask for `.missed`.
+    """
+    traced = graph.trace(
+        lambda v, x: net.trace_apply(v, x, **kwargs), variables, images, evaluate=False
+    )
+    examples = jax.tree.leaves(images)[0].shape[0]
+    quant = variables.get("quant", {})
+    found = [
+        _covered(
+            net, quant, inside, node, [_mark(inside, value) for value in node.inputs[:2]], examples
+        )
+        for inside, node in _products(traced)
+    ]
+    return Coverage(tuple(found), bool(variables.get("quant")))
+
+
+def _products(traced: graph.Graph) -> Iterator[tuple[graph.Graph, graph.Node]]:
+    for node in traced.nodes:
+        if node.op in ("dot_general", "conv_general_dilated"):
+            yield traced, node
+        else:
+            for inside in graph.bodies(node):
+                yield from _products(inside)
+
+
+def _mark(traced: graph.Graph, value: int) -> graph.Node | None:
+    """The quantizer (or mark of a skipped one) an operand comes from, behind layout ops."""
+    while (node := traced.producer(value)) is not None:
+        if node.op in ("quantizer", "skipped"):
+            return node
+        if node.op not in _LAYOUT:
+            return None
+        value = node.inputs[0]
+    return None
+
+
+def _covered(net, quant, traced, node, marks, examples) -> Covered:
+    bits = {"input": 32, "weight": 32}
+    path = node.scope
+    for mark in marks:
+        if mark is None:
+            continue
+        path, operand = mark.params["path"], mark.params["operand"]
+        if mark.op == "quantizer":
+            spec = _spec(net, path, operand, _at(quant, path))
+            assert spec is not None
+            bits["weight" if operand in ("weight", "other") else "input"] = spec.bits
+    quantized = [b < 32 for b in bits.values()]
+    if all(quantized):
+        status = "quantized"
+    elif any(quantized):
+        status = "input only" if bits["weight"] == 32 else "weight only"
+    else:
+        status = "MISSED" if any(m is None for m in marks) else "skipped"
+    return Covered(
+        path, node.op, _macs(traced, node, examples), status, (bits["weight"], bits["input"])
+    )
+
+
+def _macs(traced: graph.Graph, node: graph.Node, examples: int) -> int:
+    out = math.prod(traced.shape(node.outputs[0]))
+    lhs, rhs = (traced.shape(v) for v in node.inputs[:2])
+    if node.op == "dot_general":
+        (summed, _), _ = node.params["dimension_numbers"]
+        return out * math.prod(lhs[i] for i in summed) // examples
+    numbers = node.params["dimension_numbers"]
+    return out * math.prod(rhs) // rhs[numbers.rhs_spec[0]] // examples

@@ -1,0 +1,180 @@
+"""Rules, and the quantized model that they make of any linen module.
+
+    student = quantize(model, [Rule("stem", weight=Spec(bits=8)), Rule(".*", weight=Spec(bits=2))])
+    variables = student.init(key, images)                 # float
+    variables = calibrate(student, variables, batches)    # adds the `quant` collection
+
+A rule's pattern is a regular expression that must match a layer's whole path
+("stage1_block0/conv1"); the first rule that matches decides; an operand without a spec stays in
+float. A net is float, bit for bit the linen model, until `calibrate` has given it a `quant`
+collection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any
+
+import flax.linen as nn
+from flax.core import unfreeze
+
+from qkd_jax import checks
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize.interception import Frame, is_ours
+from qkd_jax.quantize.rules import Rule, first_match
+from qkd_jax.quantize.variables import join_quant, split_quant
+
+__all__ = ["QuantizedModel", "quantize"]
+
+Variables = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedModel:
+    """A linen module with rules. Build it with `quantize`; use it like the module.
+
+    Variables are those of the module ("params", "batch_stats", ...) plus, once calibrated, "quant",
+    which lies under the same paths: `quant/stem/weight_quantizer/scale`.
+    """
+
+    model: nn.Module
+    rules: tuple[Rule, ...]
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Variables:
+        """Initialises float variables, and checks that every rule matches a layer.
+
+        Raises:
+          ValueError: a rule matches nothing; the message names the nearest path.
+        """
+        frame = Frame(self.spec_of)
+        with nn.intercept_methods(frame):
+            variables = self.model.init(rngs, *args, **kwargs)
+        self.check_rules(frame.modules, frame.seen.keys())
+        return unfreeze(variables)
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        *args: Any,
+        mutable: Any = False,
+        axis_name: str | None = None,
+        watch: Callable[..., None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Applies the model, its calibrated layers quantized.
+
+        Args:
+          variables: as `init` or `calibrate` gave them.
+          *args: what the module takes.
+          mutable: collections to return, as in linen.
+          axis_name: the axis of `pmap` or `shard_map` over which batch normalization reduces.
+          watch: called as watch(path, operand, x, x_hat, spec, params) for each quantized operand.
+          **kwargs: `rngs` (the stream "rounding" feeds stochastic rounding), `method`,
+            `capture_intermediates`, and what the module takes.
+
+        Returns:
+          The module's output, or (output, mutated collections) where `mutable` is given.
+        """
+        frame = Frame(self.spec_of, axis_name=axis_name, watch=watch)
+        return self._apply(frame, variables, *args, mutable=mutable, **kwargs)
+
+    def trace_apply(
+        self,
+        variables: Mapping[str, Any],
+        *args: Any,
+        mark_outputs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Applies with every quantizer as one named jaxpr equation: what `graph.trace` reads."""
+        frame = Frame(self.spec_of, mode="trace", mark_outputs=mark_outputs)
+        return self._apply(frame, variables, *args, **kwargs)
+
+    def _apply(self, frame: Frame, variables, *args, mutable=False, **kwargs):
+        with nn.intercept_methods(frame):
+            out = self.model.apply(join_quant(variables), *args, mutable=mutable, **kwargs)
+        if mutable is False:
+            return out
+        out, mutated = out
+        return out, split_quant(mutated)
+
+    def spec_of(self, path: str, operand: str) -> Spec | None:
+        """The spec of an operand ("weight", "input", "other", "output") of the layer at `path`."""
+        rule = first_match(self.rules, path)
+        if rule is None:
+            return None
+        return getattr(rule, operand) or (rule.input if operand == "other" else None)
+
+    def check_rules(self, paths: Iterable[str], layers: Set[str]) -> None:
+        """Raises ValueError for a rule that changes nothing.
+
+        Args:
+          paths: of all modules.
+          layers: those of them that have operands.
+        """
+        paths = sorted(paths)
+        for path in paths:
+            taken = [name for name in path.split("/") if is_ours(name)]
+            if taken:
+                raise ValueError(
+                    f"the model names a module {taken[0]!r} (at {path!r}); quantizers keep their "
+                    "variables under that name. Rename the module."
+                )
+        for place, rule in enumerate(self.rules):
+            if not any(re.fullmatch(rule.pattern, path) for path in paths):
+                shown = ", ".join(repr(p) for p in paths if p)
+                preset = " (A preset fits itself to a model: presets.rules(name, model=, images=).)"
+                raise ValueError(
+                    f"rules[{place}] {rule.pattern!r} matches no layer. A pattern must match a "
+                    f"whole path. Paths: {shown}.{checks.nearest(rule.pattern, paths)}"
+                    f"{preset if rule.pattern in ('stem|dense1', 'head') else ''}"
+                )
+            if rule.pattern == ".*":  # the rest, of which there may be none
+                continue
+            before = self.rules[:place]
+            reached = [
+                path
+                for path in paths
+                if re.fullmatch(rule.pattern, path) and first_match(before, path) is None
+            ]
+            if not reached:
+                raise ValueError(
+                    f"rules[{place}] {rule.pattern!r} is never reached: the first rule that "
+                    "matches a path decides, and rules before it match all of its paths. Move it "
+                    "to the front, or drop it."
+                )
+            if (rule.weight or rule.input or rule.other) and layers.isdisjoint(reached):
+                inside = f"{rule.pattern}/.*"
+                fits = any(re.fullmatch(inside, path) for path in layers)
+                raise ValueError(
+                    f"rules[{place}] {rule.pattern!r} matches "
+                    f"{', '.join(map(repr, reached[:3]))}, with no weight and no input to "
+                    f"quantize. A pattern must match the path of a layer"
+                    f"{f', such as {inside!r}' if fits else ''}: {', '.join(sorted(layers))}."
+                )
+
+
+def quantize(model: nn.Module, rules: Iterable[Rule] = ()) -> QuantizedModel:
+    """Makes a quantized model of any linen module; the module's own code is not touched.
+
+    Args:
+      model: an unbound linen module. A `QuantizedModel` is refused.
+      rules: the first that matches a layer's path decides; none at all gives the float model.
+
+    Returns:
+      The quantized model.
+
+    Raises:
+      ValueError: `model` is no linen module, or a rule is no `Rule`.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is {type(model).__name__}; it must be a flax.linen module"
+            + (" (quantize its `.model` anew)." if isinstance(model, QuantizedModel) else ".")
+        )
+    rules = tuple(rules)
+    for place, rule in enumerate(rules):
+        if not isinstance(rule, Rule):
+            raise ValueError(f"rules[{place}] is {rule!r}; it must be a Rule.")
+    return QuantizedModel(model, rules)

@@ -1,0 +1,376 @@
+"""Named sets of rules, and the reading of rules from plain data.
+
+A config says `rules="w2a2"` or gives a tuple of rule dicts:
+
+    ({"pattern": "stem", "weight": {"bits": 8}, "input": {"bits": 8, "symmetric": False}}, ...)
+
+Add a preset as one entry of PRESETS: a function from no arguments to such a tuple, or the tuple.
+`w<k>a<k>` is understood for any widths, listed or not; `w<k>a<k>:<quantizer>` trains with any key
+of PAIRS; `w<k>a<k>:static` and `w<k>a<k>:dynamic` are for nets that are not trained any more, with
+`:tensor`, `:channel` or a group size behind; `int<k>_weight_only:<group size>` as it says;
+`w<k>a<k>:integer` is for nets that run on integers from end to end, and `w<k>a<k>:fused` for
+engines that add a shortcut to a convolution's sums before they round (OpenVINO): what only goes
+into a sum, and the logits, have no grid of their own.
+
+What a preset cannot know is the model. Given it, `rules` makes inputs that may be negative (behind
+a LayerNorm, a GELU, a linear bottleneck) signed, and finds the ends of a net that does not call
+them "stem" and "head". Configs always give it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from qkd_jax import checks
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize.grid_sites import Layer, Placement, placement
+from qkd_jax.quantize.rules import Rule
+
+__all__ = ["PAIRS", "PRESETS", "low_bit", "post_training", "rules", "weight_only"]
+
+RuleDicts = tuple[Mapping[str, Any], ...]
+KINDS = ("static", "dynamic")
+INTEGER, FUSED = "integer", "fused"
+# Their inputs are for what follows a ReLU; where both signs come in, LSQ takes their place.
+UNSIGNED_ONLY = ("pact", "dorefa", "ewgs")
+
+
+# How each quantizer is used for a net: fields of the inner layers' weights, and of their inputs.
+# PACT has no weights of its own and takes DoReFa's, as in its paper; the weight-only quantizers
+# leave the inputs to LSQ. Where a paper starts from the data's distribution, so does the pair:
+# TQT's inputs from the entropy, LSQ+'s from the least squared error, the staircases of sigmoids
+# from a clustering, which is that too. A range up to the largest value leaves 2-bit inputs at 0.
+PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "uniform": (dict(quantizer="uniform", observer="mse"),) * 2,
+    "lsq": (dict(quantizer="lsq"), dict(quantizer="lsq")),
+    "lsq_plus": (
+        dict(quantizer="lsq_plus"),
+        dict(quantizer="lsq_plus", symmetric=False, observer="mse"),
+    ),
+    "tqt": (dict(quantizer="tqt"), dict(quantizer="tqt", observer="entropy")),
+    "pact": (dict(quantizer="dorefa"), dict(quantizer="pact")),
+    "dorefa": (dict(quantizer="dorefa"), dict(quantizer="dorefa")),
+    "ewgs": (dict(quantizer="ewgs"), dict(quantizer="ewgs")),
+    "dsq": (dict(quantizer="dsq", observer="mse"),) * 2,
+    "sigmoid": (dict(quantizer="sigmoid", observer="mse"),) * 2,
+    "qil": (dict(quantizer="qil"), dict(quantizer="qil")),
+    "apot": (dict(quantizer="apot"), dict(quantizer="apot")),
+    "codebook": (dict(quantizer="codebook"), dict(quantizer="lsq")),
+    # e4m3fn, e3m2 and e2m1 at 8, 6 and 4 bits, for inputs too, with a sign that ReLUs leave unused.
+    "float": (
+        dict(quantizer="float", options={"learned": True}),
+        dict(quantizer="float", options={"learned": True}, signed=True),
+    ),
+    "binary": (dict(quantizer="binary"), dict(quantizer="lsq")),
+    "ternary": (dict(quantizer="ternary"), dict(quantizer="lsq")),
+}
+
+
+def low_bit(
+    weight_bits: int, input_bits: int, *, quantizer: str = "lsq", ternary: bool = False
+) -> RuleDicts:
+    """Rules of low-bit training: one quantizer everywhere, the first and last layer LSQ at 8 bits.
+
+    The net's own input has both signs and a fixed distribution, so it is affine and not learned;
+    every other input follows a ReLU and is unsigned. Steps are per tensor, as in the recipe.
+
+    Args:
+      weight_bits: bits of the inner layers' weights.
+      input_bits: bits of the inner layers' inputs.
+      quantizer: a key of PAIRS.
+      ternary: weights in {-1, 0, 1} times the step: 2 bits, narrow range.
+    """
+    if quantizer not in PAIRS:
+        raise checks.unknown("quantizer of a rules preset", quantizer, PAIRS)
+    pair = zip(PAIRS[quantizer], (weight_bits, input_bits), strict=True)
+    weight, inputs = (_steady(fields, bits) for fields, bits in pair)
+    inner = dict(bits=weight_bits, **weight)
+    if ternary:
+        inner["narrow_range"] = True
+    # Not from the range: an 8-bit step whose outermost weights sit on the last code is pushed by
+    # 127 times their gradient, and ran away within ten steps of distillation.
+    end = dict(bits=8, quantizer="lsq")
+    return (
+        dict(pattern="stem|dense1", weight=end, input=dict(bits=8, signed=False, symmetric=False)),
+        dict(pattern="head", weight=end, input=dict(bits=8, quantizer="lsq", signed=False)),
+        dict(pattern=".*", weight=inner, input=dict(bits=input_bits, signed=False) | inputs),
+    )
+
+
+def _steady(fields: dict[str, Any], bits: int) -> dict[str, Any]:
+    """A pair's fields at a width: floats of 8 bits keep the scale that they start with.
+
+    It is the range over 448, and learned it lost 12 points of top-1 in 234 steps of QAT at the
+    weights' rate, from nets that had lost at most one by calibration.
+    """
+    if fields["quantizer"] == "float" and bits == 8:
+        return {key: value for key, value in fields.items() if key != "options"}
+    return fields
+
+
+def post_training(
+    weight_bits: int, input_bits: int, *, granularity: str | int = "channel", dynamic: bool = False
+) -> RuleDicts:
+    """Rules of quantization after training: uniform grids, inputs affine, the ends at 8 bits.
+
+    Ranges come from `calibrate` and its observer ("static"), or, `dynamic`, those of the inputs
+    from each row of the input at run time, so that no calibration data are needed and the weights
+    alone are prepared ahead of time.
+
+    Args:
+      weight_bits: bits of the inner layers' weights.
+      input_bits: bits of the inner layers' inputs.
+      granularity: of the weights: "channel", "tensor", or a group size.
+      dynamic: input ranges at run time, one a token (a row; for a convolution an example).
+    """
+    where = dict(dynamic=True, granularity="token") if dynamic else {}
+
+    def inputs(bits: int) -> dict[str, Any]:
+        return dict(bits=bits, signed=False, symmetric=False, **where)
+
+    end = dict(bits=max(weight_bits, 8), granularity=granularity)
+    ends = dict(weight=end, input=inputs(max(input_bits, 8)))
+    return (
+        dict(pattern="stem|dense1", **ends),
+        dict(pattern="head", **ends),
+        dict(
+            pattern=".*",
+            weight=dict(bits=weight_bits, granularity=granularity),
+            input=inputs(input_bits),
+        ),
+    )
+
+
+def weight_only(bits: int, *, granularity: str | int = "channel") -> RuleDicts:
+    """Rules that quantize weights and leave every product in float: smaller, not faster.
+
+    Args:
+      bits: bits of the weights.
+      granularity: "channel", "tensor", or a group size; int4 weights of language models have groups
+        of 32 to 128. Fitted to a model, layers whose contraction axis it does not divide have one
+        scale a channel.
+    """
+    return (dict(pattern=".*", weight=dict(bits=bits, granularity=granularity)),)
+
+
+PRESETS: dict[str, RuleDicts] = {
+    "dynamic": post_training(8, 8, dynamic=True),
+    "static": post_training(8, 8),
+    "int8_weight_only": weight_only(8),
+    "fp8": (
+        dict(
+            pattern=".*",
+            weight=dict(bits=8, quantizer="float", granularity="channel"),
+            input=dict(bits=8, quantizer="float"),
+        ),
+    ),
+    "int4_weight_only": weight_only(4, granularity=32),
+    "float": (),
+    "w8a8": low_bit(8, 8),
+    "w4a4": low_bit(4, 4),
+    "w3a3": low_bit(3, 3),
+    "w2a2": low_bit(2, 2),
+    "ternary": low_bit(2, 2, ternary=True),
+}
+
+
+def rules(
+    given: str | Iterable[Mapping[str, Any]],
+    *,
+    reduce_range: bool = False,
+    model: nn.Module | None = None,
+    images: Any = None,
+) -> tuple[Rule, ...]:
+    """Builds rules from a preset's name or from rule dicts.
+
+    Args:
+      given: a name in PRESETS, "w<k>a<k>", or dicts with the fields of `Rule`, whose `weight`,
+        `input` and `output` are dicts with the fields of `Spec`.
+      reduce_range: give 8-bit weights 7 bits. x86 engines without VNNI add pairs of products in
+        16 bits, which saturate with 8-bit weights: a wrong result without a warning.
+      model: the model that a preset is for; rule dicts are taken as they are.
+      images: example input of the model, or its shape.
+
+    Returns:
+      The rules, in order.
+
+    Raises:
+      ValueError: an unknown preset, field or value; ":integer" or ":fused" without a model.
+    """
+    if isinstance(given, str):
+        name, given = given, _preset(given)
+        ending = name.rpartition(":")[2]
+        placed = ending if ending in (INTEGER, FUSED) else ""
+        if model is not None and images is None:
+            raise ValueError("model came without images; give an example batch, or its shape.")
+        if model is not None and given:
+            given = _fitted(given, placement(model, images), placed)
+        elif placed:
+            raise ValueError(
+                f"rules preset {name!r} depends on the model's sums and pools; give model=<the "
+                "linen module> and images=<an example batch>."
+            )
+    return tuple(_rule(place, fields, reduce_range) for place, fields in enumerate(given))
+
+
+def _preset(name: str) -> RuleDicts:
+    if name in PRESETS:
+        return PRESETS[name]
+    form = re.fullmatch(r"w(\d+)a(\d+)(?::(\w+))?(?::(\w+))?", name)
+    grouped = re.fullmatch(r"int(\d+)_weight_only:(\w+)", name)
+    if grouped:
+        checks.integer_in(f"bits of rules {name!r}", int(grouped[1]), 2, 8)
+        return weight_only(int(grouped[1]), granularity=_granularity(name, grouped[2]))
+    kind = form[3] or "lsq" if form else ""
+    if form is None or (form[4] and kind not in KINDS):
+        forms = ["w<k>a<k>", "w<k>a<k>:<quantizer>", "w<k>a<k>:static:<granularity>"]
+        forms += [f"w<k>a<k>:{INTEGER}", f"w<k>a<k>:{FUSED}"]
+        raise checks.unknown("rules preset", name, [*PRESETS, *forms])
+    bits = [int(form[1]), int(form[2])]
+    fewest = 1 if kind in ("binary", "dorefa", "ewgs") else 2
+    for operand, value in zip(("weight", "input"), bits, strict=True):
+        checks.integer_in(f"{operand} bits of rules {name!r}", value, fewest, 8)
+    if kind in KINDS:
+        granularity = _granularity(name, form[4] or "channel")
+        return post_training(*bits, granularity=granularity, dynamic=kind == "dynamic")
+    return low_bit(*bits, quantizer="lsq" if kind in (INTEGER, FUSED) else kind)
+
+
+def _fitted(dicts: RuleDicts, found: Placement, placed: str) -> RuleDicts:
+    """Fits a preset to a model: rules for the layers that differ stand before the general ones.
+
+    `placed`: INTEGER gives every site a grid, FUSED those that a layer reads or a pool, "" none.
+    """
+    if not found.layers:
+        return dicts
+    dicts = tuple(_ends_by_place(fields, found) for fields in dicts)
+    sites = {
+        site.path: site
+        for site in found.sites
+        if placed == INTEGER or (placed == FUSED and (site.readers or site.why == "pool"))
+    }
+    special: list[dict[tuple, list[str]]] = [{} for _ in dicts]
+    fields_of: dict[tuple, dict[str, Any]] = {}
+    outputs: dict[tuple, list[str]] = {}
+    planned: dict[str, dict[str, Any]] = {}
+    bits: dict[str, int] = {}  # of each layer's input
+    layers = {layer.path: layer for layer in found.layers}
+    for path in dict.fromkeys([*layers, *found.summed]):  # tables have no product: no `Layer`
+        place = next((i for i, d in enumerate(dicts) if re.fullmatch(d["pattern"], path)), -1)
+        if place < 0:
+            continue
+        layer, plain = layers.get(path), {k: v for k, v in dicts[place].items() if k != "pattern"}
+        fields = plain if layer is None else _signed(dicts[place], layer)
+        planned[path] = fields = _grouped(fields, found.summed.get(path))
+        if layer is not None:
+            bits[path] = (dicts[place].get("input") or {}).get("bits", 8)
+            if layer.source in sites and path in sites[layer.source].readers:
+                fields["input"] = None
+            if path in sites:
+                fields["output"] = _output(sites[path].unsigned, 8)
+        if fields != plain:
+            key = (place, repr(sorted(fields.items())))
+            special[place].setdefault(key, []).append(path)
+            fields_of[key] = fields
+    for site in sites.values():
+        if site.path not in planned:
+            width = max([bits.get(path, 8) for path in site.readers], default=8)
+            outputs.setdefault((site.unsigned, width), []).append(site.path)
+    result = [dict(pattern=_any(paths), output=_output(*key)) for key, paths in outputs.items()]
+    for fields, groups in zip(dicts, special, strict=True):
+        result += [dict(pattern=_any(paths), **fields_of[key]) for key, paths in groups.items()]
+        if fields["pattern"] == ".*" or any(
+            re.fullmatch(fields["pattern"], layer.path)
+            and not any(re.fullmatch(rule["pattern"], layer.path) for rule in result)
+            for layer in found.layers
+        ):
+            result.append(dict(fields))
+    return tuple(result)
+
+
+def _any(paths: Iterable[str]) -> str:
+    return "|".join(map(re.escape, paths))
+
+
+def _output(unsigned: bool, bits: int) -> dict[str, Any]:
+    # The whole range of the type: engines have no kernel that also cuts off the lowest code.
+    return dict(bits=bits, quantizer="lsq", signed=not unsigned, narrow_range=False)
+
+
+def _ends_by_place(fields: Mapping[str, Any], found: Placement) -> Mapping[str, Any]:
+    """A rule for the net's ends that matches no layer takes the first or the last one instead."""
+    paths = [layer.path for layer in found.layers]
+    pattern = fields["pattern"]
+    if any(re.fullmatch(pattern, path) for path in paths):
+        return fields
+    ends = {"stem": paths[0], "head": paths[-1]}
+    return {**fields, "pattern": _any(ends[p] for p in pattern.split("|") if p in ends)}
+
+
+def _signed(fields: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
+    """A rule's fields for one layer, its inputs signed where they may be negative."""
+    out = {k: v for k, v in fields.items() if k != "pattern"}
+    spec = out.get("input")
+    if not spec or spec.get("signed", True) or not spec.get("symmetric", True):
+        return out
+    signed = {**spec, "signed": True, "narrow_range": False}
+    if spec.get("quantizer") in UNSIGNED_ONLY:
+        signed["quantizer"] = "lsq"
+    operands = layer.unsigned
+    if not operands.get("input", True):
+        out["input"] = signed
+    if "other" in operands and operands["other"] != operands["input"]:
+        out["other"] = spec if operands["other"] else signed
+    return out
+
+
+def _grouped(fields: dict[str, Any], summed: int | None) -> dict[str, Any]:
+    """A rule's fields for one layer, per channel where its groups do not fit the weight."""
+    size = (fields.get("weight") or {}).get("granularity")
+    if summed is None or not isinstance(size, int) or (summed and summed % size == 0):
+        return fields
+    return {**fields, "weight": {**fields["weight"], "granularity": "channel"}}
+
+
+def _granularity(name: str, text: str) -> str | int:
+    if text.isdigit():
+        return int(text)
+    checks.one_of(f"granularity of rules {name!r}", text, ("tensor", "channel"))
+    return text
+
+
+def _rule(place: int, fields: Mapping[str, Any], reduce_range: bool) -> Rule:
+    where = f"rules[{place}]"
+    if not isinstance(fields, Mapping):
+        raise ValueError(
+            f"{where} is {fields!r}; it must be a dict such as "
+            "{'pattern': 'stem', 'weight': {'bits': 8}}."
+        )
+    known = [f.name for f in dataclasses.fields(Rule)]
+    for key in fields:
+        if key not in known:
+            raise checks.unknown(f"field of {where}", key, known)
+    if "pattern" not in fields:
+        raise ValueError(f"{where} has no pattern; add a regular expression for whole layer paths.")
+    specs = {k: _spec(f"{where}.{k}", v) for k, v in fields.items() if k != "pattern" and v}
+    if reduce_range and "weight" in specs and specs["weight"].bits == 8:
+        specs["weight"] = dataclasses.replace(specs["weight"], bits=7)
+    return Rule(fields["pattern"], **specs)
+
+
+def _spec(where: str, fields: Mapping[str, Any]) -> Spec:
+    known = [f.name for f in dataclasses.fields(Spec)]
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where} has no field {key!r}; it has {', '.join(known)}.{hint}")
+    if "bits" not in fields:
+        raise ValueError(f"{where} has no bits; add bits=<1 to 16>.")
+    return Spec(**fields)

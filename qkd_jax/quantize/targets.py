@@ -1,0 +1,288 @@
+"""What each engine takes, in one table, and a check of rules against it before training starts.
+
+    rules = fit(rules, "onnxruntime-x86")    # 8-bit weights get 7 bits, for there they saturate
+    check(rules, "onnxruntime-x86")          # an error that names the rule and the repair
+
+A target is a name, not this machine: a file may be made here for hardware that is elsewhere. To add
+an engine, add an entry to `TARGETS`.
+
+Saturation: x86 processors without VNNI multiply 8-bit integers with an instruction that adds two
+products into 16 bits, and the sum saturates where 255 * |code| * 2 > 32767. Logits go wrong
+without a word, and accuracy alone does not show it. Weights of 7 bits are safe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qkd_jax import checks
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize.interception import OPERANDS
+from qkd_jax.quantize.rules import Rule
+
+__all__ = ["TARGETS", "Target", "check", "fit"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What an engine takes.
+
+    Attributes:
+        file: "onnx" or "stablehlo".
+        weight_bits: widths of weights that a file for it can hold.
+        input_bits: widths of activations (inputs and outputs of layers).
+        fast: widths of weight and activation below which its products run in float: codes are
+            then stored small, and unpacked to float when the file is loaded. An export says so.
+        symmetric_weights: zero points of weights must be 0.
+        narrow_weights: their lowest code (-128) must be left out.
+        symmetric_inputs: those of activations too, and their codes are signed.
+        weight_granularity: "channel" (one scale per output channel), "tensor".
+        reduce_range: 8-bit weights are given 7 bits, because full-range ones saturate.
+        dynamic: whether ranges of activations may be found at run time.
+        keeps_sum_grids: whether both sides of a sum are rounded to grids of their own. Where not,
+            the sum is added inside a convolution's kernel before anything is rounded: rules
+            "w8a8:fused" train nets for that. A net with such grids is written so that its sums
+            are not fused, which is right and slow.
+        integer_bias: biases are added to the sums as int32, in their unit: `to_onnx` rounds them
+            beforehand, so that the file is the net that runs (`ptq.integer_bias`).
+        folded_activations: what it computes inside a product's kernel; an export says so.
+        offset_before_rounding: its QuantizeLinear computes round(x / scale - lowest code): float32
+            has fewer digits left there, and one code in 100,000 comes out one off. `to_onnx` writes
+            grids whose lowest code is not 0 as Mul, Round, Clip and Cast.
+        opset: of the ONNX file. 20 has Gelu; ONNX Runtime 1.32 refuses some files of opset 21
+            whose codes are int8 (its optimizer writes a QuantizeLinear of two types).
+        int4: weights of up to 4 bits are stored in 4.
+        activations: type that holds the codes of activations, as `to_onnx` takes it.
+        engine: what runs the file here, or "" where nothing does.
+        stays_float: operations that it has no integer kernel for.
+        not_made: what such a target needs that cannot be made here.
+        sources: where this was read; "measured" where it was run.
+    """
+
+    file: str = "onnx"
+    weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    input_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    fast: int = 8
+    symmetric_weights: bool = True
+    narrow_weights: bool = False
+    symmetric_inputs: bool = False
+    weight_granularity: tuple[str, ...] = ("tensor", "channel")
+    reduce_range: bool = False
+    dynamic: bool = False
+    keeps_sum_grids: bool = True
+    integer_bias: bool = False
+    folded_activations: tuple[str, ...] = ("relu",)
+    offset_before_rounding: bool = False
+    opset: int = 20
+    int4: bool = False
+    activations: str = "uint8"
+    engine: str = ""
+    stays_float: tuple[str, ...] = ()
+    not_made: str = ""
+    sources: tuple[str, ...] = ()
+
+
+_ORT = Target(
+    fast=7,
+    integer_bias=True,
+    dynamic=True,
+    engine="onnxruntime",
+    stays_float=("Softmax", "LayerNormalization", "Gelu", "convolutions whose output has no grid"),
+    sources=(
+        "measured: onnxruntime 1.32, CPU",
+        "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
+    ),
+)
+_OPENVINO = Target(
+    fast=7,
+    folded_activations=("relu", "clip", "add"),
+    keeps_sum_grids=False,
+    offset_before_rounding=True,
+    engine="openvino",
+    stays_float=("Softmax", "LayerNormalization", "Gelu"),
+    sources=(
+        "measured: openvino 2026.4, CPU",
+        "https://docs.openvino.ai/2024/documentation/openvino-ir-format/"
+        "intermediate-representation-int8-inference.html",
+    ),
+)
+
+TARGETS: dict[str, Target] = {
+    # x86 without VNNI. No sum saturates in a file for it, so that others run it as well.
+    "onnxruntime-x86": dataclasses.replace(_ORT, reduce_range=True),
+    "openvino-cpu": dataclasses.replace(_OPENVINO, reduce_range=True),
+    # Processors with VNNI or AMX (flags avx512_vnni, avx_vnni, amx_int8 in /proc/cpuinfo).
+    "onnxruntime-x86-vnni": _ORT,
+    "openvino-cpu-vnni": _OPENVINO,
+    "litert": Target(
+        weight_bits=(8,),
+        input_bits=(8,),
+        integer_bias=True,
+        narrow_weights=True,
+        folded_activations=("relu", "relu6"),
+        opset=17,
+        activations="int8",
+        stays_float=("LayerNormalization",),
+        not_made="the .tflite flatbuffer: the ONNX file holds int8 codes as LiteRT's specification "
+        "has them (weights in [-127, 127] with zero point 0, activations in [-128, 127]), for a "
+        "converter such as onnx2tf",
+        sources=(
+            "read, not run: https://developers.google.com/edge/litert/quantization/"
+            "quantization_spec",
+        ),
+    ),
+    "tensorrt": Target(
+        weight_bits=(8,),
+        input_bits=(8,),
+        symmetric_inputs=True,
+        opset=17,
+        activations="int8",
+        folded_activations=("relu", "add"),
+        stays_float=("Softmax", "LayerNormalization", "Gelu"),
+        not_made="the engine plan: build it from the ONNX file on the GPU, with strong typing",
+        sources=(
+            "read, not run: https://docs.nvidia.com/deeplearning/tensorrt/latest/"
+            "inference-library/work-quantized-types.html",
+            "read, not run: https://docs.nvidia.com/deeplearning/tensorrt/latest/"
+            "inference-library/quantized-types-explicit-quantization.html",
+        ),
+    ),
+    "xla": Target(
+        file="stablehlo",
+        weight_bits=tuple(range(1, 17)),
+        input_bits=tuple(range(1, 17)),
+        fast=1,
+        symmetric_weights=False,
+        dynamic=True,
+        folded_activations=(),
+        engine="xla",
+        # XLA refuses integer convolutions on CUDA unless both operands are int8.
+        stays_float=(
+            "everything between products",
+            "on CUDA and TPU, products whose codes do not fit int8 (held exactly)",
+        ),
+        sources=("measured: jax 0.10 on CPU; lowered, not run, for cuda and tpu",),
+    ),
+}
+
+GRIDS = frozenset(
+    "uniform lsq lsq_plus tqt pact dorefa ewgs dsq sigmoid qil binary ternary".split()
+)
+
+
+def fit(rules: Iterable[Rule], target: str) -> tuple[Rule, ...]:
+    """Returns rules with the ranges that a target needs.
+
+    8-bit weights that would saturate get 7 bits; weights lose their lowest code and activations
+    become signed and symmetric where the target wants that. Widths are never raised: `check` names
+    those that the target does not take.
+
+    Raises:
+        ValueError: an unknown target.
+    """
+    takes, rules = lookup(target), tuple(rules)
+    reduced = takes.reduce_range and _on_codes(rules)
+
+    def fitted(operand: str, spec: Spec) -> Spec:
+        changes: dict[str, Any] = {}
+        if operand == "weight":
+            if reduced and spec.bits == 8:
+                changes["bits"] = 7
+            if takes.narrow_weights and spec.signed and spec.symmetric:
+                changes["narrow_range"] = True
+        elif takes.symmetric_inputs and spec.bits in takes.input_bits:
+            changes.update(signed=True, symmetric=True)
+        return dataclasses.replace(spec, **changes)
+
+    def specs(rule: Rule) -> dict[str, Any]:
+        given = {operand: getattr(rule, operand) for operand in OPERANDS}
+        return {operand: spec and fitted(operand, spec) for operand, spec in given.items()}
+
+    return tuple(dataclasses.replace(rule, **specs(rule)) for rule in rules)
+
+
+def check(rules: Iterable[Rule], target: str) -> None:
+    """Checks that a target can run nets with these rules.
+
+    Args:
+        rules: of a net.
+        target: a key of TARGETS.
+
+    Raises:
+        ValueError: naming the rule, what the engine takes, and the repair.
+    """
+    takes, rules = lookup(target), tuple(rules)
+    if not _on_codes(rules):
+        takes = dataclasses.replace(takes, reduce_range=False)
+    for place, rule in enumerate(rules):
+        for operand in OPERANDS:
+            spec = getattr(rule, operand)
+            if spec is None:
+                continue
+            where = f"rules[{place}] ({rule.pattern!r}).{operand}"
+            _check_spec(where, operand, spec, takes, target)
+
+
+def lookup(target: str) -> Target:
+    """Returns a target by name."""
+    if target not in TARGETS:
+        raise checks.unknown("target", target, TARGETS)
+    return TARGETS[target]
+
+
+def file_options(target: str) -> Mapping[str, Any]:
+    """Returns the options of `to_onnx` that a target wants."""
+    takes = lookup(target)
+    return {"opset": takes.opset, "int4": takes.int4, "activations": takes.activations}
+
+
+def _on_codes(rules: tuple[Rule, ...]) -> bool:
+    """Whether any product has activations on a grid; weights alone on one are read as floats."""
+    return any(rule.input or rule.output or rule.other for rule in rules)
+
+
+def _check_spec(where: str, operand: str, spec: Spec, takes: Target, target: str) -> None:
+    weight = operand == "weight"
+    if spec.quantizer not in GRIDS:
+        raise ValueError(
+            f"{where} has quantizer {spec.quantizer!r}, whose grid is not uniform; {target} "
+            "computes with integer codes and one scale. Use 'lsq' or 'uniform'."
+        )
+    allowed = takes.weight_bits if weight else takes.input_bits
+    if spec.bits not in allowed:
+        listed = ", ".join(map(str, allowed))
+        raise ValueError(f"{where} has {spec.bits} bits; {target} takes {listed}. Use one of them.")
+    if spec.dynamic and (weight or not takes.dynamic):
+        raise ValueError(
+            f"{where} finds its range at run time (dynamic=True); a file for {target} has "
+            f"{'weights' if weight else 'ranges'} that are known beforehand. Use dynamic=False and "
+            "calibrate."
+        )
+    if weight and spec.granularity not in takes.weight_granularity:
+        raise ValueError(
+            f"{where} has granularity {spec.granularity!r}; {target} takes "
+            f"{' or '.join(map(repr, takes.weight_granularity))}. Use 'channel'."
+        )
+    if weight and takes.symmetric_weights and not (spec.symmetric and spec.signed):
+        raise ValueError(
+            f"{where} is {'unsigned' if spec.symmetric else 'affine'}; {target} takes weights "
+            "with zero point 0 alone. Use signed=True, symmetric=True."
+        )
+    if weight and takes.narrow_weights and not spec.format.narrow_range:
+        raise ValueError(
+            f"{where} has narrow_range=False; {target} takes weights without the lowest code. Use "
+            "narrow_range=True."
+        )
+    if not weight and takes.symmetric_inputs and not (spec.symmetric and spec.signed):
+        raise ValueError(
+            f"{where} is {'unsigned' if spec.symmetric else 'affine'}; {target} takes signed "
+            "activations with zero point 0 alone. Use signed=True, symmetric=True."
+        )
+    if weight and takes.reduce_range and spec.bits == 8:
+        raise ValueError(
+            f"{where} has 8 bits, whose sums saturate on {target} (x86 without VNNI): logits go "
+            "wrong there and accuracy may not show it. Use 7 bits (`targets.fit`, or the net's "
+            f"reduce_range=true), or the target {target}-vnni for processors that have VNNI."
+        )

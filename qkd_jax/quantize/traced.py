@@ -1,0 +1,388 @@
+"""The products of a traced net: which layer they belong to and what their operands are.
+
+Folding, conversion and export all start from this list. An operand is followed back through
+operations that only move numbers (`LAYOUT`) to the marker that the net's trace mode put on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax.core import unfreeze
+
+from qkd_jax import graph as graphs
+from qkd_jax.graph import Graph, Node
+from qkd_jax.numerics import IntFormat, Spec, check_scale
+from qkd_jax.quantize.model import QuantizedModel
+from qkd_jax.quantizers import QUANTIZERS, found_params, in_use
+
+__all__ = [
+    "Operand",
+    "Product",
+    "TracedNet",
+    "found_grid",
+    "is_found",
+    "known_view",
+    "products",
+    "quantizer_params",
+    "trace_net",
+    "view",
+]
+
+LAYOUT = frozenset({"reshape", "transpose", "rev", "squeeze", "expand_dims", "copy"})
+PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TracedNet:
+    """A net's graph, and the modules that the folding of BatchNorm can speak to.
+
+    Attributes:
+        net: the net.
+        variables: as traced, that is without the multipliers of layers that are folded already.
+        graph: works at any batch size.
+        multipliers: layer path -> output multiplier of a folded layer.
+        norms: paths of the `nn.BatchNorm` modules.
+        layers: paths of the layers that honour `folded`: convolutions and dense layers.
+    """
+
+    net: QuantizedModel
+    variables: dict[str, Any]
+    graph: Graph
+    multipliers: dict[str, np.ndarray]
+    norms: frozenset[str]
+    layers: frozenset[str]
+
+    def spec(self, marker: Node) -> Spec:
+        """Returns the spec of a quantizer node."""
+        spec = self.net.spec_of(marker.params["path"], marker.params["operand"])
+        assert spec is not None
+        return spec
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operand:
+    """One side of a product.
+
+    Attributes:
+        value: what the product reads.
+        shape: its shape.
+        output_axes: per axis, the output axis it becomes, or None where it is summed over.
+        marker: the quantizer (or the mark of a skipped one) it comes from, or None.
+        marker_shape: shape of what the marker writes.
+        moves: the layout operations between the two, first one first.
+    """
+
+    value: int
+    shape: tuple[int, ...]
+    output_axes: tuple[int | None, ...]
+    marker: Node | None = None
+    marker_shape: tuple[int, ...] = ()
+    moves: tuple[Node, ...] = ()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the operand comes from a calibrated quantizer."""
+        return is_quantizer(self.marker)
+
+    @property
+    def name(self) -> str:
+        """The operand's name: "input", "other", "weight", or "" without a marker."""
+        return "" if self.marker is None else self.marker.params["operand"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """A convolution or `dot_general`.
+
+    Attributes:
+        node: the product.
+        path: path of its layer; the scope, for a product in a model's own code.
+        operands: left and right.
+        rank: of the output.
+    """
+
+    node: Node
+    path: str
+    operands: tuple[Operand, Operand]
+    rank: int
+
+    @property
+    def weight(self) -> Operand | None:
+        """The operand that is a layer's weight."""
+        return next((o for o in self.operands if o.name == "weight"), None)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether both operands are on a grid, so that the product is one of integers."""
+        return all(o.quantized for o in self.operands)
+
+
+def trace_net(
+    net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
+) -> TracedNet:
+    """Traces a net in eval mode, for any batch size; `kwargs` go to the model's call."""
+    variables = unfreeze(dict(variables))
+    quant, multipliers = _without_multipliers(variables.get("quant", {}), "")
+    if quant:
+        variables = {**variables, "quant": quant}
+    norms: set[str] = set()
+    layers: set[str] = set()
+
+    def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        path = "/".join(context.module.path)
+        if isinstance(context.module, nn.BatchNorm):
+            norms.add(path)
+        elif isinstance(context.module, nn.Conv | nn.DenseGeneral | nn.Dense):
+            layers.add(path)
+        return next_fun(*args, **kwargs)
+
+    def forward(variables: Any, images: Any) -> Any:
+        with nn.intercept_methods(note):
+            return net.trace_apply(variables, images, **kwargs)
+
+    traced = graphs.trace(forward, variables, images, any_batch=True)
+    return TracedNet(net, variables, traced, multipliers, frozenset(norms), frozenset(layers))
+
+
+def is_quantizer(node: Node | None) -> bool:
+    """Whether a node is a calibrated quantizer; before calibration it has no parameters."""
+    return node is not None and node.op == "quantizer" and len(node.inputs) > 1
+
+
+def products(graph: Graph) -> list[Product]:
+    """Lists the products of a graph, in order."""
+    found = []
+    for node in graph.nodes:
+        if node.op not in PRODUCTS:
+            continue
+        axes = _output_axes(graph, node)
+        left, right = (_operand(graph, node.inputs[i], axes[i]) for i in (0, 1))
+        paths = [o.marker.params["path"] for o in (right, left) if o.marker is not None]
+        path = paths[0] if paths else node.scope
+        found.append(Product(node, path, (left, right), len(graph.shape(node.outputs[0]))))
+    return found
+
+
+def quantizer_params(traced: TracedNet, marker: Node) -> dict[str, np.ndarray]:
+    """Returns the parameters of a calibrated quantizer node, by name."""
+    tree: Any = traced.variables["quant"]
+    for key in [*marker.params["path"].split("/"), f"{marker.params['operand']}_quantizer"]:
+        tree = tree[key] if key else tree
+    # The values come from the graph: under a scan, each step has its slice of the variables.
+    values = (traced.graph.constants[v] for v in marker.inputs[1:])
+    return dict(zip(sorted(tree), values, strict=True))
+
+
+def has_codes(traced: TracedNet, operand: Operand) -> bool:
+    """Whether an operand is integer codes times a scale that can be taken out of its product.
+
+    False for float operands, for grids that are not uniform (floating point, code books), for
+    groups, whose scale varies along the sum, and for ranges that are found at run time.
+    """
+    if not operand.quantized or operand.marker is None:
+        return False
+    spec = traced.spec(operand.marker)
+    return not (spec.dynamic or isinstance(spec.granularity, int)) and (
+        _integer_view(traced, operand.marker) is not None
+    )
+
+
+def view(traced: TracedNet, marker: Node) -> tuple[np.ndarray, np.ndarray, IntFormat]:
+    """Returns (scale, zero_point, format) of a calibrated quantizer node.
+
+    Raises:
+        ValueError: its values are not integer codes times one scale known beforehand, or the
+            scale is NaN, infinite, zero or negative.
+    """
+    spec = traced.spec(marker)
+    where = _named(traced, marker)
+    if spec.dynamic:
+        raise ValueError(
+            f"{where} finds its range at run time, and this needs scales that are known "
+            "beforehand. Use dynamic=False and calibrate."
+        )
+    _check_granularity(where, spec)
+    found = _integer_view(traced, marker)
+    if found is None:
+        raise _not_uniform(where)
+    scale, zero_point, format = found
+    check_scale(f"the scale of {where}", scale)
+    return np.asarray(scale), np.asarray(zero_point), format
+
+
+def is_found(traced: TracedNet, marker: Node | None) -> bool:
+    """Whether a marker is a quantizer of an activation whose range is found at run time."""
+    if marker is None or not is_quantizer(marker) or not traced.spec(marker).dynamic:
+        return False
+    return marker.inputs[0] not in traced.graph.constants
+
+
+def found_grid(traced: TracedNet, marker: Node) -> tuple[IntFormat, tuple[int, ...]]:
+    """Returns (format, axes with ranges of their own) of a range that is found at run time.
+
+    Raises:
+        ValueError: its values are not integer codes times one scale for each of the product's
+            sums, or their zero points have no bound.
+    """
+    spec, where = traced.spec(marker), _named(traced, marker)
+    _check_granularity(where, spec)
+    own = marker.params["own"]
+    if len(own) != len(traced.graph.shape(marker.inputs[0])):
+        raise ValueError(
+            f"{where} finds its range at run time under a transformation such as nn.vmap, which "
+            "moves its axes. Use dynamic=False and calibrate."
+        )
+    axes = tuple(axis for axis, kept in enumerate(own) if kept == "1")
+    params = found_params(jnp.ones((1,) * len(own)), spec, axes)
+    found = QUANTIZERS[spec.quantizer].integer_view(params, spec)
+    if found is None:
+        raise _not_uniform(where)
+    if not spec.symmetric and spec.quantizer != "uniform":
+        raise ValueError(
+            f"{where} finds an affine range at run time whose zero points have no bound, so the "
+            "sums of its codes have none. Use quantizer='uniform', or symmetric=True."
+        )
+    return found[2], axes
+
+
+def _check_granularity(where: str, spec: Spec) -> None:
+    if isinstance(spec.granularity, int):
+        raise ValueError(
+            f"{where} has scales that vary along its product's sum, and the integer path scales "
+            "sums once. Use granularity='channel'."
+        )
+
+
+def _not_uniform(where: str) -> ValueError:
+    return ValueError(
+        f"{where} lies on a grid that is not uniform, so it has no integer codes to compute "
+        "with. Use a uniform quantizer, such as 'lsq' or 'uniform'."
+    )
+
+
+def _integer_view(traced: TracedNet, marker: Node) -> Any:
+    spec = traced.spec(marker)
+    params: Any = quantizer_params(traced, marker)
+    quantizer = QUANTIZERS[spec.quantizer]
+    if hasattr(quantizer, "live"):
+        if marker.inputs[0] in traced.graph.constants:
+            params = quantizer.live(traced.graph.constants[marker.inputs[0]], params, spec)
+        elif quantizer.live(np.zeros((1,), np.float32), params, spec) is not params:
+            return None  # parameters that depend on activations are known at run time only
+    if spec.quantizer == "uniform":
+        # Nothing learns it, so one that is 0 or below is no step that shrank but a mistake.
+        check_scale(f"the scale of {_named(traced, marker)}", params["scale"])
+    return known_view(params, spec)
+
+
+def known_view(params: Any, spec: Spec) -> Any:
+    """A quantizer's integer view where its parameters are known; None for grids without codes.
+
+    Learned bits are then a number: the format is that of the bits in use (the most that a channel
+    uses), where `integer_view` has that of their upper bound.
+    """
+    found = QUANTIZERS[spec.quantizer].integer_view(params, spec)
+    if not spec.option("learn_bits", False):
+        return found
+    return *found[:2], in_use(spec, params).format
+
+
+def _named(traced: TracedNet, marker: Node) -> str:
+    label = traced.spec(marker).label
+    return f"{marker.params['operand']} of layer {marker.params['path']!r} ({label})"
+
+
+def scale_in_output(product: Product, side: int, scale: np.ndarray) -> np.ndarray:
+    """Reshapes an operand's scale, in the operand's own layout, to the product's output.
+
+    Args:
+        product: the product.
+        side: 0 for the left operand, 1 for the right one.
+        scale: a scalar, or one value per entry of the axes that reach the output.
+
+    Raises:
+        ValueError: the scale varies along an axis that is summed over.
+    """
+    operand = product.operands[side]
+    if scale.ndim == 0 or scale.size == 1:
+        return scale.reshape(())
+    if operand.marker is not None and operand.moves:
+        whole = np.broadcast_to(scale, operand.marker_shape)
+        # A scale per channel moves with the weight: move it whole and keep one entry an axis.
+        for node in operand.moves:
+            (whole,) = graphs.execute(node, [whole])
+        whole = np.asarray(whole)
+        summed = [i for i, out in enumerate(operand.output_axes) if out is None]
+        scale = whole[tuple(slice(0, 1) if i in summed else slice(None) for i in range(whole.ndim))]
+    shape = [1] * product.rank
+    kept = []
+    for axis, out in enumerate(operand.output_axes):
+        if out is None:
+            if scale.shape[axis] != 1:
+                raise ValueError(
+                    f"the scale of {product.path!r} varies along an axis that its product sums "
+                    "over; use granularity='tensor', or 'channel' on output channels."
+                )
+        else:
+            shape[out] = scale.shape[axis]
+            kept.append((out, axis))
+    order = [axis for _, axis in sorted(kept)]
+    order += [axis for axis, out in enumerate(operand.output_axes) if out is None]
+    return scale.transpose(order).reshape(shape)
+
+
+def _operand(graph: Graph, value: int, axes: tuple[int | None, ...]) -> Operand:
+    moves: list[Node] = []
+    at = value
+    while (node := graph.producer(at)) is not None:
+        if node.op in graphs.MARKERS:
+            origin = graph.shape(node.outputs[0])
+            return Operand(value, graph.shape(value), axes, node, origin, tuple(reversed(moves)))
+        if node.op not in LAYOUT:
+            break
+        moves.append(node)
+        at = node.inputs[0]
+    return Operand(value, graph.shape(value), axes)
+
+
+def _output_axes(graph: Graph, node: Node) -> tuple[tuple[int | None, ...], ...]:
+    """Per operand and axis, the output axis it becomes."""
+    ranks = [len(graph.shape(v)) for v in node.inputs[:2]]
+    numbers = node.params["dimension_numbers"]
+    axes: list[list[int | None]] = [[None] * r for r in ranks]
+    if node.op == "conv_general_dilated":
+        axes[0][numbers.lhs_spec[0]] = numbers.out_spec[0]
+        axes[1][numbers.rhs_spec[0]] = numbers.out_spec[1]
+        return tuple(map(tuple, axes))
+    contracted, batch = numbers
+    place = len(batch[0])
+    for side in (0, 1):
+        for out, axis in enumerate(batch[side]):
+            axes[side][axis] = out
+        for axis in range(ranks[side]):
+            if axis not in contracted[side] and axis not in batch[side]:
+                axes[side][axis] = place
+                place += 1
+    return tuple(map(tuple, axes))
+
+
+def _without_multipliers(tree: Any, path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Splits a `quant` tree into one that can be traced and the multipliers of folded layers."""
+    kept: dict[str, Any] = {}
+    found: dict[str, np.ndarray] = {}
+    for key, value in tree.items():
+        if key == "folded":
+            if "multiplier" in value:
+                found[path] = np.asarray(value["multiplier"])
+            value = {k: v for k, v in value.items() if k != "multiplier"}
+        elif isinstance(value, Mapping):
+            value, inner = _without_multipliers(value, f"{path}/{key}" if path else key)
+            found.update(inner)
+        kept[key] = value
+    return kept, found

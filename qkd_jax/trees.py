@@ -1,0 +1,209 @@
+"""Pytrees as flat dicts of named arrays: what a checkpoint stores and what a hash is taken of.
+
+A leaf's name is its path with "/" between the parts, e.g. "nets/net0/params/stem/kernel" or
+"opt/net0/0/trace/stem/kernel". Every container that JAX knows has such paths (dicts, FrozenDict,
+tuples, optax's named tuples, flax structs), so one pair of functions serves all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = [
+    "at",
+    "flatten",
+    "get",
+    "host_array",
+    "key_impl",
+    "nested",
+    "put",
+    "tree_sha256",
+    "unflatten_like",
+]
+
+
+def _part(entry: Any) -> str:
+    """One step of a JAX key path as text: dict key, attribute name or index."""
+    for field in ("key", "name", "idx"):
+        if hasattr(entry, field):
+            return str(getattr(entry, field))
+    return str(entry)
+
+
+def _named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """Returns ([(name, leaf)], treedef); two leaves of one name are an error."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    named = [("/".join(_part(entry) for entry in path), leaf) for path, leaf in pairs]
+    seen: set[str] = set()
+    for name, _ in named:
+        if name in seen:
+            raise ValueError(
+                f"tree has two leaves named {name!r}; a key that contains '/' meets a nested one. "
+                "Rename one of them."
+            )
+        seen.add(name)
+    return named, treedef
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Returns {"a/b/c": leaf} for any pytree; leaves are passed through untouched.
+
+    A tree that is flat already comes back equal.
+
+    Raises:
+        ValueError: if two leaves get the same name.
+    """
+    return dict(_named_leaves(tree)[0])
+
+
+def at(collection: str, module: str, *names: str) -> str:
+    """Returns "quant/conv/folded/bias"; the root module has no name of its own."""
+    return "/".join(part for part in (collection, module, *names) if part)
+
+
+def get(tree: Mapping[str, Any], path: str) -> Any:
+    """Returns the entry of a tree at "a/b/c"."""
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
+
+
+def put(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Returns a tree with one entry replaced, in its old dtype; the rest is shared."""
+    key, _, rest = path.partition("/")
+    if rest:
+        return {**tree, key: put(tree.get(key, {}), rest, value)}
+    return {**tree, key: jnp.asarray(value, tree[key].dtype if key in tree else jnp.float32)}
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {"a": {"b": leaf}} for {"a/b": leaf}."""
+    out: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *path, last = name.split("/")
+        node = out
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return out
+
+
+def key_impl(leaf: Any) -> str | None:
+    """Returns the implementation of a typed random key ("threefry2x32"), None for other leaves."""
+    return str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
+
+
+def _is_key(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def host_array(name: str, leaf: Any) -> np.ndarray:
+    """Returns an own copy of a leaf in host memory with the dtype and bits kept.
+
+    Typed random keys give their uint32 data. The copy is needed: on CPU `np.asarray` of a JAX array
+    is a view of a buffer that the next step may be given to write into.
+
+    Args:
+        name: the leaf's name, for the error.
+        leaf: a JAX array (sharded over local devices or not), NumPy array, or Python number.
+
+    Raises:
+        ValueError: for anything else (text, objects).
+    """
+    if _is_key(leaf):
+        leaf = jax.random.key_data(leaf)
+    array = np.array(leaf, order="C", copy=True)
+    if array.dtype.kind in "OUSMm":
+        raise ValueError(
+            f"leaf {name!r} is a {type(leaf).__name__} ({array.dtype}); a tree to save holds "
+            "numbers and arrays only. Put text and other facts into `meta`."
+        )
+    return array
+
+
+def _digest(arrays: Mapping[str, np.ndarray], impls: Mapping[str, str], extra: str) -> str:
+    """sha256 over every (name, dtype, shape, bytes) in the order of names, and a text."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        dtype = f"key<{impls[name]}>" if name in impls else array.dtype.name
+        total.update(f"{name}\0{dtype}\0{array.shape}\0".encode())
+        # bfloat16 and friends have no buffer protocol, bytes have.
+        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    total.update(f"\0{extra}".encode())
+    return total.hexdigest()
+
+
+def tree_sha256(tree: Any) -> str:
+    """Returns the sha256 (hex) of a pytree: names, dtypes, shapes and bytes of all its leaves.
+
+    The same values under the same names give the same hash whatever the containers are, on any
+    number of devices, as JAX or NumPy arrays.
+    """
+    flat = flatten(tree)
+    arrays = {name: host_array(name, leaf) for name, leaf in flat.items()}
+    impls = {n: impl for n, leaf in flat.items() if (impl := key_impl(leaf)) is not None}
+    return _digest(arrays, impls, "")
+
+
+def _dtype(leaf: Any) -> str:
+    return str(leaf.dtype) if hasattr(leaf, "dtype") else type(leaf).__name__
+
+
+def _listed(names: list[str], limit: int = 12) -> str:
+    more = f", ... ({len(names) - limit} more)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def unflatten_like(flat: Mapping[str, Any], target: Any) -> Any:
+    """Returns a pytree built like `target` with the leaves of `flat`.
+
+    Args:
+        flat: {"a/b/c": array}, as `flatten` or a checkpoint gives it.
+        target: any pytree; its leaves give shapes and dtypes and may be arrays,
+            `jax.ShapeDtypeStruct` or Python numbers (which come back as Python numbers).
+
+    Returns:
+        A pytree of target's structure. Leaves are those of `flat` (host arrays for a checkpoint):
+        place them with `jax.device_put`.
+
+    Raises:
+        ValueError: listing every missing, unexpected and changed (shape or dtype) name.
+    """
+    named, treedef = _named_leaves(target)
+    wanted = dict(named)
+    problems = []
+    missing = [name for name in wanted if name not in flat]
+    unexpected = [name for name in flat if name not in wanted]
+    if missing:
+        problems.append(f"missing from the saved tree: {_listed(missing)}")
+    if unexpected:
+        problems.append(f"in the saved tree only: {_listed(unexpected)}")
+    changed = []
+    for name, leaf in wanted.items():
+        if name not in flat:
+            continue
+        saved = flat[name]
+        if tuple(np.shape(saved)) != tuple(np.shape(leaf)):
+            changed.append(f"{name} saved {tuple(np.shape(saved))}, wanted {tuple(np.shape(leaf))}")
+        elif hasattr(leaf, "dtype") and _dtype(saved) != _dtype(leaf):
+            changed.append(f"{name} saved {_dtype(saved)}, wanted {_dtype(leaf)}")
+    if changed:
+        problems.append(f"changed: {_listed(changed)}")
+    if problems:
+        raise ValueError(
+            "the saved tree does not fit: " + "; ".join(problems) + ". It was saved by another "
+            "model or optimizer: use the config it was saved with."
+        )
+    leaves = [
+        flat[name] if hasattr(leaf, "dtype") else type(leaf)(np.asarray(flat[name]).item())
+        for name, leaf in named
+    ]
+    return jax.tree_util.tree_unflatten(treedef, leaves)
