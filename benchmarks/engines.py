@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from qkd_jax import ptq
-from qkd_jax.deploy import has_vnni, onnx_session, openvino_model, placed, to_onnx
+from qkd_jax.deploy import has_vnni, kernel_report, open_onnx, to_onnx
 from qkd_jax.quantize.targets import TARGETS
 from qkd_jax.quantizers import QUANTIZERS
 
@@ -52,19 +52,6 @@ def step_of(net, variables, logits):
     return float(np.asarray(QUANTIZERS[spec.quantizer].integer_view(params, spec)[0]))
 
 
-def engine_call(engine, path):
-    """images [batch, height, width, channels] -> logits, on an engine."""
-    if engine == "openvino":
-        request = openvino_model(path, threads=2).create_infer_request()
-        return lambda x: request.infer([_first(x)])[0].copy()
-    session = onnx_session(path, threads=2)
-    return lambda x: session.run(None, {"images": _first(x)})[0]
-
-
-def _first(x):
-    return np.ascontiguousarray(np.moveaxis(np.asarray(x, np.float32), -1, 1))
-
-
 def main():
     args = fidelity.arguments(__doc__, "w8a8:integer,w8a8:fused,w4a4,w2a2")
     vnni = "-vnni" if has_vnni() else ""
@@ -83,7 +70,8 @@ def main():
                         path = pathlib.Path(folder) / "net.onnx"
                         written = to_onnx(net, given, images[:2], path, target=target)
                         engine = TARGETS[target].engine
-                        found = logits(engine_call(engine, path), images)
+                        runs = open_onnx(path, engine, threads=2)
+                        found = logits(lambda x, runs=runs: runs(x)[0], images)
                         gap = np.abs(found - wanted) / step
                         cells = [
                             f"{100 * (found.argmax(-1) == labels).mean():.2f}",
@@ -91,7 +79,7 @@ def main():
                             f"{100 * (found.argmax(-1) == wanted.argmax(-1)).mean():.2f}",
                             f"{gap.max():.2f}",
                             f"{gap.mean():.4f}",
-                            f"{placed(path, engine).share:.0%}",
+                            f"{kernel_report(path, engine).share:.0%}",
                             f"{written.bytes:,}",
                         ]
                         name = f"{model} {rules} {way}, {engine}"

@@ -16,10 +16,8 @@ import importlib.util
 import os
 import pathlib
 import platform
-import statistics
 import sys
 import tempfile
-import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Calibration would otherwise fold the statistics of 16 million constant weights while it compiles.
@@ -31,7 +29,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import calibrate, quantize
-from qkd_jax.deploy import has_vnni, onnx_session, openvino_model, placed, to_onnx
+from qkd_jax.deploy import (
+    has_vnni,
+    kernel_report,
+    latency,
+    open_onnx,
+    openvino_model,
+    to_onnx,
+)
+from qkd_jax.deploy.onnx.engines import channels_first
 from qkd_jax.models import create
 from qkd_jax.quantize import presets
 from qkd_jax.quantize.targets import TARGETS, fit
@@ -88,7 +94,7 @@ def engines(name, threads, folder):
             found[f"{engine} {kind}"] = _call(engine, path, threads)
             shares[f"{engine} {kind}"] = f"{written.bytes:,} bytes"
             if kind == "int8":
-                on = placed(path, TARGETS[target].engine)
+                on = kernel_report(path, TARGETS[target].engine)
                 shares[f"{engine} {kind}"] += f" ({on.share:.0%} of products on integers)"
     if importlib.util.find_spec("torch"):
         found["torch float32"] = torch_net(name, threads)
@@ -96,25 +102,18 @@ def engines(name, threads, folder):
 
 
 def _call(engine, path, threads):
-    """images -> result, on an engine; OpenVINO compiles the file anew for each batch size."""
+    """images -> result, on an engine; OpenVINO compiles the file for each batch size."""
     if engine == "ONNX Runtime":
-        session = onnx_session(path, threads=threads)
-        name = session.get_inputs()[0].name
-        return lambda x: session.run(None, {name: _first(x)})
+        return open_onnx(path, "onnxruntime", threads=threads)
     requests = {}
 
     def call(x):
         if len(x) not in requests:
             compiled = openvino_model(path, threads=threads, batch=len(x))
             requests[len(x)] = compiled.create_infer_request()
-        return requests[len(x)].infer([_first(x)])
+        return requests[len(x)].infer([channels_first(x)])
 
     return call
-
-
-def _first(x):
-    """Channels first; for the one-pixel images of the MLP and one channel this only reshapes."""
-    return np.ascontiguousarray(np.moveaxis(x, -1, 1))
 
 
 def torch_net(name, threads):
@@ -169,24 +168,10 @@ def torch_net(name, threads):
 
     def run(x):
         with torch.inference_mode():
-            given = torch.from_numpy(_first(x))
+            given = torch.from_numpy(channels_first(x))
             return net(given.contiguous(memory_format=torch.channels_last)).numpy()
 
     return run
-
-
-def timed(calls, images, rounds):
-    """{label: [milliseconds]}, one entry a round, in turns."""
-    times = {label: [] for label in calls}
-    for call in calls.values():
-        call(images)
-        call(images)
-    for turn in range(rounds):
-        for label in sorted(calls, reverse=turn % 2 == 1):
-            begin = time.perf_counter()
-            calls[label](images)
-            times[label].append(1e3 * (time.perf_counter() - begin))
-    return times
 
 
 def main():
@@ -212,24 +197,23 @@ def main():
             for batch in map(int, args.batches.split(",")):
                 shape = (batch, *MODELS[name][1])
                 images = np.random.default_rng(2).normal(size=shape).astype(np.float32)
-                times = timed(calls, images, args.rounds)
-                for label, values in times.items():
-                    print(f"| {batch} | {label} | {_row(times, label, values)} |", flush=True)
+                times = latency(calls, images, rounds=args.rounds)
+                for label in times:
+                    print(f"| {batch} | {label} | {_row(times, label)} |", flush=True)
             print()
 
 
-def _row(times, label, values):
-    cells = [f"{statistics.median(values):.2f}", f"{min(values):.2f}"]
-    if label.endswith("int8"):
-        own = times[label.replace("int8", "float32")]
-        floats = [v for k, v in times.items() if k.endswith("float32")]
-        for what in (statistics.median, min):
-            best = min(what(v) for v in floats)
-            cells.append(f"{what(values) / what(own):.2f}|{what(values) / best:.2f}")
-        (a, b), (c, d) = (cell.split("|") for cell in cells[2:])
-        cells[2:] = [f"{a} ({c})", f"{b} ({d})"]
-    else:
-        cells += ["", ""]
+def _row(times, label):
+    kinds = ("median_ms", "min_ms")
+    cells = [f"{times[label][kind]:.2f}" for kind in kinds]
+    if not label.endswith("int8"):
+        return " | ".join([*cells, "", ""])
+    own = times[label.replace("int8", "float32")]
+    floats = [v for k, v in times.items() if k.endswith("float32")]
+    fastest = {kind: min(v[kind] for v in floats) for kind in kinds}
+    for base in (own, fastest):
+        median, least = (times[label][kind] / base[kind] for kind in kinds)
+        cells.append(f"{median:.2f} ({least:.2f})")
     return " | ".join(cells)
 
 

@@ -12,9 +12,7 @@ import argparse
 import functools
 import os
 import pathlib
-import statistics
 import sys
-import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -23,7 +21,7 @@ import jax
 import numpy as np
 
 import qkd_jax as qk
-from qkd_jax.deploy import convert, integer_apply
+from qkd_jax.deploy import convert, integer_apply, latency
 from qkd_jax.models import create
 from qkd_jax.quantize import presets
 
@@ -32,12 +30,6 @@ NETS = {
     "mlp": (dict(hidden=(2048,) * 4), (32, 32, 2)),
     "vit_tiny": (dict(), (224, 224, 3)),
 }
-
-
-def clock(run):
-    begin = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - begin
 
 
 def main():
@@ -61,16 +53,11 @@ def main():
         for batch in map(int, args.batches.split(",")):
             x = np.random.default_rng(1).normal(size=(batch, *shape)).astype(np.float32)
             ways = ("float32", "int32", "auto") if held else ("int32", "auto")
-            runs = {"float": functools.partial(jax.jit(model.apply), floats, x)}
+            runs = {"float": functools.partial(jax.jit(model.apply), floats)}
             for way in ways:
-                runs[way] = functools.partial(integer_apply, integer, x, formulation=way)
-            times = {way: [] for way in runs}
-            for turn in range(args.rounds + 2):
-                for way, run in runs.items():
-                    taken = clock(run)
-                    if turn >= 2:
-                        times[way].append(1000 * taken)
-            medians = {way: statistics.median(t) for way, t in times.items()}
+                runs[way] = functools.partial(integer_apply, integer, formulation=way)
+            times = latency(runs, x, rounds=args.rounds)
+            medians = {way: found["median_ms"] for way, found in times.items()}
             cells = [f"{medians['float']:.2f}"]
             cells += [
                 f"{medians[w]:.2f} ({medians[w] / medians['float']:.2f})" if w in medians else "-"

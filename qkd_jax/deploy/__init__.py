@@ -1,9 +1,9 @@
-"""From a trained net to something that runs elsewhere: integers in JAX, and ONNX files.
+"""Deployment: from a trained net to integers in JAX, StableHLO and ONNX files, and their engines.
 
 `convert` and `integer_apply` are the integer model, `save` and `load` its files, `save_stablehlo`
-the same for XLA without `qkd_jax`, `to_onnx` and `onnx_session` the ONNX file and its engine,
-`latency` times engines side by side, `placed` says which products an engine runs on integers, and
-`targets` which rules an engine takes. A new kind of file is a module here.
+and `load_stablehlo` the same for XLA without `qkd_jax`. `to_onnx` writes an ONNX file, `open_onnx`
+runs it, `kernel_report` lists what an engine runs on integers, `latency` times engines side by
+side, and `targets` holds the rules that each engine takes. A new kind of file is a module here.
 """
 
 from qkd_jax.deploy.description import Description
@@ -11,29 +11,37 @@ from qkd_jax.deploy.integer.convert import convert, integer_apply
 from qkd_jax.deploy.integer.program import IntegerModel, LayerSize
 from qkd_jax.deploy.integer.saved_model import describe, load, save
 from qkd_jax.deploy.latency import latency
-from qkd_jax.deploy.onnx.engines import Placed, openvino_model, placed
+from qkd_jax.deploy.onnx.engines import (
+    ONNX_ENGINES,
+    has_vnni,
+    onnx_session,
+    open_onnx,
+    openvino_model,
+)
 from qkd_jax.deploy.onnx.export import OnnxFile, to_onnx
-from qkd_jax.deploy.onnx.session import has_vnni, onnx_session
+from qkd_jax.deploy.onnx.kernel_report import KernelReport, kernel_report
 from qkd_jax.deploy.onnx.stamp import read_stamp, stamp_onnx
 from qkd_jax.deploy.stablehlo import load_stablehlo, save_stablehlo
 from qkd_jax.quantize import targets
 
 __all__ = [
+    "ONNX_ENGINES",
     "Description",
     "IntegerModel",
+    "KernelReport",
     "LayerSize",
     "OnnxFile",
-    "Placed",
     "convert",
     "describe",
     "has_vnni",
     "integer_apply",
+    "kernel_report",
     "latency",
     "load",
     "load_stablehlo",
     "onnx_session",
+    "open_onnx",
     "openvino_model",
-    "placed",
     "read_stamp",
     "save",
     "save_stablehlo",

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from qkd_jax import checks
+from qkd_jax.deploy.onnx.engines import channels_first
 
 __all__ = ["latency"]
 
@@ -33,7 +34,7 @@ def latency(
         warmup: calls of each engine before that (compilation).
 
     Returns:
-        name -> {"median_ms", "min_ms", "batch"}; milliseconds per call.
+        name -> {"batch", "median_ms", "min_ms"}; milliseconds per call.
 
     Raises:
         ValueError: no engine, or less than one round.
@@ -53,9 +54,9 @@ def latency(
             times[name].append(1000 * (time.perf_counter() - start))
     return {
         name: {
+            "batch": int(np.shape(images)[0]),
             "median_ms": statistics.median(times[name]),
             "min_ms": min(times[name]),
-            "batch": int(np.shape(images)[0]),
         }
         for name in calls
     }
@@ -64,12 +65,7 @@ def latency(
 def _call(engine: Any, images: Any) -> Callable[[], Any]:
     if hasattr(engine, "get_inputs"):
         (wanted,) = engine.get_inputs()
-        feed = {wanted.name: _channels_first(np.asarray(images))}
+        feed = {wanted.name: channels_first(images)}
         return lambda: engine.run(None, feed)
     held = jax.numpy.asarray(images)
     return lambda: jax.block_until_ready(engine(held))
-
-
-def _channels_first(images: np.ndarray) -> np.ndarray:
-    """Returns images in the order of axes that `to_onnx` gives a file's input."""
-    return np.ascontiguousarray(np.moveaxis(images, -1, 1)) if images.ndim >= 4 else images

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
+import functools
 import json
 import os
 import sys
@@ -29,8 +29,7 @@ from qkd_jax import checks
 from qkd_jax.deploy.description import Description
 from qkd_jax.deploy.integer.convert import integer_apply
 from qkd_jax.deploy.integer.saved_model import JSON, describe, load
-from qkd_jax.deploy.onnx.engines import openvino_model, without_telemetry
-from qkd_jax.deploy.onnx.session import onnx_session
+from qkd_jax.deploy.onnx.engines import ONNX_ENGINES, import_engine, open_onnx, without_telemetry
 from qkd_jax.deploy.onnx.stamp import read_stamp
 
 __all__ = ["ENGINES", "Predictor", "main", "open_predictor", "predict"]
@@ -118,63 +117,29 @@ def _single(output: Any) -> Any:
     return leaves[0]
 
 
-def _onnxruntime(path: Path) -> Predictor:
-    _need("onnxruntime")
-    description = _stamp(path)
+def _onnx(path: Path, engine: str) -> Predictor:
+    _need(engine)
+    _need("onnx")
+    description = read_stamp(path)
     try:
-        session = onnx_session(path)
-        (given,) = session.get_inputs()
-        name = given.name
+        run = open_onnx(path, engine)
     except Exception as error:  # the engine's own
-        raise ValueError(f"ONNX Runtime cannot open {path}: {error}") from error
-    return Predictor(
-        path,
-        "onnxruntime",
-        description,
-        lambda images: _single(session.run(None, {name: _channels_first(images)})),
-    )
-
-
-def _openvino(path: Path) -> Predictor:
-    with without_telemetry():
-        _need("openvino")
-    description = _stamp(path)
-    try:
-        compiled = openvino_model(path)
-    except Exception as error:  # the engine's own
-        raise ValueError(f"OpenVINO cannot open {path}: {error}") from error
-    return Predictor(
-        path,
-        "openvino",
-        description,
-        lambda images: np.array(_single(list(compiled(_channels_first(images)).values()))),
-    )
+        raise ValueError(f"{ONNX_ENGINES[engine]} cannot open {path}: {error}") from error
+    return Predictor(path, engine, description, lambda images: _single(run(images)))
 
 
 ENGINES: dict[str, Callable[[Path], Predictor]] = {
     "jax": _jax,
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
+    **{engine: functools.partial(_onnx, engine=engine) for engine in ONNX_ENGINES},
 }
-
-
-def _stamp(path: Path) -> Description:
-    _need("onnx")
-    return read_stamp(path)
 
 
 def _need(package: str) -> None:
     try:
-        importlib.import_module(package)
+        with without_telemetry():
+            import_engine(package)
     except ImportError as error:
-        raise ImportError(
-            f"{package} is not installed; it comes with the `export` extra: in the checkout, "
-            "pip install -e '.[export]'. --engine=jax needs none of it."
-        ) from error
-
-
-def _channels_first(images: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(np.moveaxis(images, -1, 1))
+        raise ImportError(f"{error} --engine=jax needs none of it.") from error
 
 
 def predict(

@@ -11,7 +11,7 @@ import pytest
 import small_nets
 
 from qkd_jax import ptq, quantize
-from qkd_jax.deploy import onnx_session, openvino_model, placed, to_onnx
+from qkd_jax.deploy import kernel_report, onnx_session, openvino_model, to_onnx
 from qkd_jax.distillation.taps import DataShape
 from qkd_jax.experiment.settings import build_net
 from qkd_jax.models import create
@@ -140,11 +140,11 @@ def test_every_product_of_a_requantizing_net_runs_on_integers(
     pytest.importorskip(engine)
     net, variables, images = integer_net
     written = to_onnx(net, variables, images, tmp_path / "m.onnx", target=target)
-    found = placed(written.path, engine)
+    found = kernel_report(written.path, engine)
     assert found.share == 1 and len(found.integer) == 10 and not found.floating
     floats = {k: v for k, v in variables.items() if k != "quant"}
     plain = to_onnx(net, floats, images, tmp_path / "f.onnx")
-    found = placed(plain.path, engine)
+    found = kernel_report(plain.path, engine)
     assert found.share == 0 and len(found.floating) == 10
 
 

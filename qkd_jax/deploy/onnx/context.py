@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from qkd_jax import graph as graphs
-from qkd_jax.deploy.onnx.session import import_engine
+from qkd_jax.deploy.onnx.engines import import_engine
 from qkd_jax.deploy.onnx.writer import Tensor, Writer
 from qkd_jax.graph import Node
 from qkd_jax.numerics import IntFormat

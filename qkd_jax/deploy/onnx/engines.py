@@ -1,69 +1,104 @@
-"""Which products of a file an engine runs on integers, read from the graph that it has optimized.
-
-An engine falls back to float without a word where it finds no integer kernel: an ONNX file that
-looks quantized may run in float from end to end, dequantizing as it goes.
-"""
+"""The engines that run ONNX files on this machine's CPU: ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import os
+import platform
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qkd_jax import checks
 
-__all__ = ["Placed", "openvino_model", "placed", "without_telemetry"]
+__all__ = [
+    "ONNX_ENGINES",
+    "channels_first",
+    "has_vnni",
+    "import_engine",
+    "is_x86",
+    "onnx_session",
+    "open_onnx",
+    "openvino_model",
+    "without_telemetry",
+]
 
-# Products by the names that ONNX Runtime gives them after its optimizations.
-ORT_INTEGER = frozenset(
-    "QLinearConv QLinearMatMul QGemm MatMulInteger MatMulIntegerToFloat ConvInteger "
-    "DynamicQuantizeMatMul".split()
-)
-ORT_FLOAT = frozenset("Conv FusedConv NhwcFusedConv MatMul FusedMatMul Gemm FusedGemm".split())
-OPENVINO_PRODUCTS = frozenset("Convolution Deconvolution FullyConnected MatMul".split())
-OPENVINO_INTEGER = frozenset({"i8", "u8"})
-
-
-@dataclasses.dataclass(frozen=True)
-class Placed:
-    """Where the products of a file run.
-
-    Attributes:
-        engine: "onnxruntime" or "openvino".
-        integer: names of the products that run on 8-bit integers.
-        floating: names of those that run in float.
-    """
-
-    engine: str
-    integer: tuple[str, ...]
-    floating: tuple[str, ...]
-
-    @property
-    def share(self) -> float:
-        """Share of the products that run on integers."""
-        return len(self.integer) / max(len(self.integer) + len(self.floating), 1)
+ONNX_ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
-def placed(path: str | os.PathLike[str], engine: str) -> Placed:
-    """Reads from an engine which products of an ONNX file it runs on integers.
+def open_onnx(
+    path: str | os.PathLike[str], engine: str, *, threads: int | None = None
+) -> Callable[[Any], list[np.ndarray]]:
+    """Opens a file of `to_onnx` as a function of images.
 
     Args:
-        path: an ONNX file.
-        engine: "onnxruntime" or "openvino", on this machine's CPU.
+        path: an ONNX file with one input.
+        engine: a key of `ONNX_ENGINES`.
+        threads: threads of one inference, or None for the engine's choice.
+
+    Returns:
+        images, in the model's own order of axes -> the model's results.
 
     Raises:
         ValueError: an unknown engine.
-        ImportError: it is not installed.
+        ImportError: the engine is not installed.
     """
-    checks.one_of("engine", engine, ("onnxruntime", "openvino"))
-    integer, floating = (_onnxruntime if engine == "onnxruntime" else _openvino)(path)
-    return Placed(engine, tuple(integer), tuple(floating))
+    checks.one_of("engine", engine, ONNX_ENGINES)
+    if engine == "onnxruntime":
+        session = onnx_session(path, threads=threads)
+        (given,) = session.get_inputs()
+        return lambda images: session.run(None, {given.name: channels_first(images)})
+    request = openvino_model(path, threads=threads).create_infer_request()
+    return lambda images: [a.copy() for a in request.infer([channels_first(images)]).values()]
+
+
+def channels_first(images: Any) -> np.ndarray:
+    """Returns images in the order of axes that `to_onnx` gives a file's input."""
+    array = np.asarray(images)
+    return np.ascontiguousarray(np.moveaxis(array, -1, 1) if array.ndim >= 4 else array)
+
+
+def onnx_session(
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    optimized: str | os.PathLike[str] | None = None,
+) -> Any:
+    """Opens a file in ONNX Runtime on the CPU, with exact 8-bit products on every x86 processor.
+
+    `session.x64quantprecision` is set on x86 without VNNI: it costs some speed there and avoids the
+    16-bit saturation that `to_onnx` describes.
+
+    Args:
+        path: an ONNX file.
+        threads: threads per operation, or None for the engine's choice.
+        optimized: where to write the graph as the engine has optimized it, or None.
+
+    Returns:
+        An `onnxruntime.InferenceSession`; run it as `session.run(None, {"images": nchw})`.
+    """
+    runtime = import_engine("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # warnings about missing GPUs say nothing here
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if optimized is not None:
+        options.optimized_model_filepath = os.fspath(optimized)
+    if is_x86() and not has_vnni():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    # Two optimizations that change numbers: a fused 4- or 8-bit MatMul of lower accuracy, and the
+    # removal of one of two neighbouring grids as if they were the same.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return runtime.InferenceSession(
+        os.fspath(path),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["DoubleQDQPairsRemover"],
+    )
 
 
 def openvino_model(
@@ -86,7 +121,7 @@ def openvino_model(
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
     with without_telemetry():
-        core = importlib.import_module("openvino").Core()
+        core = import_engine("openvino").Core()
     model = core.read_model(os.fspath(path))
     if batch is not None:
         checks.integer_in("batch", batch, 1)
@@ -108,26 +143,34 @@ def without_telemetry() -> Iterator[None]:
             del sys.modules[name]
 
 
-def _onnxruntime(path: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
-    onnx = importlib.import_module("onnx")
-    from qkd_jax.deploy.onnx.session import onnx_session
+def has_vnni(cpuinfo: str | os.PathLike[str] = "/proc/cpuinfo") -> bool:
+    """Returns whether this processor multiplies 8-bit integers into 32 bits (VNNI or AMX).
 
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        onnx_session(path, optimized=optimized)
-        nodes = list(onnx.load(optimized).graph.node)
-    integer = [n.name for n in nodes if n.op_type in ORT_INTEGER]
-    floating = [n.name for n in nodes if n.op_type in ORT_FLOAT]
-    return integer, floating
+    Unknown (no such file, as on macOS or Windows) counts as no.
+    """
+    try:
+        text = Path(cpuinfo).read_text()
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags))
 
 
-def _openvino(path: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
-    integer, floating = [], []
-    for node in openvino_model(path).get_runtime_model().get_ops():
-        info = {k: getattr(v, "value", v) for k, v in node.get_rt_info().items()}
-        if info.get("layerType") in OPENVINO_PRODUCTS:
-            name = str(info.get("originalLayersNames", "")).partition(",")[0]
-            name = name.removesuffix("/WithoutBiases")
-            runs = integer if info.get("runtimePrecision") in OPENVINO_INTEGER else floating
-            runs.append(name)
-    return integer, floating
+def is_x86() -> bool:
+    """Returns whether this processor is an x86."""
+    return platform.machine().lower() in ("x86_64", "amd64", "i686", "x86")
+
+
+def import_engine(name: str) -> Any:
+    """Imports a package of the `export` extra.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is not installed; it comes with the `export` extra: "
+            "in the checkout, pip install -e '.[export]'."
+        ) from error

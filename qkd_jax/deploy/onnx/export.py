@@ -23,7 +23,7 @@ from typing import Any
 from qkd_jax import checks
 from qkd_jax.deploy.onnx import assemble
 from qkd_jax.deploy.onnx.context import Export
-from qkd_jax.deploy.onnx.session import has_vnni, import_engine, is_x86
+from qkd_jax.deploy.onnx.engines import has_vnni, import_engine, is_x86
 from qkd_jax.deploy.onnx.walk import write
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.ptq.integer_bias import integer_bias

@@ -6,13 +6,13 @@ Both lie in the file's `metadata_props`, where every engine leaves them alone.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from qkd_jax.deploy.description import Description
+from qkd_jax.deploy.onnx.engines import import_engine
 from qkd_jax.weights.files import damaged, read_bytes
 
 __all__ = ["read_stamp", "stamp_onnx"]
@@ -23,7 +23,7 @@ REPAIR = "export the model again"
 
 def stamp_onnx(path: str | os.PathLike[str], description: Description) -> int:
     """Writes a description into an ONNX file; returns the file's new size in bytes."""
-    onnx = importlib.import_module("onnx")
+    onnx = import_engine("onnx")
     model = onnx.load(os.fspath(path))
     text = json.dumps(description.to_json(), separators=(",", ":"))
     kept = {p.key: p.value for p in model.metadata_props}
@@ -39,7 +39,7 @@ def read_stamp(path: str | os.PathLike[str]) -> Description:
     Raises:
         ValueError: no ONNX file, one without a description, or one that was changed since.
     """
-    onnx = importlib.import_module("onnx")
+    onnx = import_engine("onnx")
     data = read_bytes(path)
     try:
         model = onnx.load_model_from_string(data)

@@ -13,7 +13,7 @@ from typing import Any
 
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.stages.calibrate import calibrate, check_calibrate
-from qkd_jax.experiment.stages.deploy import check_deploy, deploy
+from qkd_jax.experiment.stages.deploy import check_deploy, deploy_nets
 from qkd_jax.experiment.stages.diagnose import check_diagnose, diagnose
 from qkd_jax.experiment.stages.evaluate import check_evaluate, evaluate
 from qkd_jax.experiment.stages.generate import GENERATOR_CHECKS, GENERATOR_STAGES
@@ -32,7 +32,7 @@ STAGES: dict[str, Callable[..., None]] = {
     "reestimate_bn": reestimate_bn,
     "evaluate": evaluate,
     "diagnose": diagnose,
-    "deploy": deploy,
+    "deploy": deploy_nets,
     **GENERATOR_STAGES,
     **PTQ_STAGES,
 }

@@ -18,7 +18,6 @@ file is compared with it, and the row says beside it how far the trained net is.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkd_jax import checks, ptq, report, weights
-from qkd_jax import deploy as shipping
+from qkd_jax import checks, deploy, ptq, report, weights
 from qkd_jax.data.dataset import Dataset
 from qkd_jax.experiment.config_checks import check_rules
 from qkd_jax.experiment.results import row
@@ -43,12 +41,10 @@ from qkd_jax.record.folder import write_json
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["check_deploy", "compare", "deploy"]
-
-ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+__all__ = ["check_deploy", "compare", "deploy_nets"]
 
 
-def deploy(
+def deploy_nets(
     run: Run,
     stage: Stage,
     *,
@@ -102,15 +98,17 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
     trained = run.evaluate(name)
 
     weights.save(folder / f"{name}.npz", variables)
-    integer = shipping.convert(net, variables, images)
+    integer = deploy.convert(net, variables, images)
     description = _description(run.dataset)
-    sizes = shipping.save(integer, folder / name, description=description)
-    shipping.save_stablehlo(integer, folder / name / "model.stablehlo")
-    integer = shipping.load(folder / name)  # what is compared below is what the files hold
+    sizes = deploy.save(integer, folder / name, description=description)
+    deploy.save_stablehlo(integer, folder / name / "model.stablehlo")
+    integer = deploy.load(folder / name)  # what is compared below is what the files hold
     path, path_float = folder / f"{name}.onnx", folder / f"{name}_float.onnx"
     # What takes another kind of file, or runs nowhere here, is compared on ONNX Runtime.
-    takes = shipping.targets.TARGETS.get(target)
-    engine = takes.engine if takes is not None and takes.engine in ENGINES else "onnxruntime"
+    takes = deploy.targets.TARGETS.get(target)
+    engine = (
+        takes.engine if takes is not None and takes.engine in deploy.ONNX_ENGINES else "onnxruntime"
+    )
     onnx_target = target if target and (takes is None or takes.file == "onnx") else None
     unnamed = onnx_target in (None, "host")
     given, deployed = variables, trained
@@ -118,22 +116,22 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
         rounded = ptq.integer_bias(net, variables, images)
         deployed = run.evaluate(name, variables=rounded)
         given = rounded if unnamed else variables  # for a named target, to_onnx rounds itself
-    written = shipping.to_onnx(net, given, images, path, target=onnx_target)
+    written = deploy.to_onnx(net, given, images, path, target=onnx_target)
     before = _before(run, name)
-    shipping.to_onnx(net, before or _floats(variables), images, path_float)
-    onnx_bytes = shipping.stamp_onnx(path, description)
-    shipping.stamp_onnx(path_float, description)
+    deploy.to_onnx(net, before or _floats(variables), images, path_float)
+    onnx_bytes = deploy.stamp_onnx(path, description)
+    deploy.stamp_onnx(path_float, description)
     made = folder / f"{name}_target.json"
     made.unlink(missing_ok=True)  # it may speak of an earlier export
     if takes is not None:
         write_json(made, _made(folder, name, target, written))
-    runs, runs_float = _open(path, engine), _open(path_float, engine)
+    runs, runs_float = (deploy.open_onnx(p, engine) for p in (path, path_float))
 
     test = list(run.eval_batches("test"))
     entry = _row(run, name, trained.metrics)
-    logits = _logits(runs, test)
+    logits = _logits(lambda x: runs(x)[0], test)
     entry["export"] = {
-        "engine": ENGINES[engine],
+        "engine": deploy.ONNX_ENGINES[engine],
         "bytes": onnx_bytes,
         "saturating_layers": list(written.saturating),
         "biases": "float" if deployed is trained else "integer",
@@ -145,25 +143,38 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
         "bytes": integer.nbytes,
         "weight_bytes": integer.weight_bytes,
         "files": sizes,
-        **compare(
-            _logits(lambda x: shipping.integer_apply(integer, x), test), trained.logits, test
-        ),
+        **compare(_logits(lambda x: deploy.integer_apply(integer, x), test), trained.logits, test),
     }
     infos = layers(net, variables, run.example, **run.apply_arguments(name))
     write_json(folder / "layers.json", [_layer(info) for info in infos])
     write_json(folder / "histograms.json", _histograms(variables, before, infos))
     if rounds:
         timed = {f"{name} {_widths(entry)}": runs, f"{name} float32": runs_float}
-        run.timings["latency"] = [
-            {**found, "engine": ENGINES[engine]}
-            for found in latencies(timed, run.dataset.image_shape, latency_batches, rounds)
-        ]
+        run.timings["latency"] = _latencies(
+            timed, deploy.ONNX_ENGINES[engine], run.dataset.image_shape, latency_batches, rounds
+        )
 
 
-def _description(dataset: Dataset) -> shipping.Description:
+def _latencies(
+    timed: Mapping[str, Any],
+    engine: str,
+    image_shape: tuple[int, ...],
+    batch_sizes: Sequence[int],
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Times files on random images of each batch size."""
+    rows = []
+    for batch in batch_sizes:
+        images = np.random.default_rng(0).normal(size=(batch, *image_shape)).astype(np.float32)
+        for label, times in deploy.latency(timed, images, rounds=rounds, warmup=3).items():
+            rows.append({"model": label, **times, "rounds": rounds, "engine": engine})
+    return rows
+
+
+def _description(dataset: Dataset) -> deploy.Description:
     """The preprocessing of a data set, and the names of its classes where they are known."""
     tree = TREES[dataset.name]() if dataset.name in TREES else None
-    return shipping.Description(
+    return deploy.Description(
         dataset.image_shape,
         tuple(dataset.mean.tolist()),
         tuple(dataset.std.tolist()),
@@ -171,9 +182,9 @@ def _description(dataset: Dataset) -> shipping.Description:
     )
 
 
-def _made(folder: Path, name: str, target: str, written: shipping.OnnxFile) -> dict[str, Any]:
+def _made(folder: Path, name: str, target: str, written: deploy.OnnxFile) -> dict[str, Any]:
     """What was written for a target, and what it cannot run on integers."""
-    takes = shipping.targets.lookup(target)
+    takes = deploy.targets.lookup(target)
     path = written.path
     if takes.file == "stablehlo":
         path = folder / name / "model.stablehlo"
@@ -187,10 +198,10 @@ def _made(folder: Path, name: str, target: str, written: shipping.OnnxFile) -> d
         "cannot_be_made_here": takes.not_made,
         "sources": list(takes.sources),
     }
-    if takes.engine in ("onnxruntime", "openvino"):
-        where = shipping.placed(path, takes.engine)
-        found["integer_products"] = list(where.integer)
-        found["float_products"] = list(where.floating)
+    if takes.engine in deploy.ONNX_ENGINES:
+        kernels = deploy.kernel_report(path, takes.engine)
+        found["integer_products"] = list(kernels.integer)
+        found["float_products"] = list(kernels.floating)
     return found
 
 
@@ -215,20 +226,6 @@ def _before(run: Run, name: str) -> dict[str, Any] | None:
     """The net's variables from before it was quantized, which its `calibrate` stage has kept."""
     path = run.folder.model / f"{name}_float.npz"
     return weights.load(path) if path.exists() else None
-
-
-def _open(path: Path, engine: str) -> Callable[[Any], np.ndarray]:
-    """Images [batch, height, width, channels] to logits; the files take channels first."""
-    if engine == "openvino":
-        request = shipping.openvino_model(path).create_infer_request()
-        return lambda images: request.infer([_channels_first(images)])[0].copy()
-    session = shipping.onnx_session(path)
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: _channels_first(images)})[0]
-
-
-def _channels_first(images: Any) -> np.ndarray:
-    return np.ascontiguousarray(np.moveaxis(np.asarray(images, np.float32), -1, 1))
 
 
 def _logits(predict: Callable[[Any], Any], batches: Iterable[Mapping[str, Any]]) -> np.ndarray:
@@ -259,38 +256,6 @@ def distance(logits: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
         "argmax_agreement": float(np.mean(logits.argmax(-1) == wanted.argmax(-1))),
         "max_logit_difference": float(np.max(np.abs(logits - wanted))),
     }
-
-
-def latencies(
-    engines: Mapping[str, Callable[[Any], Any]],
-    image_shape: tuple[int, ...],
-    batch_sizes: Sequence[int],
-    rounds: int,
-) -> Iterable[dict[str, Any]]:
-    """Times engines in turns, so that a change of the machine's mood meets all of them.
-
-    Yields:
-        {"model", "batch", "median_ms", "min_ms", "rounds"}.
-    """
-    for batch in batch_sizes:
-        images = np.random.default_rng(0).normal(size=(batch, *image_shape)).astype(np.float32)
-        seconds: dict[str, list[float]] = {label: [] for label in engines}
-        for predict in engines.values():
-            for _ in range(3):
-                predict(images)
-        for _ in range(rounds):
-            for label, predict in engines.items():
-                begin = time.perf_counter()
-                predict(images)
-                seconds[label].append(time.perf_counter() - begin)
-        for label, values in seconds.items():
-            yield {
-                "model": label,
-                "batch": int(batch),
-                "median_ms": 1e3 * float(np.median(values)),
-                "min_ms": 1e3 * min(values),
-                "rounds": rounds,
-            }
 
 
 def _layer(info: LayerInfo) -> dict[str, Any]:
