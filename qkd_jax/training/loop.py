@@ -142,7 +142,7 @@ def run_steps(
 
     for step in range(done + 1, steps + 1):
         begin = time.perf_counter()
-        batch = compiled.shard_batch(next(batches))
+        batch = next(batches)
         waited = time.perf_counter() - begin
         state, metrics = compiled(state, batch, frozen)
         settle(waited, later=1)

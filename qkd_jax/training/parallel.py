@@ -77,52 +77,65 @@ class CompiledStep:
     def __call__(
         self, state: TrainState, batch: Mapping[str, Any], frozen: Mapping[str, Any]
     ) -> tuple[TrainState, Metrics]:
-        """Runs one step; arrays that are not on the devices yet are brought there.
+        """Runs one step, after moving arrays that are elsewhere to the devices.
 
-        Bringing costs time at every call: `replicate` the frozen nets once a stage.
+        Moving `frozen` at every step is slow: `replicate` it once a stage.
         """
-        return self.function(*self._arguments(state, batch, frozen))
+        return self.function(*self._to_devices(state, batch, frozen))
 
     def lower(self, state: TrainState, batch: Mapping[str, Any], frozen: Mapping[str, Any]) -> Any:
         """Traces and lowers without running: `.lower(...).compile()` tells time and memory."""
-        return self.function.lower(*self._arguments(state, batch, frozen))
+        return self.function.lower(*self._to_devices(state, batch, frozen))
 
-    def _arguments(
+    def _to_devices(
         self, state: TrainState, batch: Mapping[str, Any], frozen: Mapping[str, Any]
-    ) -> tuple[Any, ...]:
-        batch = self.shard_batch(batch)
-        if self.mode == "pmap":
-            count = len(self.devices)
-            batch = {n: a.reshape(count, -1, *a.shape[1:]) for n, a in batch.items()}
-        return self._placed(state), batch, self._placed(frozen)
+    ) -> tuple[Any, dict[str, jax.Array], Any]:
+        return self._replicate_once(state), self.shard_batch(batch), self._replicate_once(frozen)
 
     def replicate(self, tree: Any) -> Any:
         """Puts a whole copy of every array on every device."""
         return jax.device_put(tree, self._replicated)
 
-    def _placed(self, tree: Any) -> Any:
-        # Looking at one leaf stands for all: device_put on some hundred leaves that are in place
+    def _replicate_once(self, tree: Any) -> Any:
+        # The first leaf stands for all: device_put on some hundred leaves that are in place
         # already would cost a small net a tenth of its step.
         leaf = next(iter(jax.tree.leaves(tree)), None)
-        there = isinstance(leaf, jax.Array) and leaf.sharding == self._replicated
-        return tree if leaf is None or there else self.replicate(tree)
+        in_place = isinstance(leaf, jax.Array) and leaf.sharding == self._replicated
+        return tree if leaf is None or in_place else self.replicate(tree)
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Divides a batch over the devices along its first axis; call it early to prefetch.
+        """Divides a batch over the devices; one that is divided already is returned as it is.
+
+        A step does this itself. Call it to start the transfer earlier, or to reuse a batch.
+
+        Args:
+            batch: arrays [batch, ...], on the host or on a device.
+
+        Returns:
+            Arrays [batch, ...] under `jit`, [devices, batch / devices, ...] under `pmap`, divided
+            along their first axis.
 
         Raises:
             ValueError: The batch is not divisible by the number of devices.
         """
-        count, rows = len(self.devices), batch["image"].shape[0]
+        image, count = batch["image"], len(self.devices)
+        if isinstance(image, jax.Array) and image.sharding == self._sharded:
+            # Labels are [batch]; with another axis they have pmap's layout.
+            if self.mode == "jit" or batch["label"].ndim == 2:
+                return dict(batch)
+        rows = image.shape[0]
         if rows % count:
             raise ValueError(
                 f"the batch has {rows} examples, which {count} devices cannot share evenly; use a "
                 f"batch size that is a multiple of {count}, or fewer devices."
             )
-        return jax.device_put({n: _narrow(a) for n, a in batch.items()}, self._sharded)
+        arrays = {name: _in_jax_dtype(array) for name, array in batch.items()}
+        if self.mode == "pmap":
+            arrays = {n: a.reshape(count, -1, *a.shape[1:]) for n, a in arrays.items()}
+        return jax.device_put(arrays, self._sharded)
 
 
-def _narrow(array: Any) -> Any:
+def _in_jax_dtype(array: Any) -> Any:
     # The loader's example index is int64, which JAX has only in x64 mode.
     if isinstance(array, np.ndarray):
         return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)

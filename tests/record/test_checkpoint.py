@@ -343,7 +343,7 @@ def test_damaged_folders(tmp_path, damage):
 
 VICTIM = """
 import sys, numpy as np
-from qkd_jax.training.checkpoint import Checkpoints
+from qkd_jax.record.checkpoint import Checkpoints
 checkpoints = Checkpoints(sys.argv[1])
 restored = checkpoints.restore_latest(report=lambda line: print("DAMAGED", line, flush=True))
 step = 0 if restored is None else restored.step

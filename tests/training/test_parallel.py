@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_nets
 
+from qkd_jax.record.progress import Progress
 from qkd_jax.training import (
     compile_step,
     enable_compilation_cache,
@@ -16,6 +17,7 @@ from qkd_jax.training import (
     plan_step,
     start_state,
 )
+from qkd_jax.training.loop import Hooks, run_steps
 
 STATES = 20
 # Arrays that start at zero (norms' biases) are all rounding noise after one step; three steps on,
@@ -127,6 +129,56 @@ def test_masked_rows_may_lie_on_one_device(mode):
         results.append(jax.device_get((state.nets, metrics)))
     assert results[0][1]["net0"]["count"] == 5
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
+
+
+@pytest.mark.parametrize(("mode", "count"), [("jit", 1), ("jit", 4), ("pmap", 4)])
+def test_a_batch_goes_to_the_devices_once_a_step(plan, monkeypatch, mode, count):
+    devices, steps = jax.devices()[:count], 3
+    compiled = compile_step(make_step(plan.structure), mode=mode, devices=devices)
+    batches = [{**tiny_nets.batch(i), "index": np.arange(16)} for i in range(steps)]
+    state = start_state(plan, tiny_nets.conv_nets()[1])
+    for batch in batches:
+        early = compiled.shard_batch(batch)
+        assert compiled.shard_batch(early)["image"] is early["image"]
+        state, _ = compiled(state, early, {})
+
+    put, function, sent = jax.device_put, compiled.function, []
+
+    def counted(tree, *arguments, **options):
+        if isinstance(tree, dict) and "image" in tree:
+            sent.append(sorted(tree))
+        return put(tree, *arguments, **options)
+
+    def in_place(state, batch, frozen):
+        # All is where the program wants it, so JAX moves nothing by itself.
+        for array in jax.tree.leaves(batch):
+            assert array.sharding.device_set == set(devices)
+            assert array.addressable_shards[0].data.size * count == array.size
+        return function(state, batch, frozen)
+
+    monkeypatch.setattr(jax, "device_put", counted)
+    monkeypatch.setattr(compiled, "function", in_place)
+    quiet = Hooks(
+        log=lambda step, values: None,
+        look=lambda step, state: None,
+        look_at=lambda step: False,
+        save=lambda step, state, window: None,
+        save_at=lambda step: False,
+        stop=lambda: False,
+    )
+    looped = run_steps(
+        compiled,
+        plan,
+        start_state(plan, tiny_nets.conv_nets()[1]),
+        {},
+        iter(batches),
+        quiet,
+        Progress("stage", steps, 16, enabled=False),
+        done=0,
+        steps=steps,
+    )
+    assert sent == [["image", "index", "label"]] * steps
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state, looped)))
 
 
 def test_batch_must_be_divisible(plan):
