@@ -9,7 +9,7 @@ are quantized: they start from a float student and learn as quantized nets.
 
 import itertools
 
-from configs import arguments, common
+from configs import common
 
 
 def get_config(arg=""):
@@ -17,17 +17,13 @@ def get_config(arg=""):
 
     `widths` from the teacher to the student, and `models` as many or one, with + between them.
     """
-    args = arguments.parse(
+    args, config = common.begin(
         arg,
-        data="digits",
         models="resnet8",
         widths="32+16+8",
         bits="float",
         temperature=4.0,
         kd_weight=0.9,
-        seed=0,
-        train_examples=-1,
-        epochs=0.0,
     )
     widths = [int(w) for w in args.widths.split("+")]
     models = args.models.split("+")
@@ -38,8 +34,6 @@ def get_config(arg=""):
             "least one assistant and a student, so give three widths or more, and one model or as "
             "many."
         )
-    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
-    recipe = common.recipe(args.data)
     chain = ["teacher", *(f"assistant{k}" for k in range(1, len(widths) - 1)), "student"]
     for name, model, width in zip(chain, models, widths, strict=True):
         config.nets[name] = common.net(model, width=width)
@@ -49,34 +43,22 @@ def get_config(arg=""):
         models[-1], width=widths[-1], rules=args.bits, init_from="student"
     )
 
-    def stage(net, learn, bits="float"):
-        return common.train(
-            learn={net: learn},
-            epochs=args.epochs or recipe["epochs"],
-            batch_size=recipe["batch_size"],
-            **common.descent(net, bits=bits),
-        )
-
-    def taught(source):
-        kd = common.kd(source, args.kd_weight, temperature=args.temperature)
-        return dict(ce=common.ce(1.0 - args.kd_weight), kd=kd)
-
-    schedule = []
-
-    def add(name, fields):
-        config.stages[name] = fields
-        schedule.append(name)
-
-    add("teach", stage("teacher", dict(ce=common.ce())))
+    labels = dict(ce=common.ce())
+    stages = dict(teach=common.train_by_recipe(args, dict(teacher=labels)))
     if args.bits != "float":
-        add("start", stage("student", dict(ce=common.ce())))
-        add("calibrate", common.calibrate("student"))
+        stages["start"] = common.train_by_recipe(args, dict(student=labels))
+        stages["calibrate"] = common.calibrate("student")
     # First the control: it copies the student at the moment at which it takes part.
-    add("direct", stage("direct", taught("teacher"), args.bits))
+    taught = dict(direct=common.distil("teacher", args))
+    stages["direct"] = common.train_by_recipe(args, taught, bits=args.bits)
     for before, name in itertools.pairwise(chain):
-        bits = args.bits if name == "student" else "float"
-        add(f"teach_{name}", stage(name, taught(before), bits))
+        stages[f"teach_{name}"] = common.train_by_recipe(
+            args,
+            {name: common.distil(before, args)},
+            bits=args.bits if name == "student" else "float",
+        )
     methods = {name: "chain" for name in chain[1:]}
-    add("evaluate", common.evaluate("teacher", teacher="labels", direct="teacher alone", **methods))
-    config.schedule = tuple(schedule)
-    return config.lock()
+    stages["evaluate"] = common.evaluate(
+        "teacher", teacher="labels", direct="teacher alone", **methods
+    )
+    return common.finish(config, stages)

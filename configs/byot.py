@@ -11,7 +11,7 @@ both learn in float first, from labels, and by their methods as quantized nets; 
 in float.
 """
 
-from configs import arguments, common
+from configs import common, experiments
 
 
 def get_config(arg=""):
@@ -19,9 +19,8 @@ def get_config(arg=""):
 
     `alpha`, `temperature` and `hint` are the loss's; `deploy` exports the student.
     """
-    args = arguments.parse(
+    args, config = common.begin(
         arg,
-        data="digits",
         model="resnet8",
         width=8,
         bits="float",
@@ -29,16 +28,10 @@ def get_config(arg=""):
         temperature=3.0,
         hint=1.28e-4,
         deploy=False,
-        seed=0,
-        train_examples=-1,
-        epochs=0.0,
     )
-    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
     if args.deploy and args.bits == "float":
         raise ValueError("deploy exports integers; give bits too, such as bits=w4a4.")
     own = common.term("byot", alpha=args.alpha, temperature=args.temperature, hint=args.hint)
-    common.beside_labels(config, args, "be your own teacher", byot=own)
-    if args.deploy:
-        config.stages.deploy = common.deploy("student")
-        config.schedule = (*config.schedule, "deploy")
-    return config.lock()
+    return experiments.beside_labels(
+        config, args, "be your own teacher", deployed=args.deploy, byot=own
+    )

@@ -1,91 +1,116 @@
-"""Pieces that the configs share: optimizers, stages, and the frame around them.
+"""Pieces that the configs share: the frame, nets, learn rows, optimizers, stages, whole schedules.
 
 A config is data: a locked `ConfigDict` whose every field is spelled in full, so that each can be
 overridden on the command line (`--config.stages.co_study.epochs=5`). No field is None:
 `ml_collections` cannot override a None, so "not set" is `""` for a name and 0 for a number.
 
-Nothing here imports jax or qkd_jax: a config loads in milliseconds.
+Nothing of `qkd_jax` is imported with this file; functions read the tables of losses and data sets.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import arguments
+
 __all__ = [
-    "DATA",
     "HYGIENE",
+    "begin",
     "cache",
     "calibrate",
     "ce",
-    "cmi",
-    "dafl",
     "deploy",
     "descent",
     "diagnose",
+    "distil",
     "evaluate",
+    "filled",
+    "finish",
     "frame",
     "hygiene",
     "kd",
     "net",
-    "pretrain",
+    "post_training",
     "recipe",
     "reestimate_bn",
     "sgd",
-    "synthesize",
     "term",
     "train",
+    "train_by_recipe",
 ]
 
-# What a data set brings with it: the sizes that a recipe needs. `train_examples=0` takes the whole
-# training split. The digits' 300 are the few-labels case, where a teacher has something to add.
-DATA: dict[str, dict[str, Any]] = {
-    "digits": dict(train_examples=300, batch_size=64, epochs=100, augment=("shift:1",)),
-    "synthetic": dict(train_examples=256, batch_size=32, epochs=4, augment=()),
-    "mnist": dict(train_examples=0, batch_size=128, epochs=10, augment=("shift:2",)),
-    "fashion_mnist": dict(
-        train_examples=0, batch_size=128, epochs=10, augment=("pad_crop:2", "flip")
-    ),
-    "cifar10": dict(train_examples=0, batch_size=128, epochs=200, augment=("pad_crop:4", "flip")),
-    "cifar100": dict(train_examples=0, batch_size=128, epochs=200, augment=("pad_crop:4", "flip")),
-}
+
+def recipe(data: str) -> Any:
+    """Returns the recipe of a data set: `batch_size`, `epochs`, `augment` and `train_examples`."""
+    from qkd_jax.data import recipe_of
+
+    return recipe_of(data)
 
 
-def recipe(data: str) -> dict[str, Any]:
-    """Returns the sizes for a data set; one that is not listed gets CIFAR-10's."""
-    return DATA.get(data, DATA["cifar10"])
+def begin(arg: str | None, **defaults: Any) -> tuple[ConfigDict, ConfigDict]:
+    """Returns the arguments of a config, and the config with its `frame`.
+
+    Every config takes `data`, `seed`, `train_examples` (-1: the recipe's number, 0: all) and
+    `epochs` (0: the recipe's).
+
+    Args:
+        arg: the text behind the colon of `--config=file.py:text`.
+        **defaults: the config's own arguments with their defaults, or other defaults of those.
+    """
+    shared: dict[str, Any] = dict(data="digits", seed=0, train_examples=-1, epochs=0.0)
+    args = arguments.parse(arg, **{**shared, **defaults})
+    config = frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
+    return args, config
 
 
 def frame(*, data: str, seed: int, train_examples: int = -1) -> ConfigDict:
     """Returns the part that every experiment has; the config adds `nets`, `stages`, `schedule`.
 
     Args:
-      data: a name in `qkd_jax.data.DATASETS`.
-      seed: the root seed: initial weights, the order of the data, augmentation, the subset drawn.
-      train_examples: labelled images to train on; 0 is all, -1 what `DATA` says for this set.
+        data: a name in `qkd_jax.data.DATASETS`.
+        seed: the root seed: initial weights, the order of the data, augmentation, the subset drawn.
+        train_examples: labelled images to train on; 0 is all, -1 the recipe's number.
     """
     known = recipe(data)
     config = ConfigDict()
     config.seed = seed
-    config.target = ""  # what will run the nets, a key of qkd_jax/quantize/targets.py
+    config.target = ""  # the engine that will run the nets, a key of qkd_jax/quantize/targets.py
     config.data = dict(
         name=data,
         dir="",  # "": TFDS_DATA_DIR or TFDS's own default
-        train_examples=known["train_examples"] if train_examples < 0 else train_examples,
-        augment=known["augment"],
+        train_examples=known.train_examples if train_examples < 0 else train_examples,
+        augment=known.augment,
         tree="",  # "": the data set's own class tree, if it has one; "none": without
     )
     config.nets = {}
     config.stages = {}
     config.schedule = ()
     config.eval_batch_size = 500
-    # 0 switches a periodic action off. Steps count inside a stage.
+    # 0 switches a periodic action off. Steps are counted within a stage.
     config.log = dict(every_steps=10, eval_every_steps=100, quant_every_steps=20)
     config.checkpoint = dict(every_seconds=30.0, every_steps=0)
     config.parallel = dict(mode="jit", devices=0)  # devices=0: all of them
     return config
+
+
+def finish(
+    config: ConfigDict, stages: Mapping[str, Any], *, unscheduled: Collection[str] = ()
+) -> ConfigDict:
+    """Adds the stages to a config, schedules them in this order, locks it and returns it.
+
+    Args:
+        config: of `begin`, with its nets.
+        stages: {name: fields}, in the order in which they run.
+        unscheduled: names of stages that are defined and do not run.
+    """
+    for name, fields in stages.items():
+        config.stages[name] = fields
+    config.schedule = tuple(name for name in stages if name not in unscheduled)
+    return config.lock()
 
 
 def net(
@@ -101,19 +126,20 @@ def net(
     """Returns the fields of one network.
 
     Args:
-      model: a name in `qkd_jax.models.MODELS`.
-      width: channels of the first stage; 0 leaves the model's own default.
-      rules: a preset ("float", "w2a2", "w<k>a<k>", "ternary") or a tuple of rule dicts.
-      init_from: another net of this config, copied when this one first takes part (with its
-        quantizers where model and rules are the same, else its weights alone); a net of another run
-        ("<run folder>#<net>"), or a file of `qkd_jax.weights` (.safetensors of torchvision, timm,
-        RepDistiller or ours, .npz, an Orbax folder), whose weights are taken and whose quantizers
-        are not, so calibrate it; "" starts from random weights.
-      head_from: another net, in whose classifier this one ends, behind a projector to its features
-        (SimKD); it is copied when this net first takes part. Freeze it: `sgd(freeze=("head",))`.
-      reduce_range: 7 bits for 8-bit weights, for x86 engines without VNNI.
-      fresh: regular expression for the paths of layers that do not come from `init_from` but start
-        from random weights, such as "head" for another task.
+        model: a name in `qkd_jax.models.MODELS`.
+        width: channels of the first stage; 0 leaves the model's own default.
+        rules: a preset ("float", "w2a2", "w<k>a<k>", "ternary") or a tuple of rule dicts.
+        init_from: another net of this config, copied when this one first takes part (with its
+            quantizers where model and rules are the same, else its weights alone); a net of another
+            run ("<run folder>#<net>"), or a file of `qkd_jax.weights` (.safetensors of torchvision,
+            timm, RepDistiller or ours, .npz, an Orbax folder), of which the weights are taken and
+            not the quantizers, so calibrate it; "" starts from random weights.
+        head_from: another net, in whose classifier this one ends, behind a projector to its
+            features (SimKD); it is copied when this net first takes part. Freeze it:
+            `sgd(freeze=("head",))`.
+        reduce_range: 7 bits for 8-bit weights, for x86 engines without VNNI.
+        fresh: regular expression for the paths of layers that do not come from `init_from` but
+            start from random weights, such as "head" for another task.
     """
     return dict(
         model=model,
@@ -136,6 +162,15 @@ def kd(source: str, weight: float = 1.0, *, temperature: float = 2.0) -> dict[st
     return dict(loss="kd", source=source, weight=weight, temperature=temperature)
 
 
+def distil(source: str, args: ConfigDict) -> dict[str, Any]:
+    """Returns the rows of a net that learns by (1 - w) CE + w KD, with w = `args.kd_weight`.
+
+    The temperature is `args.temperature`.
+    """
+    kd_row = kd(source, args.kd_weight, temperature=args.temperature)
+    return dict(ce=ce(1.0 - args.kd_weight), kd=kd_row)
+
+
 def term(
     loss: str,
     source: str | tuple[str, ...] = "",
@@ -152,18 +187,18 @@ def term(
     """Returns the entry of a net that learns by any loss.
 
     Args:
-      loss: a name in `qkd_jax.losses.LOSSES`.
-      source: the net that teaches; several for a loss of several teachers.
-      weight: a number, or a ramp over the stage such as dict(begin=1.0, end=0.1, shape="cosine"),
-        as every number of the loss may be.
-      taps: where the loss looks in the net that learns: features or modules by name, or "last",
-        "middle", "shallow", "stages", "pre"; "" leaves it to the loss.
-      teacher_taps: the same for the source.
-      start: from where on the term counts; steps, or below 1 a fraction of the stage.
-      end: until where; 0 is the end of the stage.
-      warmup: length over which its weight rises from `start` on.
-      decay: length over which it falls before `end`.
-      **fields: the loss's own hyper-parameters, and `adaptor`, a dict of its options.
+        loss: a name in `qkd_jax.losses.LOSSES`.
+        source: the net that teaches; several for a loss of several teachers.
+        weight: a number, or a ramp over the stage such as dict(begin=1.0, end=0.1, shape="cosine"),
+            as every number of the loss may be.
+        taps: where the loss looks in the net that learns: features or modules by name, or "last",
+            "middle", "shallow", "stages", "pre"; "" leaves it to the loss.
+        teacher_taps: the same for the source.
+        start: from where on the term counts; steps, or below 1 a fraction of the stage.
+        end: until where; 0 is the end of the stage.
+        warmup: length over which its weight rises from `start` on.
+        decay: length over which it falls before `end`.
+        **fields: the loss's own hyper-parameters, and `adaptor`, a dict of its options.
     """
     return dict(
         loss=loss,
@@ -206,7 +241,7 @@ def sgd(lr: float, *, weight_decay: float, continues: str = "", **fields: Any) -
         freeze=(),
         continues=continues,
     )
-    return _filled("optimizer", defaults, fields)
+    return filled("optimizer", defaults, fields)
 
 
 # What a train stage does for low-bit nets beside descent, all of it off.
@@ -234,7 +269,7 @@ def hygiene(**fields: Any) -> dict[str, Any]:
     of quantizers to a value at its end, ("temperature:32",); `size_bytes` with `size_weight` is the
     budget of learned bits.
     """
-    return _filled("hygiene", HYGIENE, fields)
+    return filled("hygiene", HYGIENE, fields)
 
 
 def descent(*nets: str, bits: str = "float", **fields: Any) -> dict[str, Any]:
@@ -246,9 +281,9 @@ def descent(*nets: str, bits: str = "float", **fields: Any) -> dict[str, Any]:
     from 0.02 past 0 to 15,756 within 20 steps).
 
     Args:
-      *nets: those that learn.
-      bits: their rules preset; those without learned steps have nothing to clamp.
-      **fields: of `sgd`.
+        *nets: those that learn.
+        bits: their rules preset; those without learned steps have nothing to clamp.
+        **fields: of `sgd`.
     """
     rates: dict[str, Any] = dict(lr=0.1, weight_decay=5e-4)
     if bits != "float":
@@ -266,28 +301,34 @@ def train(
     optim: dict[str, Any],
     epochs: float,
     batch_size: int,
+    hygiene: dict[str, Any] | None = None,
     augment: tuple[str, ...] = (),
     views: int = 0,
-    hygiene: dict[str, Any] | None = None,
     images: str = "",
     stale: int = 0,
 ) -> dict[str, Any]:
     """Returns a `train` stage. `steps` above 0 decides its length instead of `epochs`.
 
-    `augment` takes the place of the data's own augmentations. They are drawn anew at every step, or
-    once for each of `views` views of every image (1: the images as they are). `images` names a
-    stage that makes images, which take the place of the training split.
-
-    With `stale` nets that learn teach one another through copies taken anew every so many steps.
-
-    `hygiene` is {net: what the function `hygiene` returns}; a net that is left out has it all off.
+    Args:
+        learn: {net: {label: row}}, who learns what from whom; rows are those of `ce`, `kd`, `term`.
+        optim: {net: of `sgd`}.
+        epochs: passes over the training images.
+        batch_size: examples a step.
+        hygiene: {net: of the function `hygiene`}; a net that is left out has it all off.
+        augment: replaces the data's own augmentations.
+        views: 0 augments at every step; V above 0 draws V fixed views of every image (1: the images
+            as they are).
+        images: a stage that makes images, which replace the training split.
+        stale: nets that learn teach one another through copies that are refreshed every so many
+            steps; 0 for the nets as they are.
     """
     return dict(
         kind="train",
         epochs=float(epochs),
         steps=0,
         batch_size=batch_size,
-        learn=learn,
+        # Copies: a ConfigDict turns one dict in two places into one field, overridden together.
+        learn={n: {label: dict(row) for label, row in t.items()} for n, t in learn.items()},
         optim=optim,
         augment=augment,
         views=views,
@@ -297,14 +338,34 @@ def train(
     )
 
 
-def pretrain(net: str, *, data: str, epochs: float = 0.0) -> dict[str, Any]:
-    """Returns the `train` stage of a float net; epochs 0 takes those of the recipe."""
-    known = recipe(data)
+def train_by_recipe(
+    args: ConfigDict,
+    learn: dict[str, Any],
+    *,
+    bits: str = "float",
+    share: float = 1.0,
+    freeze: tuple[str, ...] = (),
+    continues: str = "",
+    **fields: Any,
+) -> dict[str, Any]:
+    """Returns the `train` stage of nets that descend together, of the sizes of the data's recipe.
+
+    Args:
+        args: with `data`, and `epochs` (0 for the recipe's).
+        learn: of `train`.
+        bits: the nets' rules preset; it decides their rates.
+        share: of those epochs.
+        freeze: of `sgd`, as `continues` is.
+        continues: see there.
+        **fields: of `train`.
+    """
+    known = recipe(args.data)
     return train(
-        learn={net: dict(ce=ce())},
-        epochs=epochs or known["epochs"],
-        batch_size=known["batch_size"],
-        **descent(net),
+        learn=learn,
+        epochs=share * (args.epochs or known.epochs),
+        batch_size=known.batch_size,
+        **descent(*learn, bits=bits, freeze=freeze, continues=continues),
+        **fields,
     )
 
 
@@ -318,138 +379,48 @@ def cache(*, top_k: int = 0) -> dict[str, Any]:
 
 
 def calibrate(
-    *nets: str, operands: tuple[str, ...] = (), images: str = "", examples: int = 256
+    *nets: str,
+    observer: str = "",
+    operands: tuple[str, ...] = (),
+    images: str = "",
+    examples: int = 256,
 ) -> dict[str, Any]:
-    """Returns a `calibrate` stage; `observer=""` leaves the choice to each spec.
+    """Returns a `calibrate` stage.
 
-    Options of an observer are texts, observer_options=("power:2.4",) for "mse".
-    `operands` ("weight", "input", "other", "output") calibrates some and keeps the others; empty
-    means all. `images` names a stage that makes images; "" is the training split.
+    Args:
+        *nets: those whose quantizers get their parameters.
+        observer: a name in `qkd_jax.OBSERVERS`; "" leaves the choice to each spec. Its options are
+            texts, `observer_options=("power:2.4",)` for "mse".
+        operands: "weight", "input", "other", "output"; those that are not named keep their
+            quantizers as they are. Empty means all.
+        images: a stage that makes images; "" is the training split.
+        examples: how many images; 0 for all.
     """
     return dict(
         kind="calibrate",
         nets=nets,
         examples=examples,
-        observer="",
+        observer=observer,
         observer_options=(),
         operands=operands,
         images=images,
     )
 
 
-def synthesize(
-    net: str,
-    *,
-    examples: int,
-    method: str = "deep_inversion",
-    steps: int = 0,
-    lr: float = 0.0,
-) -> dict[str, Any]:
-    """Returns a `synthesize` stage: images made from a trained net with BatchNorm.
+def post_training(kind: str, *nets: str, **fields: Any) -> dict[str, Any]:
+    """Returns the stage of a post-training method, a name in `qkd_jax.ptq`.
 
-    `method` is "deep_inversion" or "zeroq"; `steps=0` and `lr=0.0` are the method's own.
+    Fields are `examples`, `images` and the keyword arguments of the method.
     """
-    return dict(
-        kind="synthesize",
-        nets=(net,),
-        examples=examples,
-        method=method,
-        batch_size=256,
-        steps=steps,
-        lr=lr,
-        bn_weight=10.0,
-        tv_weight=2.5e-5,
-        l2_weight=0.0,
-        jitter=2,
-    )
+    return dict(kind=kind, nets=nets, **fields)
 
 
-def dafl(net: str, *, examples: int, **fields: Any) -> dict[str, Any]:
-    """Returns a `dafl` stage: images by a generator that a trained net's answers teach."""
-    defaults = dict(
-        batch_size=256,
-        steps=2000,
-        lr=0.02,
-        latent=100,
-        width=64,
-        one_hot_weight=1.0,
-        activation_weight=0.1,
-        entropy_weight=5.0,
-        tap="pooled",
-    )
-    own = dict(kind="dafl", nets=(net,), examples=examples)
-    return {**own, **_filled("dafl", defaults, fields)}
-
-
-def cmi(net: str, student: str = "", *, examples: int, **fields: Any) -> dict[str, Any]:
-    """Returns a `cmi` stage: images by generators that contrast each batch with those before it.
-
-    `student` is the net whose copy they are adversary to; "" leaves that term out.
-    """
-    defaults = dict(
-        batch_size=256,
-        steps=200,
-        lr=1e-3,
-        latent=256,
-        width=64,
-        bn_weight=1.0,
-        one_hot_weight=1.0,
-        contrast_weight=0.8,
-        adversarial_weight=0.5,
-        temperature=0.1,
-        embedding=256,
-        memory=4096,
-        shift=4,
-        flip=False,
-        smallest_crop=0.25,
-        student_steps=400,
-        student_lr=0.1,
-        student_temperature=20.0,
-    )
-    nets = (net, student) if student else (net,)
-    return {**dict(kind="cmi", nets=nets, examples=examples), **_filled("cmi", defaults, fields)}
-
-
-def _filled(what: str, defaults: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+def filled(what: str, defaults: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns `defaults` with the fields given in their place; unknown ones are refused."""
     unknown = set(fields) - set(defaults)
     if unknown:
         raise ValueError(f"unknown {what} fields {sorted(unknown)}; {sorted(defaults)}")
     return {**defaults, **fields}
-
-
-def beside_labels(config: ConfigDict, args: ConfigDict, method: str, **term: Any) -> None:
-    """Fills a config with a `student` that teaches itself by a term, and `alone` by labels.
-
-    With `args.bits` both learn in float first, from labels, and by their methods as quantized nets.
-
-    Args:
-      config: of `frame`; its nets, stages and schedule are written.
-      args: with `model`, `width`, `bits`, `data` and `epochs`.
-      method: the student's, in the results.
-      **term: {label: the term's row}.
-    """
-    known = recipe(args.data)
-
-    def stage(name: str, bits: str, **more: Any) -> Any:
-        return train(
-            learn={name: dict(ce=ce(), **more)},
-            epochs=args.epochs or known["epochs"],
-            batch_size=known["batch_size"],
-            **descent(name, bits=bits),
-        )
-
-    config.nets.alone = net(args.model, width=args.width, rules=args.bits)
-    config.nets.student = net(args.model, width=args.width, rules=args.bits, init_from="alone")
-    schedule = []
-    if args.bits != "float":
-        config.stages.start = stage("alone", "float")
-        config.stages.calibrate = calibrate("alone", "student")
-        schedule += ["start", "calibrate"]
-    # The student first: it copies `alone` at the moment at which it first takes part.
-    config.stages.distil = stage("student", args.bits, **term)
-    config.stages.alone = stage("alone", args.bits)
-    config.stages.evaluate = evaluate(alone="labels", student=method)
-    config.schedule = (*schedule, "distil", "alone", "evaluate")
 
 
 def diagnose(*nets: str) -> dict[str, Any]:
@@ -469,7 +440,7 @@ def evaluate(reference: str = "", **methods: str) -> dict[str, Any]:
     `reference` is the net with which agreement is counted; "" counts none. Its `ensembles` may
     name rows for several of the nets together, as {name: nets}.
     """
-    # A ConfigDict sorts its keys, so the order of the rows is said apart.
+    # A ConfigDict sorts its keys; `nets` holds the order of the rows.
     return dict(
         kind="evaluate",
         nets=tuple(methods),

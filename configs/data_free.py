@@ -20,7 +20,7 @@ MNIST, with the student beside it; its default here is 2,000.
 
 from typing import Any
 
-from configs import arguments, common
+from configs import common
 
 DIGITS = dict(
     deep_inversion=dict(steps=500),
@@ -36,6 +36,69 @@ METHODS = dict(
 )
 
 
+def synthesize(
+    net: str, *, examples: int, method: str = "deep_inversion", **fields: Any
+) -> dict[str, Any]:
+    """Returns a `synthesize` stage: images made from a trained net with BatchNorm.
+
+    `method` is "deep_inversion" or "zeroq"; `steps=0` and `lr=0.0` are the method's own.
+    """
+    defaults = dict(
+        batch_size=256, steps=0, lr=0.0, bn_weight=10.0, tv_weight=2.5e-5, l2_weight=0.0, jitter=2
+    )
+    own = dict(kind="synthesize", nets=(net,), examples=examples, method=method)
+    return {**own, **common.filled("synthesize", defaults, fields)}
+
+
+def dafl(net: str, *, examples: int, **fields: Any) -> dict[str, Any]:
+    """Returns a `dafl` stage: images of a generator that learns from a trained net's answers."""
+    defaults = dict(
+        batch_size=256,
+        steps=2000,
+        lr=0.02,
+        latent=100,
+        width=64,
+        one_hot_weight=1.0,
+        activation_weight=0.1,
+        entropy_weight=5.0,
+        tap="pooled",
+    )
+    own = dict(kind="dafl", nets=(net,), examples=examples)
+    return {**own, **common.filled("dafl", defaults, fields)}
+
+
+def cmi(net: str, student: str = "", *, examples: int, **fields: Any) -> dict[str, Any]:
+    """Returns a `cmi` stage: images of generators that contrast each batch with those before it.
+
+    `student` is the net whose copy is the generators' adversary; "" leaves that term out.
+    """
+    defaults = dict(
+        batch_size=256,
+        steps=200,
+        lr=1e-3,
+        latent=256,
+        width=64,
+        bn_weight=1.0,
+        one_hot_weight=1.0,
+        contrast_weight=0.8,
+        adversarial_weight=0.5,
+        temperature=0.1,
+        embedding=256,
+        memory=4096,
+        shift=4,
+        flip=False,
+        smallest_crop=0.25,
+        student_steps=400,
+        student_lr=0.1,
+        student_temperature=20.0,
+    )
+    nets = (net, student) if student else (net,)
+    return {
+        **dict(kind="cmi", nets=nets, examples=examples),
+        **common.filled("cmi", defaults, fields),
+    }
+
+
 def get_config(arg=""):
     """Returns the config; its arguments are the defaults below.
 
@@ -43,9 +106,8 @@ def get_config(arg=""):
     images and of made ones; `calibration` that of either for the quantized copy. `steps` above 0
     takes the place of all makers' steps.
     """
-    args = arguments.parse(
+    args, config = common.begin(
         arg,
-        data="digits",
         makers="deep_inversion+dafl+cmi",
         model="resnet8",
         width=8,
@@ -56,9 +118,6 @@ def get_config(arg=""):
         steps=0,
         temperature=4.0,
         teacher_from="",
-        seed=0,
-        train_examples=-1,
-        epochs=0.0,
     )
     makers = args.makers.split("+")
     for maker in makers:
@@ -67,8 +126,6 @@ def get_config(arg=""):
                 f"makers is {args.makers!r}; allowed, each once and with + between them: "
                 f"{', '.join(METHODS)}."
             )
-    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
-    recipe = common.recipe(args.data)
     examples = config.data.train_examples
     if examples < 1:
         raise ValueError(
@@ -76,33 +133,22 @@ def get_config(arg=""):
             "there are real ones, so say how many, such as train_examples=2000."
         )
 
-    def stage(net, learn, images=""):
-        return common.train(
-            learn={net: learn},
-            optim={net: common.sgd(0.1, weight_decay=5e-4)},
-            epochs=args.epochs or recipe["epochs"],
-            batch_size=recipe["batch_size"],
-            images=images,
-        )
+    def train(name, rows, images=""):
+        return common.train_by_recipe(args, {name: rows}, images=images)
 
     def make(maker):
         sizes: dict[str, Any] = dict(SIZES.get(args.data, {}).get(maker, {}))
         if args.steps:
             sizes["steps"] = args.steps
         if maker == "dafl":
-            return common.dafl("teacher", examples=examples, **sizes)
+            return dafl("teacher", examples=examples, **sizes)
         if maker == "cmi":
-            flip = "flip" in recipe["augment"]
-            return common.cmi("teacher", "student_cmi", examples=examples, flip=flip, **sizes)
+            flip = "flip" in common.recipe(args.data).augment
+            return cmi("teacher", "student_cmi", examples=examples, flip=flip, **sizes)
         count = args.calibration if maker == "zeroq" else examples
-        return common.synthesize("teacher", examples=count, method=maker, **sizes)
+        return synthesize("teacher", examples=count, method=maker, **sizes)
 
-    nets, stages, schedule = config.nets, config.stages, []
-
-    def add(name, fields):
-        stages[name] = fields
-        schedule.append(name)
-
+    nets, stages = config.nets, {}
     nets.teacher = common.net(args.teacher, width=args.teacher_width, init_from=args.teacher_from)
     nets.start = common.net(args.model, width=args.width)  # all students' first weights
     for name in ("real", *makers):
@@ -113,26 +159,22 @@ def get_config(arg=""):
         )
     taught = dict(kd=common.kd("teacher", temperature=args.temperature))
     if not args.teacher_from:
-        add("teach", stage("teacher", dict(ce=common.ce())))
-    add("student_real", stage("student_real", taught))
+        stages["teach"] = train("teacher", dict(ce=common.ce()))
+    stages["student_real"] = train("student_real", taught)
     for maker in makers:
-        add(maker, make(maker))
-        add(f"student_{maker}", stage(f"student_{maker}", taught, images=maker))
-    add("zeroq", make("zeroq"))
+        stages[maker] = make(maker)
+        stages[f"student_{maker}"] = train(f"student_{maker}", taught, images=maker)
+    stages["zeroq"] = make("zeroq")
     count = min(args.calibration, examples)
-    add("calibrate", common.calibrate("quantized", images="zeroq", examples=count))
-    add("calibrate_real", common.calibrate("quantized_real", examples=count))
+    stages["calibrate"] = common.calibrate("quantized", images="zeroq", examples=count)
+    stages["calibrate_real"] = common.calibrate("quantized_real", examples=count)
     methods = {f"student_{maker}": METHODS[maker] for maker in makers}
-    add(
-        "evaluate",
-        common.evaluate(
-            "teacher",
-            teacher="labels",
-            student_real="teacher on real images",
-            **methods,
-            quantized="calibrated on ZeroQ's images",
-            quantized_real="calibrated on real images",
-        ),
+    stages["evaluate"] = common.evaluate(
+        "teacher",
+        teacher="labels",
+        student_real="teacher on real images",
+        **methods,
+        quantized="calibrated on ZeroQ's images",
+        quantized_real="calibrated on real images",
     )
-    config.schedule = tuple(schedule)
-    return config.lock()
+    return common.finish(config, stages)

@@ -12,7 +12,7 @@ several teachers get a second one, `second`; losses of labels (`tf_kd`, and over
 it.
 """
 
-from configs import arguments, common, terms
+from configs import common, terms
 
 
 def get_config(arg=""):
@@ -20,10 +20,9 @@ def get_config(arg=""):
 
     `teacher_from` and `init_from` take weights from runs or files instead of training them here.
     """
-    args = arguments.parse(
+    args, config = common.begin(
         arg,
         loss="fitnet",
-        data="digits",
         student="resnet8",
         teacher="resnet14",
         student_width=8,
@@ -31,41 +30,22 @@ def get_config(arg=""):
         bits="float",
         teacher_from="",
         init_from="",
-        seed=0,
-        train_examples=-1,
-        epochs=0.0,
     )
-    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
-    recipe = common.recipe(args.data)
     quantized, borrows = args.bits != "float", args.loss == "simkd"
     if borrows and args.init_from:
         raise ValueError("loss=simkd trains a net with the teacher's head; drop init_from.")
     sources = ("teacher", "second") if args.loss in terms.SEVERAL else "teacher"
 
-    def taught():
-        return terms.learn(args.loss, sources)
+    taught, labels = terms.learn(args.loss, sources), dict(ce=common.ce())
 
-    def labels():
-        return dict(ce=common.ce())
-
-    def stage(net, rows, bits="float"):
-        freeze = ("head",) if borrows and net.startswith("student") else ()
-        return common.train(
-            learn={net: rows},
-            epochs=args.epochs or recipe["epochs"],
-            batch_size=recipe["batch_size"],
-            **common.descent(net, bits=bits, freeze=freeze),
-        )
+    def train(name, rows, bits="float"):
+        freeze = ("head",) if borrows and name.startswith("student") else ()
+        return common.train_by_recipe(args, {name: rows}, bits=bits, freeze=freeze)
 
     def net(**fields):
         return common.net(args.student, width=args.student_width, **fields)
 
-    schedule = []
-
-    def add(name, fields):
-        config.stages[name] = fields
-        schedule.append(name)
-
+    stages = {}
     methods = dict(alone="labels", student=args.loss)
     if args.teacher_from or args.loss not in terms.OF_LABELS:
         config.nets.teacher = common.net(
@@ -73,32 +53,32 @@ def get_config(arg=""):
         )
         methods = dict(teacher="labels", **methods)
         if not args.teacher_from:
-            add("teach", stage("teacher", labels()))
+            stages["teach"] = train("teacher", labels)
     if "second" in sources:
         config.nets.second = common.net(args.teacher, width=args.teacher_width)
-        add("teach_second", stage("second", labels()))
+        stages["teach_second"] = train("second", labels)
     head = dict(head_from="teacher") if borrows else {}
     if quantized:
         # The float student learns from labels; one with a borrowed head can only learn by its loss.
         config.nets.student_float = net(init_from=args.init_from, **head)
         config.nets.student = net(rules=args.bits, init_from="student_float", **head)
         if not args.init_from:
-            add("start", stage("student_float", taught() if borrows else labels()))
+            stages["start"] = train("student_float", taught if borrows else labels)
         origin = "student_float"
         if borrows:
             config.nets.alone_float = net()
-            add("start_alone", stage("alone_float", labels()))
+            stages["start_alone"] = train("alone_float", labels)
             origin = "alone_float"
         config.nets.alone = net(rules=args.bits, init_from=origin)
-        add("calibrate", common.calibrate("student", "alone"))
+        stages["calibrate"] = common.calibrate("student", "alone")
     else:
         config.nets.student = net(init_from=args.init_from, **head)
         # The control starts where the student starts, or would with a head of its own.
         config.nets.alone = net(init_from=args.init_from or ("" if borrows else "student"))
-    add("alone", stage("alone", labels(), args.bits))
-    add("distil", stage("student", taught(), args.bits))
+    stages["alone"] = train("alone", labels, args.bits)
+    stages["distil"] = train("student", taught, args.bits)
     if quantized:
-        add("reestimate_bn", common.reestimate_bn("student", "alone"))
-    add("evaluate", common.evaluate("teacher" if "teacher" in methods else "alone", **methods))
-    config.schedule = tuple(schedule)
-    return config.lock()
+        stages["reestimate_bn"] = common.reestimate_bn("student", "alone")
+    reference = "teacher" if "teacher" in methods else "alone"
+    stages["evaluate"] = common.evaluate(reference, **methods)
+    return common.finish(config, stages)

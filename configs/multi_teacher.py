@@ -11,7 +11,7 @@ and one with labels alone. The teachers together are a row too, the mean of thei
 With `bits` every student is quantized, after a float start of its own.
 """
 
-from configs import arguments, common
+from configs import common
 
 COMBINE = {"sum": "kd_sum", "mean": "kd_mean", "confidence": "ca_mkd"}
 
@@ -21,9 +21,8 @@ def get_config(arg=""):
 
     `teachers` and `teacher_widths` have + between them; one of either serves all.
     """
-    args = arguments.parse(
+    args, config = common.begin(
         arg,
-        data="digits",
         teachers="resnet8+resnet14",
         teacher_widths="16",
         student="resnet8",
@@ -32,9 +31,6 @@ def get_config(arg=""):
         bits="float",
         temperature=4.0,
         kd_weight=0.9,
-        seed=0,
-        train_examples=-1,
-        epochs=0.0,
     )
     models = args.teachers.split("+")
     widths = [int(w) for w in args.teacher_widths.split("+")]
@@ -46,13 +42,11 @@ def get_config(arg=""):
         )
     if args.combine not in COMBINE:
         raise ValueError(f"combine is {args.combine!r}; allowed: {', '.join(COMBINE)}.")
-    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
-    recipe = common.recipe(args.data)
     teachers = [f"teacher{k}" for k in range(count)]
     singles = [f"single{k}" for k in range(count)]
-    for place, name in enumerate(teachers):
+    for index, name in enumerate(teachers):
         config.nets[name] = common.net(
-            models[place % len(models)], width=widths[place % len(widths)]
+            models[index % len(models)], width=widths[index % len(widths)]
         )
     config.nets.student = common.net(args.student, width=args.width, rules=args.bits)
     for name in (*singles, "labels"):
@@ -60,38 +54,23 @@ def get_config(arg=""):
             args.student, width=args.width, rules=args.bits, init_from="student"
         )
 
-    def stage(learn, bits="float"):
-        return common.train(
-            learn=learn,
-            epochs=args.epochs or recipe["epochs"],
-            batch_size=recipe["batch_size"],
-            **common.descent(*learn, bits=bits),
-        )
-
-    def taught(**kd):
-        fields = dict(weight=args.kd_weight, temperature=args.temperature, **kd)
-        return dict(ce=common.ce(1.0 - args.kd_weight), kd=fields)
-
-    schedule = ["teach"]
-    config.stages.teach = stage({name: dict(ce=common.ce()) for name in teachers})
+    labels = dict(ce=common.ce())
+    stages = dict(teach=common.train_by_recipe(args, dict.fromkeys(teachers, labels)))
     if args.bits != "float":
-        config.stages.start = stage(dict(student=dict(ce=common.ce())))
-        config.stages.calibrate = common.calibrate("student")
-        schedule += ["start", "calibrate"]
+        stages["start"] = common.train_by_recipe(args, dict(student=labels))
+        stages["calibrate"] = common.calibrate("student")
     # All students in one stage: the teachers run once for all of them, and no student's gradient
     # sees another's loss.
-    arms = dict(
-        student=taught(loss=COMBINE[args.combine], source=tuple(teachers)),
-        labels=dict(ce=common.ce()),
-        **{one: taught(loss="kd", source=t) for one, t in zip(singles, teachers, strict=True)},
-    )
-    config.stages.distil = stage(arms, args.bits)
-    config.stages.evaluate = common.evaluate(
+    taught = common.distil("", args)
+    together = dict(loss=COMBINE[args.combine], source=tuple(teachers))
+    arms = {net: common.distil(t, args) for net, t in zip(singles, teachers, strict=True)}
+    arms |= dict(student=taught | dict(kd=taught["kd"] | together), labels=labels)
+    stages["distil"] = common.train_by_recipe(args, arms, bits=args.bits)
+    rows = common.evaluate(
         **dict.fromkeys(teachers, "labels"),
         student=f"{args.combine} of {count} teachers",
         **{one: f"{t} alone" for one, t in zip(singles, teachers, strict=True)},
         labels="labels",
     )
-    config.stages.evaluate["ensembles"] = dict(teachers=tuple(teachers))
-    config.schedule = (*schedule, "distil", "evaluate")
-    return config.lock()
+    stages["evaluate"] = rows | dict(ensembles=dict(teachers=tuple(teachers)))
+    return common.finish(config, stages)

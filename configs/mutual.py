@@ -17,23 +17,13 @@ divergences; its nets see different parts of the data, these the same batches.
 students, and the control, are quantized after a float start and learn from one another as such.
 """
 
-from configs import arguments, common
+from configs import common
 
 
 def get_config(arg=""):
     """Returns the config; its arguments are the defaults below. `widths` may differ: "8+16"."""
-    args = arguments.parse(
-        arg,
-        data="digits",
-        model="resnet8",
-        students=2,
-        stale=0,
-        burn_in=0.0,
-        widths="8",
-        bits="float",
-        seed=0,
-        train_examples=-1,
-        epochs=0.0,
+    args, config = common.begin(
+        arg, model="resnet8", students=2, stale=0, burn_in=0.0, widths="8", bits="float"
     )
     if args.students < 2:
         raise ValueError(f"students is {args.students}; mutual learning needs at least 2.")
@@ -44,50 +34,32 @@ def get_config(arg=""):
             "with + between them."
         )
     widths = widths * (1 if len(widths) == args.students else args.students)
-    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
-    recipe = common.recipe(args.data)
     peers = [f"student{k}" for k in range(args.students)]
-    # The control is the first student's twin: one start, other lessons.
+    # The control starts from the first student's weights.
     config.nets.alone = common.net(args.model, width=widths[0], rules=args.bits)
     for name, width in zip(peers, widths, strict=True):
         config.nets[name] = common.net(args.model, width=width, rules=args.bits)
     config.nets[peers[0]].init_from = "alone"
 
-    def stage(learn, bits, stale=0):
-        return common.train(
-            learn=learn,
-            epochs=args.epochs or recipe["epochs"],
-            batch_size=recipe["batch_size"],
-            stale=stale,
-            **common.descent(*learn, bits=bits),
-        )
-
-    def labels():
-        return dict(ce=common.ce())
-
-    share = 1.0 / (args.students - 1)
-    mutual = {
-        name: labels()
-        | {
+    def from_others(name):
+        share = 1.0 / (args.students - 1)
+        others = [other for other in peers if other != name]
+        return {
             f"from_{other}": common.term("dml", other, share, start=args.burn_in)
-            for other in peers
-            if other != name
+            for other in others
         }
-        for name in peers
-    }
-    schedule = []
+
+    labels = dict(ce=common.ce())
+    mutual = {name: labels | from_others(name) for name in peers}
+    stages = {}
     if args.bits != "float":
-        config.stages.start = stage({net: labels() for net in ["alone", *peers[1:]]}, "float")
-        config.stages.calibrate = common.calibrate("alone", *peers)
-        schedule += ["start", "calibrate"]
-    config.stages.mutual = stage(mutual, args.bits, args.stale)
-    config.stages.alone = stage(dict(alone=labels()), args.bits)
+        learners = dict.fromkeys(["alone", *peers[1:]], labels)
+        stages["start"] = common.train_by_recipe(args, learners)
+        stages["calibrate"] = common.calibrate("alone", *peers)
     # The peers first: `student0` copies `alone` at the moment at which it first takes part.
-    schedule += ["mutual", "alone", "evaluate"]
-    config.stages.evaluate = common.evaluate(
-        alone="labels alone",
-        **dict.fromkeys(peers, "co-distillation" if args.stale else "mutual learning"),
-    )
-    config.stages.evaluate["ensembles"] = dict(peers=tuple(peers))
-    config.schedule = tuple(schedule)
-    return config.lock()
+    stages["mutual"] = common.train_by_recipe(args, mutual, bits=args.bits, stale=args.stale)
+    stages["alone"] = common.train_by_recipe(args, dict(alone=labels), bits=args.bits)
+    method = "co-distillation" if args.stale else "mutual learning"
+    rows = common.evaluate(alone="labels alone", **dict.fromkeys(peers, method))
+    stages["evaluate"] = rows | dict(ensembles=dict(peers=tuple(peers)))
+    return common.finish(config, stages)

@@ -11,18 +11,18 @@ without the others, which have rows of their own (`student.branch1`, ..., `stude
 their methods as quantized nets; the other branches stay in float.
 """
 
-from configs import arguments, common
+from configs import common, experiments
 
 
 def get_config(arg=""):
     """Returns the config; its arguments are the defaults below.
 
     `blocks` is that of a stage of the model (1 for resnet8, 3 for resnet20). `ramp` is the share of
-    the stage over which the ensemble's lessons come in: 80 of 300 epochs in the authors' code.
+    the stage over which the weight of the ensemble's soft labels rises: 80 of 300 epochs in the
+    authors' code.
     """
-    args = arguments.parse(
+    args, config = common.begin(
         arg,
-        data="digits",
         model="resnet8",
         width=8,
         bits="float",
@@ -30,11 +30,7 @@ def get_config(arg=""):
         blocks=1,
         temperature=3.0,
         ramp=80 / 300,
-        seed=0,
-        train_examples=-1,
-        epochs=0.0,
     )
-    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
     rising = dict(begin=0.0, end=1.0, shape="gaussian", steps=args.ramp)
     one = common.term(
         "one",
@@ -42,5 +38,4 @@ def get_config(arg=""):
         distil=rising if args.ramp else 1.0,
         adaptor=dict(branches=args.branches, blocks=args.blocks),
     )
-    common.beside_labels(config, args, "native ensemble", one=one)
-    return config.lock()
+    return experiments.beside_labels(config, args, "native ensemble", one=one)

@@ -9,14 +9,13 @@ at the usual length (`short`), and labels in place of the teacher (`labels`, wit
 The rows differ in steps where the method is about them, and the run says so.
 """
 
-from configs import arguments, common
+from configs import common
 
 
 def get_config(arg=""):
     """Returns the config; its arguments are the defaults below. `bits` quantizes every student."""
-    args = arguments.parse(
+    args, config = common.begin(
         arg,
-        data="digits",
         model="resnet8",
         width=8,
         teacher="resnet8",
@@ -25,53 +24,32 @@ def get_config(arg=""):
         temperature=1.0,
         patience=4.0,
         teacher_from="",
-        seed=0,
-        train_examples=-1,
-        epochs=0.0,
     )
-    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
-    recipe = common.recipe(args.data)
-    epochs = args.epochs or recipe["epochs"]
-    mixed = (*recipe["augment"], "mixup")
-    arms = ("patient", "plain", "short", "labels")
-
-    def stage(net, learn, factor=1.0, augment=(), bits=args.bits):
-        return common.train(
-            learn={net: learn},
-            epochs=factor * epochs,
-            batch_size=recipe["batch_size"],
-            augment=augment,
-            **common.descent(net, bits=bits),
-        )
-
-    schedule = []
-
-    def add(name, fields):
-        config.stages[name] = fields
-        schedule.append(name)
-
+    mixed = (*common.recipe(args.data).augment, "mixup")
     labels = dict(ce=common.ce())
+    taught = dict(kd=common.kd("teacher", temperature=args.temperature))
+
+    def train(name, rows, factor=1.0, bits=args.bits, **fields):
+        return common.train_by_recipe(args, {name: rows}, share=factor, bits=bits, **fields)
+
     config.nets.teacher = common.net(
         args.teacher, width=args.teacher_width, init_from=args.teacher_from
     )
     config.nets.start = common.net(args.model, width=args.width, rules=args.bits)
-    for name in arms:
+    for name in ("patient", "plain", "short", "labels"):
         config.nets[name] = common.net(
             args.model, width=args.width, rules=args.bits, init_from="start"
         )
-    if not args.teacher_from:
-        add("teach", stage("teacher", labels, bits="float"))
+    stages = {} if args.teacher_from else dict(teach=train("teacher", labels, bits="float"))
     if args.bits != "float":
-        add("pretrain", stage("start", labels, bits="float"))
-        add("calibrate", common.calibrate("start"))
-    taught = dict(kd=common.kd("teacher", temperature=args.temperature))
-    add("patient", stage("patient", taught, args.patience, mixed))
-    add("plain", stage("plain", taught, args.patience))
-    add("short", stage("short", taught, augment=mixed))
-    add("labels", stage("labels", labels, args.patience))
-    add(
-        "evaluate",
-        common.evaluate(
+        stages["pretrain"] = train("start", labels, bits="float")
+        stages["calibrate"] = common.calibrate("start")
+    stages |= dict(
+        patient=train("patient", taught, args.patience, augment=mixed),
+        plain=train("plain", taught, args.patience),
+        short=train("short", taught, augment=mixed),
+        labels=train("labels", labels, args.patience),
+        evaluate=common.evaluate(
             "teacher",
             teacher="labels",
             patient="teacher, mixtures, long",
@@ -80,5 +58,4 @@ def get_config(arg=""):
             labels="labels, long",
         ),
     )
-    config.schedule = tuple(schedule)
-    return config.lock()
+    return common.finish(config, stages)

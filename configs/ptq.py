@@ -8,7 +8,7 @@ top; GPTQ; learned rounding by layer (AdaRound) and by block (BRECQ, QDrop); and
 training, which sees labels. All but `dynamic` and `qat` have their BatchNorms folded first.
 """
 
-from configs import arguments, common
+from configs import common
 
 OBSERVERS = ("minmax", "percentile", "mse", "entropy", "rms")
 # Rung -> stages between folding and the row, in order. `calibrate` takes the mse observer.
@@ -29,16 +29,12 @@ def get_config(arg=""):
     at the learning rate `lr` (the papers take 10,000 and more at 0.001); `examples` the images that
     are shown to the methods; `rungs` a "+"-separated choice, empty for all.
     """
-    args = arguments.parse(
+    args, config = common.begin(
         arg,
-        data="digits",
         model="resnet8",
         width=8,
         bits="w4a8",
         granularity="tensor",
-        seed=0,
-        train_examples=-1,
-        epochs=0.0,
         qat_epochs=0.0,
         examples=256,
         steps=300,
@@ -46,8 +42,6 @@ def get_config(arg=""):
         init_from="",
         rungs="",
     )
-    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
-    recipe = common.recipe(args.data)
     wanted = [r for r in args.rungs.split("+") if r]
     known = ["dynamic", *OBSERVERS, *LADDER, "qat"]
     for rung in wanted:
@@ -55,51 +49,41 @@ def get_config(arg=""):
             raise ValueError(f"unknown rung {rung!r} in rungs; allowed: {', '.join(known)}.")
     rungs = [r for r in known if not wanted or r in wanted]
 
-    def train(net, bits, epochs):
-        return common.train(
-            learn={net: dict(ce=common.ce())},
-            epochs=epochs or recipe["epochs"],
-            batch_size=recipe["batch_size"],
-            **common.descent(net, bits=bits),
-        )
-
     def net(rules, **fields):
         return common.net(args.model, width=args.width, rules=rules, **fields)
 
-    schedule = []
-
-    def add(name, stage):
-        config.stages[name] = stage
-        schedule.append(name)
-
+    labels, stages = dict(ce=common.ce()), {}
     config.nets.float = net("float", init_from=args.init_from)
     if not args.init_from:
-        add("pretrain", train("float", "float", args.epochs))
+        stages["pretrain"] = common.train_by_recipe(args, dict(float=labels))
     for rung in rungs:
         kind = {"dynamic": ":dynamic", "qat": ""}.get(rung, ":static")
         text = args.bits + kind + (f":{args.granularity}" if kind else "")
         config.nets[rung] = net(text, init_from="float")
     folded = tuple(r for r in rungs if r not in ("dynamic", "qat"))
     if folded:
-        add("fold", dict(kind="fold_bn", nets=folded))
+        stages["fold"] = common.post_training("fold_bn", *folded)
     for rung in rungs:
         if rung in ("dynamic", "qat"):
-            add(f"{rung}_calibrate", common.calibrate(rung))
-        elif rung in OBSERVERS:
-            stage = dict(common.calibrate(rung), observer=rung, examples=args.examples)
-            add(f"{rung}_calibrate", stage)
-        for kind in LADDER.get(rung, ()):
+            stages[f"{rung}_calibrate"] = common.calibrate(rung)
+        for kind in LADDER.get(rung, ("calibrate",) if rung in OBSERVERS else ()):
             if kind == "calibrate":
-                stage = dict(common.calibrate(rung), observer="mse", examples=args.examples)
+                observer = rung if rung in OBSERVERS else "mse"
+                stage = common.calibrate(rung, observer=observer, examples=args.examples)
             else:
-                stage = dict(kind=kind, nets=(rung,), examples=args.examples)
-            if kind in ("adaround", "brecq", "qdrop"):
-                stage.update(steps=args.steps, lr=args.lr)
-            add(f"{rung}_{kind}", stage)
+                learned = kind in ("adaround", "brecq", "qdrop")
+                options = dict(steps=args.steps, lr=args.lr) if learned else {}
+                stage = common.post_training(kind, rung, examples=args.examples, **options)
+            stages[f"{rung}_{kind}"] = stage
     if "qat" in rungs:
-        add("qat_train", train("qat", args.bits, args.qat_epochs))
-        add("qat_reestimate", common.reestimate_bn("qat"))
+        recipe = common.recipe(args.data)
+        stages["qat_train"] = common.train(
+            learn=dict(qat=labels),
+            epochs=args.qat_epochs or recipe.epochs,
+            batch_size=recipe.batch_size,
+            **common.descent("qat", bits=args.bits),
+        )
+        stages["qat_reestimate"] = common.reestimate_bn("qat")
     methods = {r: f"static {r}" if r in OBSERVERS else r for r in rungs}
-    add("evaluate", common.evaluate(reference="float", float="float", **methods))
-    config.schedule = tuple(schedule)
-    return config.lock()
+    stages["evaluate"] = common.evaluate(reference="float", float="float", **methods)
+    return common.finish(config, stages)

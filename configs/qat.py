@@ -16,7 +16,7 @@ ranges then, on activations that the quantized weights make, and training goes o
 and its place in the schedule.
 """
 
-from configs import arguments, common
+from configs import common
 
 
 def get_config(arg=""):
@@ -25,17 +25,13 @@ def get_config(arg=""):
     `progressive` is a "+"-separated list of bits, the last in place of `bits`: 4 is short for w4a4
     with the quantizer of `bits`.
     """
-    args = arguments.parse(
+    args, config = common.begin(
         arg,
-        data="digits",
         model="resnet8",
         width=8,
         bits="w2a2",
         progressive="",
         delay=0.0,
-        seed=0,
-        train_examples=-1,
-        epochs=0.0,
         reduce_range=False,
         init_from="",
     )
@@ -43,32 +39,20 @@ def get_config(arg=""):
         raise ValueError(
             f"config argument delay is {args.delay}; it must be a share of the epochs, in [0, 1)."
         )
-    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
-    recipe = common.recipe(args.data)
-    epochs = args.epochs or recipe["epochs"]
     rungs = _rungs(args.progressive, args.bits)
     names = [*("net_" + rules.partition(":")[0] for rules in rungs[:-1]), "net"]
     if len(set(names)) < len(names):
         raise ValueError(f"config argument progressive is {args.progressive!r}; name bits once.")
 
-    def train(net, share, bits, **fields):
-        return common.train(
-            learn={net: dict(ce=common.ce())},
-            epochs=share * epochs,
-            batch_size=recipe["batch_size"],
-            **common.descent(net, bits=bits, **fields),
-        )
+    def train(name, share, bits, **fields):
+        learn = {name: dict(ce=common.ce())}
+        return common.train_by_recipe(args, learn, share=share, bits=bits, **fields)
 
-    schedule = []
-
-    def add(name, stage):
-        config.stages[name] = stage
-        schedule.append(name)
-
+    stages = {}
     first = names[0]
     if not args.init_from:  # a net from elsewhere is trained already
-        add("pretrain", train(first, 1.0, "float"))
-    add("evaluate_float", common.evaluate(**{first: "float"}))
+        stages["pretrain"] = train(first, 1.0, "float")
+    stages["evaluate_float"] = common.evaluate(**{first: "float"})
     source = args.init_from
     for net, rules in zip(names, rungs, strict=True):
         config.nets[net] = common.net(
@@ -82,24 +66,23 @@ def get_config(arg=""):
         rung = net.removeprefix("net")  # "" for the last one
         share = 1 / len(rungs)
         if args.delay:
-            add(f"calibrate_weights{rung}", common.calibrate(net, operands=("weight",)))
-            add(f"qat_weights{rung}", train(net, share * args.delay, rules))
+            stages[f"calibrate_weights{rung}"] = common.calibrate(net, operands=("weight",))
+            stages[f"qat_weights{rung}"] = train(net, share * args.delay, rules)
             inputs = common.calibrate(net, operands=("input", "other", "output"))
-            add(f"calibrate_inputs{rung}", inputs)
+            stages[f"calibrate_inputs{rung}"] = inputs
             rest = train(net, share * (1 - args.delay), rules, continues=f"qat_weights{rung}")
-            add(f"qat{rung}", rest)
+            stages[f"qat{rung}"] = rest
         else:
-            add(f"calibrate{rung}", common.calibrate(net))
-            add(f"evaluate_calibrated{rung}", common.evaluate(**{net: "calibrated"}))
-            add(f"qat{rung}", train(net, share, rules))
+            stages[f"calibrate{rung}"] = common.calibrate(net)
+            stages[f"evaluate_calibrated{rung}"] = common.evaluate(**{net: "calibrated"})
+            stages[f"qat{rung}"] = train(net, share, rules)
         if net != "net":
-            add(f"evaluate{rung}", common.evaluate(**{net: "QAT"}))
-    add("reestimate_bn", common.reestimate_bn("net"))
-    add("evaluate", common.evaluate(net="QAT"))
-    add("diagnose", common.diagnose("net"))
-    add("deploy", common.deploy("net"))
-    config.schedule = tuple(schedule)
-    return config.lock()
+            stages[f"evaluate{rung}"] = common.evaluate(**{net: "QAT"})
+    stages["reestimate_bn"] = common.reestimate_bn("net")
+    stages["evaluate"] = common.evaluate(net="QAT")
+    stages["diagnose"] = common.diagnose("net")
+    stages["deploy"] = common.deploy("net")
+    return common.finish(config, stages)
 
 
 def _rungs(progressive, bits):

@@ -17,7 +17,7 @@ start of co-studying on: a loss that is a stage of its own (`fsp`, `ab`) leaves 
 labels, and `ft` goes on with its paraphraser.
 """
 
-from configs import arguments, common, terms
+from configs import common, terms
 
 
 def get_config(arg=""):
@@ -26,9 +26,8 @@ def get_config(arg=""):
     `bits` is w2a2, w4a4, ... or ternary; `teacher_from` and `init_from` take float weights from
     runs or files instead of training them here.
     """
-    args = arguments.parse(
+    args, config = common.begin(
         arg,
-        data="digits",
         student="resnet8",
         teacher="resnet8",
         student_width=8,
@@ -37,16 +36,8 @@ def get_config(arg=""):
         loss="kd",
         teacher_from="",
         init_from="",
-        seed=0,
-        train_examples=-1,
-        epochs=0.0,
         reduce_range=False,
     )
-    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
-    recipe = common.recipe(args.data)
-    epochs = args.epochs or recipe["epochs"]
-    batch_size = recipe["batch_size"]
-
     quantized = dict(
         model=args.student,
         width=args.student_width,
@@ -64,16 +55,10 @@ def get_config(arg=""):
     config.nets.qat_only = common.net(**quantized, init_from="student")
     config.nets.qat_fixed_teacher = common.net(**quantized, init_from="student")
 
-    def stage(net, learn, *, share=1.0, bits=args.bits, continues=""):
-        return common.train(
-            learn={net: learn},
-            epochs=share * epochs,
-            batch_size=batch_size,
-            **common.descent(net, bits=bits, continues=continues),
-        )
+    def train(name, rows, bits=args.bits, **fields):
+        return common.train_by_recipe(args, {name: rows}, bits=bits, **fields)
 
     labels = dict(ce=common.ce())
-
     if args.loss in ("simkd", *terms.SEVERAL, *terms.OF_LABELS):
         raise ValueError(
             f"loss is {args.loss!r}, which needs another student, several teachers or none; use "
@@ -85,45 +70,31 @@ def get_config(arg=""):
             return dict(ce=common.ce(), kd=common.kd(source, temperature=2.0))
         return terms.learn(args.loss, source, **part)
 
-    stages = config.stages
+    stages = {}
     if not args.teacher_from:
-        stages.pretrain_teacher = stage("teacher", labels, bits="float")
+        stages["pretrain_teacher"] = train("teacher", labels, bits="float")
     if not args.init_from:
-        stages.pretrain_student = stage("student", labels, bits="float")
-    stages.evaluate_float = common.evaluate("teacher_before", teacher="float", student="float")
-    stages.calibrate = common.calibrate("student")
-    stages.qat_only = stage("qat_only", labels)
-    stages.qat_fixed_teacher = stage("qat_fixed_teacher", taught())
-    # The controls get what the student gets.
-    stages.reestimate_bn_controls = common.reestimate_bn("qat_only", "qat_fixed_teacher")
-    stages.evaluate_controls = common.evaluate(
-        "teacher_before", qat_only="QAT alone", qat_fixed_teacher="QAT, fixed teacher"
-    )
-    stages.self_study = stage("student", labels, share=0.15)
-    co_study = stage("student", taught(share=0.50), share=0.50, continues="self_study")
+        stages["pretrain_student"] = train("student", labels, bits="float")
+    co_study = train("student", taught(share=0.50), share=0.50, continues="self_study")
     co_study["learn"]["teacher"] = taught("student", share=0.50)
     co_study["optim"]["teacher"] = common.sgd(0.005, weight_decay=1e-4)
     co_study["hygiene"]["teacher"] = common.hygiene()
-    stages.co_study = co_study
     tutored = taught(done=0.50, share=0.35)
-    stages.tutor = stage("student", tutored, share=0.35, continues="co_study")
-    stages.reestimate_bn = common.reestimate_bn("student")
-    stages.evaluate = common.evaluate("teacher_before", student="QKD", teacher="after co-studying")
-    stages.deploy = common.deploy("student")
-
-    config.schedule = (
-        *(name for name in ("pretrain_teacher", "pretrain_student") if name in stages),
-        "evaluate_float",
-        "calibrate",
-        "qat_only",
-        "qat_fixed_teacher",
-        "reestimate_bn_controls",
-        "evaluate_controls",
-        "self_study",
-        "co_study",
-        "tutor",
-        "reestimate_bn",
-        "evaluate",
-        "deploy",
+    stages |= dict(
+        evaluate_float=common.evaluate("teacher_before", teacher="float", student="float"),
+        calibrate=common.calibrate("student"),
+        qat_only=train("qat_only", labels),
+        qat_fixed_teacher=train("qat_fixed_teacher", taught()),
+        # The controls get what the student gets.
+        reestimate_bn_controls=common.reestimate_bn("qat_only", "qat_fixed_teacher"),
+        evaluate_controls=common.evaluate(
+            "teacher_before", qat_only="QAT alone", qat_fixed_teacher="QAT, fixed teacher"
+        ),
+        self_study=train("student", labels, share=0.15),
+        co_study=co_study,
+        tutor=train("student", tutored, share=0.35, continues="co_study"),
+        reestimate_bn=common.reestimate_bn("student"),
+        evaluate=common.evaluate("teacher_before", student="QKD", teacher="after co-studying"),
+        deploy=common.deploy("student"),
     )
-    return config.lock()
+    return common.finish(config, stages)

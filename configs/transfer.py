@@ -11,7 +11,7 @@ be the student's model, trained on images of the target's shape, with any number
 statistics still follow the new images.
 """
 
-from configs import arguments, common
+from configs import common
 
 
 def get_config(arg=""):
@@ -20,7 +20,7 @@ def get_config(arg=""):
     `source` is "<run folder>#<net>" or a file of weights; without one it is trained here on the
     target's own images, which shows the mechanism and no transfer.
     """
-    args = arguments.parse(
+    args, config = common.begin(
         arg,
         data="fashion_mnist",
         source="",
@@ -30,62 +30,41 @@ def get_config(arg=""):
         teacher_width=8,
         temperature=4.0,
         kd_weight=0.9,
-        seed=0,
         train_examples=1000,
-        epochs=0.0,
     )
-    config = common.frame(data=args.data, seed=args.seed, train_examples=args.train_examples)
-    recipe = common.recipe(args.data)
+    source = args.source or "source"
+    labels = dict(ce=common.ce())
 
     def net(**fields):
         return common.net(args.model, width=args.width, **fields)
 
-    def stage(name, learn, **optim):
-        return common.train(
-            learn={name: learn},
-            optim={name: common.sgd(0.1, weight_decay=5e-4, **optim)},
-            epochs=args.epochs or recipe["epochs"],
-            batch_size=recipe["batch_size"],
-        )
+    def train(name, rows, **fields):
+        return common.train_by_recipe(args, {name: rows}, **fields)
 
-    labels = dict(ce=common.ce())
-    config.nets.scratch = net()
-    source = args.source
-    if not source:
-        source = "source"
+    if not args.source:
         config.nets.source = net()
+    config.nets.scratch = net()
     config.nets.tuned = net(init_from=source, fresh="head")
     config.nets.frozen = net(init_from=source, fresh="head")
     # The distilled arm starts from the very weights of `scratch`.
     config.nets.distilled = net(init_from="scratch_before")
     config.nets.scratch_before = net(init_from="scratch")
     config.nets.teacher = common.net(args.teacher, width=args.teacher_width)
-    kd = common.kd("teacher", args.kd_weight, temperature=args.temperature)
-    stages = config.stages
-    if not args.source:
-        stages.source = stage("source", labels)
-    stages.start = common.evaluate(scratch_before="random weights")
-    stages.scratch = stage("scratch", labels)
-    stages.tuned = stage("tuned", labels)
-    stages.frozen = stage("frozen", labels, freeze=("(?!head).+",))
-    stages.teach = stage("teacher", labels)
-    stages.distilled = stage("distilled", dict(ce=common.ce(1.0 - args.kd_weight), kd=kd))
-    stages.evaluate = common.evaluate(
-        "teacher",
-        teacher="labels",
-        scratch="random weights",
-        tuned="other domain, all tuned",
-        frozen="other domain, new head",
-        distilled="random weights, teacher",
+    stages = {} if args.source else dict(source=train("source", labels))
+    stages |= dict(
+        start=common.evaluate(scratch_before="random weights"),
+        scratch=train("scratch", labels),
+        tuned=train("tuned", labels),
+        frozen=train("frozen", labels, freeze=("(?!head).+",)),
+        teach=train("teacher", labels),
+        distilled=train("distilled", common.distil("teacher", args)),
+        evaluate=common.evaluate(
+            "teacher",
+            teacher="labels",
+            scratch="random weights",
+            tuned="other domain, all tuned",
+            frozen="other domain, new head",
+            distilled="random weights, teacher",
+        ),
     )
-    config.schedule = (
-        *(name for name in ("source",) if name in stages),
-        "start",
-        "scratch",
-        "tuned",
-        "frozen",
-        "teach",
-        "distilled",
-        "evaluate",
-    )
-    return config.lock()
+    return common.finish(config, stages)

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from qkd_jax import losses, quantizers
-from qkd_jax.data import DATASETS
 from qkd_jax.losses import response
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, quantize
@@ -102,9 +101,17 @@ def test_model():
     assert tiny(num_classes=5).apply(variables, images).shape == (2, 5)
 
 
-def test_data_set():
-    entry = eval("{" + block("Add a data set") + "}", {"Source": type(DATASETS["mnist"])})
-    assert entry["kmnist"].num_classes == 10
+def test_data_set_meets_the_contract(monkeypatch, tmp_path):
+    from qkd_jax import data
+
+    entry = eval("{" + block("Add a data set") + "}", vars(data))
+    ((name, source),) = entry.items()
+    monkeypatch.setitem(data.DATASETS, name, source)
+    contract = load(Path(__file__).parent / "data" / "test_load.py")
+    contract.test_every_data_set_loads_or_says_how_to_prepare_it(name, tmp_path)
+    contract.test_every_recipe_can_be_followed(name)
+    config = run(block("Add an experiment"))["get_config"](f"data={name}")
+    assert config.data.augment == source.recipe.augment and config.data.train_examples == 0
 
 
 def test_experiment():

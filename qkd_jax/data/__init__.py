@@ -19,7 +19,7 @@ from qkd_jax.data import digits, draws, sources, synthetic
 from qkd_jax.data.augment import AUGMENTATIONS
 from qkd_jax.data.batches import EvalBatches, TrainBatches, eval_batches, train_batches
 from qkd_jax.data.dataset import Arrays, Dataset
-from qkd_jax.data.sources import NotPreparedError, Source
+from qkd_jax.data.sources import NotPreparedError, Recipe, Source
 
 __all__ = [
     "AUGMENTATIONS",
@@ -27,10 +27,12 @@ __all__ = [
     "Dataset",
     "EvalBatches",
     "NotPreparedError",
+    "Recipe",
     "Source",
     "TrainBatches",
     "eval_batches",
     "load",
+    "recipe_of",
     "train_batches",
 ]
 
@@ -39,49 +41,76 @@ DATASETS: dict[str, Source] = {
         kind="embedded",
         image_shape=(8, 8, 1),
         num_classes=10,
-        train_examples=300,
         description="scikit-learn's handwritten digits, 1,797 images, inside the package",
+        # 300 labels are the few-labels case, where a teacher has something to add.
+        recipe=Recipe(64, epochs=100, augment=("shift:1",), train_examples=300),
+        train_examples=300,
     ),
     "digits28": Source(
         kind="embedded",
         image_shape=(28, 28, 1),
         num_classes=10,
-        train_examples=1500,
         description="the same digits at 28x28, the size of MNIST, for nets that go on from them",
+        recipe=Recipe(128, epochs=200, augment=("pad_crop:4", "flip")),
+        train_examples=1500,
     ),
     "mnist": Source(
         kind="prepared",
         image_shape=(28, 28, 1),
         num_classes=10,
         description="MNIST, 60,000 + 10,000 handwritten digits",
+        recipe=Recipe(128, epochs=10, augment=("shift:2",)),
     ),
     "fashion_mnist": Source(
         kind="prepared",
         image_shape=(28, 28, 1),
         num_classes=10,
         description="Fashion-MNIST, 60,000 + 10,000 articles of clothing",
+        recipe=Recipe(128, epochs=10, augment=("pad_crop:2", "flip")),
     ),
     "cifar10": Source(
         kind="prepared",
         image_shape=(32, 32, 3),
         num_classes=10,
         description="CIFAR-10, 50,000 + 10,000 colour images",
+        recipe=Recipe(128, epochs=200, augment=("pad_crop:4", "flip")),
     ),
     "cifar100": Source(
         kind="prepared",
         image_shape=(32, 32, 3),
         num_classes=100,
         description="CIFAR-100, 50,000 + 10,000 colour images",
+        recipe=Recipe(128, epochs=200, augment=("pad_crop:4", "flip")),
     ),
     "synthetic": Source(
         kind="generated",
         image_shape=(8, 8, 1),
         num_classes=10,
+        description="learnable random patterns of any shape, for tests and benchmarks",
+        recipe=Recipe(32, epochs=4, train_examples=256),
         train_examples=512,
         test_examples=256,
-        description="learnable random patterns of any shape, for tests and benchmarks",
     ),
 }
+
+
+def recipe_of(name: str) -> Recipe:
+    """Returns the training recipe of a data set.
+
+    Raises:
+        ValueError: an unknown name, or a data set whose entry has no recipe.
+    """
+    if name not in DATASETS:
+        raise checks.unknown("data set", name, DATASETS)
+    recipe = DATASETS[name].recipe
+    if recipe is None:
+        raise ValueError(
+            f"data set {name!r} has no recipe, and batch size, epochs and augmentation depend on "
+            "the data; add recipe=Recipe(batch_size=..., epochs=...) to its entry in DATASETS "
+            "(qkd_jax/data/__init__.py), or take one of "
+            f"{', '.join(known for known, source in DATASETS.items() if source.recipe)}."
+        )
+    return recipe
 
 
 def load(

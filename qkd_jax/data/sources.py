@@ -1,4 +1,4 @@
-"""Where data sets lie, and how they are read: `tfds.data_source` without TensorFlow, then a cache.
+"""Data sets on disk: found and read by `tfds.data_source` without TensorFlow, then from a cache.
 
 TFDS keeps a prepared set in `<data_dir>/<name>/<version>`. Its images are decoded once, by Pillow,
 into the cache of `cache.py`; after that neither TFDS nor Pillow is imported.
@@ -24,6 +24,23 @@ RANDOM_ACCESS = "array_record"
 
 
 @dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The sizes of a training recipe that depend on the data set.
+
+    Attributes:
+        batch_size: examples a training step.
+        epochs: passes over the training split for a float net.
+        augment: names of `AUGMENTATIONS`, such as ("pad_crop:4", "flip").
+        train_examples: labelled images to train on; 0 for the whole training split.
+    """
+
+    batch_size: int
+    epochs: int
+    augment: tuple[str, ...] = ()
+    train_examples: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """One entry of `DATASETS`.
 
@@ -33,6 +50,8 @@ class Source:
         image_shape: (height, width, channels).
         num_classes: Labels are 0..num_classes-1.
         description: One line for people.
+        recipe: The recipe of the configs; without one the set can be loaded, and `configs/` refuse
+            it.
         train_examples: The default of `load`; None for all.
         test_examples: The default of `load`; None for all.
     """
@@ -41,6 +60,7 @@ class Source:
     image_shape: tuple[int, int, int]
     num_classes: int
     description: str
+    recipe: Recipe | None = None
     train_examples: int | None = None
     test_examples: int | None = None
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qkd_jax import data
-from qkd_jax.data import cache, digits, draws, sources
+from qkd_jax.data import augment, cache, digits, draws, sources
 
 
 def same(a, b):
@@ -35,6 +35,16 @@ def test_every_data_set_loads_or_says_how_to_prepare_it(name, tmp_path):
             images[0] = 0
     assert same(dataset, data.load(name))
     assert not same(dataset, data.load(name, seed=1))
+
+
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_every_recipe_can_be_followed(name):
+    recipe = data.recipe_of(name)
+    assert recipe.batch_size >= 1 and recipe.epochs >= 1 and recipe.train_examples >= 0
+    images = np.zeros((2, *data.DATASETS[name].image_shape), np.uint8)
+    assert (
+        augment.apply(images, augment.parse(recipe.augment), seed=0, step=0).shape == images.shape
+    )
 
 
 @pytest.mark.parametrize("name", [n for n, s in data.DATASETS.items() if s.kind == "prepared"])

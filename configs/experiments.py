@@ -1,0 +1,84 @@
+"""Whole experiments that several configs share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+__all__ = ["beside_labels", "without_training"]
+
+
+def without_training(
+    config: ConfigDict,
+    args: ConfigDict,
+    rules: str,
+    method: str,
+    *,
+    calibration: dict[str, Any],
+    fold: bool = False,
+    deployed: bool = True,
+    reduce_range: bool = False,
+) -> ConfigDict:
+    """Returns a finished config: pretrain, calibrate, evaluate, diagnose and deploy one net.
+
+    Args:
+        config: of `begin`.
+        args: with `model`, `width`, `data`, `epochs`, and `init_from`: a trained float net to take
+            in place of training one.
+        rules: of the quantized net.
+        method: its name in the results.
+        calibration: its `calibrate` stage.
+        fold: whether BatchNorms are folded before.
+        deployed: False leaves the `deploy` stage out of the schedule.
+        reduce_range: see `net`.
+    """
+    config.nets.float = common.net(args.model, width=args.width, init_from=args.init_from)
+    config.nets.net = common.net(
+        args.model, width=args.width, rules=rules, reduce_range=reduce_range, init_from="float"
+    )
+    stages = dict(
+        pretrain=common.train_by_recipe(args, dict(float=dict(ce=common.ce()))),
+        **(dict(fold=common.post_training("fold_bn", "net")) if fold else {}),
+        calibrate=calibration,
+        evaluate=common.evaluate("float", float="float", net=method),
+        diagnose=common.diagnose("net"),
+        deploy=common.deploy("net"),
+    )
+    skipped = {"pretrain": bool(args.init_from), "deploy": not deployed}
+    return common.finish(config, stages, unscheduled=[name for name in skipped if skipped[name]])
+
+
+def beside_labels(
+    config: ConfigDict, args: ConfigDict, method: str, *, deployed: bool = False, **term: Any
+) -> ConfigDict:
+    """Returns a finished config of a `student` that is its own teacher, beside `alone`.
+
+    The student learns from labels and by a term without a teacher, `alone` from labels. With
+    `args.bits` both learn in float first, from labels, and then by their methods, quantized.
+
+    Args:
+        config: of `begin`.
+        args: with `model`, `width`, `bits`, `data` and `epochs`.
+        method: the student's, in the results.
+        deployed: whether the student is deployed.
+        **term: {label: the term's row}.
+    """
+    config.nets.alone = common.net(args.model, width=args.width, rules=args.bits)
+    config.nets.student = common.net(
+        args.model, width=args.width, rules=args.bits, init_from="alone"
+    )
+    labels = dict(ce=common.ce())
+    stages = {}
+    if args.bits != "float":
+        stages["start"] = common.train_by_recipe(args, dict(alone=labels))
+        stages["calibrate"] = common.calibrate("alone", "student")
+    # The student first: it copies `alone` at the moment at which it first takes part.
+    stages["distil"] = common.train_by_recipe(args, dict(student=labels | term), bits=args.bits)
+    stages["alone"] = common.train_by_recipe(args, dict(alone=labels), bits=args.bits)
+    stages["evaluate"] = common.evaluate(alone="labels", student=method)
+    if deployed:
+        stages["deploy"] = common.deploy("student")
+    return common.finish(config, stages)
