@@ -12,8 +12,7 @@ quoted are medians and the median of the ratios round by round.
 - `kd step, cached`: the same with the teacher's logits in the batch, as a stage's cache reads them
   from disk: at most 1.1 times the student's step.
 - other losses: their step over that same sum, for what the loss and its adaptor cost, as
-  `configs/terms.py` has them. `--losses=all` takes all of one teacher but `simkd`, whose student is
-  another net.
+  published. `--losses=all` takes all of one teacher but `simkd`, whose student is another net.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ import jax.numpy as jnp
 from configs import terms
 from qkd_jax import MODELS, quantize
 from qkd_jax.distillation.forward import forward
+from qkd_jax.losses import TABLE
 from qkd_jax.training import (
     DataShape,
     compile_step,
@@ -136,7 +136,13 @@ def main() -> None:
     }
     losses = args.losses.split(",")
     if args.losses == "all":
-        losses = [n for n in terms.TERMS if n not in (*terms.SEVERAL, "kd", "byot", "simkd")]
+        losses = [
+            name
+            for name, row in TABLE.items()
+            if row.recipe is not None
+            and name not in ("kd", "byot", "simkd")
+            and not row.has_several_teachers
+        ]
     for loss in filter(None, losses):
         runners[f"{loss} step"] = build(terms.learn(loss, "teacher"))
 

@@ -1,4 +1,4 @@
-"""One student by every loss of `configs/terms.py`, at equal budgets, beside labels alone.
+"""One student by every loss with a published recipe, at equal budgets, beside labels alone.
 
     for s in 0 1 2; do
       python launch.py --workdir=runs/float/resnet20_s$s \
@@ -26,7 +26,8 @@ import statistics
 
 import arms
 
-from configs import feature_kd, qkd, terms
+from configs import feature_kd, qkd
+from qkd_jax.losses import TABLE
 
 ALONE, QKD, FIXED = "labels alone", "QKD", "QKD's terms with a fixed teacher"
 
@@ -148,7 +149,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     losses = [n for n in args.losses.split(",") if n] or [
         ALONE,
-        *(n for n in terms.TERMS if n not in terms.SEVERAL),
+        *(n for n, row in TABLE.items() if row.recipe is not None and not row.has_several_teachers),
     ]
     found, teachers = {}, {}
     for seed in map(int, args.seeds.split(",")):

@@ -31,10 +31,11 @@ def get_config(arg=""):
         teacher_from="",
         init_from="",
     )
-    quantized, borrows = args.bits != "float", args.loss == "simkd"
+    loss = terms.entry(args.loss)
+    quantized, borrows = args.bits != "float", loss.borrows_classifier
     if borrows and args.init_from:
-        raise ValueError("loss=simkd trains a net with the teacher's head; drop init_from.")
-    sources = ("teacher", "second") if args.loss in terms.SEVERAL else "teacher"
+        raise ValueError(f"loss={args.loss} trains a net with the teacher's head; drop init_from.")
+    sources = ("teacher", "second") if loss.has_several_teachers else "teacher"
 
     taught, labels = terms.learn(args.loss, sources), dict(ce=common.ce())
 
@@ -47,7 +48,7 @@ def get_config(arg=""):
 
     stages = {}
     methods = dict(alone="labels", student=args.loss)
-    if args.teacher_from or args.loss not in terms.OF_LABELS:
+    if args.teacher_from or loss.has_teacher:
         config.nets.teacher = common.net(
             args.teacher, width=args.teacher_width, init_from=args.teacher_from
         )

@@ -59,11 +59,14 @@ def get_config(arg=""):
         return common.train_by_recipe(args, {name: rows}, bits=bits, **fields)
 
     labels = dict(ce=common.ce())
-    if args.loss in ("simkd", *terms.SEVERAL, *terms.OF_LABELS):
-        raise ValueError(
-            f"loss is {args.loss!r}, which needs another student, several teachers or none; use "
-            "configs/feature_kd.py."
-        )
+
+    if args.loss != "kd":
+        loss = terms.entry(args.loss)
+        if loss.borrows_classifier or loss.has_several_teachers or not loss.has_teacher:
+            raise ValueError(
+                f"loss is {args.loss!r}, which needs another student, several teachers or none; "
+                "use configs/feature_kd.py."
+            )
 
     def taught(source="teacher", **part):
         if args.loss == "kd":

@@ -304,6 +304,15 @@ def test_rule(check):
         (problems_of_configs, "configs/x.py", "def f():\n    from qkd_jax.models import MODELS"),
         (problems_of_configs, "configs/x.py", "def f():\n    from qkd_jax.data import sources"),
         (problems_of_configs, "configs/x.py", "def f():\n    import jax"),
+        (problems_of_configs, "configs/x.py", "def f():\n    from qkd_jax import quantize"),
+        (problems_of_configs, "configs/x.py", "def f():\n    import qkd_jax"),
+        (problems_of_configs, "configs/x.py", "from qkd_jax.losses import TABLE"),
+        (problems_of_configs, "configs/x.py", "class A:\n    from qkd_jax.data import DATASETS"),
+        (
+            problems_of_configs,
+            "configs/x.py",
+            "def f():\n    from qkd_jax.losses.response import kd",
+        ),
     ],
 )
 def test_each_rule_finds_its_offence(check, file, source):
@@ -330,6 +339,8 @@ def test_a_circle_is_found_wherever_the_import_stands():
         ("launch.py", "from absl import app, flags\ndef f():\n    import qkd_jax"),
         ("configs/x.py", "from configs.common import sgd\nimport ml_collections"),
         ("configs/x.py", "def f():\n    from qkd_jax.data import recipe_of"),
+        ("configs/x.py", "def f():\n    from qkd_jax.losses import TABLE"),
+        ("configs/x.py", "def f():\n    from qkd_jax import data"),
     ],
 )
 def test_what_is_allowed_passes(file, source):

@@ -25,7 +25,7 @@ def eval_heads(module: Any, term: Term) -> Callable[..., tuple[tuple[Any, jax.Ar
 
     Args:
         module: QuantizedModel of the net that learns.
-        term: a term whose loss is in `adaptors.HEADS`.
+        term: a term whose loss has `heads_logits`.
 
     Returns:
         fn(variables, own, batch) -> (sums as from `metrics.classification`, logits) of each

@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 
 from qkd_jax import checks, losses
-from qkd_jax.distillation import adaptors
 from qkd_jax.distillation.taps import DataShape
 from qkd_jax.distillation.term_state import Owned, Start
 from qkd_jax.distillation.terms import Term, in_steps
 
-__all__ = ["FIELDS", "as_sources", "plan_terms", "signature"]
+__all__ = ["FIELDS", "as_sources", "hyper_parameters", "plan_terms"]
 
 COURSE = ("start", "end", "warmup", "decay")
 FIELDS = ("loss", "source", "weight", "taps", "teacher_taps", "adaptor", *COURSE)
+STEP_KEYWORDS = ("where", "axis_name")
 SHAPES = ("linear", "cosine", "gaussian")
 
 
@@ -77,8 +77,8 @@ def plan_terms(
             )
         if loss not in losses.LOSSES:
             raise checks.unknown(f"loss in {where}", loss, losses.LOSSES)
-        inputs, arguments = signature(loss)
-        sources = _sources(where, net, loss, inputs, fields.get("source"), modules)
+        inputs, arguments = losses.TABLE[loss].inputs, hyper_parameters(loss)
+        sources = _sources(where, net, loss, fields.get("source"), modules)
         for source in sources:
             slots.setdefault(source, f"net{len(slots)}")
         for key in fields:
@@ -89,7 +89,7 @@ def plan_terms(
         course = _course(where, fields, steps)
         if course or ramps:
             numbers_of_term["first"] = first
-        owned = Owned(where, net, loss, fields, inputs, sources, modules, data)
+        owned = Owned(where, net, loss, fields, sources, modules, data)
         taps, teacher_taps, adaptor = owned.adaptor()
         name = f"term{index}"
         term = Term(
@@ -104,7 +104,7 @@ def plan_terms(
             adaptor=adaptor,
             ramps=ramps,
             course=bool(course),
-            spread="axis_name" in inspect.signature(losses.LOSSES[loss]).parameters,
+            spread="axis_name" in losses.TABLE[loss].keywords,
         )
         start = owned.start(term)
         for numbers_of_end in plain:
@@ -121,45 +121,39 @@ def plan_terms(
 
 
 @functools.cache
-def signature(loss: str) -> tuple[tuple[str, ...], dict[str, inspect.Parameter]]:
-    """Positional names and keyword-only hyper-parameters of a loss."""
-    inputs, arguments = [], {}
-    for name, parameter in inspect.signature(losses.LOSSES[loss]).parameters.items():
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            inputs.append(name)
-        elif name not in ("where", "axis_name"):
-            if name in FIELDS:
-                raise ValueError(
-                    f"loss {loss!r} has a hyper-parameter {name!r}, which is a field of every term "
-                    f"of a loss ({', '.join(FIELDS)}); rename it."
-                )
-            arguments[name] = parameter
-    return tuple(inputs), arguments
+def hyper_parameters(loss: str) -> dict[str, inspect.Parameter]:
+    """Returns the keyword-only arguments of a loss that a row of the table may set."""
+    found = {n: p for n, p in losses.TABLE[loss].keywords.items() if n not in STEP_KEYWORDS}
+    for name in found:
+        if name in FIELDS:
+            raise ValueError(
+                f"loss {loss!r} has a hyper-parameter {name!r}, which is a field of every term "
+                f"of a loss ({', '.join(FIELDS)}); rename it."
+            )
+    return found
 
 
 def _sources(
     where: str,
     net: str,
     loss: str,
-    inputs: tuple[str, ...],
     source: Any,
     modules: Mapping[str, Any],
 ) -> tuple[str, ...]:
-    needs = any(name.startswith("teacher") for name in inputs)
-    own = loss in adaptors.SELF_TAUGHT
-    sources = as_sources(source) or ((net,) if own else ())
-    if needs and not sources:
+    row = losses.TABLE[loss]
+    sources = as_sources(source) or ((net,) if row.self_taught else ())
+    if row.has_teacher and not sources:
         raise ValueError(
             f"{where}.source is missing; loss {loss!r} compares with another net's logits, so name "
             f"that net: {', '.join(n for n in modules if n != net) or '(no other net)'}."
         )
-    if not needs and sources:
+    if sources and not row.has_teacher:
         raise ValueError(
             f"{where}.source is {source!r}, but loss {loss!r} compares with no other net; drop the "
             "source."
         )
-    if len(sources) > 1 and "teachers_logits" not in inputs:
-        several = [n for n in losses.LOSSES if "teachers_logits" in signature(n)[0]]
+    if len(sources) > 1 and not row.has_several_teachers:
+        several = [name for name, other in losses.TABLE.items() if other.has_several_teachers]
         raise ValueError(
             f"{where}.source names {len(sources)} nets, but loss {loss!r} takes one; give each "
             f"source a term of its own, or use a loss of several: {', '.join(several) or '(none)'}."
@@ -167,7 +161,7 @@ def _sources(
     for place, name in enumerate(sources):
         if name not in modules:
             raise checks.unknown(f"net in {where}.source", name, modules)
-        if name == net and not own:
+        if name == net and not row.self_taught:
             raise ValueError(
                 f"{where}.source is the net itself: a net equals its own detached logits, so "
                 "nothing would be learned; name another net (init_from gives a copy of this one)."

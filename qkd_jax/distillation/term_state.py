@@ -35,7 +35,7 @@ STEP_INPUTS = (
 
 def check_learned(where: str, term: Term, numbers: Mapping[str, Any]) -> None:
     """Refuses a term that starts anew and at once, with parts that would have to learn before."""
-    parts = adaptors.BEFORE_START.get(term.loss)
+    parts = losses.TABLE[term.loss].before_start
     if parts and not (term.course and numbers["start"]):
         raise ValueError(
             f"{where} starts at step 0, but parts of its adaptor ({', '.join(parts)}) learn until "
@@ -53,7 +53,6 @@ class Owned:
         net: the net that learns.
         loss: key of LOSSES.
         fields: the row.
-        inputs: positional arguments of the loss.
         sources: nets that teach.
         modules: {net: QuantizedModel}.
         data: shapes of the data, or None where the plan does not know them.
@@ -63,10 +62,14 @@ class Owned:
     net: str
     loss: str
     fields: Mapping[str, Any]
-    inputs: tuple[str, ...]
     sources: tuple[str, ...]
     modules: Mapping[str, Any]
     data: DataShape | None
+
+    @property
+    def row(self) -> losses.Loss:
+        """The loss's row."""
+        return losses.TABLE[self.loss]
 
     def adaptor(self) -> tuple[tuple[str, ...], tuple[str, ...], Any]:
         """(taps of the net, taps of the source, QuantizedModel around the adaptor or None).
@@ -75,9 +78,7 @@ class Owned:
             ValueError: unknown taps or options, taps that a loss does not look at, or a number of
                 taps that does not fit.
         """
-        looks = self.loss in adaptors.TAPS or any(
-            "feature" in name or "embedding" in name for name in self.inputs
-        )
+        looks = self.row.has_taps
         for field in ("taps", "teacher_taps"):
             if not looks and self.fields.get(field):
                 raise ValueError(
@@ -105,7 +106,7 @@ class Owned:
 
     def _classes(self) -> int:
         """Number of logits where classifiers belong to the term, else 0: nobody asks."""
-        return self._features(self.net).logits.shape[-1] if self.loss in adaptors.HEADS else 0
+        return self._features(self.net).logits.shape[-1] if self.row.has_heads else 0
 
     def _features(self, net: str):
         return features_of(self.modules[net], self._data().image)
@@ -120,8 +121,8 @@ class Owned:
 
     def _taps(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         found = []
-        single = "student_features" not in self.inputs and self.loss not in adaptors.UNPAIRED
-        default = adaptors.default_taps(self.loss, self.inputs)
+        single = self.row.paired and "student_features" not in self.row.inputs
+        default = self.row.default_taps
         fields = zip(("taps", "teacher_taps"), (self.net, *self.sources), default, strict=False)
         for field, net, usual in fields:
             wanted = self.fields.get(field) or usual
@@ -144,7 +145,7 @@ class Owned:
         if len(found) == 1:
             return found[0], ()
         taps, teacher_taps = found
-        if self.loss in adaptors.UNPAIRED or len(taps) == len(teacher_taps):
+        if not self.row.paired or len(taps) == len(teacher_taps):
             return taps, teacher_taps
         if self.fields.get("taps") and self.fields.get("teacher_taps"):
             raise ValueError(
@@ -178,9 +179,9 @@ class Owned:
                         self._data().image,
                         fixed=term.adaptor.model.margin is not None,
                     )
-            if "memory" in term.inputs:
+            if self.row.memory is not None:
                 first = jax.eval_shape(lambda: self._inputs(term, state)[term.inputs[0]])
-                state["memory"] = losses.MEMORY[self.loss](
+                state["memory"] = self.row.memory(
                     self._data().examples,
                     first.shape[-1],
                     key=jax.random.fold_in(key, 1),

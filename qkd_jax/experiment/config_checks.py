@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from qkd_jax import checks
 from qkd_jax.data import DATASETS, augment
 from qkd_jax.data.views import LARGEST as LARGEST_VIEWS
 from qkd_jax.hierarchy import TREES, find
-from qkd_jax.losses import LOSSES
+from qkd_jax.losses import TABLE
 from qkd_jax.quantize.targets import TARGETS
 from qkd_jax.training.parallel import MODES
 
@@ -87,9 +86,9 @@ def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:
     for net, terms in fields["learn"].items():
         for label, term in terms.items():
             loss = str(term.get("loss") or label)
-            if term.get("weight") == 0 or loss not in LOSSES:
+            if term.get("weight") == 0 or loss not in TABLE:
                 continue
-            if "labels" in inspect.signature(LOSSES[loss]).parameters:
+            if "labels" in TABLE[loss].inputs:
                 raise ValueError(
                     f"{where} mixes images, so that their labels are not theirs any more, and "
                     f"stages.{name}.learn.{net}.{label} learns from labels (loss {loss!r}). Take "
@@ -115,8 +114,8 @@ def with_tree(where: str, learn: Mapping[str, Any], data: Mapping[str, Any]) -> 
     found = {net: dict(terms) for net, terms in learn.items()}
     for net, terms in found.items():
         for label, row in terms.items():
-            loss = LOSSES.get(str(row.get("loss") or label))
-            if loss is None or "tree" not in inspect.signature(loss).parameters or row.get("tree"):
+            loss = TABLE.get(str(row.get("loss") or label))
+            if loss is None or "tree" not in loss.keywords or row.get("tree"):
                 continue
             if not (tree := tree_of(data)):
                 raise ValueError(

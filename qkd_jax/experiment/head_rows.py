@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from qkd_jax import metrics
-from qkd_jax.distillation.adaptors import HEADS, head_names
 from qkd_jax.distillation.head_evaluation import eval_heads
 from qkd_jax.experiment.run_state import Run, place
+from qkd_jax.losses import TABLE
 from qkd_jax.training.plan import Plan
 from qkd_jax.training.state import TrainState
 
@@ -26,7 +26,7 @@ def evaluate_heads(run: Run, plan: Plan, state: TrainState) -> dict[str, list[di
     for learner in plan.structure.learners:
         net = plan.net_of(learner.slot)
         for term in learner.terms:
-            if term.loss not in HEADS:
+            if not TABLE[term.loss].has_heads:
                 continue
             compiled = eval_heads(learner.module, term)
             own = place(jax.device_get(state.loss_state[learner.slot][term.name]))
@@ -39,7 +39,7 @@ def evaluate_heads(run: Run, plan: Plan, state: TrainState) -> dict[str, list[di
                 )
                 totals = list(map(metrics.add, totals, sums)) if totals else list(sums)
                 logits.append(tuple(x[batch["mask"]] for x in z))
-            names = (*head_names(term.loss, term.taps, len(totals) - 1), ENSEMBLE)
+            names = (*term.adaptor.model.head_names(term.taps), ENSEMBLE)
             for name, sums, z in zip(names, totals, zip(*logits, strict=True), strict=True):
                 severity = run.severity(np.concatenate(z))
                 found[net].append({"head": name, **metrics.finish(sums), **severity})

@@ -10,7 +10,6 @@ nonfinite  the first layer with a NaN or inf
 loop       is imported by name: it reaches for the disk
 """
 
-from qkd_jax.distillation.adaptors import ADAPTORS
 from qkd_jax.distillation.forward import forward
 from qkd_jax.distillation.taps import DataShape
 from qkd_jax.training.nonfinite import NonFinite, locate_nonfinite
@@ -34,7 +33,6 @@ from qkd_jax.training.state import (
 from qkd_jax.training.step import eval_step, make_step, name_metrics
 
 __all__ = [
-    "ADAPTORS",
     "OPTIMIZERS",
     "SCHEDULES",
     "CompiledStep",

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qkd_jax.distillation.adaptors import BEFORE_START
 from qkd_jax.distillation.forward import forward, forward_taps
 from qkd_jax.distillation.terms import Term, has_started, loss_inputs, term_numbers, unless_resting
-from qkd_jax.losses import LOSSES
+from qkd_jax.losses import TABLE
 from qkd_jax.metrics import classification
 from qkd_jax.quantize.interception import ROUNDING
 from qkd_jax.training import hygiene, optim
@@ -122,7 +121,7 @@ def _term_values(
     if term.spread:
         arguments["axis_name"] = seen.axis_name
     with jax.named_scope(f"loss_{term.loss}"):
-        values = LOSSES[term.loss](
+        values = TABLE[term.loss].function(
             *(given[name] for name in term.inputs), **arguments, **dict(term.static)
         )
     if "memory" in term.inputs:
@@ -397,7 +396,7 @@ def _move_adaptor(
     )
     params = dict(moved["params"])
     started = has_started(term, state.hyper[learner.slot]["terms"][term.name], state.step)
-    for part in BEFORE_START.get(term.loss, ()):
+    for part in TABLE[term.loss].before_start:
         pair = params[part], own["params"][part]
         params[part] = jax.tree.map(lambda n, o: jnp.where(started, o, n), *pair)
     own["params"], own["opt"] = params, new["inner"]

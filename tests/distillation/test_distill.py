@@ -12,8 +12,7 @@ import pytest
 
 from configs import terms
 from qkd_jax import losses
-from qkd_jax.distillation.adaptors import BEFORE_START
-from qkd_jax.losses import LOSSES
+from qkd_jax.losses import LOSSES, TABLE
 from qkd_jax.models import create
 from qkd_jax.quantize import quantize
 from qkd_jax.training import (
@@ -86,7 +85,7 @@ def test_every_loss_teaches_the_student_and_its_adaptor_and_not_the_teacher(name
     flat = [{k: np.any(v) for k, v in flatten(tree).items()} for tree in grads]
     # A loss on features reaches neither the head nor a layer after its tap; all reach the first.
     assert flat[0]["net0/params/c1/kernel"], flat[0]
-    before = BEFORE_START.get(name, ())
+    before = TABLE[name].before_start
     assert all(learns != any(part in path for part in before) for path, learns in flat[1].items())
     assert not any(flat[2].values()), flat[2]
     assert jax.tree.structure(owned) == jax.tree.structure(dict(state.loss_state))
@@ -206,7 +205,7 @@ def test_a_paraphraser_learns_alone_and_stands_still_from_the_start_on():
         state = new
     for index, found in enumerate(seen):
         assert found.pop("translator")
-        assert set(found) == set(BEFORE_START["ft"])
+        assert set(found) == set(TABLE["ft"].before_start)
         assert set(found.values()) == {index < 2}
     # Nobody would have taught it.
     message = r"learn\.student\.ft starts at step 0.*paraphraser.*start=0\.125"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qkd_jax import losses
-from qkd_jax.losses import LOSSES, MEMORY, crd_memory
+from qkd_jax.losses import LOSSES, TABLE, crd_memory
 
 BATCH, CLASSES = 8, 5
 
@@ -92,7 +92,7 @@ KINKED = ("ft",)
 ORDERED = ("cc_adjacent",)
 
 pytestmark = pytest.mark.parametrize("name", LOSSES)
-COUPLED = {n for n in LOSSES if "axis_name" in inspect.signature(LOSSES[n]).parameters}
+COUPLED = {n for n in LOSSES if "axis_name" in TABLE[n].keywords}
 
 
 def signature(name):
@@ -130,7 +130,7 @@ def equal_nets(name):
 def values(name, *args, **keywords):
     """The loss without its new memory."""
     found = LOSSES[name](*args, **keywords)
-    return found[0] if name in MEMORY else found
+    return found[0] if TABLE[name].memory else found
 
 
 def per_example(args, function):
@@ -197,7 +197,7 @@ def test_is_public_and_follows_the_signature_rules(name):
     assert all(parameters[p].default is inspect.Parameter.empty for p in positional)
     assert all(default is not inspect.Parameter.empty for default in hyper.values())
     assert learner(name) == positional[0]
-    assert ("memory" in positional) == (name in MEMORY)
+    assert ("memory" in positional) == (TABLE[name].memory is not None)
 
 
 def test_docstring_is_complete(name):

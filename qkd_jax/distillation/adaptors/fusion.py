@@ -19,16 +19,7 @@ from qkd_jax.distillation.adaptors.maps import (
 )
 from qkd_jax.losses.inputs.feature_maps import adaptive_avg_pool, unit
 
-__all__ = [
-    "Calibration",
-    "Embeddings",
-    "Review",
-    "Temperature",
-    "ctkd",
-    "embeddings",
-    "reviewkd",
-    "semckd",
-]
+__all__ = ["calibration", "embeddings", "review", "temperature"]
 
 
 class Review(nn.Module):
@@ -73,7 +64,7 @@ class Review(nn.Module):
         return outputs(tuple(reversed(adapted)), tuple(map(as_map, teachers)))
 
 
-def reviewkd(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, middle: int = 0):
+def review(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, middle: int = 0):
     """`middle` channels inside; 0 takes the smaller of 512 and the deepest feature's."""
     checks.integer_in("middle", middle, 0)
     maps = tuple(map_shape(shape) for shape in teacher)
@@ -129,7 +120,7 @@ class Calibration(nn.Module):
         return unit(nn.Dense(self.dim, name=f"{name}_2")(x))
 
 
-def semckd(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, dim: int = 128):
+def calibration(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, dim: int = 128):
     """`dim` is that of queries and keys."""
     del student
     checks.integer_in("dim", dim, 1)
@@ -186,7 +177,7 @@ class Temperature(nn.Module):
         return {"temperature": jnp.asarray(self.low + self.span * jax.nn.sigmoid(raw))}
 
 
-def ctkd(
+def temperature(
     student: tuple[Shape, ...] = (),
     teacher: tuple[Shape, ...] = (),
     *,

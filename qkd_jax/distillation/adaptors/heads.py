@@ -12,7 +12,7 @@ from qkd_jax import checks
 from qkd_jax.distillation.adaptors.maps import Features, Shape, as_map, batch_norm, map_shape
 from qkd_jax.models.resnet import BasicBlock
 
-__all__ = ["Branches", "ShallowHeads", "byot", "one"]
+__all__ = ["branches", "shallow_heads"]
 
 
 class ShallowHeads(nn.Module):
@@ -32,6 +32,11 @@ class ShallowHeads(nn.Module):
 
     deepest: tuple[int, int, int]
     classes: int
+
+    @nn.nowrap
+    def head_names(self, taps: tuple[str, ...]) -> tuple[str, ...]:
+        """Names of the classifiers on these taps: each has its own."""
+        return taps
 
     @nn.compact
     def __call__(self, students: Features, teachers: Features, train: bool = False):
@@ -59,7 +64,7 @@ class ShallowHeads(nn.Module):
         return found
 
 
-def byot(student: tuple[Shape, ...], teacher: tuple[Shape, ...], classes: int):
+def shallow_heads(student: tuple[Shape, ...], teacher: tuple[Shape, ...], classes: int):
     """A head for each of the student's taps, at the size of the deepest feature."""
     del student
     return ShallowHeads(map_shape(teacher[-1]), classes)
@@ -88,6 +93,12 @@ class Branches(nn.Module):
     branches: int = 3
     blocks: int = 1
 
+    @nn.nowrap
+    def head_names(self, taps: tuple[str, ...]) -> tuple[str, ...]:
+        """Names of the classifiers beside the net's own."""
+        del taps
+        return tuple(f"branch{k}" for k in range(1, self.branches))
+
     @nn.compact
     def __call__(self, students: Features, teachers: Features, train: bool = False):
         """See `adaptors`."""
@@ -111,7 +122,7 @@ class Branches(nn.Module):
         return {"heads_logits": tuple(logits), "gate": gate}
 
 
-def one(
+def branches(
     student: tuple[Shape, ...],
     teacher: tuple[Shape, ...],
     classes: int,

@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Views", "as_map", "batch_norm", "conv", "map_shape", "nearest", "outputs"]
+__all__ = [
+    "as_map",
+    "batch_norm",
+    "conv",
+    "map_shape",
+    "maps_and_vectors",
+    "nearest",
+    "outputs",
+    "views",
+]
 
 Shape = tuple[int, ...]
 Features = tuple[jax.Array, ...]
@@ -110,3 +119,14 @@ class Views(nn.Module):
             return x if self.vectors and x.ndim == 2 else as_map(x)
 
         return outputs(tuple(map(view, students)), tuple(map(view, teachers)))
+
+
+def views(student: tuple[Shape, ...], teacher: tuple[Shape, ...]) -> Views | None:
+    """Features as maps, where they are of unlike kinds or tokens."""
+    ranks = {len(shape) for shape in (*student, *teacher)}
+    return Views() if ranks - {1} and ranks != {3} else None
+
+
+def maps_and_vectors(student: tuple[Shape, ...], teacher: tuple[Shape, ...]) -> Views | None:
+    """Tokens as maps, beside vectors that stay vectors."""
+    return Views(vectors=True) if 2 in {len(shape) for shape in (*student, *teacher)} else None

@@ -21,22 +21,18 @@ from qkd_jax.distillation.adaptors.maps import (
     conv,
     map_shape,
     outputs,
+    views,
 )
 from qkd_jax.losses.inputs.feature_maps import adaptive_avg_pool
 
 __all__ = [
-    "Connectors",
-    "FactorTransfer",
-    "Ofd",
-    "Regressors",
-    "Vid",
-    "ab",
-    "fitnet",
-    "fsp",
-    "ft",
-    "ickd",
-    "ofd",
-    "vid",
+    "connectors",
+    "factors",
+    "gaussians",
+    "linear_regressors",
+    "margin_connectors",
+    "projections",
+    "regressors",
 ]
 
 Maps = tuple[tuple[int, int, int], ...]
@@ -93,13 +89,13 @@ class Regressors(nn.Module):
         return nn.Conv(channels, kernel, padding="VALID", use_bias=False, name=name)(x)
 
 
-def fitnet(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, relu: bool = True):
+def regressors(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, relu: bool = True):
     """Regressors with a ReLU."""
     del student
     return Regressors(_maps(teacher), relu=bool(relu))
 
 
-def ab(student: tuple[Shape, ...], teacher: tuple[Shape, ...]):
+def linear_regressors(student: tuple[Shape, ...], teacher: tuple[Shape, ...]):
     """Regressors without a ReLU: activation boundaries live before it (arXiv 1811.03233)."""
     del student
     return Regressors(_maps(teacher), relu=False)
@@ -126,20 +122,20 @@ class Connectors(nn.Module):
         return outputs(tuple(adapted), tuple(map(as_map, teachers)))
 
 
-def ickd(student: tuple[Shape, ...], teacher: tuple[Shape, ...]):
+def connectors(student: tuple[Shape, ...], teacher: tuple[Shape, ...]):
     """Connectors with BatchNorm: correlations of channels need as many (Liu et al., 2021)."""
     del student
     return Connectors(tuple(m[2] for m in _maps(teacher)))
 
 
-def fsp(student: tuple[Shape, ...], teacher: tuple[Shape, ...]):
+def projections(student: tuple[Shape, ...], teacher: tuple[Shape, ...]):
     """Nothing where the channels agree, as in the paper (Yim et al., 2017), else 1x1 products."""
     if [m[2] for m in _maps(student)] == [m[2] for m in _maps(teacher)]:
-        return None
+        return views(student, teacher)
     return Connectors(tuple(m[2] for m in _maps(teacher)), norm=False)
 
 
-class Vid(nn.Module):
+class Gaussians(nn.Module):
     """Mean and variance of the teacher's features given the student's, each a Gaussian.
 
     A mean is 1x1 - ReLU - 1x1 - ReLU - 1x1 of the student's map (all without bias, as wide as the
@@ -168,14 +164,14 @@ class Vid(nn.Module):
         return outputs(tuple(means), tuple(map(as_map, teachers)), variances=tuple(variances))
 
 
-def vid(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, initial: float = 5.0):
+def gaussians(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, initial: float = 5.0):
     """`initial` is the variance to start from."""
     del student
     checks.in_range("initial", initial, 1e-4, 1e4)
-    return Vid(tuple(m[2] for m in _maps(teacher)), float(initial))
+    return Gaussians(tuple(m[2] for m in _maps(teacher)), float(initial))
 
 
-class Ofd(nn.Module):
+class MarginConnectors(nn.Module):
     """Connectors (1x1 and BatchNorm) beside the margins of the teacher's pre-activations.
 
     The margin of a channel is E[x | x < 0] of a Gaussian with the mean and the standard deviation
@@ -200,12 +196,16 @@ class Ofd(nn.Module):
         return {**found, "margins": margins, "margin": margins[-1]}
 
 
-def ofd(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, margin: float | None = None):
+def margin_connectors(
+    student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, margin: float | None = None
+):
     """`margin` is that of all channels of taps into which no BatchNorm leads, 0 or less."""
     del student
     if margin is not None:
         checks.in_range("margin", margin, -1e6, 0.0)
-    return Ofd(tuple(m[2] for m in _maps(teacher)), None if margin is None else float(margin))
+    return MarginConnectors(
+        tuple(m[2] for m in _maps(teacher)), None if margin is None else float(margin)
+    )
 
 
 class _Encoder(nn.Module):
@@ -264,7 +264,7 @@ class FactorTransfer(nn.Module):
         )
 
 
-def ft(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, rate: float = 0.5):
+def factors(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, rate: float = 0.5):
     """`rate` is the factor's channels over the teacher's."""
     checks.in_range("rate", rate, 1e-3, 1.0)
     return FactorTransfer(_maps(student)[-1], _maps(teacher)[-1], float(rate))

@@ -26,7 +26,7 @@ from qkd_jax.data.views import Views
 from qkd_jax.distillation.learn_table import as_sources
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
-from qkd_jax.losses import BY_SOFTMAX, LOSSES
+from qkd_jax.losses import TABLE
 from qkd_jax.record.folder import tree_sha256
 from qkd_jax.training.plan import Plan, cached_key
 from qkd_jax.training.step import eval_step
@@ -89,13 +89,14 @@ def _refuse_whole_logits(stage: Stage, frozen: Sequence[str], top_k: int) -> Non
         for label, row in rows.items():
             loss = str(row.get("loss") or label)
             taught = [name for name in as_sources(row.get("source")) if name in frozen]
-            if taught and loss in LOSSES and (loss not in BY_SOFTMAX or row.get("standardize")):
+            by_softmax = [name for name, entry in TABLE.items() if entry.by_softmax]
+            if taught and loss in TABLE and (loss not in by_softmax or row.get("standardize")):
                 how = " with standardize" if row.get("standardize") else ""
                 raise ValueError(
                     f"stages.{stage.name}.learn.{net}.{label}: loss {loss!r}{how} looks at every "
                     f"logit of {taught[0]!r}, and the cache keeps the {top_k} largest: the others "
                     f"would all be alike. Set stages.{stage.name}.cache.top_k=0, or take one of "
-                    f"{', '.join(BY_SOFTMAX)}."
+                    f"{', '.join(by_softmax)}."
                 )
 
 
