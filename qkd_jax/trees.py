@@ -1,14 +1,15 @@
-"""Pytrees as flat dicts of named arrays: what a checkpoint stores and what a hash is taken of.
+"""Pytrees as flat dicts of named arrays, and the entries of nested dicts by path.
 
 A leaf's name is its path with "/" between the parts, e.g. "nets/net0/params/stem/kernel" or
 "opt/net0/0/trace/stem/kernel". Every container that JAX knows has such paths (dicts, FrozenDict,
-tuples, optax's named tuples, flax structs), so one pair of functions serves all of them.
+tuples, optax's named tuples, flax structs), so `flatten` and `unflatten_like` serve all of them.
+The other functions take nested dicts, keep the order of their keys and never change them in place.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,12 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
-    "at",
+    "entries",
+    "find",
     "flatten",
     "get",
     "host_array",
+    "insert",
+    "join",
     "key_impl",
+    "merged",
     "nested",
+    "partition",
     "put",
     "tree_sha256",
     "unflatten_like",
@@ -62,24 +68,77 @@ def flatten(tree: Any) -> dict[str, Any]:
     return dict(_named_leaves(tree)[0])
 
 
-def at(collection: str, module: str, *names: str) -> str:
-    """Returns "quant/conv/folded/bias"; the root module has no name of its own."""
-    return "/".join(part for part in (collection, module, *names) if part)
+def join(*parts: str) -> str:
+    """Returns "quant/conv/folded/bias"; empty parts (the root module) are skipped."""
+    return "/".join(part for part in parts if part)
 
 
 def get(tree: Mapping[str, Any], path: str) -> Any:
-    """Returns the entry of a tree at "a/b/c"."""
-    for key in path.split("/"):
+    """Returns the entry of a tree at "a/b/c"; the tree itself at ""."""
+    for key in path.split("/") if path else ():
         tree = tree[key]
     return tree
 
 
-def put(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """Returns a tree with one entry replaced, in its old dtype; the rest is shared."""
+def find(tree: Any, path: str, default: Any = None) -> Any:
+    """Returns the entry of a tree at "a/b/c", or `default` where there is none."""
+    for key in path.split("/") if path else ():
+        if not isinstance(tree, Mapping) or key not in tree:
+            return default
+        tree = tree[key]
+    return tree
+
+
+def insert(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Returns a tree with the entry at "a/b/c" added or replaced; the rest is shared."""
     key, _, rest = path.partition("/")
-    if rest:
-        return {**tree, key: put(tree.get(key, {}), rest, value)}
-    return {**tree, key: jnp.asarray(value, tree[key].dtype if key in tree else jnp.float32)}
+    return {**tree, key: insert(tree.get(key, {}), rest, value) if rest else value}
+
+
+def put(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Returns a tree with one array replaced, in its old dtype (float32 for a new one)."""
+    old = find(tree, path)
+    return insert(tree, path, jnp.asarray(value, jnp.float32 if old is None else old.dtype))
+
+
+def merged(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a tree with the leaves of both; `other` decides where both have one."""
+    out = dict(tree)
+    for key, value in other.items():
+        inside = isinstance(value, Mapping) and isinstance(tree.get(key), Mapping)
+        out[key] = merged(tree[key], value) if inside else value
+    return out
+
+
+def partition(
+    tree: Mapping[str, Any], belongs: Callable[[str], bool]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (the rest of a tree, the part of it below the keys that `belongs` accepts)."""
+    rest: dict[str, Any] = {}
+    part: dict[str, Any] = {}
+    for key, value in tree.items():
+        if belongs(key):
+            part[key] = value
+        elif isinstance(value, Mapping):
+            inner_rest, inner_part = partition(value, belongs)
+            if inner_rest or not inner_part:
+                rest[key] = inner_rest
+            if inner_part:
+                part[key] = inner_part
+        else:
+            rest[key] = value
+    return rest, part
+
+
+def entries(
+    tree: Mapping[str, Any], wanted: Callable[[str], bool], path: str = ""
+) -> Iterator[tuple[str, str, Any]]:
+    """Yields (path of the parent, key, value) of the entries whose key `wanted` accepts."""
+    for key, value in tree.items():
+        if wanted(key):
+            yield path, key, value
+        elif isinstance(value, Mapping):
+            yield from entries(value, wanted, join(path, key))
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

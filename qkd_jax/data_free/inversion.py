@@ -22,6 +22,7 @@ import optax
 
 from qkd_jax import checks
 from qkd_jax.distillation.forward import mode_arguments
+from qkd_jax.quantize.variables import is_folded
 
 __all__ = [
     "METHODS",
@@ -197,7 +198,7 @@ def batch_norm_inputs(
                 )
         return out
 
-    if "folded" in str(jax.tree.structure(dict(variables.get("quant", {})))):
+    if is_folded(variables):
         raise ValueError(
             "a BatchNorm of this net is folded, and its statistics are gone; make the images "
             "before it is folded."

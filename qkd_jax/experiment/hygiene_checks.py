@@ -13,7 +13,7 @@ from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.settings import Settings, shapes
 from qkd_jax.numerics import Spec, Stats
 from qkd_jax.quantize.inspection import layers
-from qkd_jax.quantize.interception import OPERANDS
+from qkd_jax.quantize.variables import OPERANDS
 from qkd_jax.quantizers import QUANTIZERS
 from qkd_jax.training import hygiene
 from qkd_jax.training.plan import Plan

@@ -20,6 +20,7 @@ from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.settings import Settings, shapes
 from qkd_jax.models import MODELS
 from qkd_jax.quantize import QuantizedModel, load_float
+from qkd_jax.quantize.variables import is_folded
 from qkd_jax.record.checkpoint import Checkpoints, Restored
 from qkd_jax.record.folder import tree_sha256
 from qkd_jax.training.loop import Window
@@ -140,7 +141,7 @@ class Run:
             taken = self.variables[source]
             if net == self.nets[source] and not fresh:
                 self.variables[name] = jax.tree.map(np.asarray, taken)
-            elif "folded" in str(jax.tree.structure(taken.get("quant", {}))):
+            elif is_folded(taken):
                 raise ValueError(
                     f"nets.{name}.init_from is {source!r}, whose BatchNorms are folded by now, and "
                     "its weights alone would be another net. Bring this net in before that stage, "

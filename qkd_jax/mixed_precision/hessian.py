@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.trees import get, insert, join
 
 __all__ = ["mean_curvatures", "weight_errors"]
 
@@ -45,8 +46,8 @@ def mean_curvatures(
     Raises:
       ValueError: a layer inside `nn.scan` or `nn.vmap`, whose weights lie in one array with others.
     """
-    places = {path: _place(floats["params"], path) for path in shapes}
-    kernels = {path: _get(floats["params"], keys) for path, keys in places.items()}
+    arrays = {path: _array_path(floats["params"], path) for path in shapes}
+    kernels = {path: get(floats["params"], array) for path, array in arrays.items()}
     for path, kernel in kernels.items():
         if kernel.size != math.prod(shapes[path]):
             raise ValueError(
@@ -56,8 +57,8 @@ def mean_curvatures(
 
     def loss(kernels, images, labels):
         params = floats["params"]
-        for path, keys in places.items():
-            params = _put(params, keys, kernels[path])
+        for path, array in arrays.items():
+            params = insert(params, array, kernels[path])
         logits = jax.nn.log_softmax(logits_of({**floats, "params": params}, images))
         if labels is None:
             target = jnp.exp(jax.lax.stop_gradient(logits))
@@ -109,19 +110,6 @@ def weight_errors(
     return {path: float(error) for path, error in run(variables, images).items()}
 
 
-def _place(params: Tree, path: str) -> tuple[str, ...]:
-    """Where a layer's weight lies in `params`."""
-    keys = tuple(path.split("/")) if path else ()
-    return (*keys, "kernel" if "kernel" in _get(params, keys) else "embedding")
-
-
-def _get(tree: Any, keys: tuple[str, ...]) -> Any:
-    for key in keys:
-        tree = tree[key]
-    return tree
-
-
-def _put(tree: Tree, keys: tuple[str, ...], value: Any) -> Any:
-    if not keys:
-        return value
-    return {**tree, keys[0]: _put(tree[keys[0]], keys[1:], value)}
+def _array_path(params: Tree, path: str) -> str:
+    """Returns the path of a layer's weight in `params`."""
+    return join(path, "kernel" if "kernel" in get(params, path) else "embedding")

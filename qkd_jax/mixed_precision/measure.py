@@ -20,6 +20,7 @@ from qkd_jax.numerics import Spec
 from qkd_jax.quantize import QuantizedModel, Rule, inspection, quantize
 from qkd_jax.quantize.calibration import calibrate
 from qkd_jax.quantize.interception import Frame
+from qkd_jax.quantize.variables import without_quantizers
 
 __all__ = ["METRICS", "sensitivity"]
 
@@ -97,7 +98,7 @@ def sensitivity(
     if not given:
         raise ValueError("batches is empty; give at least one batch of real inputs.")
     images = [x for x, _ in given]
-    floats = _without_quantizers(variables)
+    floats = without_quantizers(variables)
     infos = {info.path: info for info in inspection.layers(net, floats, images[0], **kwargs)}
     infos = {path: info for path, info in infos.items() if info.weight is not None}
     if not infos:
@@ -237,23 +238,6 @@ def _unpacked(batch: Any) -> tuple[Any, Any]:
         seen = np.asarray(batch["mask"]) > 0
         image, labels = image[seen], None if labels is None else labels[seen]
     return image, labels
-
-
-def _without_quantizers(variables: Mapping[str, Any]) -> Tree:
-    """Variables whose `quant` has only what `fold_bn` left for float layers."""
-
-    def kept(tree: Mapping[str, Any]) -> Tree:
-        out = {}
-        for key, value in tree.items():
-            if key == "folded":
-                out[key] = value
-            elif not key.endswith("_quantizer") and (inner := kept(value)):
-                out[key] = inner
-        return out
-
-    floats = {name: value for name, value in variables.items() if name != "quant"}
-    folded = kept(variables.get("quant", {}))
-    return {**floats, "quant": folded} if folded else floats
 
 
 class _Switched(Frame):

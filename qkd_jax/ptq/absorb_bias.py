@@ -20,7 +20,7 @@ from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import TracedNet, trace_net
 from qkd_jax.quantize.variables import refuse_folded, refuse_quantized
-from qkd_jax.trees import at, get, put
+from qkd_jax.trees import get, join, put
 
 __all__ = ["absorb_bias"]
 
@@ -96,8 +96,8 @@ def absorb_bias(
             continue
         c = np.maximum(0, moments[0] - deviations * moments[1])
         result = add_to(result, own, -c)
-        stated = at("params", norm or "", "bias")
-        if norm and norm not in link.norms and "bias" in get(result, at("params", norm)):
+        stated = join("params", norm or "", "bias")
+        if norm and norm not in link.norms and "bias" in get(result, join("params", norm)):
             # It is folded, and goes on saying what the layer's output is like.
             result = put(result, stated, np.asarray(get(result, stated), np.float64) - c)
         for target, place in zip(link.targets, places, strict=True):

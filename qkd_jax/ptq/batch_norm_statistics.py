@@ -19,6 +19,7 @@ from flax.core import unfreeze
 
 from qkd_jax import checks
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.variables import is_folded
 
 __all__ = ["reestimate_batch_norm"]
 
@@ -60,7 +61,7 @@ def reestimate_batch_norm(
         raise ValueError(
             "variables has no 'batch_stats'; this net has no BatchNorm to re-estimate."
         )
-    if _folded(variables.get("quant", {})):
+    if is_folded(variables):
         raise ValueError("a BatchNorm of this net is folded; re-estimate first, then fold.")
     seen: list[tuple[int, Tree]] = []
     for batch in batches:
@@ -127,10 +128,3 @@ def _arguments(batch: Any) -> tuple[Any, ...]:
             images = images[np.asarray(batch["mask"]) > 0]
         return (images,)
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-
-
-def _folded(tree: Any) -> bool:
-    return any(
-        key == "folded" or (isinstance(value, Mapping) and _folded(value))
-        for key, value in tree.items()
-    )

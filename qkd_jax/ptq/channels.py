@@ -19,8 +19,8 @@ import numpy as np
 
 from qkd_jax.graph import MARKERS, Graph, Node
 from qkd_jax.quantize.traced import LAYOUT, Product, TracedNet, products
-from qkd_jax.quantize.variables import Tree
-from qkd_jax.trees import at, get, put
+from qkd_jax.quantize.variables import Tree, folded_path
+from qkd_jax.trees import get, put
 
 __all__ = [
     "Kernel",
@@ -254,7 +254,7 @@ def bias_place(traced: TracedNet, product: Product, read: Mapping[str, list[Node
     features = [out for out in product.operands[1].output_axes if out is not None]
     if not alone or product.path not in traced.layers or features != [product.rank - 1]:
         return None
-    path = at("quant", product.path, "folded", "bias")
+    path = folded_path(product.path, "bias")
     return Place(path, 1, product.node.outputs[0])
 
 

@@ -20,7 +20,12 @@ from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.stored_weights import quantized_weights, rounded
 from qkd_jax.quantize.traced import Product, TracedNet, products, trace_net
-from qkd_jax.quantize.variables import quantizer_paths, refuse_folded, without_quantizers
+from qkd_jax.quantize.variables import (
+    folded_entries,
+    is_calibrated,
+    refuse_folded,
+    without_quantizers,
+)
 from qkd_jax.trees import get
 
 __all__ = ["correct_bias"]
@@ -72,7 +77,7 @@ def correct_bias(
             weights that lie on their grid already.
     """
     checks.one_of("how", how, ("empirical", "analytic"))
-    if not quantizer_paths(variables):
+    if not is_calibrated(variables):
         raise ValueError(
             "variables has no quantizers, so there is no error to correct. Call `calibrate` first."
         )
@@ -192,14 +197,4 @@ def _on_their_grid(net: QuantizedModel, variables: Mapping[str, Any]) -> bool:
 
 def _folded(variables: Mapping[str, Any]) -> set[str]:
     """Paths of the BatchNorms that are folded."""
-
-    def walk(tree: Mapping[str, Any], path: str) -> set[str]:
-        found: set[str] = set()
-        for key, value in tree.items():
-            if key == "folded" and "identity" in value:
-                found.add(path)
-            elif isinstance(value, Mapping):
-                found |= walk(value, f"{path}/{key}" if path else key)
-        return found
-
-    return walk(variables.get("quant", {}), "")
+    return {path for path, stored in folded_entries(variables) if "identity" in stored}

@@ -33,6 +33,8 @@ from qkd_jax.quantize.traced import (
     trace_net,
     view,
 )
+from qkd_jax.quantize.variables import folded_path
+from qkd_jax.trees import get, insert, join
 
 __all__ = ["fold_bn"]
 
@@ -203,18 +205,20 @@ def _fold(traced: TracedNet, variables: dict[str, Any], chain: _Chain) -> dict[s
             multiplier = multiplier.reshape(-1)
         layer["multiplier"] = jnp.asarray(multiplier, jnp.float32)
     else:
-        kernel = _get(variables, f"params/{path}/kernel")
-        variables = _set(variables, f"params/{path}/kernel", _scaled(product, kernel, chain.gain))
+        kernel = get(variables, join("params", path, "kernel"))
+        variables = insert(
+            variables, join("params", path, "kernel"), _scaled(product, kernel, chain.gain)
+        )
     if chain.bias is not None:
-        old = np.asarray(_get(variables, chain.bias))
+        old = np.asarray(get(variables, chain.bias))
         last = (1,) * (old.ndim - 1) + (-1,)
         new = old.astype(np.float64) * chain.gain.reshape(last) + chain.shift.reshape(last)
-        variables = _set(variables, chain.bias, jnp.asarray(new, old.dtype))
+        variables = insert(variables, chain.bias, jnp.asarray(new, old.dtype))
     else:
         layer["bias"] = jnp.asarray(chain.shift, jnp.float32)
     for key, value in layer.items():
-        variables = _set(variables, f"quant/{path}/folded/{key}", value)
-    return _set(variables, f"quant/{chain.norm}/folded/identity", jnp.zeros(()))
+        variables = insert(variables, folded_path(path, key), value)
+    return insert(variables, folded_path(chain.norm, "identity"), jnp.zeros(()))
 
 
 def _scaled(product: Product, kernel: Any, gain: np.ndarray) -> Any:
@@ -225,15 +229,3 @@ def _scaled(product: Product, kernel: Any, gain: np.ndarray) -> Any:
     shape[axis] = -1
     scaled = np.asarray(kernel).astype(np.float64) * gain.reshape(shape)
     return jnp.asarray(scaled, kernel.dtype)
-
-
-def _get(tree: Mapping[str, Any], path: str) -> Any:
-    for key in path.split("/"):
-        tree = tree[key]
-    return tree
-
-
-def _set(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """Returns a tree with one entry replaced; the rest is shared."""
-    key, _, rest = path.partition("/")
-    return {**tree, key: _set(tree.get(key, {}), rest, value) if rest else value}

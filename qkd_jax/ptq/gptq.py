@@ -25,9 +25,9 @@ from qkd_jax.ptq.channels import kernel, readers
 from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import Product, TracedNet, products, quantizer_params, trace_net
-from qkd_jax.quantize.variables import quantizer_paths, refuse_folded, without_quantizers
+from qkd_jax.quantize.variables import quantizer_path, quantizers, refuse_folded, without_quantizers
 from qkd_jax.quantizers import QUANTIZERS
-from qkd_jax.trees import at, get, put
+from qkd_jax.trees import get, put
 
 __all__ = ["gptq", "quantize_columns"]
 
@@ -75,7 +75,7 @@ def gptq(
     """
     checks.number("percdamp", percdamp, low=0, low_allowed=False)
     checks.integer_in("block", block, 1)
-    if not any(path.endswith("weight_quantizer") for path in quantizer_paths(variables)):
+    if not any(operand == "weight" for _, operand, _ in quantizers(variables)):
         raise ValueError("variables has no weight quantizers to round for. Call `calibrate` first.")
     images = image_batches(batches)
     traced = trace_net(net, variables, images[0], **kwargs)
@@ -122,7 +122,7 @@ def gptq(
             )
         result = put(result, plan.path, new)
         for name, value in params.items():
-            result = put(result, at("quant", product.path, "weight_quantizer", name), value)
+            result = put(result, quantizer_path(product.path, "weight", name), value)
         if sequential:
             stream.replace(weight.marker.outputs[0], lambda _, w=again: w)
         if report is not None:

@@ -23,7 +23,8 @@ from flax.core import unfreeze
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import has_codes, products, scale_in_output, trace_net, view
-from qkd_jax.trees import at, get, put
+from qkd_jax.quantize.variables import folded_path
+from qkd_jax.trees import get, join, put
 
 __all__ = ["integer_bias"]
 
@@ -65,8 +66,8 @@ def integer_bias(
         if unit is None:
             unit = functools.reduce(np.multiply, scales)
         for place in (
-            at("quant", product.path, "folded", "bias"),
-            at("params", product.path, "bias"),
+            folded_path(product.path, "bias"),
+            join("params", product.path, "bias"),
         ):
             with contextlib.suppress(KeyError):  # a layer without a bias, or with one of the two
                 bias = np.asarray(get(result, place))

@@ -18,8 +18,8 @@ from qkd_jax.graph import Graph
 from qkd_jax.ptq.channels import IDENTITY, is_relu, norms_of
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import Product, TracedNet, products, trace_net
-from qkd_jax.quantize.variables import without_folds
-from qkd_jax.trees import at, get, put
+from qkd_jax.quantize.variables import unfolded
+from qkd_jax.trees import get, join, put
 
 __all__ = [
     "input_means",
@@ -34,7 +34,7 @@ def norms_by_layer(
     net: QuantizedModel, variables: Mapping[str, Any], images: Any, kwargs: Mapping[str, Any]
 ) -> dict[str, str]:
     """Layer -> the BatchNorm that normalises its output, folded or not."""
-    traced = trace_net(net, without_folds(variables), images, **kwargs)
+    traced = trace_net(net, unfolded(variables), images, **kwargs)
     found = {}
     for product in products(traced.graph):
         norm = _behind(traced, product)
@@ -45,7 +45,7 @@ def norms_by_layer(
 
 def output_moments(variables: Mapping[str, Any], norm: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Mean and standard deviation of a BatchNorm's output; None without scale or bias."""
-    params = get(variables, at("params", norm))
+    params = get(variables, join("params", norm))
     if "scale" not in params or "bias" not in params:
         return None
     return np.asarray(params["bias"], np.float64), np.abs(np.asarray(params["scale"], np.float64))
@@ -55,8 +55,8 @@ def rescale_folded(variables: Mapping[str, Any], norm: str, factor: np.ndarray) 
     """Divides what a folded BatchNorm says about its layer's output, which was divided itself."""
     result = dict(variables)
     for name in ("scale", "bias"):
-        if name in get(result, at("params", norm)):
-            path = at("params", norm, name)
+        if name in get(result, join("params", norm)):
+            path = join("params", norm, name)
             result = put(result, path, np.asarray(get(result, path), np.float64) / factor)
     return result
 
@@ -74,7 +74,7 @@ def input_means(
     net: QuantizedModel, variables: Mapping[str, Any], images: Any, kwargs: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """Layer -> mean of its input per channel, where that is a BatchNorm's output or its ReLU."""
-    traced = trace_net(net, without_folds(variables), images, **kwargs)
+    traced = trace_net(net, unfolded(variables), images, **kwargs)
     graph = traced.graph
     norms = {}
     for product in products(graph):

@@ -42,8 +42,9 @@ from qkd_jax.quantize.traced import (
     trace_net,
     view,
 )
-from qkd_jax.quantize.variables import quantizer_paths, refuse_folded
+from qkd_jax.quantize.variables import is_calibrated, quantizer_path, refuse_folded
 from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.trees import put
 
 __all__ = ["Report", "adaround", "brecq", "qdrop"]
 
@@ -224,7 +225,7 @@ def _reconstruct(name, net, variables, batches, units_of, method, seed, report, 
     for key in ("lr", "weight", "step_lr"):
         checks.number(key, getattr(method, key), low=0.0)
     images = np.concatenate(image_batches(batches))
-    if not quantizer_paths(variables):
+    if not is_calibrated(variables):
         raise ValueError(
             f"variables are not calibrated; {name} rounds to a grid. `calibrate` first."
         )
@@ -248,12 +249,12 @@ def _reconstruct(name, net, variables, batches, units_of, method, seed, report, 
         )
         for node, value in zip(unit.weights, weights, strict=True):
             quantized.replace(node.outputs[0], lambda _, value=value: value)
-            result = _put(result, traced.graph.leaves[node.inputs[0]], value)
+            result = put(result, traced.graph.leaves[node.inputs[0]], value)
         for node, value in steps.items():
             path, operand = node.params["path"], node.params["operand"]
             field = STEPS[traced.spec(node).quantizer]
             quantized.replace(_step_value(traced, node), lambda _, value=value: value)
-            result = _put(result, f"quant/{path}/{operand}_quantizer/{field}", value)
+            result = put(result, quantizer_path(path, operand, field), value)
     return result
 
 
@@ -418,9 +419,3 @@ def _step_value(traced: TracedNet, node: Node) -> int:
     """The graph's value of a quantizer's step."""
     names = sorted(quantizer_params(traced, node))
     return node.inputs[1 + names.index(STEPS[traced.spec(node).quantizer])]
-
-
-def _put(tree: Mapping[str, Any], path: str, value: Any) -> Tree:
-    key, _, rest = path.partition("/")
-    inner = _put(tree[key], rest, value) if rest else jnp.asarray(value, tree[key].dtype)
-    return {**tree, key: inner}

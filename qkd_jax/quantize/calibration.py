@@ -19,16 +19,25 @@ from flax.errors import ModifyScopeVariableError
 from qkd_jax import checks
 from qkd_jax.numerics import Spec, stats
 from qkd_jax.observers import OBSERVERS
-from qkd_jax.quantize import variables as trees_of
-from qkd_jax.quantize.interception import OPERANDS, Frame
+from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.model import QuantizedModel
-from qkd_jax.quantize.variables import join_quant
+from qkd_jax.quantize.variables import (
+    OPERANDS,
+    join_quant,
+    quantizer_path,
+    split_multipliers,
+    split_states,
+    state_key,
+    states,
+    without_quantizers,
+)
 from qkd_jax.quantizers import QUANTIZERS, is_uniform
+from qkd_jax.trees import insert, join, merged
 
 __all__ = ["calibrate", "check_observer", "model_arguments"]
 
 Tree = dict[str, Any]
-_SUFFIX = "_observed"
+_KIND = "observed"
 
 
 def calibrate(
@@ -78,9 +87,8 @@ def calibrate(
         raise ValueError("batches is empty; give at least one batch of real inputs.")
     chosen = OPERANDS if operands is None else _chosen(operands)
     specs = _Specs(net, observer, observer_options)
-    floats = {name: value for name, value in variables.items() if name != "quant"}
-    kept = _kept(variables.get("quant", {}), chosen, "")
-    start = {**floats, "quant": kept} if kept else floats
+    _refuse_multipliers(variables)
+    start = without_quantizers(variables, chosen)
 
     frames: list[Frame] = []
     first = _observe(net, start, inputs, kwargs, specs, chosen, _Moments(), frames=frames)
@@ -98,7 +106,7 @@ def calibrate(
         known = {key: measured[key] for key in searching}
         second = _observe(net, start, inputs, kwargs, specs, chosen, _Search(searching), known)
 
-    quant: Tree = _copied(kept)
+    result = {**start, "quant": start.get("quant", {})}
     for key, moments in measured.items():
         path, operand = key
         spec = specs(path, operand)
@@ -106,15 +114,15 @@ def calibrate(
         if spec.dynamic:
             # Nothing is kept but that the operand is quantized from now on.
             mark = jax.numpy.ones_like(moments.count)  # one for each step of a scanned layer
-            _put(quant, path, f"{operand}_quantizer", {"dynamic": mark})
+            result = insert(result, quantizer_path(path, operand), {"dynamic": mark})
             continue
         _check_sign(path, operand, spec, moments)
         _check_silent(path, operand, moments)
         state = second[key]["observer"] if key in searching else first[key]["observer"]
         lo, hi = _named(key, OBSERVERS[specs.observer(path, operand)].range, state, spec)
         params = QUANTIZERS[spec.quantizer].init(moments._replace(lo=lo, hi=hi), spec)
-        _put(quant, path, f"{operand}_quantizer", params)
-    return {**floats, "quant": quant}
+        result = insert(result, quantizer_path(path, operand), params)
+    return result
 
 
 def check_observer(where: str, observer: str | None, options: Mapping[str, Any] | None) -> None:
@@ -191,27 +199,13 @@ def _chosen(operands: Sequence[str]) -> tuple[str, ...]:
     return tuple(operands)
 
 
-def _kept(quant: Mapping[str, Any], replaced: Sequence[str], path: str) -> Tree:
-    """What stays of a `quant` tree: folded float layers, and quantizers that are not replaced."""
-    kept: Tree = {}
-    for key, value in quant.items():
-        if key == "folded" and "multiplier" in value:
-            raise ValueError(
-                f"layer {path!r} has a BatchNorm folded into its output multiplier, which holds "
-                "for its old scales alone; calibrate the variables from before `fold_bn`, or fold "
-                "the float net first."
-            )
-        if key.removesuffix("_quantizer") in replaced and key.endswith("_quantizer"):
-            continue
-        if key == "folded" or key.endswith("_quantizer"):
-            kept[key] = value
-        elif inner := _kept(value, replaced, f"{path}/{key}".lstrip("/")):
-            kept[key] = inner
-    return kept
-
-
-def _copied(tree: Any) -> Any:
-    return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+def _refuse_multipliers(variables: Mapping[str, Any]) -> None:
+    for path in split_multipliers(variables)[1]:
+        raise ValueError(
+            f"layer {path!r} has a BatchNorm folded into its output multiplier, which holds "
+            "for its old scales alone; calibrate the variables from before `fold_bn`, or fold "
+            "the float net first."
+        )
 
 
 def model_arguments(batch: Any) -> tuple[Any, ...]:
@@ -270,9 +264,9 @@ def _observe(
     """
     variables = join_quant(variables)
 
-    def run(floats, states, arguments, record):
+    def run(floats, before, arguments, record):
         frame = Frame(specs, mode="observe", observe=record, observed=chosen)
-        given = _joined(floats, states)
+        given = {**floats, "params": merged(floats.get("params", {}), before)}
         try:
             with nn.intercept_methods(frame):
                 _, out = net.model.apply(given, *arguments, mutable=["params"], **kwargs)
@@ -292,7 +286,7 @@ def _observe(
             ) from error
         if frames is not None:
             frames.append(frame)
-        return trees_of.kept(out["params"], _SUFFIX)
+        return split_states(out["params"], _KIND)
 
     def start(found, path, operand, x, spec, axes):
         shape = tuple(n if i in axes else 1 for i, n in enumerate(x.shape)) if axes else ()
@@ -304,39 +298,14 @@ def _observe(
         return task.update(found, jax.lax.stop_gradient(x), spec, axes, observer)
 
     # The states' tree comes from a run of which nothing but the empty states is computed.
-    states = jax.jit(lambda v, a: run(v, {}, a, start))(variables, inputs[0])
+    observed = jax.jit(lambda v, a: run(v, {}, a, start))(variables, inputs[0])
     for (path, operand), moments in (known or {}).items():
-        _at(states, path)[f"{operand}{_SUFFIX}"]["stats"] = moments
+        observed = insert(observed, join(path, state_key(operand, _KIND), "stats"), moments)
     # The variables are arguments: XLA would fold the statistics of constants, slowly.
     step = jax.jit(lambda v, s, a: run(v, s, a, update))
     for arguments in inputs:
-        states = step(variables, states, arguments)
-    return {
-        (path, operand): state for path, operand, state in trees_of.walk(states, _SUFFIX) if state
-    }
-
-
-def _at(tree: Tree, path: str) -> Tree:
-    for key in path.split("/") if path else []:
-        tree = tree[key]
-    return tree
-
-
-def _joined(floats: Mapping[str, Any], states: Tree) -> Tree:
-    def merge(params, extra):
-        out = dict(params)
-        for key, value in extra.items():
-            inside = not key.endswith(_SUFFIX) and isinstance(params.get(key), Mapping)
-            out[key] = merge(params[key], value) if inside else value
-        return out
-
-    return {**floats, "params": merge(floats.get("params", {}), states)}
-
-
-def _put(tree: Tree, path: str, name: str, value: Any) -> None:
-    for key in path.split("/") if path else []:
-        tree = tree.setdefault(key, {})
-    tree[name] = value
+        observed = step(variables, observed, arguments)
+    return {(path, operand): state for path, operand, state in states(observed, _KIND) if state}
 
 
 def _named(key: tuple[str, str], function: Callable[..., Any], *args: Any) -> Any:

@@ -20,17 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax.numerics import Spec, compute_dtype
-from qkd_jax.quantize import variables as trees_of
 from qkd_jax.quantize.calibration import model_arguments
 from qkd_jax.quantize.interception import Frame, split_groups
 from qkd_jax.quantize.model import QuantizedModel
-from qkd_jax.quantize.variables import join_quant
+from qkd_jax.quantize.variables import join_quant, split_states, state_key, states
 from qkd_jax.quantizers import QUANTIZERS, in_use
 
 __all__ = ["Diagnosed", "Diagnosis", "diagnose"]
 
 Tree = dict[str, Any]
-_SUFFIX = "_diagnosed"
+_KIND = "diagnosed"
 # Where a grid has no codes to ask, its ends are what these two are rounded to.
 _FAR = 1e15
 
@@ -185,14 +184,14 @@ def _runner(net: QuantizedModel, kwargs: Mapping[str, Any]):
     def run(joined, arguments):
         with nn.intercept_methods(_Watching(net, order)):
             _, out = net.model.apply(joined, *arguments, mutable=["params"], **kwargs)
-        return trees_of.kept(out["params"], _SUFFIX)
+        return split_states(out["params"], _KIND)
 
     return jax.jit(run), order
 
 
-def _separate(states: Tree, order: Iterable[tuple[str, str]]):
+def _separate(summed: Tree, order: Iterable[tuple[str, str]]):
     """Yields ((path, operand, step of a scan or None), sums) of one batch, in running order."""
-    found = {(path, operand): sums for path, operand, sums in trees_of.walk(states, _SUFFIX)}
+    found = {(path, operand): sums for path, operand, sums in states(summed, _KIND)}
     for path, operand in order:
         sums = found[path, operand]
         shape = np.shape(sums["count"])
@@ -225,7 +224,7 @@ class _Watching(Frame):
             if isinstance(spec.granularity, int):
                 axis = self.seen[path].group_axis
                 x, x_hat = (split_groups(a, axis, spec.granularity) for a in (x, x_hat))
-            name = f"{operand}{_SUFFIX}"
+            name = state_key(operand, _KIND)
             sums = _sums(x, x_hat, spec, params, operand)
             before = self._variables(module, sub, name)  # a layer that the net calls again
             if before is None:

@@ -16,7 +16,9 @@ from qkd_jax import graph
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize.interception import Frame, LayerUse
 from qkd_jax.quantize.model import QuantizedModel
+from qkd_jax.quantize.variables import quantizer_key
 from qkd_jax.quantizers import QUANTIZERS, in_use
+from qkd_jax.trees import find
 
 __all__ = ["Coverage", "Covered", "LayerInfo", "Size", "coverage", "layers", "size"]
 
@@ -74,14 +76,6 @@ def _seen(net: QuantizedModel, variables: Any, images: Any, **kwargs: Any) -> Fr
     return frame
 
 
-def _at(tree: Any, path: str) -> Any:
-    for key in path.split("/") if path else []:
-        if not isinstance(tree, Mapping) or key not in tree:
-            return {}
-        tree = tree[key]
-    return tree
-
-
 def _count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
@@ -89,7 +83,7 @@ def _count(tree: Any) -> int:
 def _spec(net: QuantizedModel, path: str, operand: str, quant: Any) -> Spec | None:
     """The spec of an operand, with the bits in use; `quant` is what the layer's quantizers own."""
     spec = net.spec_of(path, operand)
-    return None if spec is None else in_use(spec, quant.get(f"{operand}_quantizer"))
+    return None if spec is None else in_use(spec, quant.get(quantizer_key(operand)))
 
 
 def _scales(spec: Spec, params: Any, use: LayerUse) -> int:
@@ -126,14 +120,14 @@ def layers(
     """
     found = []
     for path, use in _seen(net, variables, images, **kwargs).seen.items():
-        params = _at(variables.get("params", {}), path)
-        quant = _at(variables.get("quant", {}), path)
+        params = find(variables.get("params", {}), path, {})
+        quant = find(variables.get("quant", {}), path, {})
         weight = _spec(net, path, "weight", quant) if "weight" in use.shapes else None
         params = {k: v for k, v in params.items() if not isinstance(v, Mapping)}
         table = _count({k: v for k, v in params.items() if k in _TABLES})
         bits = 32 * _count(params)
         if weight is not None:
-            scales = _scales(weight, quant.get("weight_quantizer"), use)
+            scales = _scales(weight, quant.get(quantizer_key("weight")), use)
             bits += table * (weight.bits - 32) + 32 * scales
         found.append(
             LayerInfo(
@@ -288,7 +282,7 @@ def _covered(net, quant, traced, node, marks, examples) -> Covered:
             continue
         path, operand = mark.params["path"], mark.params["operand"]
         if mark.op == "quantizer":
-            spec = _spec(net, path, operand, _at(quant, path))
+            spec = _spec(net, path, operand, find(quant, path, {}))
             assert spec is not None
             bits["weight" if operand in ("weight", "other") else "input"] = spec.bits
     quantized = [b < 32 for b in bits.values()]

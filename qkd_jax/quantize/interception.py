@@ -31,20 +31,13 @@ from jax import lax
 
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import contraction as products
+from qkd_jax.quantize.variables import FOLDED, OPERANDS, quantizer_key, state_key
 from qkd_jax.quantizers import QUANTIZERS, found_params, live
 
-__all__ = ["OPERANDS", "ROUNDING", "Frame", "LayerUse", "is_ours", "marker", "split_groups"]
+__all__ = ["ROUNDING", "Frame", "LayerUse", "marker", "split_groups"]
 
 ROUNDING = "rounding"
 """Name of the random stream of stochastic rounding, in the `rngs` of `apply`."""
-
-OPERANDS = ("weight", "input", "other", "output")
-"""`other` is the second operand of a product of two activations (attention)."""
-
-
-def is_ours(name: str) -> bool:
-    """Whether a key inside `params` is a quantizer's, not the model's."""
-    return name == "folded" or any(name == f"{operand}_quantizer" for operand in OPERANDS)
 
 
 @dataclasses.dataclass
@@ -152,7 +145,7 @@ class Frame:
     def _run(self, module, path, method, next_fun, args, kwargs):
         self.modules.add(path)
         if isinstance(module, nn.BatchNorm):
-            if self._variables(module, None, "folded") is not None:
+            if self._variables(module, None, FOLDED) is not None:
                 out = args[0] if args else kwargs["x"]
             else:
                 with _fields(module, axis_name=module.axis_name or self.axis_name):
@@ -192,7 +185,7 @@ class Frame:
                 module, None, path, "input", lhs, _left(described), batch_axes=_batch(lhs)
             )
             w_hat, w_view = self._operand(module, None, path, "weight", rhs, _right(described))
-            folded = self._variables(module, None, "folded") or {}
+            folded = self._variables(module, None, FOLDED) or {}
             if x_view is None or w_view is None or self.mode == "trace":
                 out = described.fn(x_hat, w_hat)
                 if "multiplier" in folded and self.mode == "trace":
@@ -362,16 +355,17 @@ class Frame:
             if self.mode == "trace" and operand != "output":
                 x = marker(f"skipped:{path}:{operand}", _unchanged, x)
             return x, None
-        name = f"{operand}_quantizer"
+        name = quantizer_key(operand)
         axes, group = _sharing(spec, place, path, operand, x)
         if self.mode == "observe" and operand in self.observed:
-            found = self._variables(module, sub, f"{operand}_observed")
+            state = state_key(operand, "observed")
+            found = self._variables(module, sub, state)
             assert self.observe is not None
             seen = x if group is None else split_groups(x, *group)
             # Of a dynamic operand nothing is kept but that it is quantized.
             kept = () if spec.dynamic else axes
             observed = self.observe(found, path, operand, seen, spec, kept)
-            self._write(module, sub, f"{operand}_observed", observed)
+            self._write(module, sub, state, observed)
             return x, None
         params = self._variables(module, sub, name)
         if self.mode == "trace":

@@ -22,9 +22,9 @@ from flax.core import unfreeze
 
 from qkd_jax import checks
 from qkd_jax.numerics import Spec
-from qkd_jax.quantize.interception import Frame, is_ours
+from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.rules import Rule, first_match
-from qkd_jax.quantize.variables import join_quant, split_quant
+from qkd_jax.quantize.variables import is_own_key, join_quant, split_quant
 
 __all__ = ["QuantizedModel", "quantize"]
 
@@ -115,7 +115,7 @@ class QuantizedModel:
         """
         paths = sorted(paths)
         for path in paths:
-            taken = [name for name in path.split("/") if is_ours(name)]
+            taken = [name for name in path.split("/") if is_own_key(name)]
             if taken:
                 raise ValueError(
                     f"the model names a module {taken[0]!r} (at {path!r}); quantizers keep their "

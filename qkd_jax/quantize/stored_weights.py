@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qkd_jax import quantizers
 from qkd_jax.numerics import Spec
-from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.quantize.variables import quantizer_params, quantizers
+from qkd_jax.quantizers import QUANTIZERS, live
+from qkd_jax.trees import get, join, put
 
 __all__ = ["Rounded", "Weight", "quantized_weights", "rounded", "with_weight"]
 
@@ -28,9 +29,9 @@ class Weight:
     spec: Spec
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """The keys of the layer in "params" and in "quant"."""
-        return tuple(self.path.split("/")) if self.path else ()
+    def array(self) -> str:
+        """Path of the float array in a net's variables."""
+        return join("params", self.path, self.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,23 +64,25 @@ def quantized_weights(module: Any, learned: Tree) -> Iterator[Weight]:
         module: QuantizedModel.
         learned: {"params", "quant"} of a net.
     """
-    for keys, _ in _walk(learned.get("quant", {})):
-        spec = module.spec_of("/".join(keys), "weight")
-        layer = _get(learned["params"], keys)
+    for path, operand, params in quantizers(learned):
+        if operand != "weight":
+            continue
+        spec = module.spec_of(path, "weight")
+        layer = get(learned["params"], path)
         name = next((n for n in NAMES if n in layer), None)
         if spec is None or name is None or spec.dynamic:
             continue
-        weight = Weight("/".join(keys), name, spec)
-        params = _params(learned, weight)
+        weight = Weight(path, name, spec)
         if QUANTIZERS[spec.quantizer].integer_view(params, spec) is not None:
             yield weight
 
 
 def rounded(learned: Tree, weight: Weight) -> Rounded:
     """Puts a weight on its grid; nothing of it has a gradient."""
-    array = jax.lax.stop_gradient(_get(learned["params"], weight.keys)[weight.name])
+    array = jax.lax.stop_gradient(get(learned, weight.array))
     wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
-    params = jax.tree.map(jax.lax.stop_gradient, _params(learned, weight))
+    params = dict(quantizer_params(learned, weight.path, "weight"))
+    params = jax.tree.map(jax.lax.stop_gradient, params)
     spec, quantizer = weight.spec, QUANTIZERS[weight.spec.quantizer]
     if isinstance(spec.granularity, int):
         wide = _cut(wide, spec.granularity, jax.tree.leaves(params)[0].shape)
@@ -90,7 +93,7 @@ def rounded(learned: Tree, weight: Weight) -> Rounded:
         else value
         for key, value in params.items()
     }
-    params = quantizers.live(wide, params, spec)
+    params = live(wide, params, spec)
     on_grid = quantizer.fake_quant(wide, params, spec)
     scale, *_ = quantizer.integer_view(params, spec)
     # Asked, not read from the format, whose ends are those of the upper bound of learned bits.
@@ -101,18 +104,7 @@ def rounded(learned: Tree, weight: Weight) -> Rounded:
 
 def with_weight(learned: Tree, weight: Weight, values: jax.Array) -> dict[str, Any]:
     """Returns the tree with other values of a weight, of its shape up to groups that are cut."""
-
-    def put(tree: Tree, keys: tuple[str, ...]) -> dict[str, Any]:
-        if keys:
-            return {**tree, keys[0]: put(tree[keys[0]], keys[1:])}
-        old = tree[weight.name]
-        return {**tree, weight.name: jnp.reshape(values, old.shape).astype(old.dtype)}
-
-    return {**learned, "params": put(learned["params"], weight.keys)}
-
-
-def _params(learned: Tree, weight: Weight) -> dict[str, jax.Array]:
-    return dict(_get(learned["quant"], weight.keys)["weight_quantizer"])
+    return put(learned, weight.array, jnp.reshape(values, get(learned, weight.array).shape))
 
 
 def _cut(values: jax.Array, size: int, shape: tuple[int, ...]) -> jax.Array:
@@ -130,17 +122,3 @@ def _cut(values: jax.Array, size: int, shape: tuple[int, ...]) -> jax.Array:
             cut = (*values.shape[:axis], count // size, size, *values.shape[axis + 1 :])
             return jnp.reshape(values, cut)
     raise ValueError(f"parameters of shape {shape} fit no groups of {size} in {values.shape}.")
-
-
-def _walk(quant: Tree, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, tree in quant.items():
-        if key == "weight_quantizer":
-            yield keys, tree
-        elif isinstance(tree, Mapping):
-            yield from _walk(tree, (*keys, key))
-
-
-def _get(tree: Any, keys: tuple[str, ...]) -> Any:
-    for key in keys:
-        tree = tree[key]
-    return tree

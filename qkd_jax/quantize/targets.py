@@ -19,8 +19,8 @@ from typing import Any
 
 from qkd_jax import checks
 from qkd_jax.numerics import Spec
-from qkd_jax.quantize.interception import OPERANDS
 from qkd_jax.quantize.rules import Rule
+from qkd_jax.quantize.variables import OPERANDS
 
 __all__ = ["TARGETS", "Target", "check", "fit"]
 

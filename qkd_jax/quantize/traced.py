@@ -19,7 +19,9 @@ from qkd_jax import graph as graphs
 from qkd_jax.graph import Graph, Node
 from qkd_jax.numerics import IntFormat, Spec, check_scale
 from qkd_jax.quantize.model import QuantizedModel
+from qkd_jax.quantize.variables import quantizer_path, split_multipliers
 from qkd_jax.quantizers import QUANTIZERS, found_params, in_use
+from qkd_jax.trees import get
 
 __all__ = [
     "Operand",
@@ -127,10 +129,7 @@ def trace_net(
     net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
 ) -> TracedNet:
     """Traces a net in eval mode, for any batch size; `kwargs` go to the model's call."""
-    variables = unfreeze(dict(variables))
-    quant, multipliers = _without_multipliers(variables.get("quant", {}), "")
-    if quant:
-        variables = {**variables, "quant": quant}
+    variables, multipliers = split_multipliers(unfreeze(dict(variables)))
     norms: set[str] = set()
     layers: set[str] = set()
 
@@ -171,12 +170,10 @@ def products(graph: Graph) -> list[Product]:
 
 def quantizer_params(traced: TracedNet, marker: Node) -> dict[str, np.ndarray]:
     """Returns the parameters of a calibrated quantizer node, by name."""
-    tree: Any = traced.variables["quant"]
-    for key in [*marker.params["path"].split("/"), f"{marker.params['operand']}_quantizer"]:
-        tree = tree[key] if key else tree
+    names = get(traced.variables, quantizer_path(marker.params["path"], marker.params["operand"]))
     # The values come from the graph: under a scan, each step has its slice of the variables.
     values = (traced.graph.constants[v] for v in marker.inputs[1:])
-    return dict(zip(sorted(tree), values, strict=True))
+    return dict(zip(sorted(names), values, strict=True))
 
 
 def has_codes(traced: TracedNet, operand: Operand) -> bool:
@@ -370,19 +367,3 @@ def _output_axes(graph: Graph, node: Node) -> tuple[tuple[int | None, ...], ...]
                 axes[side][axis] = place
                 place += 1
     return tuple(map(tuple, axes))
-
-
-def _without_multipliers(tree: Any, path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Splits a `quant` tree into one that can be traced and the multipliers of folded layers."""
-    kept: dict[str, Any] = {}
-    found: dict[str, np.ndarray] = {}
-    for key, value in tree.items():
-        if key == "folded":
-            if "multiplier" in value:
-                found[path] = np.asarray(value["multiplier"])
-            value = {k: v for k, v in value.items() if k != "multiplier"}
-        elif isinstance(value, Mapping):
-            value, inner = _without_multipliers(value, f"{path}/{key}" if path else key)
-            found.update(inner)
-        kept[key] = value
-    return kept, found

@@ -1,46 +1,123 @@
-"""Trees of variables: entries by path, and what in them is quantized or folded."""
+"""The variables of a quantized net: how the `quant` collection is laid out, read and split.
+
+The `quant` tree mirrors the model's paths. Under a layer or module lie
+
+    <operand>_quantizer/<parameter>            of each operand that has been calibrated
+    folded/{multiplier, bias, identity}        what a folded BatchNorm leaves behind
+
+and, while a net is observed, the state `<operand>_<kind>` next to the quantizer that it belongs to.
+No other file spells these keys.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax import checks
-from qkd_jax.quantize.interception import OPERANDS, is_ours
+from qkd_jax.trees import entries, find, flatten, insert, join, merged, partition
 
 __all__ = [
+    "FOLDED",
+    "OPERANDS",
+    "folded_entries",
+    "folded_path",
+    "is_calibrated",
+    "is_folded",
+    "is_own_key",
+    "is_quantizer_key",
     "join_quant",
-    "kept",
     "load_float",
-    "quantizer_paths",
+    "parameter_owner",
+    "quantizer_key",
+    "quantizer_params",
+    "quantizer_path",
+    "quantizers",
     "refuse_folded",
     "refuse_quantized",
+    "split_multipliers",
     "split_quant",
-    "walk",
-    "without_folds",
+    "split_states",
+    "state_key",
+    "states",
+    "unfolded",
     "without_quantizers",
 ]
 
 Tree = dict[str, Any]
 
+OPERANDS = ("weight", "input", "other", "output")
+"""`other` is the second operand of a contraction of two activations (attention)."""
 
-def quantizer_paths(variables: Mapping[str, Any]) -> list[str]:
-    """Lists the quantizers among variables, as "layer/weight_quantizer"."""
+FOLDED = "folded"
+"""Key of what a folded BatchNorm left at a module."""
+_OPERAND_OF = {f"{operand}_quantizer": operand for operand in OPERANDS}
 
-    def walk(tree: Mapping[str, Any], path: str) -> list[str]:
-        out = []
-        for key, value in tree.items():
-            inner = f"{path}/{key}" if path else key
-            if key.endswith("_quantizer"):
-                out.append(inner)
-            elif isinstance(value, Mapping) and key != "folded":
-                out += walk(value, inner)
-        return out
 
-    return walk(variables.get("quant", {}), "")
+def quantizer_key(operand: str) -> str:
+    """Returns the key under a layer that holds an operand's quantizer: "weight_quantizer"."""
+    return f"{operand}_quantizer"
+
+
+def is_quantizer_key(key: str) -> bool:
+    """Whether a key is that of a quantizer."""
+    return key in _OPERAND_OF
+
+
+def _is_folded_key(key: str) -> bool:
+    return key == FOLDED
+
+
+def is_own_key(key: str) -> bool:
+    """Whether a key belongs to the `quant` collection, not to the model."""
+    return key == FOLDED or key in _OPERAND_OF
+
+
+def quantizer_path(layer: str, operand: str, name: str = "") -> str:
+    """Returns "quant/<layer>/weight_quantizer/<name>", the path in a net's variables."""
+    return join("quant", layer, quantizer_key(operand), name)
+
+
+def folded_path(module: str, name: str) -> str:
+    """Returns "quant/<module>/folded/<name>", the path in a net's variables."""
+    return join("quant", module, FOLDED, name)
+
+
+def quantizers(variables: Mapping[str, Any]) -> Iterator[tuple[str, str, Tree]]:
+    """Yields (layer path, operand, parameters) of every calibrated quantizer."""
+    for path, key, params in entries(variables.get("quant") or {}, is_quantizer_key):
+        yield path, _OPERAND_OF[key], params
+
+
+def quantizer_params(variables: Mapping[str, Any], layer: str, operand: str) -> Any:
+    """Returns the parameters of one quantizer, or None where it is not calibrated."""
+    return find(variables, quantizer_path(layer, operand))
+
+
+def parameter_owner(name: str) -> tuple[str, str] | None:
+    """Returns (layer path, operand) that own the leaf "<layer>/<operand>_quantizer/<parameter>"."""
+    *layer, key, _ = name.split("/")
+    return (join(*layer), _OPERAND_OF[key]) if key in _OPERAND_OF else None
+
+
+def is_calibrated(variables: Mapping[str, Any]) -> bool:
+    """Whether any operand has a calibrated quantizer."""
+    return next(quantizers(variables), None) is not None
+
+
+def folded_entries(variables: Mapping[str, Any]) -> Iterator[tuple[str, Tree]]:
+    """Yields (module path, what folding stored there), for layers and for their BatchNorms."""
+    for path, _, stored in entries(variables.get("quant") or {}, _is_folded_key):
+        yield path, stored
+
+
+def is_folded(variables: Mapping[str, Any]) -> bool:
+    """Whether folding, or a shift of a bias, has stored anything in the variables."""
+    return next(folded_entries(variables), None) is not None
 
 
 def refuse_folded(method: str, multipliers: Mapping[str, Any]) -> None:
@@ -54,7 +131,7 @@ def refuse_folded(method: str, multipliers: Mapping[str, Any]) -> None:
 
 def refuse_quantized(method: str, variables: Mapping[str, Any]) -> None:
     """Raises ValueError for calibrated variables: their scales fit the weights as they are."""
-    found = quantizer_paths(variables)
+    found = [join(path, quantizer_key(operand)) for path, operand, _ in quantizers(variables)]
     if found:
         raise ValueError(
             f"variables are calibrated ({found[0]!r} and {len(found) - 1} more), and {method} "
@@ -63,41 +140,37 @@ def refuse_quantized(method: str, variables: Mapping[str, Any]) -> None:
         )
 
 
-def without_folds(variables: Mapping[str, Any]) -> Tree:
-    """Returns variables whose folded BatchNorms run again: their graph shows where they stood."""
-
-    def shown(tree: Mapping[str, Any]) -> Tree:
-        kept: Tree = {}
-        for key, value in tree.items():
-            if key == "folded":
-                value = {k: v for k, v in value.items() if k == "bias"}
-            elif isinstance(value, Mapping):
-                value = shown(value)
-            if not isinstance(value, Mapping) or value:
-                kept[key] = value
-        return kept
-
-    out = {k: v for k, v in variables.items() if k != "quant"}
-    quant = shown(variables.get("quant", {}))
-    return {**out, "quant": quant} if quant else out
+def _with_quant(variables: Mapping[str, Any], quant: Tree) -> Tree:
+    """Returns variables with another `quant` collection, without one where it is empty."""
+    floats = {name: tree for name, tree in variables.items() if name != "quant"}
+    return {**floats, "quant": quant} if quant else floats
 
 
-def without_quantizers(variables: Mapping[str, Any]) -> Tree:
-    """Returns the float variables of a calibrated net; what was folded stays folded."""
+def unfolded(variables: Mapping[str, Any]) -> Tree:
+    """Returns variables whose folded BatchNorms run again; biases that were moved stay."""
+    quant, _ = partition(variables.get("quant") or {}, _is_folded_key)
+    for path, stored in folded_entries(variables):
+        if "bias" in stored:
+            quant = insert(quant, join(path, FOLDED, "bias"), stored["bias"])
+    return _with_quant(variables, quant)
 
-    def kept(tree: Mapping[str, Any]) -> Tree:
-        out = {}
-        for key, value in tree.items():
-            if key.endswith("_quantizer"):
-                continue
-            inner = kept(value) if isinstance(value, Mapping) and key != "folded" else value
-            if not isinstance(inner, Mapping) or inner:
-                out[key] = inner
-        return out
 
-    out = {k: v for k, v in variables.items() if k != "quant"}
-    quant = kept(variables.get("quant", {}))
-    return {**out, "quant": quant} if quant else out
+def without_quantizers(variables: Mapping[str, Any], operands: Any = OPERANDS) -> Tree:
+    """Returns variables without the quantizers of some operands; what was folded stays folded."""
+    dropped = {quantizer_key(operand) for operand in operands}
+    quant, _ = partition(variables.get("quant") or {}, dropped.__contains__)
+    return _with_quant(variables, quant)
+
+
+def split_multipliers(variables: Mapping[str, Any]) -> tuple[Tree, dict[str, np.ndarray]]:
+    """Returns (variables without the multipliers of folded layers, {layer path: multiplier})."""
+    quant, multipliers = variables.get("quant") or {}, {}
+    for path, stored in folded_entries(variables):
+        if "multiplier" in stored:
+            multipliers[path] = np.asarray(stored["multiplier"])
+            rest = {name: value for name, value in stored.items() if name != "multiplier"}
+            quant = insert(quant, join(path, FOLDED), rest)
+    return _with_quant(variables, quant), multipliers
 
 
 def join_quant(variables: Mapping[str, Any]) -> Tree:
@@ -105,43 +178,36 @@ def join_quant(variables: Mapping[str, Any]) -> Tree:
     variables = dict(variables)
     quant = variables.pop("quant", None)
     if quant:
-        variables["params"] = _merge(variables.get("params", {}), quant)
+        variables["params"] = merged(variables.get("params", {}), quant)
     return variables
 
 
 def split_quant(variables: Mapping[str, Any]) -> Tree:
-    """Takes the quantizers' variables out of `params` again."""
+    """Takes the `quant` collection out of `params` again."""
     variables = dict(variables)
     if "params" in variables:
-        params, quant = _split(unfreeze(variables["params"]))
-        variables["params"] = params
+        variables["params"], quant = partition(unfreeze(variables["params"]), is_own_key)
         if quant:
             variables["quant"] = quant
     return variables
 
 
-def _merge(params: Mapping[str, Any], quant: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(params)
-    for key, value in quant.items():
-        inside = key in params and isinstance(value, Mapping) and isinstance(params[key], Mapping)
-        merged[key] = _merge(params[key], value) if inside else value
-    return merged
+def state_key(operand: str, kind: str) -> str:
+    """Returns the key of an operand's state of some kind, such as "weight_observed"."""
+    return f"{operand}_{kind}"
 
 
-def _split(tree: Mapping[str, Any], ours: Callable[[str], bool] = is_ours):
-    params, quant = {}, {}
-    for key, value in tree.items():
-        if ours(key):
-            quant[key] = value
-        elif isinstance(value, Mapping):
-            kept, taken = _split(value, ours)
-            if kept or not taken:
-                params[key] = kept
-            if taken:
-                quant[key] = taken
-        else:
-            params[key] = value
-    return params, quant
+def split_states(params: Mapping[str, Any], kind: str) -> Tree:
+    """Returns the part of `params` that holds the operands' states of a kind."""
+    keys = {state_key(operand, kind) for operand in OPERANDS}
+    return partition(params, keys.__contains__)[1]
+
+
+def states(tree: Mapping[str, Any], kind: str) -> Iterator[tuple[str, str, Any]]:
+    """Yields (layer path, operand, state) out of what `split_states` returned."""
+    operand_of = {state_key(operand, kind): operand for operand in OPERANDS}
+    for path, key, state in entries(tree, operand_of.__contains__):
+        yield path, operand_of[key], state
 
 
 def load_float(variables: Mapping[str, Any], pretrained: Mapping[str, Any]) -> Tree:
@@ -178,8 +244,8 @@ def load_float(variables: Mapping[str, Any], pretrained: Mapping[str, Any]) -> T
 
 
 def _loaded(name: str, wanted: Any, given: Any) -> Any:
-    mine = dict(_flat(wanted, name))
-    theirs = dict(_flat(given, name))
+    """Returns one collection of `given` in the dtypes of `wanted`, which it must fit."""
+    mine, theirs = flatten({name: wanted}), flatten({name: given})
     problems = [f"missing {p}" for p in mine if p not in theirs]
     problems += [f"unexpected {p}{checks.nearest(p, mine)}" for p in theirs if p not in mine]
     problems += [
@@ -193,32 +259,3 @@ def _loaded(name: str, wanted: Any, given: Any) -> Any:
             "checkpoint's own model, width and number of classes."
         )
     return jax.tree.map(lambda old, new: jax.numpy.asarray(new, old.dtype), wanted, given)
-
-
-def _flat(tree: Any, prefix: str):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield "/".join([prefix, *(str(k.key) for k in path)]), leaf
-
-
-def kept(params: Mapping[str, Any], suffix: str) -> Tree:
-    """Returns the part of `params` whose keys end in the suffix."""
-    out: Tree = {}
-    for key, value in params.items():
-        if key.endswith(suffix):
-            out[key] = value
-        elif isinstance(value, Mapping) and (inner := kept(value, suffix)):
-            out[key] = inner
-    return out
-
-
-def walk(
-    tree: Mapping[str, Any], suffix: str, path: tuple[str, ...] = ()
-) -> Iterator[tuple[str, str, Any]]:
-    """Yields (path of the layer, operand, what lies there) out of what `kept` returns."""
-    for key, value in tree.items():
-        if key.endswith(suffix):
-            operand = key.removesuffix(suffix)
-            assert operand in OPERANDS
-            yield "/".join(path), operand, value
-        else:
-            yield from walk(value, suffix, (*path, key))

@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qkd_jax.quantize.variables import quantizer_key
+
 __all__ = ["COLORS", "curves", "histograms", "quantizer_paths", "series", "stage_spans"]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
@@ -292,7 +294,7 @@ def quantizer_paths(
             if net and not key.startswith(f"{net}/"):
                 continue
             *layer, quantizer, param = key.removeprefix(f"{net}/" if net else "").split("/")
-            if not layer or quantizer != f"{operand}_quantizer":
+            if not layer or quantizer != quantizer_key(operand):
                 continue
             if isinstance(value, int | float):
                 lines = layers.setdefault("/".join(layer), {})

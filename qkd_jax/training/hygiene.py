@@ -39,9 +39,10 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize.stored_weights import Weight, quantized_weights, rounded, with_weight
+from qkd_jax.quantize.variables import parameter_owner, quantizer_key, quantizer_params
 from qkd_jax.quantizers import QUANTIZERS, lsq
 from qkd_jax.training import clamping
-from qkd_jax.trees import flatten
+from qkd_jax.trees import flatten, get, join
 
 __all__ = [
     "HYGIENE_FIELDS",
@@ -277,10 +278,8 @@ def _anneals(hygiene: Hygiene, spec: Spec, name: str) -> bool:
 
 def _owner(module: Any, name: str) -> Spec | None:
     """The spec of the quantizer that owns a leaf of "quant", found by its name, or None."""
-    path, _, owner = f"/{name}".rpartition("/")[0].rpartition("/")
-    if not owner.endswith("_quantizer"):
-        return None
-    return module.spec_of(path.lstrip("/"), owner.removesuffix("_quantizer"))
+    owner = parameter_owner(name)
+    return None if owner is None else module.spec_of(*owner)
 
 
 def _refuse_sign(where: str, name: str, start: jax.Array) -> None:
@@ -329,10 +328,7 @@ def penalty(hygiene: Hygiene, module: Any, hyper: Tree, learned: Tree, state: Tr
 
 
 def _own(learned: Tree, weight: Weight) -> jax.Array:
-    tree = learned["params"]
-    for key in weight.keys:
-        tree = tree[key]
-    return tree[weight.name]
+    return get(learned, weight.array)
 
 
 def _with_learned_bits(module: Any, learned: Mapping[str, Any]) -> Iterator[Weight]:
@@ -348,7 +344,7 @@ def _learns_bits(spec: Spec) -> bool:
 def _bounded_bits(module: Any, learned: Tree) -> Tree:
     """{name in "quant": function} that takes learned bits back into their range."""
     return {
-        "/".join((*weight.keys, "weight_quantizer", "bits")): functools.partial(
+        join(weight.path, quantizer_key("weight"), "bits"): functools.partial(
             jnp.clip, min=lsq.fewest_bits(weight.spec), max=weight.spec.bits
         )
         for weight in _with_learned_bits(module, learned)
@@ -357,10 +353,7 @@ def _bounded_bits(module: Any, learned: Tree) -> Tree:
 
 def _bytes(learned: Tree, weight: Weight) -> jax.Array:
     """Bytes of the codes at the bits in use, with a gradient to the bits."""
-    tree = learned["quant"]
-    for key in weight.keys:
-        tree = tree[key]
-    bits = lsq.used_bits(tree["weight_quantizer"], weight.spec)
+    bits = lsq.used_bits(quantizer_params(learned, weight.path, "weight"), weight.spec)
     return jnp.sum(bits) * (_own(learned, weight).size / max(bits.size, 1)) / 8
 
 

@@ -19,6 +19,7 @@ from qkd_jax.quantize.interception import ROUNDING
 from qkd_jax.training.plan import Plan
 from qkd_jax.training.state import TrainState, split, step_key
 from qkd_jax.training.step import Batch, adaptor_params, total_loss
+from qkd_jax.trees import find
 
 __all__ = ["NonFinite", "locate_nonfinite"]
 
@@ -42,16 +43,10 @@ def _bad(value: Any) -> bool:
     )
 
 
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for part in path:
-        tree = tree.get(part, {}) if isinstance(tree, Mapping) else {}
-    return tree
-
-
 def _bad_leaf(variables: Mapping[str, Any], path: tuple[str, ...]) -> str | None:
     """Name of a variable of the layer at `path` that is not finite, or None."""
     for name, tree in variables.items():
-        found = _at(tree, path)
+        found = find(tree, "/".join(path), {})
         for keys, leaf in jax.tree_util.tree_leaves_with_path(found):
             if _bad(leaf):
                 return "/".join([name, *path, *(str(key.key) for key in keys)])

@@ -19,6 +19,7 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.distillation.term_state import check_learned
+from qkd_jax.quantize.variables import folded_entries
 from qkd_jax.training import hygiene, optim
 from qkd_jax.training.plan import Plan
 from qkd_jax.trees import flatten
@@ -144,7 +145,7 @@ def start_state(
     for net in plan.learners:
         slot = plan.slots[net]
         learned, _ = split(nets[slot])
-        _refuse_folded(net, learned.get("quant", {}))
+        _refuse_folded(net, learned)
         states[slot] = fresh = init_opt(plan, net, learned)
         if opt is not None and net in opt:
             wanted = {key: fresh[key] for key in opt[net] if key in fresh}
@@ -252,15 +253,12 @@ def _continued(net: str, state: Any, fresh: Any) -> Any:
     return state
 
 
-def _refuse_folded(net: str, quant: Mapping[str, Any], path: str = "") -> None:
-    for name, tree in quant.items():
-        if name == "folded":
-            raise ValueError(
-                f"net {net!r} has a folded BatchNorm at {path or '/'!r} and cannot learn; train "
-                "the variables from before fold_bn."
-            )
-        if isinstance(tree, Mapping):
-            _refuse_folded(net, tree, f"{path}/{name}".lstrip("/"))
+def _refuse_folded(net: str, learned: Mapping[str, Any]) -> None:
+    for path, _ in folded_entries(learned):
+        raise ValueError(
+            f"net {net!r} has a folded BatchNorm at {path or '/'!r} and cannot learn; train "
+            "the variables from before fold_bn."
+        )
 
 
 def owned_states(plan: Plan, state: TrainState) -> dict[str, dict[str, Any]]:

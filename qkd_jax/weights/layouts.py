@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from qkd_jax import checks
+from qkd_jax.quantize.variables import is_folded
 from qkd_jax.trees import flatten, nested
 
 __all__ = ["from_torch", "is_torch", "to_torch"]
@@ -120,7 +121,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         ValueError: a layer that those ResNets do not have, or BatchNorms that are folded.
     """
     flat = flatten({k: v for k, v in variables.items() if k != "quant"})
-    if any("folded" in name.split("/") for name in flatten(variables.get("quant") or {})):
+    if is_folded(variables):
         raise ValueError(
             "the BatchNorms of variables are folded into multipliers, which a PyTorch ResNet does "
             "not have; give the variables from before fold_bn."

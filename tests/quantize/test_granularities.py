@@ -126,7 +126,7 @@ def test_groups_cut_the_contraction_axis(size):
     # A group's weights of one sign leave the other half of the grid unused: any sign may lead.
     wanted = numpy_symmetric(np.concatenate([cut, 0 * cut], 1), (1,), 4)[:, :size].reshape(8, 3)
     np.testing.assert_allclose(net.apply(variables, x), x @ wanted, rtol=1e-5, atol=1e-6)
-    assert qk.inspection.size(net, variables, x).bytes == (24 * 4 + 32 * 24 // size) // 8
+    assert qk.size(net, variables, x).bytes == (24 * 4 + 32 * 24 // size) // 8
 
 
 def test_groups_of_a_convolution_cut_its_input_channels():

@@ -57,6 +57,7 @@ from qkd_jax.quantize.traced import (
     trace_net,
     view,
 )
+from qkd_jax.quantize.variables import FOLDED, quantizer_key
 from qkd_jax.quantizers import QUANTIZERS
 
 __all__ = ["convert", "integer_apply"]
@@ -236,7 +237,7 @@ class _Converter:
         view(self.traced, node)  # raises for what has no codes
         params = quantizer_params(self.traced, node)
         keys = tuple(
-            (name, self.store(f"{path}/{operand}_quantizer/{name}", array))
+            (name, self.store(f"{path}/{quantizer_key(operand)}/{name}", array))
             for name, array in params.items()
         )
         self.steps.append(Quantize(name, spec, keys, self.value(node.inputs[0]), hat, codes))
@@ -423,7 +424,8 @@ def _pieces(sums: np.ndarray) -> int:
 
 def _name(sources: frozenset[str]) -> str:
     """Names an array after the variables that it comes from."""
-    names = sorted(s.partition("/")[2].replace("folded/", "") for s in sources)
+    parts = [source.split("/")[1:] for source in sources]
+    names = sorted("/".join(part for part in path if part != FOLDED) for path in parts)
     if len(names) <= 1:
         return names[0] if names else "constant"
     return "/".join([*_common([n.split("/")[:-1] for n in names]), "constant"])

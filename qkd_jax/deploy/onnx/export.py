@@ -28,9 +28,9 @@ from qkd_jax.deploy.onnx.walk import write
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.ptq.integer_bias import integer_bias
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantize.interception import OPERANDS
 from qkd_jax.quantize.targets import TARGETS, file_options
 from qkd_jax.quantize.traced import trace_net
+from qkd_jax.quantize.variables import OPERANDS
 
 __all__ = ["OnnxFile", "to_onnx"]
 

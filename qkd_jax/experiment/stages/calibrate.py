@@ -12,8 +12,7 @@ from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.stages.train import quantizer_means
 from qkd_jax.quantize.calibration import calibrate as calibrate_net
 from qkd_jax.quantize.calibration import check_observer
-from qkd_jax.quantize.interception import OPERANDS
-from qkd_jax.trees import flatten
+from qkd_jax.quantize.variables import OPERANDS, is_calibrated
 
 __all__ = ["calibrate", "check_calibrate"]
 
@@ -39,9 +38,9 @@ def calibrate(
     batches = run.images(examples, batch_size=256, source=images)
     options = checks.named_numbers("observer_options", observer_options, "power:2.4")
     for name in nets:
-        quant = flatten(run.variables[name].get("quant", {}))
-        float_still = not any("_quantizer/" in f"/{path}" for path in quant)
-        if run.folder is not None and float_still:  # the report shows weights before and after
+        if run.folder is not None and not is_calibrated(
+            run.variables[name]
+        ):  # the report shows weights before and after
             run.folder.model.mkdir(parents=True, exist_ok=True)
             floats = {k: v for k, v in run.variables[name].items() if k != "quant"}
             weights.save(run.folder.model / f"{name}_float.npz", floats)

@@ -35,8 +35,10 @@ from qkd_jax.experiment.schedule import Stage
 from qkd_jax.hierarchy import TREES
 from qkd_jax.quantize import targets
 from qkd_jax.quantize.inspection import LayerInfo, layers
+from qkd_jax.quantize.variables import quantizer_params
 from qkd_jax.quantizers import QUANTIZERS, live
 from qkd_jax.record.folder import write_json
+from qkd_jax.trees import find, join
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -280,8 +282,8 @@ def _histograms(
     given = {
         path: (kernel, params)
         for path in specs
-        if (kernel := _at(variables["params"], path, "kernel")) is not None
-        and (params := _at(variables["quant"], path, "weight_quantizer")) is not None
+        if (kernel := find(variables["params"], join(path, "kernel"))) is not None
+        and (params := quantizer_params(variables, path, "weight")) is not None
         and _has_codes(specs[path], params)
     }
 
@@ -301,18 +303,12 @@ def _histograms(
             path: {
                 **values,
                 "weight": np.asarray(given[path][0]),
-                "before": before and _at(before["params"], path, "kernel"),
+                "before": before and find(before["params"], join(path, "kernel")),
                 "label": specs[path].label,
             }
             for path, values in jax.device_get(quantized(given)).items()
         }
     )
-
-
-def _at(tree: Any, path: str, name: str) -> Any:
-    for key in [*path.split("/"), name]:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
 
 
 def _has_codes(spec: Any, params: Any) -> bool:
