@@ -24,11 +24,11 @@ def evaluate_heads(run: Run, plan: Plan, state: TrainState) -> dict[str, list[di
     """{net that learns: [{"head", metrics on the test split}]} at the end of a stage."""
     found: dict[str, list[dict[str, Any]]] = {net: [] for net in plan.learners}
     for learner in plan.structure.learners:
-        net = plan.net_of(learner.slot)
+        net = plan.name_of(learner.slot)
         for term in learner.terms:
             if not TABLE[term.loss].has_heads:
                 continue
-            compiled = eval_heads(learner.module, term)
+            compiled = eval_heads(learner.net, term)
             own = place(jax.device_get(state.loss_state[learner.slot][term.name]))
             totals: list[Any] = []
             logits: list[tuple[np.ndarray, ...]] = []

@@ -38,7 +38,7 @@ def check_hygiene(
     for learner in plan.structure.learners:
         if learner.hygiene is None:
             continue
-        name = plan.net_of(learner.slot)
+        name = plan.name_of(learner.slot)
         net = settings.nets[name]
         there = calibrated(settings, name, stage.index)
         images = jax.ShapeDtypeStruct(image_shape, np.float32)

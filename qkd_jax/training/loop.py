@@ -53,25 +53,25 @@ class Window:
         self.last = {net: dict(values) for net, values in named.items()}
 
     def take(self) -> dict[str, float]:
-        """Returns {"net/metric": mean} (rates: the last step's) and starts over."""
-        found = {}
+        """Returns {"net/metric": mean} (rates: the last step's) and empties the window."""
+        means = {}
         for net, sums in self.sums.items():
             for key, value in sums.items():
-                rate = key in ("lr", "quant_lr")
-                found[f"{net}/{key}"] = self.last[net][key] if rate else value / self.steps
+                is_rate = key in ("lr", "quant_lr")
+                means[f"{net}/{key}"] = self.last[net][key] if is_rate else value / self.steps
         self.steps, self.sums, self.last = 0, {}, {}
-        return found
+        return means
 
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What the loop does beside stepping. Steps count from 1 and are those that are done.
+    """What the loop does between steps. Steps count from 1 and are those that are done.
 
     Attributes:
         log: called with (step, values) every `log_every` steps and at the end.
-        look: called with (step, state) where `look_at(step)`: evaluation, the quantizers' paths.
+        look: called with (step, state) if `look_at(step)`: evaluation, the quantizers' paths.
         look_at: whether to look after a step.
-        save: called with (step, state, window) where `save_at(step)`, and before stopping.
+        save: called with (step, state, window) if `save_at(step)`, and before stopping.
         save_at: whether to save after a step.
         stop: whether the run has been asked to stop.
         log_every: interval of `log`; 0 logs at the end only.
@@ -102,36 +102,36 @@ def run_steps(
     """Runs the steps of a stage that are left.
 
     Args:
-        compiled: The compiled step.
-        plan: The stage's plan, for names.
-        state: The state after `done` steps; it is donated.
+        compiled: the compiled step.
+        plan: the stage's plan, for names.
+        state: the state after `done` steps; it is donated.
         frozen: {slot: variables} of the nets that only teach.
-        batches: Gives the batch of step `done` first.
-        hooks: What else to do.
-        progress: The stage's line; it also keeps the times.
-        done: Steps of the stage that are done.
-        steps: Length of the stage.
-        window: Metrics since the last logged line, when resuming.
+        batches: yields the batch of step `done` first.
+        hooks: what to do between steps.
+        progress: the stage's progress line; it also keeps the times.
+        done: steps of the stage that are done.
+        steps: length of the stage.
+        window: metrics since the last logged line, when resuming.
 
     Returns:
         The state after the last step.
 
     Raises:
         NonFiniteError: A step was not finite. Its state was not saved.
-        Preempted: `hooks.stop()` said so; the state has been saved.
+        Preempted: `hooks.stop()` was true; the state has been saved.
     """
     window = Window() if window is None else window
     frozen = compiled.replicate(dict(frozen))
     pending: tuple[int, Any, Any] | None = None
 
     def settle(waited: float = 0.0, later: int = 0) -> None:
-        """Reads the metrics of the pending step; `later` steps have been handed over since."""
+        """Reads the metrics of the pending step; `later` steps have been started since."""
         nonlocal pending
         if pending is None:
             return
         (step, batch, metrics), pending = pending, None
         if not bool(jax.device_get(metrics["finite"])):
-            # A step that was handed over since has left the nets as they were.
+            # A step that was started since has left the nets as they were.
             bad = state.replace(step=state.step - later)
             raise NonFiniteError(_explain(plan, bad, batch, frozen, progress.stage, step, steps))
         named = name_metrics(plan, metrics)
@@ -170,10 +170,10 @@ def _explain(
     step: int,
     steps: int,
 ) -> str:
-    found = locate_nonfinite(plan, state, batch, frozen)
-    where = "no layer is bad when looked at one by one" if found is None else str(found)
+    located = locate_nonfinite(plan, state, batch, frozen)
+    where = "every layer is finite when run by itself" if located is None else str(located)
     return (
         f"stage {stage!r}, step {step} of {steps}: the loss or a gradient is not finite. {where}. "
-        "Lower the learning rate or clip gradients (optim.<net>.clip_norm), and start anew in "
+        "Lower the learning rate or clip gradients (optim.<net>.clip_norm), and start again in "
         "another folder; the checkpoints of this one are from before the bad step."
     )

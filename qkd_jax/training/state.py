@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.struct
@@ -29,17 +29,17 @@ __all__ = [
     "TrainState",
     "frozen_variables",
     "init_opt",
-    "init_owned",
+    "init_term_state",
     "jit_once",
     "join",
     "net_variables",
     "optimizer_states",
-    "owned_states",
     "split",
     "stale_variables",
     "start_state",
     "step_key",
     "stream_key",
+    "term_states",
 ]
 
 Variables = dict[str, Any]
@@ -55,13 +55,13 @@ class TrainState(flax.struct.PyTreeNode):
         nets: {slot: variables} of the nets that learn.
         opt: {slot: {"position", "inner"}}; `position` is the place in the net's schedule.
         hyper: {slot: numbers}, float32; nothing in it forces a new compilation.
-        loss_state: {slot: {term: what it owns}}: the variables of an adaptor between two nets'
-            features ("params", "batch_stats", "teacher": constants of the source), the state of
-            their optimizer ("opt"), a memory ("memory"); empty where no term owns anything.
+        loss_state: {slot: {term: state}} of the terms that have one: the variables of an adaptor
+            between two nets' features ("params", "batch_stats", "teacher": constants of the
+            source), the state of their optimizer ("opt"), a memory ("memory").
         stale: {slot: variables} of the copies through which nets teach while they learn; empty
-            where they teach as they stand.
-        finite: False from the first step on whose loss, gradient or statistic is not finite: from
-            there the nets stand still, so that the cause is still in them when somebody looks.
+            if they teach with their current variables.
+        finite: False from the first step on whose loss, gradient or statistic is not finite. The
+            nets are not updated any more, so that the cause can still be located in them.
     """
 
     step: jax.Array
@@ -82,30 +82,18 @@ def split(variables: Mapping[str, Any]) -> tuple[Variables, Variables]:
 
 
 def join(learned: Mapping[str, Any], carried: Mapping[str, Any]) -> Variables:
-    """Puts back together what `split` took apart."""
+    """Returns variables from the two parts that `split` returns."""
     return {**learned, **carried}
 
 
 def stream_key(seed: jax.Array | int, name: str) -> jax.Array:
-    """Key of a named random stream: fold_in(key(seed), crc32(name))."""
+    """Returns the key of a named random stream: fold_in(key(seed), crc32(name))."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def step_key(seed: jax.Array | int, name: str, step: jax.Array | int) -> jax.Array:
-    """Key of a named stream at a step; nothing random is carried, so a resumed run is exact."""
+    """Returns the key of a named stream at a step; no key is carried, so resuming is exact."""
     return jax.random.fold_in(stream_key(seed, name), step)
-
-
-def _copy(tree: Any) -> Any:
-    # The step donates its state; without a copy the caller's arrays would be deleted with it.
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
-
-
-def _pick(plan: Plan, variables: Mapping[str, Any], nets: tuple[str, ...]) -> dict[str, Any]:
-    for net in nets:
-        if net not in variables:
-            raise checks.unknown("net (its variables are missing)", net, variables)
-    return {plan.slots[net]: variables[net] for net in nets}
 
 
 def start_state(
@@ -115,23 +103,24 @@ def start_state(
     step: int = 0,
     seed: int = 0,
     opt: Mapping[str, Any] | None = None,
-    owned: Mapping[str, Mapping[str, Any]] | None = None,
+    term_states: Mapping[str, Mapping[str, Any]] | None = None,
     labels: np.ndarray | jax.Array | None = None,
     stale: Mapping[str, Variables] | None = None,
 ) -> TrainState:
-    """State at the start of a stage.
+    """Builds the state at the start of a stage.
 
     Args:
-        plan: From `plan_step`.
-        variables: {net: variables}; nets that do not learn in this stage may be among them.
-        step: Global step at which the stage starts.
-        seed: Root seed of the random streams.
-        opt: {net: optimizer state} for nets that continue an earlier stage's optimizer; every
-            other net starts a new one.
-        owned: {net: {label: what a term owns}} for terms that go on; every other starts anew.
+        plan: from `plan_step`.
+        variables: {name: variables}; nets that do not learn in this stage may be among them.
+        step: global step at which the stage starts.
+        seed: root seed of the random streams.
+        opt: {name: optimizer state} of nets that continue an earlier stage's optimizer; every
+            other net gets a new one.
+        term_states: {name: {label: state}} of terms that continue; every other is initialised.
         labels: [examples] integers, the labels of the training set in the order of the batches'
             "index". Memories draw examples by class; without labels they learn them batch by batch.
-        stale: {net: variables} of copies that go on to teach; every other is of the net as it is.
+        stale: {name: variables} of the copies through which nets teach; every other is copied from
+            `variables`.
 
     Returns:
         A state that shares no buffer with the arguments (the step donates it).
@@ -140,51 +129,63 @@ def start_state(
         ValueError: Variables are missing, are folded, an optimizer state of another kind, or
             labels of another number than that of the training examples.
     """
-    nets = _pick(plan, variables, plan.learners)
-    states: dict[str, Any] = {}
-    for net in plan.learners:
-        slot = plan.slots[net]
+    nets = _by_slot(plan, variables, plan.learners)
+    optimizers: dict[str, Any] = {}
+    for name in plan.learners:
+        slot = plan.slots[name]
         learned, _ = split(nets[slot])
-        _refuse_folded(net, learned)
-        states[slot] = fresh = init_opt(plan, net, learned)
-        if opt is not None and net in opt:
-            wanted = {key: fresh[key] for key in opt[net] if key in fresh}
-            states[slot] = {**fresh, **_continued(net, opt[net], wanted)}
+        for path, _ in folded_entries(learned):
+            raise ValueError(
+                f"net {name!r} has a folded BatchNorm at {path or '/'!r} and cannot learn; train "
+                "the variables from before fold_bn."
+            )
+        optimizers[slot] = initial = init_opt(plan, name, learned)
+        if opt is not None and name in opt:
+            wanted = {key: initial[key] for key in opt[name] if key in initial}
+            optimizers[slot] = {**initial, **_continued(name, opt[name], wanted)}
+    copies = {s: (stale or {}).get(plan.name_of(s), nets[s]) for s in plan.structure.stale}
+    trees = {
+        "nets": nets,
+        "opt": optimizers,
+        "hyper": plan.hyper,
+        "loss_state": _loss_state(plan, variables, seed, term_states or {}, labels),
+        "stale": copies,
+    }
     return TrainState(
         step=jnp.asarray(step, jnp.int32),
         seed=jnp.asarray(np.uint32(seed)),
-        nets=_copy(nets),
-        opt=_copy(states),
-        hyper=_copy(plan.hyper),
-        loss_state=_copy(_loss_state(plan, variables, seed, owned or {}, labels)),
-        stale=_copy(
-            {
-                slot: (stale or {}).get(plan.net_of(slot), nets[slot])
-                for slot in plan.structure.stale
-            }
-        ),
         finite=jnp.asarray(True),
+        # The step donates its state; without copies the caller's arrays would be deleted with it.
+        **jax.tree.map(lambda x: jnp.array(x, copy=True), trees),
     )
 
 
-def init_owned(
+def init_term_state(
     plan: Plan,
-    net: str,
+    name: str,
     term: str,
     key: jax.Array,
     teacher: Mapping[str, Any] | None,
     labels: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """What a term owns when it starts, of its source's variables and the training set's labels."""
-    slot = plan.slots[net]
-    (learner,) = (n for n in plan.structure.learners if n.slot == slot)
-    state = plan.starts[slot][term](key, teacher, labels)
+    """Returns the initial state of a term.
+
+    Args:
+        plan: from `plan_step`.
+        name: the net that learns.
+        term: the term's canonical name.
+        key: of its random numbers.
+        teacher: variables of its source, if it has one.
+        labels: [examples], as for `start_state`.
+    """
+    state = plan.starts[plan.slots[name]][term](key, teacher, labels)
     if state.get("params"):
-        state["opt"] = optim.init_optimizer(learner.optim, {"params": state["params"]})["inner"]
+        of_adaptor = {"params": state["params"]}
+        state["opt"] = optim.init_optimizer(plan.learner(name).optim, of_adaptor)["inner"]
     return state
 
 
-def jit_once(function: Any) -> Any:
+def jit_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles what runs once: on CPU, optimizing random number generators costs seconds."""
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(function, compiler_options=options)
@@ -194,96 +195,95 @@ def _loss_state(
     plan: Plan,
     variables: Mapping[str, Variables],
     seed: int,
-    owned: Mapping[str, Mapping[str, Any]],
+    continued: Mapping[str, Mapping[str, Any]],
     labels: np.ndarray | jax.Array | None,
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    states: dict[str, Any] = {}
     for learner in plan.structure.learners:
-        net = plan.net_of(learner.slot)
+        name = plan.name_of(learner.slot)
         for term in learner.terms:
             if not term.owns:
                 continue
             label = plan.labels[learner.slot][term.name]
-            state = owned.get(net, {}).get(label)
+            state = continued.get(name, {}).get(label)
             if state is None:
                 numbers = plan.hyper[learner.slot]["terms"][term.name]
-                check_learned(f"learn.{net}.{label}", term, numbers)
-                source = variables[plan.net_of(term.sources[0])] if term.sources else None
-                begin = functools.partial(init_owned, plan, net, term.name)
-                key = stream_key(seed, f"loss/{net}/{label}")
-                state = jit_once(begin)(
-                    key, source, None if labels is None else jnp.asarray(labels)
+                check_learned(f"learn.{name}.{label}", term, numbers)
+                source = variables[plan.name_of(term.sources[0])] if term.sources else None
+                state = jit_once(functools.partial(init_term_state, plan, name, term.name))(
+                    stream_key(seed, f"loss/{name}/{label}"),
+                    source,
+                    None if labels is None else jnp.asarray(labels),
                 )
-            found.setdefault(learner.slot, {})[term.name] = state
-    return found
+            states.setdefault(learner.slot, {})[term.name] = state
+    return states
 
 
-def init_opt(plan: Plan, net: str, learned: Mapping[str, Any]) -> dict[str, Any]:
-    """State of a net's optimizer that starts, and of its hygiene where it has any."""
-    (learner,) = (n for n in plan.structure.learners if n.slot == plan.slots[net])
-    _check_freeze(net, learner.optim.freeze, learned)
+def init_opt(plan: Plan, name: str, learned: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the initial state of a net's optimizer, and of its hygiene if it has any."""
+    learner = plan.learner(name)
+    _check_freeze(name, learner.optim.freeze, learned)
     state = optim.init_optimizer(learner.optim, learned)
     if learner.hygiene is not None:
-        where = f"hygiene.{net}"
-        state["hygiene"] = hygiene.init(learner.hygiene, learner.module, learned, where=where)
+        where = f"hygiene.{name}"
+        state["hygiene"] = hygiene.init(learner.hygiene, learner.net, learned, where=where)
     return state
 
 
-def _check_freeze(net: str, freeze: tuple[str, ...], learned: Mapping[str, Any]) -> None:
+def _check_freeze(name: str, freeze: tuple[str, ...], learned: Mapping[str, Any]) -> None:
     """Refuses a pattern that freezes nothing."""
-    names = [tuple(name.split("/")) for name in flatten(dict(learned))]
-    used = {pattern for path in names for pattern in optim.frozen_by(freeze, path)}
+    paths = [tuple(path.split("/")) for path in flatten(dict(learned))]
+    used = {pattern for path in paths for pattern in optim.frozen_by(freeze, path)}
     for pattern in freeze:
         if pattern not in used:
-            layers = dict.fromkeys("/".join(path[1:-1]) for path in names if path[0] == "params")
+            layers = dict.fromkeys("/".join(path[1:-1]) for path in paths if path[0] == "params")
             raise ValueError(
-                f"optim.{net}.freeze {pattern!r} matches no layer; a pattern must match a whole "
+                f"optim.{name}.freeze {pattern!r} matches no layer; a pattern must match a whole "
                 f"path: {', '.join(layers)}.{checks.nearest(pattern, layers)}"
             )
 
 
-def _continued(net: str, state: Any, fresh: Any) -> Any:
-    shapes = [jax.tree.map(jnp.shape, tree) for tree in (state, fresh)]
-    if jax.tree.structure(state) != jax.tree.structure(fresh) or shapes[0] != shapes[1]:
+def _continued(name: str, state: Any, initial: Any) -> Any:
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (state, initial)]
+    if jax.tree.structure(state) != jax.tree.structure(initial) or shapes[0] != shapes[1]:
         raise ValueError(
-            f"optim.{net}.continues: the optimizer state that is carried on belongs to another "
+            f"optim.{name}.continues: the optimizer state that is carried on belongs to another "
             "optimizer or to other variables; give both stages the same optimizer name, and "
             "calibrate before the first of them."
         )
     return state
 
 
-def _refuse_folded(net: str, learned: Mapping[str, Any]) -> None:
-    for path, _ in folded_entries(learned):
-        raise ValueError(
-            f"net {net!r} has a folded BatchNorm at {path or '/'!r} and cannot learn; train "
-            "the variables from before fold_bn."
-        )
+def _by_slot(plan: Plan, variables: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    for name in names:
+        if name not in variables:
+            raise checks.unknown("net (its variables are missing)", name, variables)
+    return {plan.slots[name]: variables[name] for name in names}
 
 
-def owned_states(plan: Plan, state: TrainState) -> dict[str, dict[str, Any]]:
-    """{net: {label: what a term owns}} out of a state, for a stage that goes on."""
+def frozen_variables(plan: Plan, variables: Mapping[str, Variables]) -> dict[str, Variables]:
+    """Returns {slot: variables} of the nets that only teach, the step's `frozen` argument."""
+    return _by_slot(plan, variables, plan.teachers)
+
+
+def term_states(plan: Plan, state: TrainState) -> dict[str, dict[str, Any]]:
+    """Returns {name: {label: state}} of the terms that have a state."""
     return {
-        plan.net_of(slot): {plan.labels[slot][term]: tree for term, tree in terms.items()}
+        plan.name_of(slot): {plan.labels[slot][term]: tree for term, tree in terms.items()}
         for slot, terms in state.loss_state.items()
     }
 
 
 def stale_variables(plan: Plan, state: TrainState) -> dict[str, Variables]:
-    """{net: variables of the copy through which it teaches} out of a state."""
-    return {plan.net_of(slot): variables for slot, variables in state.stale.items()}
-
-
-def frozen_variables(plan: Plan, variables: Mapping[str, Variables]) -> dict[str, Variables]:
-    """{slot: variables} of the nets that only teach, the step's `frozen` argument."""
-    return _pick(plan, variables, plan.teachers)
+    """Returns {name: variables of the copy through which it teaches}."""
+    return {plan.name_of(slot): variables for slot, variables in state.stale.items()}
 
 
 def net_variables(plan: Plan, state: TrainState) -> dict[str, Variables]:
-    """{net: variables} of the nets that learn, out of a state."""
-    return {net: state.nets[plan.slots[net]] for net in plan.learners}
+    """Returns {name: variables} of the nets that learn."""
+    return {name: state.nets[plan.slots[name]] for name in plan.learners}
 
 
 def optimizer_states(plan: Plan, state: TrainState) -> dict[str, Any]:
-    """{net: optimizer state} out of a state, for a stage that continues it."""
-    return {net: state.opt[plan.slots[net]] for net in plan.learners}
+    """Returns {name: optimizer state} of the nets that learn."""
+    return {name: state.opt[plan.slots[name]] for name in plan.learners}

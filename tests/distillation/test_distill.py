@@ -24,8 +24,8 @@ from qkd_jax.training import (
     plan_step,
     start_state,
 )
+from qkd_jax.training.objective import adaptor_params, total_loss
 from qkd_jax.training.state import net_variables, split
-from qkd_jax.training.step import adaptor_params, total_loss
 from qkd_jax.trees import flatten
 
 FAST = {"xla_backend_optimization_level": 0}
@@ -215,7 +215,7 @@ def test_a_paraphraser_learns_alone_and_stands_still_from_the_start_on():
     with pytest.raises(ValueError, match=message):
         start_state(goes_on, variables)
     carried = {"student": {"ft": state.loss_state["net0"]["term0"]}}
-    start_state(goes_on, variables, owned=carried)
+    start_state(goes_on, variables, term_states=carried)
 
 
 def test_a_term_at_rest_cannot_poison_the_step():

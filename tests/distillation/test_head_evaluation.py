@@ -11,8 +11,8 @@ from qkd_jax.distillation import adaptors
 from qkd_jax.distillation.head_evaluation import eval_heads
 from qkd_jax.distillation.taps import features_of, resolve_taps
 from qkd_jax.training import frozen_variables, make_step, plan_step, start_state
+from qkd_jax.training.objective import adaptor_params, total_loss
 from qkd_jax.training.state import split
-from qkd_jax.training.step import adaptor_params, total_loss
 from qkd_jax.trees import flatten
 
 FAST = {"xla_backend_optimization_level": 0}
@@ -114,7 +114,7 @@ def test_heads_are_evaluated_by_their_running_statistics():
     (term,) = learner.terms
     own = state.loss_state["net0"]["term0"]
     batch = tiny.batch() | {"mask": np.array([1, 1, 1, 0, 1, 1, 0, 0], bool)}
-    found = eval_heads(learner.module, term)(variables["student"], own, batch)
+    found = eval_heads(learner.net, term)(variables["student"], own, batch)
     (sums_of_head, head), (sums, ensemble) = found
     z, taps = modules["student"].apply(variables["student"], batch["image"], mutable=["features"])
     heads = term.adaptor.apply(
@@ -164,7 +164,7 @@ def test_one_in_a_step_is_its_formula_with_the_gate_on_the_trunk():
     assert float(sums["term0"]) == pytest.approx((sum(hard) + soft).sum(), rel=1e-4)
     # The net's own end learns from the ensemble too, and nothing stays behind.
     assert all(np.any(grad) for grad in (*net.values(), *heads.values()))
-    evaluated = eval_heads(plan.structure.learners[0].module, term)(
+    evaluated = eval_heads(plan.structure.learners[0].net, term)(
         variables["student"], own, batch | {"mask": np.ones(8, bool)}
     )
     assert len(evaluated) == 3

@@ -23,13 +23,13 @@ from qkd_jax.training.state import (
     TrainState,
     frozen_variables,
     init_opt,
-    init_owned,
+    init_term_state,
     net_variables,
     optimizer_states,
-    owned_states,
     split,
     stale_variables,
     start_state,
+    term_states,
 )
 from qkd_jax.trees import flatten, unflatten_like
 
@@ -105,7 +105,7 @@ def train(
         run.variables,
         step=run.step,
         seed=run.settings["seed"],
-        owned=_owned(run, stage, plan),  # before the optimizers are taken out
+        term_states=_owned(run, stage, plan),  # before the optimizers are taken out
         opt=_optimizers(run, stage, plan),
         labels=dataset.train_labels,
         stale=_stale(run, stage, plan),
@@ -176,7 +176,7 @@ def _under(prefix: str, flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stale(run: Run, stage: Stage, plan: Plan) -> dict[str, Any]:
     """Copies through which nets teach, where a stage was interrupted; a new one takes others."""
-    nets = [plan.net_of(slot) for slot in plan.structure.stale] if run.stage_step else []
+    nets = [plan.name_of(slot) for slot in plan.structure.stale] if run.stage_step else []
     return {
         net: unflatten_like(_under(STALE, run.optimizers[stage.name][net]), run.variables[net])
         for net in nets
@@ -191,7 +191,7 @@ def _owned(run: Run, stage: Stage, plan: Plan) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for learner in plan.structure.learners:
-        net = plan.net_of(learner.slot)
+        net = plan.name_of(learner.slot)
         before = stage.name if run.stage_step else plan.continues.get(net)
         flat = run.optimizers[before][net] if before else {}
         for term, label in plan.labels[learner.slot].items():
@@ -200,9 +200,9 @@ def _owned(run: Run, stage: Stage, plan: Plan) -> dict[str, dict[str, Any]]:
                 continue
             (source,) = [t.sources[:1] for t in learner.terms if t.name == term]
             fresh = jax.eval_shape(
-                functools.partial(init_owned, plan, net, term),
+                functools.partial(init_term_state, plan, net, term),
                 jax.random.key(0),
-                run.variables[plan.net_of(source[0])] if source else None,
+                run.variables[plan.name_of(source[0])] if source else None,
             )
             try:
                 found.setdefault(net, {})[label] = unflatten_like(saved, fresh)
@@ -230,7 +230,7 @@ def _take(run: Run, stage: Stage, plan: Plan, state: TrainState, step: int, wind
     for net, variables in net_variables(plan, state).items():
         run.put(net, variables)
     run.optimizers[stage.name] = {}
-    owned, copies = owned_states(plan, state), stale_variables(plan, state)
+    owned, copies = term_states(plan, state), stale_variables(plan, state)
     for net, opt in optimizer_states(plan, state).items():
         of_terms = {f"{OWNED}{name}": leaf for name, leaf in flatten(owned.get(net, {})).items()}
         of_copy = {f"{STALE}{name}": leaf for name, leaf in flatten(copies.get(net, {})).items()}

@@ -1,0 +1,255 @@
+"""The objective of a training step: all nets run forward, then the terms of their losses are added.
+
+A loss is weighted sums over examples. What a net teaches is detached, so no net's gradient sees
+another net's loss, and one `value_and_grad` of `total_loss` gives all gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qkd_jax.distillation.forward import forward_taps
+from qkd_jax.distillation.terms import Term, has_started, loss_inputs, term_numbers, unless_resting
+from qkd_jax.losses import TABLE
+from qkd_jax.quantize.interception import ROUNDING
+from qkd_jax.training import hygiene
+from qkd_jax.training.plan import Learner, StepStructure, cached_key
+from qkd_jax.training.state import TrainState, join, step_key
+
+__all__ = ["Batch", "Metrics", "adaptor_params", "total_loss"]
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, Any]
+Features = dict[str, jax.Array]
+
+
+class _Outputs(NamedTuple):
+    """What the terms of a step read: the outputs of all nets, by slot, and the batch.
+
+    `stale` has (logits, features) of the copies through which nets teach while they learn.
+    """
+
+    logits: dict[str, jax.Array]
+    features: dict[str, Features]
+    stale: dict[str, tuple[jax.Array, Features]]
+    batch: Batch
+    mask: jax.Array | None
+    axis_name: str | None
+
+    def taught(self, learner: Learner, source: str) -> tuple[jax.Array, Features]:
+        """Returns a source's (logits, features), detached; a net teaches itself without a copy."""
+        outputs = self.logits[source], self.features.get(source, {})
+        if source in self.stale and source != learner.slot:
+            outputs = self.stale[source]
+        return jax.lax.stop_gradient(outputs)
+
+
+def total_loss(
+    structure: StepStructure,
+    learned: Mapping[str, Any],
+    carried: Mapping[str, Any],
+    state: TrainState,
+    batch: Batch,
+    frozen: Mapping[str, Any],
+    *,
+    adaptors: Mapping[str, Mapping[str, Any]] | None = None,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, tuple[dict[str, Any], dict[str, Any], Metrics]]:
+    """Sum over nets of sum over terms of weight * mean over the whole batch.
+
+    Under a mapped axis the value is this device's share: its sum over the global count, so that
+    adding gradients over devices gives the gradient of the global mean.
+
+    Args:
+        structure: what is compiled.
+        learned: {slot: {"params", "quant"}}, the differentiated argument.
+        carried: {slot: other collections}.
+        state: for numbers, step and seed.
+        batch: "image" [batch, ...], "label" int32 [batch], optionally "mask" bool [batch], and for
+            teachers that are not run their logits under `plan.cached_key`.
+        frozen: {slot: variables} of the nets that only teach.
+        adaptors: {slot: {term: parameters of its adaptor}}, differentiated too; None takes those
+            of the state.
+        axis_name: the mapped axis, or None.
+
+    Returns:
+        (loss, ({slot: carried after the pass}, {slot: {term: its state after the pass}}, {slot:
+        sums of metrics on this device})).
+    """
+    outputs, updated = _forward(structure, learned, carried, state, batch, frozen, axis_name)
+    labels, mask = batch["label"], outputs.mask
+    adaptors = adaptor_params(state) if adaptors is None else adaptors
+    count = _masked_sum(jnp.ones(labels.shape, jnp.float32), mask)
+    global_count = count if axis_name is None else jax.lax.psum(count, axis_name)
+    loss = jnp.zeros((), jnp.float32)
+    metrics: Metrics = {}
+    term_states: dict[str, Any] = {}
+    # One key for all devices: a loss that draws examples draws them for the whole batch.
+    loss_key = step_key(state.seed, "loss", state.step)
+    for index, learner in enumerate(structure.learners):
+        slot, hyper = learner.slot, state.hyper[learner.slot]
+        correct = (jnp.argmax(outputs.logits[slot], axis=-1) == labels).astype(jnp.float32)
+        sums = {"count": count, "top1": _masked_sum(correct, mask), "loss": jnp.zeros(())}
+        for position, term in enumerate(learner.terms):
+            numbers = term_numbers(term, hyper["terms"][term.name], state.step)
+            per_example, adaptor_loss, term_state = _term_values(
+                learner,
+                term,
+                outputs,
+                adaptors.get(slot, {}).get(term.name, {}),
+                state,
+                numbers,
+                jax.random.fold_in(jax.random.fold_in(loss_key, index), position),
+            )
+            value = jnp.sum(per_example)
+            sums[term.name] = value
+            weighted = numbers["weight"] * value
+            if term.rests:  # 0 times an overflow is not 0
+                weighted = jnp.where(numbers["weight"] > 0, weighted, 0.0)
+            sums["loss"] = sums["loss"] + weighted
+            if adaptor_loss is not None:  # trains the adaptor alone, unweighted, until the start
+                adaptor_sum = _masked_sum(adaptor_loss, mask)
+                started = has_started(term, hyper["terms"][term.name], state.step)
+                sums["loss"] = sums["loss"] + jnp.where(started, 0.0, adaptor_sum)
+            if term_state:
+                term_states.setdefault(slot, {})[term.name] = term_state
+        if learner.hygiene is not None:
+            # Shared out over devices by their examples, so that their sum has it once.
+            sums["loss"] = sums["loss"] + count * hygiene.penalty(
+                learner.hygiene,
+                learner.net,
+                hyper["hygiene"],
+                learned[slot],
+                state.opt[slot]["hygiene"],
+            )
+        loss = loss + sums["loss"] / jnp.maximum(global_count, 1.0)
+        metrics[slot] = sums
+    return loss, (updated, term_states, metrics)
+
+
+def _forward(
+    structure: StepStructure,
+    learned: Mapping[str, Any],
+    carried: Mapping[str, Any],
+    state: TrainState,
+    batch: Batch,
+    frozen: Mapping[str, Any],
+    axis_name: str | None,
+) -> tuple[_Outputs, dict[str, Any]]:
+    """Runs every net once; returns (outputs, {slot: carried collections of learners})."""
+    images, taps = batch["image"], structure.taps
+    mask = None if "mask" not in batch else batch["mask"].astype(bool)
+    # Weights are rounded alike on all devices, so their key does not depend on the device.
+    rounding_key = step_key(state.seed, ROUNDING, state.step)
+    key = step_key(state.seed, "dropout", state.step)
+    if axis_name is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    outputs = _Outputs({}, {}, {}, batch, mask, axis_name)
+    updated: dict[str, Any] = {}
+    for index, learner in enumerate(structure.learners):
+        slot = learner.slot
+        outputs.logits[slot], updated[slot], outputs.features[slot] = forward_taps(
+            learner.net,
+            join(learned[slot], carried[slot]),
+            images,
+            taps=taps[slot],
+            train=True,
+            rngs={
+                "dropout": jax.random.fold_in(key, index),
+                ROUNDING: jax.random.fold_in(rounding_key, index),
+            },
+            axis_name=axis_name,
+        )
+    for slot, net in structure.teachers:
+        if slot in structure.cached:
+            outputs.logits[slot] = batch[cached_key(slot)]
+            continue
+        outputs.logits[slot], _, outputs.features[slot] = forward_taps(
+            net, frozen[slot], images, taps=taps[slot], axis_name=axis_name
+        )
+    for slot in structure.stale:
+        logits, _, features = forward_taps(
+            structure.nets[slot], state.stale[slot], images, taps=taps[slot], axis_name=axis_name
+        )
+        outputs.stale[slot] = logits, features
+    return outputs, updated
+
+
+def _term_values(
+    learner: Learner,
+    term: Term,
+    outputs: _Outputs,
+    params: Any,
+    state: TrainState,
+    numbers: Mapping[str, jax.Array],
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array | None, dict[str, Any]]:
+    """Evaluates one term: (values [batch], the adaptor's own loss [batch] or None, its state).
+
+    Values are unweighted, and 0 where the mask is False. A source's outputs are detached before the
+    adaptor, so that an adaptor of the teacher's features learns and the teacher does not.
+    """
+    term_state = dict(state.loss_state.get(learner.slot, {}).get(term.name, {}))
+    memory = term_state.get("memory")
+    taught = [outputs.taught(learner, source) for source in term.sources]
+    features = tuple(outputs.features[learner.slot][tap] for tap in term.taps)
+    teacher_features = tuple(taught[0][1][tap] for tap in term.teacher_taps)
+    inputs = loss_inputs(
+        features,
+        teacher_features,
+        outputs.logits[learner.slot],
+        tuple(logits for logits, _ in taught),
+    )
+    inputs |= {"labels": outputs.batch["label"], "index": outputs.batch.get("index")}
+    inputs |= {"key": key, "memory": memory}
+    if term.adaptor is not None:
+        fixed = {
+            name: term_state[name] for name in ("batch_stats", "teacher") if name in term_state
+        }
+        adapted, statistics = term.adaptor.apply(
+            {"params": params, **fixed},
+            features,
+            teacher_features,
+            train=True,
+            mutable=["batch_stats"],
+            axis_name=outputs.axis_name,
+        )
+        inputs |= adapted
+        term_state |= statistics
+    if "index" in term.inputs and inputs["index"] is None:
+        raise ValueError(
+            f"loss {term.loss!r} keeps a memory by example, so the batch must have "
+            "'index', [batch] integers below the number of training examples."
+        )
+    if term.rests:
+        without_gradient = ("labels", "index", "memory", "key")
+        for name in (n for n in term.inputs if n not in without_gradient):
+            inputs[name] = unless_resting(inputs[name], numbers["weight"])
+    arguments: dict[str, Any] = {name: numbers[name] for name in term.traced}
+    if outputs.mask is not None:
+        arguments["where"] = outputs.mask
+    if term.spread:
+        arguments["axis_name"] = outputs.axis_name
+    with jax.named_scope(f"loss_{term.loss}"):
+        values = TABLE[term.loss].function(
+            *(inputs[name] for name in term.inputs), **arguments, **dict(term.static)
+        )
+    if "memory" in term.inputs:
+        values, term_state["memory"] = values
+    return values, inputs.get("adaptor_loss"), term_state
+
+
+def adaptor_params(state: TrainState) -> dict[str, dict[str, Any]]:
+    """Returns {slot: {term: parameters of its adaptor}} of the terms whose adaptors learn."""
+    return {
+        slot: {term: own["params"] for term, own in terms.items() if own.get("params")}
+        for slot, terms in state.loss_state.items()
+    }
+
+
+def _masked_sum(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return jnp.sum(values if mask is None else jnp.where(mask, values, 0.0))
