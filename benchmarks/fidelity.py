@@ -29,13 +29,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import arms
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from configs import qat
 from qkd_jax import experiment, ptq
 from qkd_jax.deploy import convert, integer_apply
 from qkd_jax.deploy.integer import reference
+from qkd_jax.numerics import codes_of
 from qkd_jax.quantizers import QUANTIZERS
 
 BATCH = 500
@@ -83,7 +83,7 @@ def fake_quantized(net, variables):
             if operand == "weight":
                 return
             scale, zero_point, _ = QUANTIZERS[spec.quantizer].integer_view(params, spec)
-            found[f"{path}/{operand}"] = (jnp.round(x_hat * (1 / scale)) + zero_point).astype(int)
+            found[f"{path}/{operand}"] = (codes_of(x_hat, scale) + zero_point).astype(int)
 
         return net.apply(variables, images, watch=watch), found
 

@@ -58,9 +58,9 @@ def config_of(args, quantizer, bits, seed):
 
 def arms_of(args):
     """Yields (quantizer, bits, seed)."""
-    from qkd_jax.quantize.presets import PAIRS
+    from qkd_jax.quantizers import QUANTIZERS
 
-    wanted = [q for q in args.quantizers.split(",") if q] or list(PAIRS)
+    wanted = [q for q in args.quantizers.split(",") if q] or list(QUANTIZERS)
     for quantizer in wanted:
         for bits in FIXED.get(quantizer, tuple(args.bits.split(","))):
             for seed in map(int, args.seeds.split(",")):

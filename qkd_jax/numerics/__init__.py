@@ -12,10 +12,12 @@ from qkd_jax.numerics.formats import MAX_BITS, IntFormat
 from qkd_jax.numerics.histogram import BINS, add_to_histogram, empty_histogram, magnitudes
 from qkd_jax.numerics.mapping import (
     MIN_SCALE,
+    Grid,
     affine_parameters,
     check_operand,
     check_scale,
     check_sign,
+    codes_of,
     decode,
     encode,
     guarded,
@@ -75,6 +77,7 @@ __all__ = [
     "STRENGTHS",
     "FixedPointFormat",
     "FloatFormat",
+    "Grid",
     "IntFormat",
     "Spec",
     "Stats",
@@ -87,6 +90,7 @@ __all__ = [
     "check_option",
     "check_scale",
     "check_sign",
+    "codes_of",
     "compute_dtype",
     "cotangents",
     "decode",

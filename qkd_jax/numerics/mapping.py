@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,12 @@ from qkd_jax.numerics.spec import SCALINGS, Spec
 
 __all__ = [
     "MIN_SCALE",
+    "Grid",
     "affine_parameters",
     "check_operand",
     "check_scale",
     "check_sign",
+    "codes_of",
     "decode",
     "encode",
     "guarded",
@@ -41,6 +44,39 @@ __all__ = [
 # The smallest scale. Its reciprocal and the product of two of them are normal float32 numbers, and
 # it is far below any step that trained values need, 16-bit ones included.
 MIN_SCALE = 1e-12
+
+
+class Grid(NamedTuple):
+    """A uniform grid: what integer codes mean.
+
+        qmin <= code <= qmax,  x_hat = (code - zero_point) * scale
+        code = codes_of(x_hat, scale) + zero_point, exactly
+
+    Arrays are NumPy's or JAX's and broadcast against x_hat.
+
+    Attributes:
+        scale: above 0, in input units per code.
+        zero_point: the code of 0, integer-valued; 0 for symmetric specs.
+        format: the codes, from `format.qmin` to `format.qmax`.
+    """
+
+    scale: Any
+    zero_point: Any
+    format: IntFormat
+
+    @classmethod
+    def symmetric(cls, scale: jax.Array, format: IntFormat) -> Grid:
+        """Returns the grid of a zero point 0."""
+        return cls(scale, jnp.zeros_like(scale), format)
+
+
+def codes_of(x_hat: Any, scale: Any) -> Any:
+    """Centred codes, `code - zero_point`, of values on a grid: round(x_hat * (1 / scale)).
+
+    Exact, for the rounding takes back the error of the product. NumPy or JAX arrays.
+    """
+    number = np if isinstance(x_hat, np.ndarray) else jnp
+    return number.round(x_hat * (1 / scale))
 
 
 def guarded(scale: jax.Array, power_of_two: bool = False) -> jax.Array:

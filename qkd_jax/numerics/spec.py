@@ -50,8 +50,8 @@ class Spec:
         symmetric: False adds a zero point.
         narrow_range: whether the lowest signed code is left out. None takes True for signed
             symmetric specs of 8 bits and more, where one code in 256 buys exact BatchNorm folding
-            and integer kernels that negate freely, and of `qil`, whose grid is symmetric; False
-            elsewhere.
+            and integer kernels that negate freely; False elsewhere. (A quantizer may be narrow at
+            every width, as `qil` is: `quantizers.code_format`.)
         granularity: which elements share parameters. "tensor": all. "channel": those of an output
             channel (weights). A number: that many neighbours along the weight's last contraction
             axis (a convolution's input channels, with the whole window), per output channel; it
@@ -163,9 +163,7 @@ class Spec:
         """The codes' format, with `narrow_range=None` resolved."""
         narrow = self.narrow_range
         if narrow is None:
-            # A trainable interval (QIL) is symmetric about zero at any width.
-            wide = self.bits >= 8 or self.quantizer == "qil"
-            narrow = self.signed and self.symmetric and wide
+            narrow = self.signed and self.symmetric and self.bits >= 8
         return IntFormat(self.bits, self.signed, narrow)
 
     def option(self, name: str, default: Option) -> Any:

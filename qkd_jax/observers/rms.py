@@ -17,6 +17,7 @@ import numpy as np
 
 from qkd_jax import numerics
 from qkd_jax.numerics import IntFormat, Spec, Stats, Sums
+from qkd_jax.quantizers import code_format
 
 __all__ = ["NEEDS_STATS", "OF_CODES", "gaussian_multiple", "init", "range", "update"]
 
@@ -56,7 +57,7 @@ def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """
     stats = numerics.finish(Sums(**state))
     if spec.symmetric:
-        k = gaussian_multiple(spec.format)
+        k = gaussian_multiple(code_format(spec))
         middle, spread = 0.0, jnp.sqrt(jnp.square(stats.mean) + jnp.square(stats.std))
     else:
         k = gaussian_multiple(IntFormat(spec.bits))

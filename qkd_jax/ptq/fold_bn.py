@@ -27,11 +27,11 @@ from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import (
     Product,
     TracedNet,
+    grid_of,
     has_codes,
     products,
     scale_in_output,
     trace_net,
-    view,
 )
 from qkd_jax.quantize.variables import folded_path
 from qkd_jax.trees import get, insert, join
@@ -198,7 +198,7 @@ def _fold(traced: TracedNet, variables: dict[str, Any], chain: _Chain) -> dict[s
         scales = []
         for side, operand in enumerate(product.operands):
             assert operand.marker is not None
-            scale = view(traced, operand.marker)[0].astype(np.float64)
+            scale = grid_of(traced, operand.marker).scale.astype(np.float64)
             scales.append(scale_in_output(product, side, scale))
         multiplier = scales[0] * scales[1] * chain.gain.reshape((1,) * (product.rank - 1) + (-1,))
         if multiplier.size == multiplier.shape[-1]:

@@ -22,7 +22,7 @@ from flax.core import unfreeze
 
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantize.traced import has_codes, products, scale_in_output, trace_net, view
+from qkd_jax.quantize.traced import grid_of, has_codes, products, scale_in_output, trace_net
 from qkd_jax.quantize.variables import folded_path
 from qkd_jax.trees import get, join, put
 
@@ -57,7 +57,7 @@ def integer_bias(
         scales, bits = [], []
         for side, operand in enumerate(product.operands):
             assert operand.marker is not None
-            scale, _, format = view(traced, operand.marker)
+            scale, _, format = grid_of(traced, operand.marker)
             scales.append(scale_in_output(product, side, scale).astype(np.float64))
             bits.append(format.bits)
         if min(bits) < FINE_BITS:

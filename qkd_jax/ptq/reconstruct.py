@@ -30,20 +30,21 @@ import optax
 
 from qkd_jax import checks, numerics
 from qkd_jax.graph import Node, execute
-from qkd_jax.ptq.soft_rounding import Grid, beta_at, hard_weight, penalty, soft_weight, start
+from qkd_jax.numerics import Grid
+from qkd_jax.ptq.soft_rounding import beta_at, hard_weight, penalty, soft_weight, start
 from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.ptq.units import Unit, block_units, layer_units, run_unit
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import (
     TracedNet,
+    grid_of,
     is_quantizer,
     products,
     quantizer_params,
     trace_net,
-    view,
 )
 from qkd_jax.quantize.variables import is_calibrated, quantizer_path, refuse_folded
-from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.quantizers import QUANTIZERS, facts
 from qkd_jax.trees import put
 
 __all__ = ["Report", "adaround", "brecq", "qdrop"]
@@ -53,9 +54,6 @@ Report = Callable[[str, int, float], None]
 """Called with (unit's layers, steps done, reconstruction error)."""
 
 CHUNK = 100  # steps in one compiled scan: how often there is progress to report
-# Quantizers whose grid is a step (and a zero point) that stays while the weights move on it.
-WEIGHTS = ("uniform", "lsq", "lsq_plus")
-STEPS = {"uniform": "scale", "lsq": "step", "lsq_plus": "step"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +250,7 @@ def _reconstruct(name, net, variables, batches, units_of, method, seed, report, 
             result = put(result, traced.graph.leaves[node.inputs[0]], value)
         for node, value in steps.items():
             path, operand = node.params["path"], node.params["operand"]
-            field = STEPS[traced.spec(node).quantizer]
+            field = facts(traced.spec(node).quantizer).step
             quantized.replace(_step_value(traced, node), lambda _, value=value: value)
             result = put(result, quantizer_path(path, operand, field), value)
     return result
@@ -265,12 +263,13 @@ def _check(name: str, traced: TracedNet) -> None:
             continue
         spec, marker = traced.spec(weight.marker), weight.marker
         where = f"weight of layer {product.path!r} ({spec.label})"
-        if spec.quantizer not in WEIGHTS or spec.dynamic:
+        if not facts(spec.quantizer).step or spec.dynamic:
+            having = tuple(quantizer for quantizer in QUANTIZERS if facts(quantizer).step)
             raise ValueError(
-                f"{where}: {name} learns roundings on a grid that stays, which {WEIGHTS} have, and "
+                f"{where}: {name} learns roundings on a grid that stays, which {having} have, and "
                 "static ranges. Use one of them for weights."
             )
-        view(traced, marker)  # raises for groups
+        grid_of(traced, marker)  # raises for groups
         plain = traced.graph.leaves.get(marker.inputs[0], "").startswith("params/")
         if not plain or weight.moves:
             raise ValueError(
@@ -287,12 +286,16 @@ class _Learner:
         self.traced, self.unit, self.method = traced, unit, method
         constants = traced.graph.constants
         self.kernels = [jnp.asarray(constants[n.inputs[0]], jnp.float32) for n in unit.weights]
-        self.grids = [Grid.of(*view(traced, n)) for n in unit.weights]
+        grids = [grid_of(traced, node) for node in unit.weights]
+        self.grids = [
+            Grid(jnp.asarray(grid.scale), jnp.asarray(grid.zero_point), grid.format)
+            for grid in grids
+        ]
         self.learned = [
             node
             for node in unit.inputs
             if method.step_lr > 0
-            and traced.spec(node).quantizer in STEPS
+            and facts(traced.spec(node).quantizer).step
             and not traced.spec(node).dynamic
         ]
         # (step, zero point or None), known before anything is traced.
@@ -399,10 +402,10 @@ class _Learner:
         """(step, zero point or None) of an activation's quantizer."""
         params = quantizer_params(self.traced, node)
         spec = self.traced.spec(node)
-        step = jnp.asarray(params[STEPS[spec.quantizer]])
+        step = jnp.asarray(params[facts(spec.quantizer).step])
         if spec.symmetric:
             return step, None
-        return step, jnp.asarray(view(self.traced, node)[1])
+        return step, jnp.asarray(grid_of(self.traced, node).zero_point)
 
     def _fake_quant(self, node: Node, x: jax.Array) -> jax.Array:
         spec = self.traced.spec(node)
@@ -418,4 +421,4 @@ class _Learner:
 def _step_value(traced: TracedNet, node: Node) -> int:
     """The graph's value of a quantizer's step."""
     names = sorted(quantizer_params(traced, node))
-    return node.inputs[1 + names.index(STEPS[traced.spec(node).quantizer])]
+    return node.inputs[1 + names.index(facts(traced.spec(node).quantizer).step)]

@@ -11,33 +11,16 @@ equations 21 to 24).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
-from qkd_jax.numerics import IntFormat
+from qkd_jax.numerics import Grid
 
-__all__ = ["Grid", "beta_at", "hard_weight", "penalty", "soft_weight", "start", "step_up"]
+__all__ = ["beta_at", "hard_weight", "penalty", "soft_weight", "start", "step_up"]
 
 ZETA, GAMMA = 1.1, -0.1
 BETAS = (20.0, 2.0)
 WARMUP = 0.2
-
-
-class Grid(NamedTuple):
-    """The grid of a weight: scale and zero point, broadcasting against it, and the codes' ends."""
-
-    scale: jax.Array
-    zero_point: jax.Array
-    qmin: int
-    qmax: int
-
-    @classmethod
-    def of(cls, scale: ArrayLike, zero_point: ArrayLike, format: IntFormat) -> Grid:
-        """The grid of an integer view."""
-        return cls(jnp.asarray(scale), jnp.asarray(zero_point), format.qmin, format.qmax)
 
 
 def step_up(v: jax.Array) -> jax.Array:
@@ -53,7 +36,7 @@ def start(weight: jax.Array, grid: Grid) -> jax.Array:
 
 def _placed(weight: jax.Array, up: jax.Array, grid: Grid) -> jax.Array:
     codes = jnp.floor(weight * (1 / grid.scale)) + up + grid.zero_point
-    return (jnp.clip(codes, grid.qmin, grid.qmax) - grid.zero_point) * grid.scale
+    return (jnp.clip(codes, grid.format.qmin, grid.format.qmax) - grid.zero_point) * grid.scale
 
 
 def soft_weight(weight: jax.Array, v: jax.Array, grid: Grid) -> jax.Array:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qkd_jax.numerics import IntFormat
+from qkd_jax.numerics import IntFormat, codes_of
 
 __all__ = ["Product", "conv_product", "dot_product", "einsum_product", "quantized_product"]
 
@@ -181,14 +181,9 @@ def _product(static, x_hat, w_hat, x_scale, w_scale, multiplier):
     return _forward(static, x_hat, w_hat, x_scale, w_scale, multiplier)[0]
 
 
-def codes_of(x_hat: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
-    """Centred codes of a tensor on its grid, exactly."""
-    return jnp.round(x_hat * (1 / scale)).astype(dtype)
-
-
 def _forward(static, x_hat, w_hat, x_scale, w_scale, multiplier):
-    codes_x = codes_of(x_hat, x_scale, static.sums)
-    codes_w = codes_of(w_hat, w_scale, static.sums)
+    codes_x = codes_of(x_hat, x_scale).astype(static.sums)
+    codes_w = codes_of(w_hat, w_scale).astype(static.sums)
     out = (static.product.fn(codes_x, codes_w) * multiplier).astype(static.out)
     # Residuals: codes in their own width (a quarter of float32 or less), and two small scales.
     kept = codes_x.astype(static.kept_x), codes_w.astype(static.kept_w)

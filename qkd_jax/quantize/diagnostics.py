@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkd_jax.numerics import Spec, compute_dtype
+from qkd_jax.numerics import Spec, codes_of, compute_dtype
 from qkd_jax.quantize.calibration import model_arguments
 from qkd_jax.quantize.interception import Frame, split_groups
 from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.variables import join_quant, split_states, state_key, states
-from qkd_jax.quantizers import QUANTIZERS, in_use
+from qkd_jax.quantizers import QUANTIZERS, in_use, learns_bits
 
 __all__ = ["Diagnosed", "Diagnosis", "diagnose"]
 
@@ -238,22 +238,22 @@ class _Watching(Frame):
 def _sums(x: Any, x_hat: Any, spec: Spec, params: Any, operand: str) -> Tree:
     """What is kept of one operand: sums, counts and extremes, that batches can be added to."""
     module = QUANTIZERS[spec.quantizer]
-    learned = spec.option("learn_bits", False)
+    learned = learns_bits(spec)
     x, x_hat = (jax.lax.stop_gradient(a.astype(compute_dtype(a))) for a in (x, x_hat))
     params = jax.lax.stop_gradient(params)
-    view = module.integer_view(params, spec)
-    if view is None:
+    grid = module.integer_view(params, spec)
+    if grid is None:
         low, high = _asked(params, spec)
         slack, extra = 0.0, {}
         if operand == "weight":
             extra["distinct"] = _distinct(x_hat, params)
     else:
-        scale, zero_point, format = view
-        # The view has the format of the upper bound of learned bits.
+        scale, zero_point, format = grid
+        # The grid has the format of the upper bound of learned bits.
         ends = (scale * (code - zero_point) for code in (format.qmin, format.qmax))
         low, high = _asked(params, spec) if learned else ends
         slack = scale / 2
-        codes = jnp.round(x_hat * (1 / scale) + zero_point) - format.qmin
+        codes = codes_of(x_hat, scale) + zero_point - format.qmin
         extra = {"codes": jnp.zeros(format.levels, bool).at[codes.astype(jnp.int32)].set(True)}
     ends = (low - slack, high + slack)
     if hasattr(module, "clip_range"):

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from flax.linen.linear import _Conv
 from jax import lax
 
-from qkd_jax.numerics import Spec
+from qkd_jax.numerics import Spec, codes_of
 from qkd_jax.quantize import contraction as products
 from qkd_jax.quantize.variables import FOLDED, OPERANDS, quantizer_key, state_key
 from qkd_jax.quantizers import QUANTIZERS, found_params, live
@@ -463,7 +463,7 @@ def _right(described: products.Product) -> _Place:
 @jax.custom_jvp
 def _straight_codes(x_hat: jax.Array, scale: jax.Array) -> jax.Array:
     """Centred codes of a tensor on its grid, with the derivative 1 / scale."""
-    return products.codes_of(x_hat, scale, x_hat.dtype)
+    return codes_of(x_hat, scale).astype(x_hat.dtype)
 
 
 @_straight_codes.defjvp

@@ -6,8 +6,8 @@ A config says `rules="w2a2"` or gives a tuple of rule dicts:
 
 Add a preset as one entry of PRESETS: a function from no arguments to such a tuple, or the tuple.
 `w<k>a<k>` is understood for any widths, listed or not; `w<k>a<k>:<quantizer>` trains with any key
-of PAIRS; `w<k>a<k>:static` and `w<k>a<k>:dynamic` are for nets that are not trained any more, with
-`:tensor`, `:channel` or a group size behind; `int<k>_weight_only:<group size>` as it says;
+of QUANTIZERS; `w<k>a<k>:static` and `w<k>a<k>:dynamic` are for nets that are not trained any more,
+with `:tensor`, `:channel` or a group size behind; `int<k>_weight_only:<group size>` as it says;
 `w<k>a<k>:integer` is for nets that run on integers from end to end, and `w<k>a<k>:fused` for
 engines that add a shortcut to a convolution's sums before they round (OpenVINO): what only goes
 into a sum, and the logits, have no grid of their own.
@@ -31,45 +31,34 @@ from qkd_jax import checks
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize.grid_sites import Layer, Placement, placement
 from qkd_jax.quantize.rules import Rule
+from qkd_jax.quantizers import QUANTIZERS, facts
 
-__all__ = ["PAIRS", "PRESETS", "low_bit", "post_training", "rules", "weight_only"]
+__all__ = ["PRESETS", "low_bit", "pair", "post_training", "rules", "weight_only"]
 
 RuleDicts = tuple[Mapping[str, Any], ...]
 KINDS = ("static", "dynamic")
 INTEGER, FUSED = "integer", "fused"
-# Their inputs are for what follows a ReLU; where both signs come in, LSQ takes their place.
-UNSIGNED_ONLY = ("pact", "dorefa", "ewgs")
 
 
-# How each quantizer is used for a net: fields of the inner layers' weights, and of their inputs.
-# PACT has no weights of its own and takes DoReFa's, as in its paper; the weight-only quantizers
-# leave the inputs to LSQ. Where a paper starts from the data's distribution, so does the pair:
-# TQT's inputs from the entropy, LSQ+'s from the least squared error, the staircases of sigmoids
-# from a clustering, which is that too. A range up to the largest value leaves 2-bit inputs at 0.
-PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "uniform": (dict(quantizer="uniform", observer="mse"),) * 2,
-    "lsq": (dict(quantizer="lsq"), dict(quantizer="lsq")),
-    "lsq_plus": (
-        dict(quantizer="lsq_plus"),
-        dict(quantizer="lsq_plus", symmetric=False, observer="mse"),
-    ),
-    "tqt": (dict(quantizer="tqt"), dict(quantizer="tqt", observer="entropy")),
-    "pact": (dict(quantizer="dorefa"), dict(quantizer="pact")),
-    "dorefa": (dict(quantizer="dorefa"), dict(quantizer="dorefa")),
-    "ewgs": (dict(quantizer="ewgs"), dict(quantizer="ewgs")),
-    "dsq": (dict(quantizer="dsq", observer="mse"),) * 2,
-    "sigmoid": (dict(quantizer="sigmoid", observer="mse"),) * 2,
-    "qil": (dict(quantizer="qil"), dict(quantizer="qil")),
-    "apot": (dict(quantizer="apot"), dict(quantizer="apot")),
-    "codebook": (dict(quantizer="codebook"), dict(quantizer="lsq")),
-    # e4m3fn, e3m2 and e2m1 at 8, 6 and 4 bits, for inputs too, with a sign that ReLUs leave unused.
-    "float": (
-        dict(quantizer="float", options={"learned": True}),
-        dict(quantizer="float", options={"learned": True}, signed=True),
-    ),
-    "binary": (dict(quantizer="binary"), dict(quantizer="lsq")),
-    "ternary": (dict(quantizer="ternary"), dict(quantizer="lsq")),
-}
+def pair(
+    quantizer: str, weight_bits: int, input_bits: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of the inner layers' weights and of their inputs, for a net of one quantizer.
+
+    What the quantizer's module states (its `PRESET`) stands over its own name.
+
+    Raises:
+        ValueError: an unknown quantizer.
+    """
+    if quantizer not in QUANTIZERS:
+        raise checks.unknown("quantizer of a rules preset", quantizer, QUANTIZERS)
+    stated = facts(quantizer)
+
+    def fields(operand: str, bits: int) -> dict[str, Any]:
+        own = stated.preset if bits != 8 else stated.preset_8_bits
+        return {"quantizer": quantizer} | dict(own.get(operand, {}))
+
+    return fields("weight", weight_bits), fields("input", input_bits)
 
 
 def low_bit(
@@ -83,13 +72,10 @@ def low_bit(
     Args:
       weight_bits: bits of the inner layers' weights.
       input_bits: bits of the inner layers' inputs.
-      quantizer: a key of PAIRS.
+      quantizer: a key of QUANTIZERS.
       ternary: weights in {-1, 0, 1} times the step: 2 bits, narrow range.
     """
-    if quantizer not in PAIRS:
-        raise checks.unknown("quantizer of a rules preset", quantizer, PAIRS)
-    pair = zip(PAIRS[quantizer], (weight_bits, input_bits), strict=True)
-    weight, inputs = (_steady(fields, bits) for fields, bits in pair)
+    weight, inputs = pair(quantizer, weight_bits, input_bits)
     inner = dict(bits=weight_bits, **weight)
     if ternary:
         inner["narrow_range"] = True
@@ -101,17 +87,6 @@ def low_bit(
         dict(pattern="head", weight=end, input=dict(bits=8, quantizer="lsq", signed=False)),
         dict(pattern=".*", weight=inner, input=dict(bits=input_bits, signed=False) | inputs),
     )
-
-
-def _steady(fields: dict[str, Any], bits: int) -> dict[str, Any]:
-    """A pair's fields at a width: floats of 8 bits keep the scale that they start with.
-
-    It is the range over 448, and learned it lost 12 points of top-1 in 234 steps of QAT at the
-    weights' rate, from nets that had lost at most one by calibration.
-    """
-    if fields["quantizer"] == "float" and bits == 8:
-        return {key: value for key, value in fields.items() if key != "options"}
-    return fields
 
 
 def post_training(
@@ -233,7 +208,7 @@ def _preset(name: str) -> RuleDicts:
         forms += [f"w<k>a<k>:{INTEGER}", f"w<k>a<k>:{FUSED}"]
         raise checks.unknown("rules preset", name, [*PRESETS, *forms])
     bits = [int(form[1]), int(form[2])]
-    fewest = 1 if kind in ("binary", "dorefa", "ewgs") else 2
+    fewest = facts(kind).min_bits if kind in QUANTIZERS else 2
     for operand, value in zip(("weight", "input"), bits, strict=True):
         checks.integer_in(f"{operand} bits of rules {name!r}", value, fewest, 8)
     if kind in KINDS:
@@ -320,7 +295,7 @@ def _signed(fields: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
     if not spec or spec.get("signed", True) or not spec.get("symmetric", True):
         return out
     signed = {**spec, "signed": True, "narrow_range": False}
-    if spec.get("quantizer") in UNSIGNED_ONLY:
+    if "quantizer" in spec and not facts(spec["quantizer"]).signed_inputs:
         signed["quantizer"] = "lsq"
     operands = layer.unsigned
     if not operands.get("input", True):

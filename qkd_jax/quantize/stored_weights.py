@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qkd_jax.numerics import Spec
+from qkd_jax.numerics import Spec, codes_of
 from qkd_jax.quantize.variables import quantizer_params, quantizers
 from qkd_jax.quantizers import QUANTIZERS, live
 from qkd_jax.trees import get, join, put
@@ -99,7 +99,7 @@ def rounded(learned: Tree, weight: Weight) -> Rounded:
     # Asked, not read from the format, whose ends are those of the upper bound of learned bits.
     beyond = jnp.full_like(scale, jnp.inf)
     low, high = (quantizer.fake_quant(end, params, spec) for end in (-beyond, beyond))
-    return Rounded(wide, on_grid, jnp.round(on_grid * (1 / scale)), scale, low, high)
+    return Rounded(wide, on_grid, codes_of(on_grid, scale), scale, low, high)
 
 
 def with_weight(learned: Tree, weight: Weight, values: jax.Array) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from qkd_jax import checks
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize.rules import Rule
 from qkd_jax.quantize.variables import OPERANDS
+from qkd_jax.quantizers import code_format, is_uniform
 
 __all__ = ["TARGETS", "Target", "check", "fit"]
 
@@ -167,10 +168,6 @@ TARGETS: dict[str, Target] = {
     ),
 }
 
-GRIDS = frozenset(
-    "uniform lsq lsq_plus tqt pact dorefa ewgs dsq sigmoid qil binary ternary".split()
-)
-
 
 def fit(rules: Iterable[Rule], target: str) -> tuple[Rule, ...]:
     """Returns rules with the ranges that a target needs.
@@ -245,7 +242,7 @@ def _on_codes(rules: tuple[Rule, ...]) -> bool:
 
 def _check_spec(where: str, operand: str, spec: Spec, takes: Target, target: str) -> None:
     weight = operand == "weight"
-    if spec.quantizer not in GRIDS:
+    if not is_uniform(spec):
         raise ValueError(
             f"{where} has quantizer {spec.quantizer!r}, whose grid is not uniform; {target} "
             "computes with integer codes and one scale. Use 'lsq' or 'uniform'."
@@ -270,7 +267,7 @@ def _check_spec(where: str, operand: str, spec: Spec, takes: Target, target: str
             f"{where} is {'unsigned' if spec.symmetric else 'affine'}; {target} takes weights "
             "with zero point 0 alone. Use signed=True, symmetric=True."
         )
-    if weight and takes.narrow_weights and not spec.format.narrow_range:
+    if weight and takes.narrow_weights and not code_format(spec).narrow_range:
         raise ValueError(
             f"{where} has narrow_range=False; {target} takes weights without the lowest code. Use "
             "narrow_range=True."

@@ -17,10 +17,10 @@ from flax.core import unfreeze
 
 from qkd_jax import graph as graphs
 from qkd_jax.graph import Graph, Node
-from qkd_jax.numerics import IntFormat, Spec, check_scale
+from qkd_jax.numerics import Grid, IntFormat, Spec, check_scale
 from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.variables import quantizer_path, split_multipliers
-from qkd_jax.quantizers import QUANTIZERS, found_params, in_use
+from qkd_jax.quantizers import QUANTIZERS, facts, found_params, in_use, learns_bits
 from qkd_jax.trees import get
 
 __all__ = [
@@ -28,12 +28,12 @@ __all__ = [
     "Product",
     "TracedNet",
     "found_grid",
+    "grid_of",
     "is_found",
-    "known_view",
+    "known_grid",
     "products",
     "quantizer_params",
     "trace_net",
-    "view",
 ]
 
 LAYOUT = frozenset({"reshape", "transpose", "rev", "squeeze", "expand_dims", "copy"})
@@ -186,12 +186,12 @@ def has_codes(traced: TracedNet, operand: Operand) -> bool:
         return False
     spec = traced.spec(operand.marker)
     return not (spec.dynamic or isinstance(spec.granularity, int)) and (
-        _integer_view(traced, operand.marker) is not None
+        _known_grid_of(traced, operand.marker) is not None
     )
 
 
-def view(traced: TracedNet, marker: Node) -> tuple[np.ndarray, np.ndarray, IntFormat]:
-    """Returns (scale, zero_point, format) of a calibrated quantizer node.
+def grid_of(traced: TracedNet, marker: Node) -> Grid:
+    """Returns the grid of a calibrated quantizer node, its arrays NumPy's.
 
     Raises:
         ValueError: its values are not integer codes times one scale known beforehand, or the
@@ -205,12 +205,11 @@ def view(traced: TracedNet, marker: Node) -> tuple[np.ndarray, np.ndarray, IntFo
             "beforehand. Use dynamic=False and calibrate."
         )
     _check_granularity(where, spec)
-    found = _integer_view(traced, marker)
-    if found is None:
+    grid = _known_grid_of(traced, marker)
+    if grid is None:
         raise _not_uniform(where)
-    scale, zero_point, format = found
-    check_scale(f"the scale of {where}", scale)
-    return np.asarray(scale), np.asarray(zero_point), format
+    check_scale(f"the scale of {where}", grid.scale)
+    return Grid(np.asarray(grid.scale), np.asarray(grid.zero_point), grid.format)
 
 
 def is_found(traced: TracedNet, marker: Node | None) -> bool:
@@ -240,12 +239,12 @@ def found_grid(traced: TracedNet, marker: Node) -> tuple[IntFormat, tuple[int, .
     found = QUANTIZERS[spec.quantizer].integer_view(params, spec)
     if found is None:
         raise _not_uniform(where)
-    if not spec.symmetric and spec.quantizer != "uniform":
+    if not spec.symmetric and not facts(spec.quantizer).range_grid:
         raise ValueError(
             f"{where} finds an affine range at run time whose zero points have no bound, so the "
             "sums of its codes have none. Use quantizer='uniform', or symmetric=True."
         )
-    return found[2], axes
+    return found.format, axes
 
 
 def _check_granularity(where: str, spec: Spec) -> None:
@@ -263,7 +262,7 @@ def _not_uniform(where: str) -> ValueError:
     )
 
 
-def _integer_view(traced: TracedNet, marker: Node) -> Any:
+def _known_grid_of(traced: TracedNet, marker: Node) -> Grid | None:
     spec = traced.spec(marker)
     params: Any = quantizer_params(traced, marker)
     quantizer = QUANTIZERS[spec.quantizer]
@@ -272,22 +271,21 @@ def _integer_view(traced: TracedNet, marker: Node) -> Any:
             params = quantizer.live(traced.graph.constants[marker.inputs[0]], params, spec)
         elif quantizer.live(np.zeros((1,), np.float32), params, spec) is not params:
             return None  # parameters that depend on activations are known at run time only
-    if spec.quantizer == "uniform":
+    stated = facts(spec.quantizer)
+    if stated.step and stated.step not in stated.size:
         # Nothing learns it, so one that is 0 or below is no step that shrank but a mistake.
-        check_scale(f"the scale of {_named(traced, marker)}", params["scale"])
-    return known_view(params, spec)
+        check_scale(f"the scale of {_named(traced, marker)}", params[stated.step])
+    return known_grid(params, spec)
 
 
-def known_view(params: Any, spec: Spec) -> Any:
-    """A quantizer's integer view where its parameters are known; None for grids without codes.
+def known_grid(params: Any, spec: Spec) -> Grid | None:
+    """Returns a quantizer's grid where its parameters are known; None for grids without codes.
 
     Learned bits are then a number: the format is that of the bits in use (the most that a channel
     uses), where `integer_view` has that of their upper bound.
     """
-    found = QUANTIZERS[spec.quantizer].integer_view(params, spec)
-    if not spec.option("learn_bits", False):
-        return found
-    return *found[:2], in_use(spec, params).format
+    grid = QUANTIZERS[spec.quantizer].integer_view(params, spec)
+    return grid._replace(format=in_use(spec, params).format) if learns_bits(spec) else grid
 
 
 def _named(traced: TracedNet, marker: Node) -> str:

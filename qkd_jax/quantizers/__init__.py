@@ -1,22 +1,43 @@
-"""Quantizers: one paper a file, each three pure functions and a check.
+"""Quantizers: one paper per file, each a module of three pure functions and a check.
 
 - `check(spec)` raises ValueError for a spec that makes no sense for the quantizer;
-- `init(stats, spec) -> params` makes the parameters, a flat dict of arrays, shaped like the
-  statistics;
+- `init(stats, spec) -> params` returns the first parameters, a flat dict of float32 arrays of the
+  statistics' shape. It calls `check`, and `numerics.check_sign` where it takes unsigned specs;
 - `fake_quant(x, params, spec, *, batch_axes=(), key=None) -> x_hat` rounds to the grid, with a
-  closed-form backward pass; `key` is the randomness of stochastic rounding;
-- `integer_view(params, spec) -> (scale, zero_point, format)` says what the codes mean:
-  x_hat is exactly (code - zero_point) * scale. None for a grid that is not uniform;
-- `live(x, params, spec) -> params`, only where parameters are a function of the tensor itself: the
-  parameters as they are for `x`, to hand to the other functions;
-- `pre_affine(params, spec) -> (gain, offset)`, only where the codes are those of
-  gain * x + offset instead of x;
-- `code_stride(spec) -> int`, only where not every code of the format occurs: the distance of
-  neighbouring codes, counted from the lowest;
-- `clip_range(params, spec) -> (low, high)`, only where x is bent before it is rounded: the values
-  beyond which it is clipped, where else they are the grid's ends;
-- `output_gradient(out, spec, *, batch_axes, key) -> out`, only where the quantizer of a layer's
-  input also rounds the gradient of the layer's output.
+  closed-form backward pass; `key` is the randomness of stochastic rounding. It calls
+  `numerics.check_operand`;
+- `integer_view(params, spec) -> numerics.Grid`, the meaning of the codes: x_hat is exactly
+  (code - zero_point) * scale. None for a grid that is not uniform.
+
+A module may have more functions, for a grid that needs them:
+
+- `live(x, params, spec) -> params`: the parameters for `x`, where they depend on the tensor;
+- `pre_affine(params, spec) -> (gain, offset)`: the codes are those of gain * x + offset;
+- `code_stride(spec) -> int`: the distance of neighbouring codes, where not every code occurs;
+- `clip_range(params, spec) -> (low, high)`: the values beyond which `x` is clipped, where `x` is
+  bent before it is rounded; elsewhere they are the grid's ends;
+- `output_gradient(out, spec, *, batch_axes, key) -> out`: rounds the gradient of a layer's output;
+- `used_bits(params, spec)` and `fewest_bits(spec)`, with the option `learn_bits`: the bits in use,
+  and the fewest that can be.
+
+What the rest of the package needs to know of a quantizer, its module states in attributes. `facts`
+returns them; behind each stand its default and who reads it:
+
+- `OPTIONS` ({}; `check`): {option: its default};
+- `SIZE` ((); `training.clamping`): the parameters in which the size of the grid is learned. A name
+  that begins with `log2_` is a logarithm, and `lower` and `upper` are the ends of an interval;
+- `SIZE_OPTION` (""; `training.clamping`): the option without which nothing learns them;
+- `ANNEALED` (""; `training.hygiene`): the parameter that a train stage may take to a value;
+- `STEP` (""; `ptq.reconstruct`, `quantize.traced`): the parameter that is the scale of a grid which
+  stays while weights move on it, so that roundings can be learned;
+- `RANGE_GRID` (False; dynamic ranges of `quantize.traced` and `deploy.onnx`): True where `init` is
+  `numerics.range_parameters` of the range and nothing else;
+- `NARROW` (False; `code_format`): True where signed codes are symmetric about zero at every width;
+- `SIGNED_INPUTS` (True; `quantize.presets`): False where LSQ takes over inputs of both signs;
+- `MIN_BITS` (2; `quantize.presets`): the fewest bits of the preset;
+- `PRESET` ({}; `quantize.presets`): {"weight" or "input": fields of `Spec`}, what the preset
+  `w<k>a<k>:<name>` has beside or in place of `quantizer=<name>`;
+- `PRESET_8_BITS` (`PRESET`; `quantize.presets`): the same at 8 bits.
 
 To add one, write the file and name it in `QUANTIZERS`: the tests in
 `tests/quantizers/test_every_quantizer.py` run over that dict.
@@ -33,7 +54,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.numerics import Spec, stats
+from qkd_jax.numerics import IntFormat, Spec, stats
 from qkd_jax.quantizers import (
     apot,
     binary,
@@ -54,17 +75,22 @@ from qkd_jax.quantizers import (
 
 __all__ = [
     "QUANTIZERS",
+    "Facts",
     "apot",
     "binary",
     "check",
+    "code_format",
     "codebook",
     "dorefa",
     "dsq",
     "ewgs",
+    "facts",
+    "fewest_bits",
     "floating",
     "found_params",
     "in_use",
     "is_uniform",
+    "learns_bits",
     "live",
     "lsq",
     "lsq_plus",
@@ -74,6 +100,7 @@ __all__ = [
     "ternary",
     "tqt",
     "uniform",
+    "used_bits",
 ]
 
 QUANTIZERS: dict[str, ModuleType] = {
@@ -95,6 +122,40 @@ QUANTIZERS: dict[str, ModuleType] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a quantizer's module states of itself; the module docstring has the table."""
+
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    size: tuple[str, ...] = ()
+    size_option: str = ""
+    annealed: str = ""
+    step: str = ""
+    range_grid: bool = False
+    narrow: bool = False
+    signed_inputs: bool = True
+    min_bits: int = 2
+    preset: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    preset_8_bits: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+def facts(quantizer: str) -> Facts:
+    """Returns what the module of a quantizer, a key of QUANTIZERS, states of itself."""
+    module = QUANTIZERS[quantizer]
+    names = [
+        field.name for field in dataclasses.fields(Facts) if hasattr(module, field.name.upper())
+    ]
+    stated = {name: getattr(module, name.upper()) for name in names}
+    return Facts(**{"preset_8_bits": stated.get("preset", {}), **stated})
+
+
+def code_format(spec: Spec) -> IntFormat:
+    """Returns `spec.format`, narrow where the quantizer's codes are and the spec does not say."""
+    if spec.narrow_range is None and facts(spec.quantizer).narrow:
+        return dataclasses.replace(spec, narrow_range=spec.signed and spec.symmetric).format
+    return spec.format
+
+
 def check(spec: Spec, *, observer_options: Iterable[str] = ()) -> None:
     """Raises ValueError for an unknown quantizer or option, or a spec that its quantizer refuses.
 
@@ -104,8 +165,7 @@ def check(spec: Spec, *, observer_options: Iterable[str] = ()) -> None:
     """
     if spec.quantizer not in QUANTIZERS:
         raise checks.unknown("quantizer", spec.quantizer, QUANTIZERS)
-    module = QUANTIZERS[spec.quantizer]
-    known = [*getattr(module, "OPTIONS", {}), *observer_options]
+    known = [*facts(spec.quantizer).options, *observer_options]
     for name, _ in spec.options:
         if not known:
             raise ValueError(
@@ -113,7 +173,7 @@ def check(spec: Spec, *, observer_options: Iterable[str] = ()) -> None:
             )
         if name not in known:
             raise checks.unknown(f"option of quantizer {spec.quantizer!r}", name, known)
-    module.check(spec)
+    QUANTIZERS[spec.quantizer].check(spec)
 
 
 def live(x: jax.Array, params: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
@@ -150,6 +210,21 @@ def found_params(
     return jax.tree.map(jax.lax.stop_gradient, params)
 
 
+def learns_bits(spec: Spec) -> bool:
+    """Whether the number of bits is a parameter, of which `spec.bits` is the upper bound."""
+    return bool(spec.option("learn_bits", False))
+
+
+def fewest_bits(spec: Spec) -> int:
+    """The fewest bits that learned bits can come to."""
+    return QUANTIZERS[spec.quantizer].fewest_bits(spec)
+
+
+def used_bits(params: Mapping[str, Any], spec: Spec) -> jax.Array:
+    """The bits that learned bits stand for: whole numbers, up to `spec.bits`."""
+    return QUANTIZERS[spec.quantizer].used_bits(params, spec)
+
+
 def in_use(spec: Spec, params: Mapping[str, Any] | None) -> Spec:
     """The spec with the bits that its quantizer really has: learned bits where they are known.
 
@@ -158,10 +233,10 @@ def in_use(spec: Spec, params: Mapping[str, Any] | None) -> Spec:
         params: the quantizer's parameters, their shapes, or None before calibration. Of bits by
             channel the most count, for a tensor is stored at one width.
     """
-    learned = (params or {}).get("bits") if spec.option("learn_bits", False) else None
+    learned = (params or {}).get("bits") if learns_bits(spec) else None
     known = isinstance(learned, jax.Array | np.ndarray | np.generic)
     if not known or isinstance(learned, jax.core.Tracer):
         return spec
-    bits = int(np.max(lsq.used_bits({"bits": jnp.asarray(learned)}, spec)))
+    bits = int(np.max(used_bits({"bits": jnp.asarray(learned)}, spec)))
     # The grid is narrow or not as it was at the upper bound.
     return dataclasses.replace(spec, bits=bits, narrow_range=spec.format.narrow_range)

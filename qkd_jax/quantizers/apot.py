@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from qkd_jax import numerics
 from qkd_jax.numerics import Spec, Stats
 
-__all__ = ["OPTIONS", "check", "clip_range", "fake_quant", "init", "integer_view", "levels", "live"]
+__all__ = ["check", "clip_range", "fake_quant", "init", "integer_view", "levels", "live"]
 
 Params = dict[str, jax.Array]
 
 OPTIONS = {"normalize": False}
+SIZE = ("alpha",)
 # With more bits a grid of 2^b levels gains nothing, and finding a level costs 2^b comparisons.
 MAX_BITS = 6
 

@@ -13,13 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats
+from qkd_jax.numerics import Grid, IntFormat, Spec, Stats
 
-__all__ = ["OPTIONS", "check", "code_stride", "fake_quant", "init", "integer_view", "live"]
+__all__ = ["check", "code_stride", "fake_quant", "init", "integer_view", "live"]
 
 Params = dict[str, jax.Array]
 
 OPTIONS = {"static": False}
+# Without `static` alpha is computed from the tensor, and nothing learns it.
+SIZE, SIZE_OPTION = ("alpha",), "static"
+MIN_BITS = 1
+PRESET = {"input": {"quantizer": "lsq"}}
 
 
 def check(spec: Spec) -> None:
@@ -57,10 +61,10 @@ def live(x: jax.Array, params: Params, spec: Spec) -> Params:
     return {"alpha": numerics.guarded(numerics.mean_of(jnp.abs, wide, alpha))}
 
 
-def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
-    """What a code means: (alpha, 0, a 2-bit narrow format), codes -1 and 1: one bit each."""
+def integer_view(params: Params, spec: Spec) -> Grid:
+    """The grid of scale alpha in a 2-bit narrow format; the codes are -1 and 1, one bit each."""
     alpha = jnp.maximum(params["alpha"], numerics.MIN_SCALE)
-    return alpha, jnp.zeros_like(alpha), IntFormat(2, True, True)
+    return Grid.symmetric(alpha, IntFormat(2, True, True))
 
 
 def code_stride(spec: Spec) -> int:

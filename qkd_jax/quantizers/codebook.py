@@ -20,6 +20,8 @@ __all__ = ["check", "fake_quant", "init", "integer_view", "values"]
 
 Params = dict[str, jax.Array]
 
+PRESET = {"input": {"quantizer": "lsq"}}
+
 # Finding a value costs 2^b comparisons.
 MAX_BITS = 6
 

@@ -11,22 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats
+from qkd_jax.numerics import Grid, IntFormat, Spec, Stats
 
-__all__ = [
-    "OPTIONS",
-    "check",
-    "clip_range",
-    "code_stride",
-    "fake_quant",
-    "init",
-    "integer_view",
-    "live",
-]
+__all__ = ["check", "clip_range", "code_stride", "fake_quant", "init", "integer_view", "live"]
 
 Params = dict[str, jax.Array]
 
 OPTIONS = {"gradient_bits": 0, "restore": True}
+MIN_BITS, SIGNED_INPUTS = 1, False
 
 
 def check(spec: Spec) -> None:
@@ -87,8 +79,8 @@ def _levels(spec: Spec) -> int:
     return 2**spec.bits - 1
 
 
-def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
-    """What a code means, x_hat = code * scale.
+def integer_view(params: Params, spec: Spec) -> Grid:
+    """The grid: x_hat = code * scale.
 
     Activations: (1 / L, 0, format) with L = 2^b - 1. Weights have the odd codes -L, -L + 2, .. L:
     zero lies between two of them, and b bits of information take a format of b + 1.
@@ -98,7 +90,7 @@ def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntF
         scale = params["bound"]
     scale = jnp.maximum(scale * (1 / _levels(spec)), numerics.MIN_SCALE)
     format = IntFormat(spec.bits + 1, True, True) if spec.signed else spec.format
-    return scale, jnp.zeros_like(scale), format
+    return Grid.symmetric(scale, format)
 
 
 def clip_range(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:

@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats
+from qkd_jax.numerics import Grid, Spec, Stats
 
-__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view"]
+__all__ = ["check", "fake_quant", "init", "integer_view"]
 
 Params = dict[str, jax.Array]
 
 OPTIONS = {"alpha": 0.2, "learned": True}
+SIZE, ANNEALED = ("step",), "alpha"
+# A range up to the largest value leaves 2-bit inputs at 0.
+PRESET = {"weight": {"observer": "mse"}, "input": {"observer": "mse"}}
 # The paper keeps alpha below 1/2; near 0 the slope at a threshold has no bound.
 ALPHA_RANGE = (1e-2, 0.5)
 
@@ -55,10 +58,10 @@ def init(stats: Stats, spec: Spec) -> Params:
     return {"step": step, "alpha": jnp.full_like(step, start)}
 
 
-def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
-    """What a code means: (step, 0, format), x_hat = code * step."""
+def integer_view(params: Params, spec: Spec) -> Grid:
+    """The grid: x_hat = code * step."""
     step = numerics.at_least(params["step"], numerics.MIN_SCALE)
-    return step, jnp.zeros_like(step), spec.format
+    return Grid.symmetric(step, spec.format)
 
 
 def fake_quant(

@@ -9,22 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats
+from qkd_jax.numerics import Grid, IntFormat, Spec, Stats
 
-__all__ = [
-    "OPTIONS",
-    "check",
-    "clip_range",
-    "code_stride",
-    "fake_quant",
-    "init",
-    "integer_view",
-    "pre_affine",
-]
+__all__ = ["check", "clip_range", "code_stride", "fake_quant", "init", "integer_view", "pre_affine"]
 
 Params = dict[str, jax.Array]
 
 OPTIONS = {"delta": 1e-3}
+SIZE = ("lower", "upper", "gain")
+MIN_BITS, SIGNED_INPUTS = 1, False
 # The narrowest interval, as for QIL: the slope inside is of the order of 1 / (upper - lower).
 MIN_WIDTH = 1e-6
 
@@ -80,14 +73,14 @@ def _scale(gain: jax.Array, spec: Spec) -> jax.Array:
     return jnp.maximum(jnp.abs(gain) * (1 / _levels(spec)), numerics.MIN_SCALE)
 
 
-def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
-    """What a code means: (|gain| / L, 0, format), x_hat = code * scale, L = 2^b - 1.
+def integer_view(params: Params, spec: Spec) -> Grid:
+    """The grid: x_hat = code * |gain| / L, L = 2^b - 1.
 
     Weights have the odd codes -L, -L + 2, .. L, which take a format of b + 1 bits.
     """
     scale = _scale(params["gain"], spec)
     format = IntFormat(spec.bits + 1, True, True) if spec.signed else spec.format
-    return scale, jnp.zeros_like(scale), format
+    return Grid.symmetric(scale, format)
 
 
 def pre_affine(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:

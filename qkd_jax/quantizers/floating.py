@@ -14,11 +14,19 @@ import jax.numpy as jnp
 from qkd_jax import checks, numerics
 from qkd_jax.numerics import FLOAT_FORMATS, FloatFormat, Spec, Stats
 
-__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view"]
+__all__ = ["check", "fake_quant", "init", "integer_view"]
 
 Params = dict[str, jax.Array]
 
 OPTIONS = {"format": "", "learned": False}
+# Inputs have a sign too, which ReLUs leave unused.
+PRESET = {
+    "weight": {"options": {"learned": True}},
+    "input": {"options": {"learned": True}, "signed": True},
+}
+# At 8 bits the scale stays at its start, the range over 448: learned, it lost 12 points of top-1 in
+# 234 steps of QAT at the weights' rate, from nets that had lost at most one by calibration.
+PRESET_8_BITS = {"input": {"signed": True}}
 DEFAULTS = {4: "e2m1", 6: "e3m2", 8: "e4m3fn", 16: "bf16"}
 
 

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats
+from qkd_jax.numerics import Grid, Spec, Stats
 
-__all__ = ["OPTIONS", "check", "fake_quant", "fewest_bits", "init", "integer_view", "used_bits"]
+__all__ = ["check", "fake_quant", "fewest_bits", "init", "integer_view", "used_bits"]
 
 Params = dict[str, jax.Array]
 
 OPTIONS = {"learn_bits": False}
+SIZE, STEP = ("step",), "step"
 
 
 def check(spec: Spec) -> None:
@@ -70,13 +71,13 @@ def init(stats: Stats, spec: Spec) -> Params:
     return {"step": step, "bits": jnp.full_like(step, spec.bits)}
 
 
-def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
-    """What a code means: (step, 0, format), x_hat = code * step.
+def integer_view(params: Params, spec: Spec) -> Grid:
+    """The grid: x_hat = code * step.
 
     With learned bits the format is that of `spec.bits`, their upper bound.
     """
     step = numerics.at_least(params["step"], numerics.MIN_SCALE)
-    return step, jnp.zeros_like(step), spec.format
+    return Grid.symmetric(step, spec.format)
 
 
 def fewest_bits(spec: Spec) -> int:

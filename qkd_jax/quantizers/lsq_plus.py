@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats
+from qkd_jax.numerics import Grid, Spec, Stats
 
 __all__ = ["check", "fake_quant", "init", "integer_view"]
 
 Params = dict[str, jax.Array]
+
+SIZE, STEP = ("step",), "step"
+# The paper starts its inputs from the least squared error.
+PRESET = {"input": {"symmetric": False, "observer": "mse"}}
 
 
 def check(spec: Spec) -> None:
@@ -47,13 +51,13 @@ def init(stats: Stats, spec: Spec) -> Params:
     return {"step": numerics.guarded(far / 2 ** (spec.bits - int(spec.signed)))}
 
 
-def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
-    """What a code means: (step, zero_point, format), x_hat = (code - zero_point) * step."""
+def integer_view(params: Params, spec: Spec) -> Grid:
+    """The grid: x_hat = (code - zero_point) * step."""
     step = numerics.at_least(params["step"], numerics.MIN_SCALE)
     if spec.symmetric:
-        return step, jnp.zeros_like(step), spec.format
+        return Grid.symmetric(step, spec.format)
     zero_point = numerics.snapped_zero_point(step, params["offset"], spec)
-    return step, jax.lax.stop_gradient(zero_point), spec.format
+    return Grid(step, jax.lax.stop_gradient(zero_point), spec.format)
 
 
 def fake_quant(

@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats
+from qkd_jax.numerics import Grid, Spec, Stats
 
-__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view"]
+__all__ = ["check", "fake_quant", "init", "integer_view"]
 
 Params = dict[str, jax.Array]
 
 OPTIONS = {"start": 0.0}
+SIZE, SIGNED_INPUTS = ("alpha",), False
+# The paper takes DoReFa's weights.
+PRESET = {"weight": {"quantizer": "dorefa"}}
 
 
 def check(spec: Spec) -> None:
@@ -60,10 +63,10 @@ def _step(alpha: jax.Array, spec: Spec) -> jax.Array:
     return jnp.maximum(alpha * (1 / spec.format.qmax), numerics.MIN_SCALE)
 
 
-def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
-    """What a code means: (alpha / p, 0, format), x_hat = code * scale."""
+def integer_view(params: Params, spec: Spec) -> Grid:
+    """The grid: x_hat = code * alpha / p."""
     scale = _step(params["alpha"], spec)
-    return scale, jnp.zeros_like(scale), spec.format
+    return Grid.symmetric(scale, spec.format)
 
 
 def fake_quant(

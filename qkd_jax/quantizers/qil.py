@@ -6,6 +6,7 @@ quantizer: the exponent gamma of the paper's transformer is 1 here.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -14,11 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats
+from qkd_jax.numerics import Grid, IntFormat, Spec, Stats
 
 __all__ = ["check", "clip_range", "fake_quant", "init", "integer_view", "pre_affine"]
 
 Params = dict[str, jax.Array]
+
+SIZE, NARROW = ("center", "half_width"), True
 
 # The smallest half width. The slope inside the interval is of the order of 1 / half_width, so the
 # floor is higher than that of a scale.
@@ -45,6 +48,12 @@ def check(spec: Spec) -> None:
     numerics.refuse_fields(
         spec, because="its scale is that of an interval", scaling="cover", power_of_two=False
     )
+    _narrow(spec)  # raises for one signed bit
+
+
+def _narrow(spec: Spec) -> Spec:
+    """The spec with the range that its codes have: symmetric about zero at every width."""
+    return dataclasses.replace(spec, narrow_range=spec.signed)
 
 
 def _interval(center: jax.Array, half_width: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -92,15 +101,15 @@ def init(stats: Stats, spec: Spec) -> Params:
     return {"center": half, "half_width": half}
 
 
-def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
-    """What a code means: ((center + half_width) / q, 0, format), x_hat = code * scale.
+def integer_view(params: Params, spec: Spec) -> Grid:
+    """The grid: x_hat = code * (center + half_width) / q.
 
     The signed format is narrow: 2-bit weights are ternary.
     """
     low, half = _interval(params["center"], params["half_width"])
-    format = spec.format
+    format = _narrow(spec).format
     scale = jax.lax.stop_gradient(_scale(low, half, format))
-    return scale, jnp.zeros_like(scale), format
+    return Grid.symmetric(scale, format)
 
 
 def clip_range(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
@@ -169,7 +178,7 @@ def fake_quant(
     numerics.check_operand(x, params, ("center", "half_width"))
     center, half_width = params["center"], params["half_width"]
     factor = numerics.gradient_scale(x.shape, center.size, spec.format.qmax, batch_axes=batch_axes)
-    return _fake_quant(x, center, half_width, key, spec, factor)
+    return _fake_quant(x, center, half_width, key, _narrow(spec), factor)
 
 
 def _place(distance: jax.Array, half: jax.Array, format: IntFormat) -> jax.Array:

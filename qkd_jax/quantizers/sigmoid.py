@@ -12,13 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats
+from qkd_jax.numerics import Grid, Spec, Stats
 
-__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view"]
+__all__ = ["check", "fake_quant", "init", "integer_view"]
 
 Params = dict[str, jax.Array]
 
 OPTIONS = {"temperature": 5.0}
+SIZE, ANNEALED = ("step",), "temperature"
+# The paper starts from a clustering, which minimises the squared error too.
+PRESET = {"weight": {"observer": "mse"}, "input": {"observer": "mse"}}
 
 
 def check(spec: Spec) -> None:
@@ -53,10 +56,10 @@ def init(stats: Stats, spec: Spec) -> Params:
     return {"step": step, "temperature": jnp.full_like(step, start)}
 
 
-def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
-    """What a code means: (step, 0, format), x_hat = code * step."""
+def integer_view(params: Params, spec: Spec) -> Grid:
+    """The grid: x_hat = code * step."""
     step = numerics.at_least(params["step"], numerics.MIN_SCALE)
-    return step, jnp.zeros_like(step), spec.format
+    return Grid.symmetric(step, spec.format)
 
 
 def fake_quant(

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats
+from qkd_jax.numerics import Grid, IntFormat, Spec, Stats
 
-__all__ = ["OPTIONS", "check", "fake_quant", "init", "integer_view", "live"]
+__all__ = ["check", "fake_quant", "init", "integer_view", "live"]
 
 Params = dict[str, jax.Array]
 
 OPTIONS = {"threshold": 0.7}
+PRESET = {"input": {"quantizer": "lsq"}}
 
 
 def check(spec: Spec) -> None:
@@ -73,10 +74,10 @@ def live(x: jax.Array, params: Params, spec: Spec) -> Params:
     return {"alpha": jnp.maximum(alpha, numerics.MIN_SCALE), "threshold": threshold}
 
 
-def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
-    """What a code means: (alpha, 0, a 2-bit narrow format), codes -1, 0 and 1."""
+def integer_view(params: Params, spec: Spec) -> Grid:
+    """The grid of scale alpha in a 2-bit narrow format; the codes are -1, 0 and 1."""
     alpha = jnp.maximum(params["alpha"], numerics.MIN_SCALE)
-    return alpha, jnp.zeros_like(alpha), IntFormat(2, True, True)
+    return Grid.symmetric(alpha, IntFormat(2, True, True))
 
 
 def fake_quant(

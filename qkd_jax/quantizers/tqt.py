@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats
+from qkd_jax.numerics import Grid, Spec, Stats
 
 __all__ = ["check", "fake_quant", "init", "integer_view"]
 
 Params = dict[str, jax.Array]
+
+SIZE = ("log2_threshold",)
+# The paper starts its inputs from the KL divergence.
+PRESET = {"input": {"observer": "entropy"}}
 
 LN2 = 0.6931471805599453
 
@@ -68,10 +72,10 @@ def _step(params: Params, spec: Spec) -> jax.Array:
     return _power_of_two(params["log2_threshold"]) * 2.0 ** -(spec.bits - int(spec.signed))
 
 
-def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
-    """What a code means: (2^ceil(t) / 2^(b-1), 0, format); unsigned 2^ceil(t) / 2^b."""
+def integer_view(params: Params, spec: Spec) -> Grid:
+    """The grid of scale 2^ceil(t) / 2^(b-1); unsigned 2^ceil(t) / 2^b."""
     step = numerics.at_least(_step(params, spec), numerics.MIN_SCALE)
-    return step, jnp.zeros_like(step), spec.format
+    return Grid.symmetric(step, spec.format)
 
 
 def fake_quant(

@@ -13,11 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats
+from qkd_jax.numerics import Grid, Spec, Stats
 
 __all__ = ["check", "fake_quant", "init", "integer_view"]
 
 Params = dict[str, jax.Array]
+
+STEP, RANGE_GRID = "scale", True
+# A range up to the largest value leaves 2-bit inputs at 0.
+PRESET = {"weight": {"observer": "mse"}, "input": {"observer": "mse"}}
 
 
 def check(spec: Spec) -> None:
@@ -38,10 +42,10 @@ def init(stats: Stats, spec: Spec) -> Params:
     return {"scale": scale, "zero_point": zero_point}
 
 
-def integer_view(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array, IntFormat]:
-    """What a code means: (scale, zero_point, format), x_hat = (code - zero_point) * scale."""
+def integer_view(params: Params, spec: Spec) -> Grid:
+    """The grid: x_hat = (code - zero_point) * scale."""
     scale = numerics.at_least(params["scale"], numerics.MIN_SCALE)
-    return scale, params["zero_point"], spec.format
+    return Grid(scale, params["zero_point"], spec.format)
 
 
 def fake_quant(

@@ -1,8 +1,8 @@
 """Learned sizes of a quantizer's grid, kept within a factor of what they were.
 
-`step`, `alpha` (pact, apot, static binary), `center` and `half_width` and `gain` are kept between
-start / ratio and start ratio, `log2_threshold` within log2(ratio) of its start, and `lower` to
-`upper` by their width, about their middle.
+A quantizer names them in its `SIZE`. They are kept between start / ratio and start ratio, those
+whose name begins with `log2_` within log2(ratio) of their start, and `lower` to `upper` by their
+width, about their middle.
 """
 
 from __future__ import annotations
@@ -14,31 +14,20 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax.numerics import Spec
+from qkd_jax.quantizers import facts
 
-__all__ = ["CLAMPED", "bounded_ends", "bounds", "clamps"]
+__all__ = ["bounded_ends", "bounds", "clamps"]
 
-# The parameters in which the size of a quantizer's grid is learned.
-CLAMPED = {
-    "lsq": ("step",),
-    "lsq_plus": ("step",),
-    "tqt": ("log2_threshold",),
-    "pact": ("alpha",),
-    "ewgs": ("lower", "upper", "gain"),
-    "dsq": ("step",),
-    "sigmoid": ("step",),
-    "qil": ("center", "half_width"),
-    "apot": ("alpha",),
-    "binary": ("alpha",),
-}
-_LOG2 = ("log2_threshold",)
+_LOG2 = "log2_"
 _ENDS = ("lower", "upper")
 
 
 def clamps(spec: Spec, name: str) -> bool:
     """Whether a parameter of this quantizer is the learned size of its grid."""
-    if spec.quantizer == "binary" and not spec.option("static", False):
+    stated = facts(spec.quantizer)
+    if stated.size_option and not spec.option(stated.size_option, False):
         return False
-    return not spec.dynamic and name in CLAMPED.get(spec.quantizer, ())
+    return not spec.dynamic and name in stated.size
 
 
 def bounds(
@@ -59,7 +48,7 @@ def bounds(
 
 
 def _within(name: str, start: jax.Array, ratio: jax.Array, value: jax.Array) -> jax.Array:
-    if name in _LOG2:
+    if name.startswith(_LOG2):
         return jnp.clip(value, start - jnp.log2(ratio), start + jnp.log2(ratio))
     # A gain may be negative: its size is what is held.
     low, high = jnp.abs(start) / ratio, jnp.abs(start) * ratio

@@ -40,7 +40,7 @@ from qkd_jax import checks
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize.stored_weights import Weight, quantized_weights, rounded, with_weight
 from qkd_jax.quantize.variables import parameter_owner, quantizer_key, quantizer_params
-from qkd_jax.quantizers import QUANTIZERS, lsq
+from qkd_jax.quantizers import QUANTIZERS, facts, fewest_bits, learns_bits, used_bits
 from qkd_jax.training import clamping
 from qkd_jax.trees import flatten, get, join
 
@@ -72,8 +72,6 @@ HYGIENE_FIELDS: dict[str, Any] = {
 }
 # A weight counts as oscillating from this frequency on, as in the paper's table 1.
 OSCILLATES = 0.005
-# What `anneal` takes to a value: how soft the gradient's staircase is.
-ANNEALED = {"sigmoid": "temperature", "dsq": "alpha"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,19 +199,24 @@ def check(
     for name in hygiene.anneal:
         if not any(_anneals(hygiene, spec, own) and own == name for spec, own in owned):
             there = ", ".join(sorted({spec.quantizer for spec, _ in owned}))
+            allowed = ((facts(quantizer).annealed, quantizer) for quantizer in QUANTIZERS)
             raise ValueError(
                 f"{where}.anneal.{name}: what can be annealed is "
-                f"{', '.join(f'the {n} of {q}' for q, n in ANNEALED.items())}, and the net's "
+                f"{', '.join(f'the {n} of {q}' for n, q in allowed if n)}, and the net's "
                 f"quantizers are {there or 'none yet: calibrate first'}."
             )
     if hygiene.clamp and not any(clamping.clamps(spec, name) for spec, name in owned):
         has = ", ".join(sorted({f"{spec.quantizer}'s {name}" for spec, name in owned}))
+        sizes = {name: facts(name) for name in QUANTIZERS if facts(name).size}
+        needs = {
+            q: f" (with the option {f.size_option})" for q, f in sizes.items() if f.size_option
+        }
         raise ValueError(
             f"{where}.max_ratio: no quantizer of the net has a learned step; there are "
             f"{has or 'none yet: calibrate first'}. Drop it, or use one of "
-            f"{', '.join(clamping.CLAMPED)} (binary with the option static)."
+            f"{', '.join(name + needs.get(name, '') for name in sizes)}."
         )
-    if hygiene.budget and not any(map(_learns_bits, weights.values())):
+    if hygiene.budget and not any(map(learns_bits, weights.values())):
         raise ValueError(
             f"{where}.size_bytes: no weight of the net has learned bits. Give its spec "
             "quantizer='lsq', options={'learn_bits': True}."
@@ -273,7 +276,7 @@ def init(
 
 
 def _anneals(hygiene: Hygiene, spec: Spec, name: str) -> bool:
-    return name in hygiene.anneal and ANNEALED.get(spec.quantizer) == name
+    return name in hygiene.anneal and facts(spec.quantizer).annealed == name
 
 
 def _owner(module: Any, name: str) -> Spec | None:
@@ -333,19 +336,15 @@ def _own(learned: Tree, weight: Weight) -> jax.Array:
 
 def _with_learned_bits(module: Any, learned: Mapping[str, Any]) -> Iterator[Weight]:
     for weight in quantized_weights(module, learned):
-        if _learns_bits(weight.spec):
+        if learns_bits(weight.spec):
             yield weight
-
-
-def _learns_bits(spec: Spec) -> bool:
-    return spec.quantizer == "lsq" and spec.option("learn_bits", False)
 
 
 def _bounded_bits(module: Any, learned: Tree) -> Tree:
     """{name in "quant": function} that takes learned bits back into their range."""
     return {
         join(weight.path, quantizer_key("weight"), "bits"): functools.partial(
-            jnp.clip, min=lsq.fewest_bits(weight.spec), max=weight.spec.bits
+            jnp.clip, min=fewest_bits(weight.spec), max=weight.spec.bits
         )
         for weight in _with_learned_bits(module, learned)
     }
@@ -353,7 +352,7 @@ def _bounded_bits(module: Any, learned: Tree) -> Tree:
 
 def _bytes(learned: Tree, weight: Weight) -> jax.Array:
     """Bytes of the codes at the bits in use, with a gradient to the bits."""
-    bits = lsq.used_bits(quantizer_params(learned, weight.path, "weight"), weight.spec)
+    bits = used_bits(quantizer_params(learned, weight.path, "weight"), weight.spec)
     return jnp.sum(bits) * (_own(learned, weight).size / max(bits.size, 1)) / 8
 
 

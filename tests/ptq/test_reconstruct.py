@@ -11,9 +11,8 @@ import pytest
 import qkd_jax as qk
 from qkd_jax import ptq
 from qkd_jax.models import create
-from qkd_jax.numerics import IntFormat, Spec
+from qkd_jax.numerics import Grid, IntFormat, Spec
 from qkd_jax.ptq import soft_rounding
-from qkd_jax.ptq.soft_rounding import Grid
 from qkd_jax.ptq.units import block_units, layer_units, run_unit
 from qkd_jax.quantize.traced import trace_net
 
@@ -101,7 +100,7 @@ def test_units_in_a_row_compute_the_net(folded):
 
 
 def test_soft_rounding_starts_at_the_weights_and_ends_on_the_grid():
-    grid = Grid.of(jnp.float32(0.13), jnp.float32(0), IntFormat(4))
+    grid = Grid(jnp.float32(0.13), jnp.float32(0), IntFormat(4))
     weight = jnp.asarray(data(200) * 0.2)
     inside = abs(weight / 0.13) < 6.9
     v = soft_rounding.start(weight, grid)

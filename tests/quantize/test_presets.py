@@ -8,7 +8,7 @@ import pytest
 import qkd_jax as qk
 from qkd_jax.models import create
 from qkd_jax.quantize import presets
-from qkd_jax.quantize.presets import PAIRS, PRESETS
+from qkd_jax.quantize.presets import PRESETS, pair
 from qkd_jax.quantizers import QUANTIZERS
 
 IMAGES = np.random.default_rng(0).normal(0, 1, (16, 8, 8, 1)).astype(np.float32)
@@ -21,12 +21,12 @@ def test_a_preset_is_a_set_of_rules(name):
     assert all(isinstance(rule, qk.Rule) for rule in rules)
 
 
-@pytest.mark.parametrize("quantizer", PAIRS)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_every_pair_trains_the_inner_layers_with_its_quantizer(quantizer):
     widths = {"binary": "w1a4", "ternary": "w2a4", "float": "w4a6"}.get(quantizer, "w3a3")
     name = f"{widths}:{quantizer}"
     stem, head, inner = presets.rules(name)
-    weight, inputs = PAIRS[quantizer]
+    weight, inputs = pair(quantizer, int(name[1]), int(name[3]))
     assert inner.weight.quantizer == weight["quantizer"]
     assert inner.input.quantizer == inputs["quantizer"]
     assert (stem.weight.bits, head.weight.bits, inner.weight.bits) == (8, 8, int(name[1]))
@@ -39,7 +39,7 @@ def test_every_pair_trains_the_inner_layers_with_its_quantizer(quantizer):
 
 
 def test_every_quantizer_that_trains_has_a_pair():
-    used = {fields["quantizer"] for pair in PAIRS.values() for fields in pair}
+    used = {fields["quantizer"] for name in QUANTIZERS for fields in pair(name, 4, 4)}
     assert used == set(QUANTIZERS)
 
 

@@ -42,6 +42,7 @@ from qkd_jax.deploy.integer.program import (
     run,
 )
 from qkd_jax.graph import Node
+from qkd_jax.numerics import codes_of
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import (
@@ -49,13 +50,13 @@ from qkd_jax.quantize.traced import (
     Product,
     TracedNet,
     found_grid,
+    grid_of,
     is_found,
     is_quantizer,
     products,
     quantizer_params,
     scale_in_output,
     trace_net,
-    view,
 )
 from qkd_jax.quantize.variables import FOLDED, quantizer_key
 from qkd_jax.quantizers import QUANTIZERS
@@ -234,7 +235,7 @@ class _Converter:
             given = self.value(node.inputs[0])
             self.steps.append(Quantize(name, spec, (), given, hat, codes, axes, scale))
             return
-        view(self.traced, node)  # raises for what has no codes
+        grid_of(self.traced, node)  # raises for what has no codes
         params = quantizer_params(self.traced, node)
         keys = tuple(
             (name, self.store(f"{path}/{quantizer_key(operand)}/{name}", array))
@@ -249,9 +250,9 @@ class _Converter:
             return self.weights[identity]
         path, operand = node.params["path"], node.params["operand"]
         name = path if operand == "weight" else f"{path}/{operand}"
-        scale, zero_point, format = view(self.traced, node)
+        scale, zero_point, format = grid_of(self.traced, node)
         hat = np.asarray(self.graph.constants[node.outputs[0]], np.float32)
-        codes = np.round(hat * (np.float32(1) / scale)) + zero_point
+        codes = codes_of(hat, scale) + zero_point
         spec = self.traced.spec(node)
         quantizer = QUANTIZERS[spec.quantizer]
         stride = quantizer.code_stride(spec) if hasattr(quantizer, "code_stride") else 1
@@ -303,7 +304,7 @@ class _Converter:
         else:
             scales = [np.asarray(1, np.float32)]
             scales += (
-                scale_in_output(product, side, view(self.traced, operand.marker)[0])
+                scale_in_output(product, side, grid_of(self.traced, operand.marker).scale)
                 for side, operand in enumerate(product.operands)
                 if operand.marker is not None and not is_found(self.traced, operand.marker)
             )
@@ -369,7 +370,7 @@ class _Converter:
             if self.traced.spec(marker).symmetric:
                 return format.qmin, format.qmax
             return -widest, widest  # the zero point is one of the codes
-        _, zero_point, format = view(self.traced, marker)
+        _, zero_point, format = grid_of(self.traced, marker)
         return int(format.qmin - zero_point.max()), int(format.qmax - zero_point.min())
 
     def bound(self, product: Product, ranges: list[tuple[int, int]]) -> tuple[int, int]:
@@ -382,9 +383,9 @@ class _Converter:
         for side, operand in enumerate(product.operands):
             if operand.value in self.graph.constants:
                 assert operand.marker is not None
-                scale = view(self.traced, operand.marker)[0]
+                scale = grid_of(self.traced, operand.marker).scale
                 hat = np.asarray(self.graph.constants[operand.marker.outputs[0]], np.float32)
-                codes = np.abs(np.round(hat * (np.float32(1) / scale))).astype(np.int64)
+                codes = np.abs(codes_of(hat, scale)).astype(np.int64)
                 for node in operand.moves:
                     codes = np.asarray(graphs.execute(node, [codes.astype(np.int32)])[0])
                 summed = tuple(i for i, out in enumerate(operand.output_axes) if out is None)

@@ -42,7 +42,7 @@ from qkd_jax.deploy.integer.program import (
     fresh,
 )
 from qkd_jax.graph import Graph, Node
-from qkd_jax.quantize.traced import known_view
+from qkd_jax.quantize.traced import known_grid
 from qkd_jax.quantizers import QUANTIZERS
 
 __all__ = ["rewrite"]
@@ -193,8 +193,9 @@ class _Rewriter:
     def quantize(self, step: Quantize) -> None:
         spec, quantizer = step.spec, QUANTIZERS[step.spec.quantizer]
         params = {name: self.given[key] for name, key in step.params}
-        scale, zero_point, format = known_view(params, spec)
-        scale, zero_point = np.asarray(scale), np.asarray(zero_point)
+        grid = known_grid(params, spec)
+        assert grid is not None  # `convert` refuses what has no codes
+        scale, zero_point, format = np.asarray(grid.scale), np.asarray(grid.zero_point), grid.format
         if scale.size != 1:
             raise ValueError(
                 f"integer_only: {step.name} has a scale per channel; use granularity='tensor'."

@@ -31,7 +31,7 @@ from qkd_jax import graph as graphs
 from qkd_jax.deploy.integer import fixed_point
 from qkd_jax.deploy.integer.pack import unpack
 from qkd_jax.graph import Node
-from qkd_jax.numerics import IntFormat, Spec
+from qkd_jax.numerics import IntFormat, Spec, codes_of
 from qkd_jax.quantizers import QUANTIZERS, found_params, live
 
 __all__ = [
@@ -281,7 +281,7 @@ def _quantize(step: Quantize, env: dict[int, Any], arrays: Mapping[str, Any]) ->
         env[step.scale] = jnp.broadcast_to(scale, x.shape)
     # x_hat gives back its code exactly, whatever a quantizer does before it rounds; and so the
     # operations are those of the trained net. XLA fuses the two.
-    centred = jnp.round(hat * (1 / scale))
+    centred = codes_of(hat, scale)
     env[step.hat], env[step.codes] = hat, centred
     return (centred + zero_point).astype(jnp.int32)
 
@@ -289,7 +289,7 @@ def _quantize(step: Quantize, env: dict[int, Any], arrays: Mapping[str, Any]) ->
 def _codes(step: Any, env: dict[int, Any], arrays: Mapping[str, Any]) -> jax.Array:
     """Centred codes of an integer-only program, int32."""
     if isinstance(step, Encode):
-        codes = jnp.round(env[step.input] * (1 / arrays[step.scale]))
+        codes = codes_of(env[step.input], arrays[step.scale])
         return jnp.clip(codes, step.lo, step.hi).astype(jnp.int32)
     if isinstance(step, Table):
         sign = None if step.sign is None else arrays[step.sign]

@@ -14,7 +14,7 @@ from qkd_jax import graph as graphs
 from qkd_jax.deploy.onnx.context import Export, Found, unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
-from qkd_jax.quantize.traced import Operand, Product, is_found, scale_in_output, view
+from qkd_jax.quantize.traced import Operand, Product, grid_of, is_found, scale_in_output
 
 __all__ = ["write_product"]
 
@@ -76,14 +76,14 @@ def _weight(export: Export, product: Product, side: int) -> Weight:
     if not operand.quantized:
         return Weight(export.fixed(operand.value))
     assert operand.marker is not None
-    scale, zero_point, format = view(export.traced, operand.marker)
+    scale, zero_point, format = grid_of(export.traced, operand.marker)
     hat = np.asarray(export.graph.constants[operand.marker.outputs[0]], np.float32)
     codes = np.round(hat * (np.float32(1) / scale)) + zero_point
     codes = _moved(codes.astype(np.int32), operand)
     in_output = scale_in_output(product, side, scale).astype(np.float64)
     if product.path in export.traced.multipliers and other.quantized:
         assert other.marker is not None
-        input_scale = view(export.traced, other.marker)[0].astype(np.float64)
+        input_scale = grid_of(export.traced, other.marker).scale.astype(np.float64)
         multiplier = export.traced.multipliers[product.path].astype(np.float64)
         in_output = multiplier.reshape((1,) * (product.rank - multiplier.ndim) + multiplier.shape)
         in_output = in_output / input_scale
@@ -114,7 +114,7 @@ def _weight(export: Export, product: Product, side: int) -> Weight:
             raise unsupported(product.node, "its input's ranges vary along the sum")
     elif other.quantized:
         assert other.marker is not None
-        coarse = min(format.bits, view(export.traced, other.marker)[2].bits) < FINE_BITS
+        coarse = min(format.bits, grid_of(export.traced, other.marker).format.bits) < FINE_BITS
     on_codes = found is not None
     if found is not None and product.node.op == "conv_general_dilated":
         stretched = any(d != 1 for d in product.node.params["lhs_dilation"])

@@ -17,8 +17,8 @@ from qkd_jax.deploy.onnx.context import Export, Found, needs_opset_21
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
 from qkd_jax.numerics import MIN_SCALE, IntFormat
-from qkd_jax.quantize.traced import found_grid, is_found, quantizer_params, view
-from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.quantize.traced import found_grid, grid_of, is_found, quantizer_params
+from qkd_jax.quantizers import QUANTIZERS, facts
 
 __all__ = ["write_quantizer"]
 
@@ -32,7 +32,7 @@ def write_quantizer(export: Export, node: Node) -> Tensor:
     if is_found(export.traced, node):
         return _write_found(export, node)
     x = export.tensors[node.inputs[0]]
-    scale, zero_point, format = view(export.traced, node)
+    scale, zero_point, format = grid_of(export.traced, node)
     if scale.ndim or zero_point.ndim:
         raise ValueError(
             f"the {node.params['operand']} of {node.params['path']!r} has a scale per channel; "
@@ -57,7 +57,7 @@ def _write_found(export: Export, node: Node) -> Tensor:
     format, axes = found_grid(export.traced, node)
     spec, path = export.traced.spec(node), node.params["path"]
     needs_opset_21(export, path, format)
-    if spec.quantizer != "uniform" or spec.power_of_two or spec.rounding == "away":
+    if not facts(spec.quantizer).range_grid or spec.power_of_two or spec.rounding == "away":
         raise ValueError(
             f"the {node.params['operand']} of {path!r} finds its range at run time "
             f"({spec.label}); to_onnx writes such ranges for quantizer='uniform' with a scale of "

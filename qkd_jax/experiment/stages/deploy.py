@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks, deploy, ptq, report, weights
@@ -33,6 +32,7 @@ from qkd_jax.experiment.results import row
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.hierarchy import TREES
+from qkd_jax.numerics import codes_of
 from qkd_jax.quantize import targets
 from qkd_jax.quantize.inspection import LayerInfo, layers
 from qkd_jax.quantize.variables import quantizer_params
@@ -295,7 +295,7 @@ def _histograms(
             params = live(kernel, params, spec)
             scale, _, _ = quantizer.integer_view(params, spec)
             hat = quantizer.fake_quant(kernel, params, spec)
-            found[path] = {"codes": jnp.round(hat * (1 / scale)), "scale": scale}
+            found[path] = {"codes": codes_of(hat, scale), "scale": scale}
         return found
 
     return report.weight_histograms(

@@ -17,7 +17,7 @@ from qkd_jax.deploy import convert, integer_apply
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, presets
 from qkd_jax.quantize.inspection import layers
-from qkd_jax.quantize.presets import PAIRS
+from qkd_jax.quantize.presets import pair
 from qkd_jax.quantizers import QUANTIZERS
 
 IMAGES = jax.random.normal(jax.random.key(0), (6, 5, 4, 4))
@@ -59,9 +59,11 @@ def check(net, variables, images):
 
 NOT_UNIFORM = {"apot", "codebook", "float"}  # their values are no multiples of one scale
 CASES = {
-    name: (dict(bits=dict(binary=1, ternary=2).get(name, 3), **w), dict(bits=4, signed=False, **x))
-    for name, (w, x) in PAIRS.items()
+    name: (dict(bits=bits, **w), dict(bits=4, signed=False, **x))
+    for name in QUANTIZERS
     if name not in NOT_UNIFORM
+    for bits in (dict(binary=1, ternary=2).get(name, 3),)
+    for w, x in (pair(name, bits, 4),)
 }
 CASES |= {
     "dorefa of 1 bit": (dict(bits=1, quantizer="dorefa"), dict(bits=2, signed=False)),
