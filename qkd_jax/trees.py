@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
+    "arrays_sha256",
     "entries",
     "find",
     "flatten",
@@ -187,8 +188,16 @@ def host_array(name: str, leaf: Any) -> np.ndarray:
     return array
 
 
-def _digest(arrays: Mapping[str, np.ndarray], impls: Mapping[str, str], extra: str) -> str:
-    """sha256 over every (name, dtype, shape, bytes) in the order of names, and a text."""
+def arrays_sha256(
+    arrays: Mapping[str, np.ndarray], impls: Mapping[str, str], extra: str = ""
+) -> str:
+    """Returns the sha256 (hex) of every (name, dtype, shape, bytes) in order of names, and a text.
+
+    Args:
+        arrays: {name: array in host memory}.
+        impls: {name: `key_impl`} of those that are the data of random keys.
+        extra: any text.
+    """
     total = hashlib.sha256()
     for name in sorted(arrays):
         array = arrays[name]
@@ -209,7 +218,7 @@ def tree_sha256(tree: Any) -> str:
     flat = flatten(tree)
     arrays = {name: host_array(name, leaf) for name, leaf in flat.items()}
     impls = {n: impl for n, leaf in flat.items() if (impl := key_impl(leaf)) is not None}
-    return _digest(arrays, impls, "")
+    return arrays_sha256(arrays, impls)
 
 
 def _dtype(leaf: Any) -> str:

@@ -17,7 +17,6 @@ overview    `--mode=inspect`
 """
 
 from qkd_jax.experiment.orchestrate import (
-    EXIT_NONFINITE,
     evaluate,
     export,
     inspect,
@@ -31,7 +30,7 @@ from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.settings import Settings
 from qkd_jax.experiment.stages import STAGES
-from qkd_jax.record.folder import EXIT_INTERRUPTED
+from qkd_jax.record.stopping import EXIT_INTERRUPTED, EXIT_NONFINITE
 from qkd_jax.training.loop import NonFiniteError, Preempted
 
 __all__ = [

@@ -26,12 +26,13 @@ from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.settings import Settings, resolve, shapes
 from qkd_jax.experiment.stages import CHECKS, STAGES
 from qkd_jax.record.checkpoint import Checkpoints
-from qkd_jax.record.folder import EXIT_INTERRUPTED, GracefulStop, RunFolder, tree_sha256
+from qkd_jax.record.folder import RunFolder
+from qkd_jax.record.stopping import EXIT_INTERRUPTED, EXIT_NONFINITE, GracefulStop
 from qkd_jax.training.loop import NonFiniteError, Preempted
 from qkd_jax.training.parallel import StepCache, enable_compilation_cache
+from qkd_jax.trees import tree_sha256
 
 __all__ = [
-    "EXIT_NONFINITE",
     "evaluate",
     "export",
     "inspect",
@@ -42,8 +43,6 @@ __all__ = [
     "run",
     "walk",
 ]
-
-EXIT_NONFINITE = 3
 
 # What may differ between a run folder and the command that goes on with it: none of it reaches a
 # number in results.json.
@@ -215,10 +214,10 @@ def _resume(state: Run, say: Callable[[str], None]) -> None:
     assert state.checkpoints is not None and state.folder is not None
     saved = state.checkpoints.restore_latest(report=say)
     if saved is None:
-        state.folder.truncate(0, lines=0)
+        state.folder.metrics.truncate(0, lines=0)
         return
     state.load(saved)
-    state.folder.truncate(saved.step, lines=saved.meta["lines"])
+    state.folder.metrics.truncate(saved.step, lines=saved.meta["lines"])
     where = "the end" if state.finished else f"stage {state.stage().name!r}"
     at = f", step {state.stage_step} of {state.stage().steps}" if state.stage_step else ""
     say(f"going on from the checkpoint of step {saved.step}: {where}{at}")

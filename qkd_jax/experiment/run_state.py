@@ -22,12 +22,11 @@ from qkd_jax.models import MODELS
 from qkd_jax.quantize import QuantizedModel, load_float
 from qkd_jax.quantize.variables import is_folded
 from qkd_jax.record.checkpoint import Checkpoints, Restored
-from qkd_jax.record.folder import tree_sha256
 from qkd_jax.training.loop import Window
 from qkd_jax.training.parallel import StepCache
 from qkd_jax.training.state import jit_once, stream_key
 from qkd_jax.training.step import eval_step
-from qkd_jax.trees import flatten, nested
+from qkd_jax.trees import flatten, nested, tree_sha256
 
 __all__ = ["Evaluation", "Run", "place"]
 
@@ -333,7 +332,7 @@ class Run:
             "heads": self.heads,
             "synthetic": self.synthetic,
             "timings": self.timings,
-            "lines": 0 if self.folder is None else self.folder.lines,
+            "lines": 0 if self.folder is None else self.folder.metrics.lines,
         }
         self.checkpoints.save(self.step, tree, meta, score=score, blocking=blocking)
 
@@ -370,7 +369,7 @@ class Run:
     def log(self, stage: Stage, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes a line to metrics.jsonl at a step of a stage (counted from 1)."""
         if self.folder is not None:
-            self.folder.log(stage.first + step, stage.name, split, values)
+            self.folder.metrics.log(stage.first + step, stage.name, split, values)
 
 
 @functools.lru_cache(maxsize=16)

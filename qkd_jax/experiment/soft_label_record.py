@@ -10,7 +10,7 @@ from qkd_jax import hierarchy
 from qkd_jax.distillation.learn_table import as_sources
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.settings import Settings
-from qkd_jax.record.folder import write_json
+from qkd_jax.record.json_files import write_json
 from qkd_jax.report.soft_labels import collect
 
 __all__ = ["FILE", "taught", "write"]

@@ -1,1 +1,10 @@
-"""The record of a run: its folder, its checkpoints, its progress."""
+"""The record of a run.
+
+folder       the run folder: config, starts, results, the lock
+metrics_log  the log of metrics, cut back on resume
+json_files   strict JSON, written atomically
+environment  code, versions and machine, for run.json
+checkpoint   checkpoints with a checksum; `packing` puts small arrays together
+progress     the progress line of a stage
+stopping     graceful shutdown and exit codes
+"""

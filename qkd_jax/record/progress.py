@@ -1,17 +1,13 @@
-"""What a run says while it goes on, and how it is asked to stop.
+"""Progress reporting: the live line of a stage, and its rates.
 
 Nothing here touches a device: losses are numbers that the loop has fetched already.
 """
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -21,11 +17,7 @@ from rich.text import Text
 
 from qkd_jax import checks
 
-__all__ = ["EXIT_INTERRUPTED", "GracefulStop", "Progress", "duration"]
-
-# sysexits.h EX_TEMPFAIL, "try again": a scheduler can requeue the job on this code, and it differs
-# from Python's 1 (an error) and from 143 (killed by SIGTERM without having saved).
-EXIT_INTERRUPTED = 75
+__all__ = ["Progress", "duration"]
 
 
 def duration(seconds: float) -> str:
@@ -40,7 +32,7 @@ def _rate(value: float) -> str:
 
 
 class _Facts(ProgressColumn):
-    """The column of rates; asks the stage's Progress when drawn, not at every step."""
+    """The column of rates, computed when it is drawn, not at every step."""
 
     def __init__(self, owner: Progress):
         super().__init__()
@@ -53,8 +45,8 @@ class _Facts(ProgressColumn):
 class Progress:
     """The live line of one stage: a bar on a terminal, otherwise a plain line now and then.
 
-    What came before the first `update` (tracing, compiling, the first batch) and what `paused`
-    reports (evaluation, saving) is kept out of the rates.
+    Time before the first `update` (tracing, compiling, the first batch) and the time that `paused`
+    reports (evaluation, saving) are left out of the rates.
 
         with Progress("co_study", total=500, batch_size=64) as progress:
             for step in range(500):
@@ -68,8 +60,8 @@ class Progress:
         start: steps done before (a resumed stage).
         interval: seconds between plain lines, where there is no terminal.
         console: where to write; None is standard error.
-        enabled: False writes nothing (tests, library use); the numbers are kept all the same.
-        clock: gives seconds.
+        enabled: False writes nothing (tests, library use); the rates are measured all the same.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -97,12 +89,12 @@ class Progress:
         self._first: float | None = None
         self._counted_from = start
         self._ended: float | None = None
-        self._told = self._entered
+        self._last_line = self._entered
         self.waited = 0.0
         self.outside = 0.0
 
     def __enter__(self) -> Progress:
-        self._entered = self._told = self._clock()
+        self._entered = self._last_line = self._clock()
         if self._enabled and self._console.is_terminal:
             self._bar = Bar(
                 TextColumn("{task.description}"),
@@ -123,10 +115,10 @@ class Progress:
             self._bar.stop()
             self._bar = None
         elif self._enabled:
-            self._say("" if kind is None else " (stopped)")
+            self._print("" if kind is None else " (stopped)")
 
     def update(self, step: int, *, loss: float | None = None, waited: float = 0.0) -> None:
-        """Tells how far the stage is.
+        """Reports how far the stage is.
 
         Args:
             step: steps of this stage that are done (the device may still be at the last one).
@@ -144,12 +136,12 @@ class Progress:
             self.waited += waited
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
-        elif self._enabled and now - self._told >= self._interval:
-            self._told = now
-            self._say("")
+        elif self._enabled and now - self._last_line >= self._interval:
+            self._last_line = now
+            self._print("")
 
     def paused(self, seconds: float) -> None:
-        """Takes seconds that were no training (evaluation, saving, compiling) out of the rates."""
+        """Leaves seconds of no training (evaluation, saving, compiling) out of the rates."""
         if self._first is not None:
             self.outside += seconds
 
@@ -161,7 +153,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training that the rates are taken over."""
+        """Seconds of training: the time that the rates refer to."""
         if self._first is None:
             return 0.0
         return max((self._ended or self._clock()) - self._first - self.outside, 0.0)
@@ -198,50 +190,7 @@ class Progress:
             parts.append(f"total {duration(self._ended - self._entered)}")
         return " | ".join(part for part in parts if part)
 
-    def _say(self, end: str) -> None:
+    def _print(self, end: str) -> None:
         facts = self.line()
         text = f"{self.stage} {self.step}/{self.total}" + (f" | {facts}" if facts else "") + end
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-class GracefulStop:
-    """Turns the first SIGTERM (and Ctrl-C) into a flag; the loop saves and leaves by itself.
-
-        with GracefulStop() as stop:
-            ...
-            if stop.requested:
-                save(); sys.exit(EXIT_INTERRUPTED)
-
-    A second signal of the same kind acts as it would have without this. Outside the main thread,
-    where Python allows no handlers, the flag can only be set by `request`.
-    """
-
-    def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)):
-        self._signals = signals
-        self._before: dict[signal.Signals, Any] = {}
-        self.received: signal.Signals | None = None
-        self.requested = False
-
-    def request(self) -> None:
-        """Asks the loop to stop."""
-        self.requested = True
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self.received, self.requested = signal.Signals(number), True
-        self._restore(signal.Signals(number))
-
-    def _restore(self, which: signal.Signals) -> None:
-        if which in self._before:
-            with contextlib.suppress(TypeError):  # a handler that was not set from Python
-                signal.signal(which, self._before.pop(which))
-
-    def __enter__(self) -> GracefulStop:
-        if threading.current_thread() is threading.main_thread():
-            for which in self._signals:
-                self._before[which] = signal.signal(which, self._handle)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for which in list(self._before):
-            self._restore(which)

@@ -14,7 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from qkd_jax.record.folder import read_json, read_metrics
+from qkd_jax.record.json_files import read_json
+from qkd_jax.record.metrics_log import read_metrics
 from qkd_jax.report import plots, soft_labels
 from qkd_jax.report.page import as_records, cell, html_figure, html_table, page, record_table
 from qkd_jax.report.table import columns, count, number, percent, reference

@@ -20,8 +20,8 @@ import pytest
 from flax.core import FrozenDict
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from qkd_jax.record.checkpoint import Checkpoints, Restored, flatten, unflatten_like
-from qkd_jax.trees import tree_sha256
+from qkd_jax.record.checkpoint import Checkpoints, Restored
+from qkd_jax.trees import flatten, tree_sha256, unflatten_like
 
 
 class Pair(NamedTuple):

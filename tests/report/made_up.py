@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from qkd_jax.record.folder import RunFolder, write_json
+from qkd_jax.record.folder import RunFolder
+from qkd_jax.record.json_files import write_json
 from qkd_jax.report import weight_histograms
 
 LAYERS = ["stem", *(f"stage{s}_block0/{c}" for s in (1, 2, 3) for c in ("conv1", "conv2"))]
@@ -76,17 +77,17 @@ def write_metrics(run, names):
                 low = floor if n == net else 0.02
                 loss = (low + 2 * math.exp(-k / 30)) * (1 + 0.15 * rng.normal()) + 0.01
                 values |= {f"{n}/loss": abs(loss), f"{n}/top1": 1 - low, f"{n}/lr": 0.1}
-            run.log(step + k, stage, "train", values)
+            run.metrics.log(step + k, stage, "train", values)
             if k % 20 == 0:
                 top1 = {f"{n}/top1": 0.97 - floor - 0.8 * math.exp(-k / 20) for n in nets}
-                run.log(step + k, stage, "test", top1)
+                run.metrics.log(step + k, stage, "test", top1)
             if stage in ("self_study", "co_study", "tutor", "qat_only") and k % 20 == 0:
                 quant = {}
                 for i, layer in enumerate(names):
                     drift = 1 + 0.2 * math.sin(i + k / 40)
                     quant[f"{net}/{layer}/weight_quantizer/step"] = 0.1 * drift / (1 + i)
                     quant[f"{net}/{layer}/input_quantizer/step"] = 0.4 * drift
-                run.log(step + k, stage, "quant", quant)
+                run.metrics.log(step + k, stage, "quant", quant)
         step += steps
 
 

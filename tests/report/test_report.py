@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from qkd_jax import report
-from qkd_jax.record.folder import RunFolder, read_metrics
+from qkd_jax.record.folder import RunFolder
+from qkd_jax.record.metrics_log import read_metrics
 from qkd_jax.report import plots
 from qkd_jax.report.table import count, number, percent
 
@@ -144,8 +145,8 @@ def test_names_are_escaped(tmp_path):
     run.write_results({"experiment": evil, "rows": [{"net": evil, "method": evil, "top1": 0.5}]})
     run.write_config({"nets": {evil: {}}})
     run.write_timings({"latency": [{"model": evil, "ms": 1.0}], "stages": {evil: {"s": 1.5}}})
-    run.log(1, evil, "train", {f"{evil}/loss": 0.5})
-    run.log(1, evil, "quant", {f"{evil}/stem/weight_quantizer/step": 0.5})
+    run.metrics.log(1, evil, "train", {f"{evil}/loss": 0.5})
+    run.metrics.log(1, evil, "quant", {f"{evil}/stem/weight_quantizer/step": 0.5})
     assert "<script" not in report.render(tmp_path)
 
 

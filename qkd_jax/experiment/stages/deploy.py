@@ -37,7 +37,7 @@ from qkd_jax.quantize import targets
 from qkd_jax.quantize.inspection import LayerInfo, layers
 from qkd_jax.quantize.variables import quantizer_params
 from qkd_jax.quantizers import QUANTIZERS, live
-from qkd_jax.record.folder import write_json
+from qkd_jax.record.json_files import write_json
 from qkd_jax.trees import find, join
 
 if TYPE_CHECKING:

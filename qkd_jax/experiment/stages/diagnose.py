@@ -15,7 +15,7 @@ from qkd_jax.experiment.config_checks import check_rules
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.quantize.diagnostics import diagnose as diagnose_net
-from qkd_jax.record.folder import read_json, write_json
+from qkd_jax.record.json_files import read_json, write_json
 
 __all__ = ["check_diagnose", "diagnose"]
 

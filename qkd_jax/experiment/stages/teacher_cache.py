@@ -27,9 +27,9 @@ from qkd_jax.distillation.learn_table import as_sources
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.losses import TABLE
-from qkd_jax.record.folder import tree_sha256
 from qkd_jax.training.plan import Plan, cached_key
 from qkd_jax.training.step import eval_step
+from qkd_jax.trees import tree_sha256
 
 __all__ = ["cache_fields", "cached_nets", "prepare"]
 

@@ -1,0 +1,66 @@
+"""What a result may depend on beside config and data: code, versions, machine."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+__all__ = ["environment", "git_state"]
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "qkd_jax")
+
+
+def git_state(directory: str | Path | None = None) -> dict[str, Any]:
+    """Returns {"revision", "dirty"} of the checkout that holds the code; None outside of one.
+
+    A package installed into an environment that lies inside some other checkout does not count as
+    part of it: its files are not tracked there.
+    """
+    here = Path(directory or Path(__file__).parent)
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(here), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if not git("ls-files", "."):
+        return {"revision": None, "dirty": None}
+    status = git("status", "--porcelain", "--untracked-files=no")
+    revision = git("rev-parse", "HEAD")
+    return {"revision": revision, "dirty": None if status is None else bool(status)}
+
+
+def environment() -> dict[str, Any]:
+    """Returns the facts about code, versions and machine that run.json records."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    devices = jax.devices()
+    return {
+        "git": git_state(),
+        "argv": list(sys.argv),
+        "versions": versions,
+        "devices": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "hostname": platform.node(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
