@@ -1,33 +1,31 @@
-"""Walks a config's schedule of stages; the only orchestrator.
+"""Experiments: a config's schedule of stages, walked and resumed, and run folders read.
 
     from qkd_jax import experiment
     results = experiment.run(config, "runs/mine")
 
-settings    the config checked, the schedule laid out in steps
-values      the checks of what is neither a net nor a stage
-run         what a run has in its hands, and how it is saved
-stages      the kinds of stages: STAGES
-deployment  the `deploy` stage: integers, ONNX, agreement, latency
-diagnosis   the `diagnose` stage: ranges, clipping, codes, SQNR, oscillation by operand
-synthesis   the `synthesize` stage: images from a trained net; generation: by generators
-hygiene     the checks of a train stage's hygiene
-soft_labels what the report shows of soft labels
-teacher_cache  a train stage's cached logits
-overview    `--mode=inspect`
+orchestrate    run, resume, walk the schedule
+modes          eval, export, report, inspect, and the command line's `main`
+reading        a config checked completely; its data
+settings       the checked config: nets built, schedule laid out (`schedule`, `config_checks`)
+run_state      the mutable state of a run, and its checkpointing
+results        rows of the table, results.json, their text
+stages         the kinds of stages: `STAGES`
+overview       the text of `--mode=inspect`
+head_rows, hygiene_checks, soft_label_record   parts of these that have a subject of their own
 """
 
-from qkd_jax.experiment.orchestrate import (
+from qkd_jax.experiment.modes import (
     evaluate,
     export,
     inspect,
     main,
-    read,
     report,
     restore,
-    run,
 )
+from qkd_jax.experiment.orchestrate import run
+from qkd_jax.experiment.reading import read
 from qkd_jax.experiment.run_state import Run
-from qkd_jax.experiment.schedule import Stage
+from qkd_jax.experiment.schedule import Kind, Stage
 from qkd_jax.experiment.settings import Settings
 from qkd_jax.experiment.stages import STAGES
 from qkd_jax.record.stopping import EXIT_INTERRUPTED, EXIT_NONFINITE
@@ -37,6 +35,7 @@ __all__ = [
     "EXIT_INTERRUPTED",
     "EXIT_NONFINITE",
     "STAGES",
+    "Kind",
     "NonFiniteError",
     "Preempted",
     "Run",

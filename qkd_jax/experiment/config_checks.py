@@ -1,4 +1,4 @@
-"""Values of a config that are neither a net's nor a stage's own, checked before anything runs."""
+"""Checks of a config's values that belong to neither a net nor one kind of stage."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from qkd_jax.data import DATASETS, augment
 from qkd_jax.data.views import LARGEST as LARGEST_VIEWS
 from qkd_jax.hierarchy import TREES, find
 from qkd_jax.losses import TABLE
+from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.targets import TARGETS
 from qkd_jax.training.parallel import MODES
 
@@ -35,7 +36,7 @@ def mapping(where: str, value: Any, example: Mapping[str, Any]) -> Mapping[str, 
 
 
 def check_frame(plain: Mapping[str, Any]) -> None:
-    """Checks what is neither a net nor a stage."""
+    """Checks the fields outside of `nets`, `stages` and `schedule`."""
     checks.one_of("config.data.name", plain["data"]["name"], DATASETS)
     checks.integer_in("config.data.train_examples", plain["data"]["train_examples"], 0)
     if plain["target"]:
@@ -65,9 +66,9 @@ def check_frame(plain: Mapping[str, Any]) -> None:
 
 
 def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:
-    """Refuses unknown augmentations in a train stage, and mixtures of images that cannot be.
+    """Refuses unknown augmentations in a train stage, and mixed images where they do not fit.
 
-    Images that are fixed beforehand (`views`), or learned from by labels, are not mixed.
+    Images in fixed views, or with labels that a loss reads, cannot be mixed.
     """
     checks.integer_in(f"stages.{name}.views", fields["views"], 0, LARGEST_VIEWS)
     own = fields["augment"]
@@ -81,7 +82,7 @@ def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:
     if fields["views"]:
         raise ValueError(
             f"{where} mixes the images of a batch, and stages.{name}.views fixes views of each "
-            "image by itself; take the mixing out, or draw anew at every step (views=0)."
+            "image by itself; take the mixing out, or augment at every step (views=0)."
         )
     for net, terms in fields["learn"].items():
         for label, term in terms.items():
@@ -97,7 +98,7 @@ def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:
 
 
 def tree_of(data: Mapping[str, Any]) -> str:
-    """The class tree of config.data: the one named, else the data set's own, else ""; "none" is "".
+    """Returns the class tree of config.data: `tree`, else the data set's own; "" for none.
 
     A name is a key of `hierarchy.TREES` or a file, "tree.txt#classes.txt".
     """
@@ -106,13 +107,13 @@ def tree_of(data: Mapping[str, Any]) -> str:
 
 
 def with_tree(where: str, learn: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """`learn` with the data's class tree in each term whose loss takes one and names none.
+    """Returns `learn` with the data's class tree in each term whose loss takes one and has none.
 
     Raises:
-        ValueError: there is no tree to take.
+        ValueError: the data set has no tree either.
     """
-    found = {net: dict(terms) for net, terms in learn.items()}
-    for net, terms in found.items():
+    filled = {net: dict(terms) for net, terms in learn.items()}
+    for net, terms in filled.items():
         for label, row in terms.items():
             loss = TABLE.get(str(row.get("loss") or label))
             if loss is None or "tree" not in loss.keywords or row.get("tree"):
@@ -124,17 +125,17 @@ def with_tree(where: str, learn: Mapping[str, Any], data: Mapping[str, Any]) -> 
                     f"{', '.join(TREES)}, or a file."
                 )
             terms[label] = {**row, "tree": tree}
-    return found
+    return filled
 
 
-def check_images(name: str, source: str, made: Mapping[str, int], schedule: Sequence[str]) -> str:
+def check_images(name: str, source: str, makers: Mapping[str, int], schedule: Sequence[str]) -> str:
     """Returns the stage that a stage's `images` names: an earlier one that makes images."""
-    if source and source not in made:
+    if source and source not in makers:
         late = " (it comes later in the schedule)" if source in schedule else ""
         raise ValueError(
             f"stages.{name}.images is {source!r}{late}; it must be '' (the training split) or an "
-            f"earlier stage that makes images: {', '.join(made) or '(none)'}."
-            f"{checks.nearest(source, made)}"
+            f"earlier stage that makes images: {', '.join(makers) or '(none)'}."
+            f"{checks.nearest(source, makers)}"
         )
     return source
 
@@ -153,8 +154,8 @@ def check_origins(nets: Mapping[str, Mapping[str, Any]]) -> None:
             chain.append(source)
 
 
-def check_rules(nets: Mapping[str, Any], stage: Any) -> None:
-    """Refuses nets without rules where a stage (a `Stage`) is about quantizers."""
+def check_rules(nets: Mapping[str, QuantizedModel], stage: Any) -> None:
+    """Refuses nets without rules in a stage (a `Stage`) that needs quantizers."""
     for name in stage.nets:
         if not nets[name].rules:
             raise ValueError(

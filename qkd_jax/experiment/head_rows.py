@@ -1,4 +1,4 @@
-"""Quality of the classifiers that trained a net and are left behind, for the results table."""
+"""Rows of the results for auxiliary classifiers, which serve a net's training alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from qkd_jax import metrics
 from qkd_jax.distillation.head_evaluation import eval_heads
-from qkd_jax.experiment.run_state import Run, place
+from qkd_jax.experiment.run_state import Run, to_device
 from qkd_jax.losses import TABLE
 from qkd_jax.training.plan import Plan
 from qkd_jax.training.state import TrainState
@@ -22,42 +22,41 @@ ENSEMBLE = "ensemble"
 
 def evaluate_heads(run: Run, plan: Plan, state: TrainState) -> dict[str, list[dict[str, Any]]]:
     """{net that learns: [{"head", metrics on the test split}]} at the end of a stage."""
-    found: dict[str, list[dict[str, Any]]] = {net: [] for net in plan.learners}
+    rows: dict[str, list[dict[str, Any]]] = {net: [] for net in plan.learners}
     for learner in plan.structure.learners:
         net = plan.name_of(learner.slot)
         for term in learner.terms:
             if not TABLE[term.loss].has_heads:
                 continue
             compiled = eval_heads(learner.net, term)
-            own = place(jax.device_get(state.loss_state[learner.slot][term.name]))
+            own = to_device(jax.device_get(state.loss_state[learner.slot][term.name]))
             totals: list[Any] = []
             logits: list[tuple[np.ndarray, ...]] = []
             for batch in run.eval_batches("test"):
-                given = {k: batch[k] for k in ("image", "label", "mask")}
+                inputs = {k: batch[k] for k in ("image", "label", "mask")}
                 sums, z = zip(
-                    *jax.device_get(compiled(run.variables[net], own, given)), strict=True
+                    *jax.device_get(compiled(run.variables[net], own, inputs)), strict=True
                 )
                 totals = list(map(metrics.add, totals, sums)) if totals else list(sums)
                 logits.append(tuple(x[batch["mask"]] for x in z))
             names = (*term.adaptor.model.head_names(term.taps), ENSEMBLE)
             for name, sums, z in zip(names, totals, zip(*logits, strict=True), strict=True):
                 severity = run.severity(np.concatenate(z))
-                found[net].append({"head": name, **metrics.finish(sums), **severity})
-    return found
+                rows[net].append({"head": name, **metrics.finish(sums), **severity})
+    return rows
 
 
 def head_rows(run: Run, net: str, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the classifiers that a net's last training stage had, like the net's own `row`.
+    """Returns rows for the classifiers of a net's last training stage, like the net's own `row`.
 
-    They say how the classifiers stood at the end of that stage. No size is given: they are not
-    deployed.
+    Their metrics are those at the end of that stage. They have no size: they are not deployed.
     """
     rows = []
     heads = run.heads.get(net, [])
-    for found in heads:
-        name, count = found["head"], len(heads)
+    for head in heads:
+        name, count = head["head"], len(heads)
         method = f"ensemble of {count} classifiers" if name == ENSEMBLE else f"classifier at {name}"
-        known = {key: found.get(key) for key in ("top1", "top5", "loss", "severity") if key in row}
+        known = {key: head.get(key) for key in ("top1", "top5", "loss", "severity") if key in row}
         rows.append(
             {**row, **known, "net": f"{net}.{name}", "method": method}
             | dict(params=None, weight_bytes=None, agreement=None, agreement_with=None)

@@ -1,4 +1,4 @@
-"""Hygiene of a train stage, checked against what its nets' quantizers will be by then."""
+"""The hygiene of a train stage, checked against the quantizers that its nets will have by then."""
 
 from __future__ import annotations
 
@@ -21,16 +21,13 @@ from qkd_jax.training.plan import Plan
 __all__ = ["calibrated", "check_hygiene"]
 
 
-def check_hygiene(
-    settings: Settings, stage: Stage, plan: Plan, image_shape: tuple[int, ...]
-) -> None:
-    """Refuses hygiene that would find nothing to act on once the stage starts.
+def check_hygiene(settings: Settings, stage: Stage, plan: Plan) -> None:
+    """Refuses hygiene that would have nothing to act on once the stage starts.
 
     Args:
         settings: the whole schedule, which says what is calibrated before the stage.
         stage: a `train` stage.
         plan: its plan.
-        image_shape: (1, height, width, channels).
 
     Raises:
         ValueError: as `training.hygiene.check`.
@@ -40,14 +37,15 @@ def check_hygiene(
             continue
         name = plan.name_of(learner.slot)
         net = settings.nets[name]
-        there = calibrated(settings, name, stage.index)
-        images = jax.ShapeDtypeStruct(image_shape, np.float32)
+        operands = calibrated(settings, name, stage.index)
+        images = jax.ShapeDtypeStruct(settings.image_shape, np.float32)
+        variables = shapes(net, settings.image_shape)
         weights: dict[str, Spec] = {}
         parameters: set[tuple[Spec, str]] = set()
-        for layer in layers(net, shapes(net, image_shape), images, **mode_arguments(net, False)):
+        for layer in layers(net, variables, images, **mode_arguments(net, False)):
             specs = {"weight": layer.weight, "input": layer.input, "output": layer.output}
             for operand, spec in specs.items():
-                if spec is None or operand not in there:
+                if spec is None or operand not in operands:
                     continue
                 params = _params(spec)
                 parameters |= {(spec, name) for name in params}
@@ -58,21 +56,21 @@ def check_hygiene(
 
 
 def calibrated(settings: Settings, net: str, end: int) -> set[str]:
-    """The operands of a net that have quantizers before the stage with number `end`."""
-    found: set[str] = set()
+    """Returns the operands of a net that have quantizers before the stage with number `end`."""
+    operands: set[str] = set()
     for stage in settings.stages[:end]:
         if stage.kind == "calibrate" and net in stage.nets:
-            found |= set(stage.fields["operands"] or OPERANDS)
+            operands |= set(stage.fields["operands"] or OPERANDS)
     source = settings["nets"][net].get("init_from", "")
     if source in settings.nets and settings.nets[source] == settings.nets[net]:
         # A net of the same rules is copied with its quantizers, when it first takes part.
         first = next((stage.index for stage in settings.stages if net in stage.nets), end)
-        found |= calibrated(settings, source, min(first, end))
-    return found
+        operands |= calibrated(settings, source, min(first, end))
+    return operands
 
 
 def _params(spec: Spec) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """What `calibrate` will make for a spec, for one channel."""
+    """Shapes of the parameters that `calibrate` makes for a spec, for one channel."""
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     if spec.dynamic:
         return {"dynamic": scalar}

@@ -1,4 +1,4 @@
-"""What `--mode=inspect` prints: schedule, layers, coverage. Shapes only; nothing is computed."""
+"""The text of `--mode=inspect`: schedule, layers, coverage. Shapes only; nothing is computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from qkd_jax.distillation.forward import mode_arguments
 from qkd_jax.distillation.taps import features_of
 from qkd_jax.experiment.settings import Settings, shapes
-from qkd_jax.experiment.stages import plan_stage
+from qkd_jax.experiment.stages.train import plan_stage
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.inspection import coverage, layers
 
@@ -23,20 +23,15 @@ __all__ = ["overview"]
 WIDTH = 118
 
 
-def overview(settings: Settings, image_shape: tuple[int, ...]) -> str:
-    """Returns the text of `--mode=inspect`.
-
-    Args:
-        settings: the checked config.
-        image_shape: (1, height, width, channels).
-    """
+def overview(settings: Settings) -> str:
+    """Returns the text of `--mode=inspect`."""
     buffer = io.StringIO()
     console = Console(file=buffer, width=WIDTH, no_color=True, highlight=False, markup=False)
     console.print(_schedule(settings))
     for warning in settings.warnings():
         console.print(warning)
     seen: dict[QuantizedModel, str] = {}
-    images = jax.ShapeDtypeStruct(image_shape, np.float32)
+    images = jax.ShapeDtypeStruct(settings.image_shape, np.float32)
     for name, net in settings.nets.items():
         fields = settings["nets"][name]
         start = fields.get("init_from") or "random weights"
@@ -46,9 +41,9 @@ def overview(settings: Settings, image_shape: tuple[int, ...]) -> str:
             continue
         seen[net] = name
         arguments = mode_arguments(net, False)
-        variables = shapes(net, image_shape)
+        variables = shapes(net, settings.image_shape)
         console.print(_layers(net, variables, images, arguments))
-        console.print(_taps(net, image_shape[1:]))
+        console.print(_taps(net, settings.image_shape[1:]))
         if net.rules:
             console.print(str(coverage(net, variables, images, **arguments)))
     return buffer.getvalue()
@@ -86,7 +81,7 @@ def _schedule(settings: Settings) -> Table:
 
 
 def _taps(net: QuantizedModel, image: tuple[int, ...]) -> str:
-    """The features that losses can look at by name."""
+    """The features that losses can tap by name."""
     sown = features_of(net, image).sown.items()
     named = [f"{name} {'x'.join(map(str, shape.shape[1:]))}" for name, shape in sown]
     return f"taps: {', '.join(named) or '(none sown)'}; also every path of a module"

@@ -1,19 +1,35 @@
-"""Rows of the results table, and results.json."""
+"""The results of a run: rows of the table, results.json, and their text for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
-from qkd_jax import metrics
+from qkd_jax import metrics, report
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.quantize.inspection import layers, size
+from qkd_jax.record.folder import RunFolder
+from qkd_jax.record.json_files import read_json
 
-__all__ = ["agreement", "ensemble_row", "row"]
+__all__ = [
+    "agreement",
+    "ensemble_row",
+    "is_older",
+    "printer",
+    "results_of",
+    "row",
+    "show",
+    "target_lines",
+    "times_text",
+    "write_report",
+]
 
 
 def agreement(logits: np.ndarray, others: np.ndarray) -> float:
@@ -35,9 +51,9 @@ def row(
     weight_bits, activation_bits = 32, 32
     if variables.get("quant"):
         # A net is called by its lowest widths; the first and the last layer have more.
-        found_layers = layers(net, variables, run.example, **arguments)
-        weight_bits = min(x.weight.bits if x.weight else 32 for x in found_layers)
-        activation_bits = min(x.input.bits if x.input else 32 for x in found_layers)
+        infos = layers(net, variables, run.example, **arguments)
+        weight_bits = min(x.weight.bits if x.weight else 32 for x in infos)
+        activation_bits = min(x.input.bits if x.input else 32 for x in infos)
     # With a class tree: None where no mistake was made.
     of_tree: dict[str, Any] = {"severity": found.get("severity")} if run.settings.tree else {}
     shared = ("top1", "top5", "loss", "count", "severity")
@@ -81,3 +97,83 @@ def ensemble_row(
     return {**rows[0], **added, **widths, "net": name, "method": method, "model": models} | dict(
         stage=stage.name, agreement=None, agreement_with=None
     )
+
+
+def results_of(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the content of results.json."""
+    return {
+        "schema": 1,
+        "seed": run.settings["seed"],
+        "dataset": {
+            "name": run.dataset.name,
+            "train_examples": len(run.dataset.train_images),
+            "test_examples": len(run.dataset.test_images),
+        },
+        "rows": rows,
+    }
+
+
+def printer(verbose: bool) -> Callable[[str], None]:
+    """Returns a function that prints a text at once, or drops it."""
+    return (lambda text: print(text, flush=True)) if verbose else (lambda text: None)
+
+
+def show(results: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Prints the results table."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with console.capture() as text:
+        console.print(report.table(results))
+    say(text.get())
+
+
+def times_text(timings: Mapping[str, Any]) -> str:
+    """Returns how the seconds of a run divide, and the latencies, as text."""
+    stages = timings.get("stages", {}).values()
+    steps, first = (
+        sum(stage.get(key, 0.0) for stage in stages)
+        for key in ("train_seconds", "first_step_seconds")
+    )
+    lines = [
+        f"{timings['seconds']:.0f} s: {steps:.0f} s of training steps, {first:.0f} s of first "
+        "steps (compilation)"
+    ]
+    for entry in timings.get("latency", ()):
+        lines.append(
+            f"{entry['model']} on {entry['engine']}, batch {entry['batch']}: "
+            f"{entry['median_ms']:.3f} ms (median of {entry['rounds']})"
+        )
+    return "\n".join(lines)
+
+
+def target_lines(path: Path) -> list[str]:
+    """Returns a text of <net>_target.json: what was written for a target, what stays in float."""
+    made = read_json(path)
+    if made is None:
+        return []
+    lines = [f"{made['file']} for {made['target']}, {made['bytes']:,} bytes"]
+    if "float_products" in made:
+        floats, count = made["float_products"], len(made["integer_products"])
+        lines.append(
+            f"  {count} of {count + len(floats)} products run on integers"
+            + (f"; in float: {', '.join(floats)}" if floats else "")
+        )
+    inside = ", ".join(made["inside_of_products"])
+    lines.append(
+        f"  products run on integers from {made['integers_from_bits']} bits on"
+        + (f"; inside of them: {inside}" if inside else "")
+    )
+    by_table = ", ".join(made["stays_float_by_the_table"])
+    lines.append(f"  float there, where a net has them: {by_table or 'nothing'}")
+    if made["cannot_be_made_here"]:
+        lines.append(f"  not made here: {made['cannot_be_made_here']}")
+    return lines
+
+
+def is_older(path: Path, other: Path) -> bool:
+    """Whether a file is missing or older than another."""
+    return not path.exists() or path.stat().st_mtime_ns < other.stat().st_mtime_ns
+
+
+def write_report(folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Writes report.html of a run folder."""
+    say(f"report: {report.write(folder.path)}")

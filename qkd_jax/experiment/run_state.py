@@ -1,4 +1,4 @@
-"""What a run has in its hands, and how it is saved: nets, optimizers, rows, its place."""
+"""The mutable state of a run, and its checkpointing: nets, optimizers, rows, the stage and step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from qkd_jax.training.state import jit_once, stream_key
 from qkd_jax.training.step import eval_step
 from qkd_jax.trees import flatten, nested, tree_sha256
 
-__all__ = ["Evaluation", "Run", "place"]
+__all__ = ["Evaluation", "Run", "to_device", "without_fresh"]
 
 Variables = dict[str, Any]
 
@@ -41,15 +41,21 @@ class Evaluation:
     logits: np.ndarray
 
 
-def without_fresh(name: str, wanted: Variables, given: Mapping[str, Any], fresh: str) -> Variables:
-    """The weights given for a net's layers, but for those whose paths match `fresh`, "" for none.
+def without_fresh(name: str, wanted: Variables, source: Mapping[str, Any], fresh: str) -> Variables:
+    """Returns a source's weights for a net's layers, without those whose paths match `fresh`.
+
+    Args:
+        name: the net's, for the message.
+        wanted: the net's variables or their shapes.
+        source: variables to take weights from.
+        fresh: regular expression of layers' paths; "" for none.
 
     Raises:
-        ValueError: a layer that is there but not given, or of another shape; a `fresh` that matches
+        ValueError: a layer that the source lacks or has in another shape; a `fresh` that matches
             nothing.
     """
     if not fresh:
-        return load_float(wanted, given)
+        return load_float(wanted, source)
 
     def matches(path: str) -> bool:
         _, *layer, _ = path.split("/")
@@ -64,7 +70,7 @@ def without_fresh(name: str, wanted: Variables, given: Mapping[str, Any], fresh:
             f"{', '.join(sorted({path.split('/')[1] for path in paths}))}. It must match a whole "
             "path, such as 'head'."
         )
-    return load_float(kept(wanted), kept(given))
+    return load_float(kept(wanted), kept(source))
 
 
 @dataclasses.dataclass
@@ -80,7 +86,8 @@ class Run:
         stopping: whether the run has been asked to stop.
         verbose: whether progress is shown.
         variables: {net: variables}; a net is there once it has taken part in a stage.
-        optimizers: {stage: {net: flat optimizer state}} of stages that go on or are continued.
+        optimizers: {stage: {net: flat optimizer state}} of the stage that runs and of those that a
+            later one continues.
         rows: the results table so far; no times.
         oscillating: {net: {path of a layer: share of its weights that oscillate}}, as the net's
             last training stage left it; empty where that one did not track them.
@@ -88,7 +95,7 @@ class Run:
             the net, at the end of that stage; a list, as a checkpoint keeps no order of names.
         synthetic: {stage: {"sha256"}} of the images that stages made.
         timings: everything that is a time.
-        stage_index: place in the schedule.
+        stage_index: index in the schedule of the stage that runs or comes next.
         stage_step: steps of that stage that are done.
         window: metrics since the last logged line, when a stage was interrupted.
     """
@@ -110,7 +117,7 @@ class Run:
     stage_index: int = 0
     stage_step: int = 0
     window: Window = dataclasses.field(default_factory=Window)
-    _made: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    _images: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     # --- nets ---------------------------------------------------------------------------------
 
@@ -124,8 +131,8 @@ class Run:
         """Shape of one image as a batch of one."""
         return jax.ShapeDtypeStruct((1, *self.dataset.image_shape), np.float32)
 
-    def bring_in(self, name: str) -> None:
-        """Makes the variables of a net that takes part for the first time."""
+    def init_net(self, name: str) -> None:
+        """Makes a net's variables where it takes part for the first time."""
         if name in self.variables:
             return
         fields = self.settings["nets"][name]
@@ -136,25 +143,25 @@ class Run:
         elif weights.is_source(source):
             self.variables[name] = self._loaded(name, weights.load(source), fresh)
         else:
-            self.bring_in(source)
-            taken = self.variables[source]
+            self.init_net(source)
+            variables = self.variables[source]
             if net == self.nets[source] and not fresh:
-                self.variables[name] = jax.tree.map(np.asarray, taken)
-            elif is_folded(taken):
+                self.variables[name] = jax.tree.map(np.asarray, variables)
+            elif is_folded(variables):
                 raise ValueError(
                     f"nets.{name}.init_from is {source!r}, whose BatchNorms are folded by now, and "
-                    "its weights alone would be another net. Bring this net in before that stage, "
-                    "and fold it itself."
+                    "its weights alone would be another net. Let this net take part before that "
+                    "stage, and fold it itself."
                 )
             else:  # another structure or other rules: the weights, which it must calibrate itself
-                self.variables[name] = self._loaded(name, taken, fresh)
+                self.variables[name] = self._loaded(name, variables, fresh)
         if lender := self.settings["nets"][name].get("head_from", ""):
             self._borrow_head(name, lender)
-        self.variables[name] = place(self.variables[name])
+        self.variables[name] = to_device(self.variables[name])
 
     def _borrow_head(self, name: str, lender: str) -> None:
-        """Gives a net the classifier of another, as that stands now."""
-        self.bring_in(lender)
+        """Copies the classifier of another net, as it is now, into a net."""
+        self.init_net(lender)
         own, head = self.variables[name]["params"], self.variables[lender]["params"].get("head")
         if jax.tree.map(np.shape, head) != jax.tree.map(np.shape, own["head"]):
             raise ValueError(
@@ -163,20 +170,17 @@ class Run:
             )
         self.variables[name] = {**self.variables[name], "params": {**own, "head": head}}
 
-    def _loaded(self, name: str, given: Mapping[str, Any], fresh: str) -> Variables:
-        """A net with the weights given, but random ones in the layers whose paths match `fresh`."""
-        taken = without_fresh(name, self._shapes(name), given, fresh)
+    def _loaded(self, name: str, source: Mapping[str, Any], fresh: str) -> Variables:
+        """A net with a source's weights, and random ones in layers whose paths match `fresh`."""
+        loaded = without_fresh(name, shapes(self.nets[name], self.example.shape), source, fresh)
         if not fresh:
-            return taken
-        return nested({**flatten(self._random(name)), **flatten(taken)})
+            return loaded
+        return nested({**flatten(self._random(name)), **flatten(loaded)})
 
     def _random(self, name: str) -> Variables:
         key = stream_key(self.settings["seed"], f"init/{name}")
         images = np.zeros(self.example.shape, np.float32)
         return jit_once(self.nets[name].init)(key, images)
-
-    def _shapes(self, name: str) -> Variables:
-        return shapes(self.nets[name], self.example.shape)
 
     def student_steps(self, name: str) -> int:
         """Steps that a net has learned so far, counted from its quantization."""
@@ -184,7 +188,7 @@ class Run:
 
     def put(self, name: str, variables: Mapping[str, Any]) -> None:
         """Replaces a net's variables."""
-        self.variables[name] = place(dict(variables))
+        self.variables[name] = to_device(dict(variables))
 
     # --- data ---------------------------------------------------------------------------------
 
@@ -199,7 +203,7 @@ class Run:
 
     @property
     def pixel_bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """What nets see of black and of full pixels, float32 [1, 1, channels] each."""
+        """Normalised values of black and of full pixels, float32 [1, 1, channels] each."""
         pixels = np.array([0, 255], np.uint8)[:, None, None, None]
         channels = self.dataset.image_shape[2]
         low, high = self.dataset.normalize(np.broadcast_to(pixels, (2, 1, 1, channels)))
@@ -207,8 +211,8 @@ class Run:
 
     def keep_images(self, stage: str, images: np.ndarray, labels: np.ndarray) -> None:
         """Keeps the images that a stage made: `synthetic/<stage>.npz`, and its hash."""
-        self._made[stage] = {"images": images, "labels": labels}
-        self.synthetic[stage] = {"sha256": tree_sha256(self._made[stage])}
+        self._images[stage] = {"images": images, "labels": labels}
+        self.synthetic[stage] = {"sha256": tree_sha256(self._images[stage])}
         if self.folder is not None:
             path = self._images_file(stage)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,40 +224,43 @@ class Run:
     def _images_file(self, stage: str) -> Path:
         return self.folder.path / "synthetic" / f"{stage}.npz"
 
-    def made_images(self, stage: str) -> dict[str, np.ndarray]:
+    def synthetic_images(self, stage: str) -> dict[str, np.ndarray]:
         """{"images" float32, "labels" int32} of a stage that makes images and is done.
 
         Raises:
             ValueError: the file is not there or not the one that the stage wrote.
         """
-        if stage not in self._made:
+        if stage not in self._images:
             path = self._images_file(stage)
-            found = weights.read_npz(path)
-            if tree_sha256(found) != self.synthetic[stage]["sha256"]:
+            images = weights.read_npz(path)
+            if tree_sha256(images) != self.synthetic[stage]["sha256"]:
                 raise ValueError(
-                    f"{path} does not hold what stage {stage!r} made; put that file back, or run "
-                    "the config in a new folder."
+                    f"{path} does not hold the images of stage {stage!r}; put that file back, "
+                    "or run the config in a new folder."
                 )
-            self._made[stage] = found
-        return self._made[stage]
+            self._images[stage] = images
+        return self._images[stage]
 
     def training_set(self, source: str) -> Dataset:
-        """The data with the images that a stage made to train on; "" is the data itself.
+        """The data set whose training images a stage made; "" is the data set itself.
 
-        Training reads 8-bit images, so what was made is rounded to them.
+        Training reads 8-bit images, so those of a stage are rounded to them.
         """
         if not source:
             return self.dataset
-        made = self.made_images(source)
-        return self.dataset.with_train(self.dataset.pixels(made["images"]), made["labels"])
+        split = self.synthetic_images(source)
+        return self.dataset.with_train(self.dataset.pixels(split["images"]), split["labels"])
 
     def images(self, count: int, *, batch_size: int = 64, source: str = "") -> list[np.ndarray]:
         """Training images in a random order, without augmentation, in near-equal batches.
 
-        `source` names a stage whose images are taken instead, as it made them.
+        Nothing is padded or dropped, and the sizes of two batches differ by one at most: two
+        programs compile.
 
-        All `count` of them (0: the whole split) are there, none is padded, no batch is larger than
-        `batch_size`, and the sizes of two batches differ by one at most: two programs compile.
+        Args:
+            count: how many images; 0 for the whole split.
+            batch_size: the largest batch.
+            source: a stage whose images are taken instead, as floats.
         """
         dataset = self.training_set(source)
         total = len(dataset.train_images)
@@ -262,7 +269,7 @@ class Run:
         order = data.train_batches(dataset, batch_size=count, seed=seed).indices(0)
         parts = np.array_split(order, -(-count // batch_size))
         if source:
-            return [self.made_images(source)["images"][index] for index in parts]
+            return [self.synthetic_images(source)["images"][index] for index in parts]
         return [dataset.normalize(dataset.train_images[index]) for index in parts]
 
     def evaluate(
@@ -270,22 +277,22 @@ class Run:
     ) -> Evaluation:
         """Evaluates a net on a split; one compilation for each structure of a net."""
         compiled = eval_step(self.nets[name])
-        placed = place(self.variables[name] if variables is None else variables)
+        on_device = to_device(self.variables[name] if variables is None else variables)
         total: dict[str, float] | None = None
         logits = []
         for batch in self.eval_batches(split):
-            given = {k: batch[k] for k in ("image", "label", "mask")}
-            sums, out = jax.device_get(compiled(placed, given))
+            inputs = {k: batch[k] for k in ("image", "label", "mask")}
+            sums, out = jax.device_get(compiled(on_device, inputs))
             total = sums if total is None else metrics.add(total, sums)
             logits.append(out[batch["mask"]])
         assert total is not None
-        found = np.concatenate(logits)
-        return Evaluation({**metrics.finish(total), **self.severity(found, split)}, found)
+        whole = np.concatenate(logits)
+        return Evaluation({**metrics.finish(total), **self.severity(whole, split)}, whole)
 
     def severity(self, logits: np.ndarray, split: str = "test") -> dict[str, float]:
-        """How bad the mistakes of logits [examples, classes] are by the class tree, by name.
+        """Metrics of the mistakes of logits [examples, classes] by the class tree.
 
-        See `metrics.hierarchical`. Nothing where there is no tree; means over mistakes are left out
+        See `metrics.hierarchical`. Empty where there is no tree; means over mistakes are left out
         where there is no mistake.
         """
         if not self.settings.tree:
@@ -297,8 +304,8 @@ class Run:
             padded = np.zeros((size, logits.shape[1]), np.float32)
             padded[mask] = logits[batch["index"][mask]]
             total = metrics.add(total, jax.device_get(of_batch(padded, batch["label"], mask)))
-        found = metrics.finish_hierarchical(total)
-        return {k: v for k, v in found.items() if v is not None and k not in ("count", "mistakes")}
+        means = metrics.finish_hierarchical(total)
+        return {k: v for k, v in means.items() if v is not None and k not in ("count", "mistakes")}
 
     def apply_arguments(self, name: str) -> dict[str, bool]:
         """Arguments that put a net's model into evaluation mode."""
@@ -318,7 +325,7 @@ class Run:
         return self.stage().first + self.stage_step
 
     def save(self, *, score: float | None = None, blocking: bool = False) -> None:
-        """Saves everything that matters."""
+        """Saves a checkpoint of everything that resuming needs."""
         if self.checkpoints is None:
             return
         tree = {"nets": self.variables, "optimizers": self.optimizers}
@@ -337,9 +344,9 @@ class Run:
         self.checkpoints.save(self.step, tree, meta, score=score, blocking=blocking)
 
     def load(self, saved: Restored) -> None:
-        """Takes over what `save` wrote."""
+        """Restores the state that `save` wrote."""
         tree = nested(saved.tree)
-        self.variables = {n: place(v) for n, v in tree.get("nets", {}).items()}
+        self.variables = {n: to_device(v) for n, v in tree.get("nets", {}).items()}
         self.optimizers = {}
         for name, leaf in saved.tree.items():
             if name.startswith("optimizers/"):
@@ -380,6 +387,6 @@ def hierarchical_step(tree: str) -> Callable[..., Any]:
     )
 
 
-def place(tree: Any) -> Any:
-    """Puts a tree on the first device, so that evaluation compiles once whoever made the arrays."""
+def to_device(tree: Any) -> Any:
+    """Puts a tree on the first device; evaluation then compiles once, wherever arrays come from."""
     return jax.device_put(tree, jax.local_devices()[0])

@@ -1,7 +1,7 @@
-"""Laying out the schedule of a config: stages one after another, every length in steps.
+"""The schedule of a config, laid out: stages one after another, every length in steps.
 
-The fields of a stage are the keyword arguments of its function in `STAGES`, so a new kind of stage
-checks itself.
+The fields of a stage are the keyword-only arguments of its function in `STAGES`, with the defaults
+and the names that are refused.
 """
 
 from __future__ import annotations
@@ -15,10 +15,41 @@ from qkd_jax import checks
 from qkd_jax.distillation.learn_table import as_sources
 from qkd_jax.distillation.taps import DataShape
 from qkd_jax.experiment.config_checks import check_images, check_tables, mapping, with_tree
+from qkd_jax.quantize import QuantizedModel
 
-__all__ = ["Stage", "lay_out"]
+__all__ = ["Kind", "Stage", "lay_out"]
 
-MAKE_IMAGES = ("synthesize", "dafl", "cmi")  # kinds of stages, with `examples`
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One entry of `STAGES`, a kind of stage.
+
+    Attributes:
+        run: fn(run, stage, **fields) changes the variables or the rows of a `Run`. Its keyword-only
+            arguments are the fields that a config may give; one without a default must be given,
+            and `nets` (or `learn`) says which nets take part.
+        check: fn(nets, stage) raises ValueError for wrong values before anything runs.
+        options: further fields, which `run` takes as **options.
+        makes_images: whether later stages may name it as the source of their `images`; it then has
+            a field `examples`.
+    """
+
+    run: Callable[..., None]
+    check: Callable[[Mapping[str, QuantizedModel], Stage], Any]
+    options: Mapping[str, inspect.Parameter] = dataclasses.field(default_factory=dict)
+    makes_images: bool = False
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The fields of a stage of this kind, by name."""
+        named = inspect.signature(self.run).parameters.values()
+        return {p.name: p for p in named if p.kind is p.KEYWORD_ONLY} | dict(self.options)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The fields that need not be given."""
+        found = self.parameters.items()
+        return {name: p.default for name, p in found if p.default is not p.empty}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +67,7 @@ class Stage:
         nets: the nets that take part, in order.
         starts: {net: position in its schedule of the learning rate} for nets that learn.
         horizons: {net: joint length of that schedule}, over all stages that continue it.
-        keeps: nets whose optimizer a later stage continues.
+        continued: nets whose optimizer a later stage continues.
         data_start: step of the data order at which it starts: where the stages end that it
             continues.
         data: shapes of the data.
@@ -51,7 +82,7 @@ class Stage:
     nets: tuple[str, ...]
     starts: dict[str, int] = dataclasses.field(default_factory=dict)
     horizons: dict[str, int] = dataclasses.field(default_factory=dict)
-    keeps: tuple[str, ...] = ()
+    continued: tuple[str, ...] = ()
     data_start: int = 0
     data: DataShape | None = None
 
@@ -62,13 +93,13 @@ class Stage:
 
 
 def lay_out(
-    plain: Mapping[str, Any], kinds: Mapping[str, Callable[..., Any]], data: DataShape
+    plain: Mapping[str, Any], kinds: Mapping[str, Kind], data: DataShape
 ) -> tuple[Stage, ...]:
     """Returns the stages of a resolved config in order, checked, with their lengths in steps.
 
     Args:
         plain: what `settings.resolve` returns.
-        kinds: STAGES.
+        kinds: `STAGES`.
         data: shapes of the data; the number of training examples turns epochs into steps.
 
     Raises:
@@ -83,10 +114,10 @@ def lay_out(
             f'--config.schedule="({names},)".'
         )
     checks.at_least_one("config.schedule", schedule)
-    for place, name in enumerate(schedule):
+    for index, name in enumerate(schedule):
         if name not in table:
             raise checks.unknown("stage in config.schedule", name, table)
-        if name in schedule[:place]:
+        if name in schedule[:index]:
             raise ValueError(
                 f"config.schedule names {name!r} twice; give the second one a name of its own in "
                 "config.stages."
@@ -98,12 +129,12 @@ def lay_out(
     for index, name in enumerate(schedule):
         fields = dict(table[name])
         kind = fields.pop("kind")
-        fields = {**_stage_fields(kinds[kind])[1], **fields}
+        fields = {**kinds[kind].defaults, **fields}
         done = {s.name: s for s in stages}
         steps, starts, data_start = 1, {}, 0
-        made = {s.name: s.fields["examples"] for s in stages if s.kind in MAKE_IMAGES}
-        source = check_images(name, fields.get("images") or "", made, schedule)
-        shape = dataclasses.replace(data, examples=made[source]) if source else data
+        makers = {s.name: s.fields["examples"] for s in stages if kinds[s.kind].makes_images}
+        source = check_images(name, fields.get("images") or "", makers, schedule)
+        shape = dataclasses.replace(data, examples=makers[source]) if source else data
         if kind == "train":
             fields["learn"] = with_tree(f"stages.{name}", fields["learn"], plain["data"])
             _check_chain(name, fields, done, schedule)
@@ -171,16 +202,16 @@ def _check_chain(
 
 
 def _data_start(name: str, fields: Mapping[str, Any], starts: Mapping[str, int]) -> int:
-    """Where a stage goes on in the order of the data: one place for all nets that continue."""
-    going_on = {net: starts[net] for net in starts if _continues(fields, net)}
-    if len(set(going_on.values())) > 1:
-        places = ", ".join(f"{net} at step {start}" for net, start in going_on.items())
+    """The step of the data order at which a stage starts, the same for all nets that continue."""
+    positions = {net: starts[net] for net in starts if _continues(fields, net)}
+    if len(set(positions.values())) > 1:
+        places = ", ".join(f"{net} at step {start}" for net, start in positions.items())
         raise ValueError(
             f"stages.{name} continues schedules that stand at different places ({places}), so the "
             "order of the data has no one place to go on from; let all but one of these nets start "
             "anew with continues=''."
         )
-    return next(iter(going_on.values()), 0)
+    return next(iter(positions.values()), 0)
 
 
 def _steps(
@@ -190,7 +221,7 @@ def _steps(
     epochs: Mapping[str, tuple[float, int]],
     examples: int,
 ) -> tuple[int, tuple[float, int]]:
-    """Length of a train stage, and (epochs, steps) to its end since its chain began.
+    """Length of a train stage, and (epochs, steps) from the start of its chain to its end.
 
     Rounding is done on the whole chain, so that 15 + 50 + 35 % of a control's epochs take exactly
     the control's steps.
@@ -216,7 +247,7 @@ def _steps(
 def _with_horizons(stages: list[Stage]) -> tuple[Stage, ...]:
     out = []
     for stage in stages:
-        horizons, keeps = {}, []
+        horizons, continued = {}, []
         for net in stage.starts:
             last = stage
             while later := next(
@@ -225,8 +256,8 @@ def _with_horizons(stages: list[Stage]) -> tuple[Stage, ...]:
                 last = later
             horizons[net] = last.starts[net] + last.steps
             if last is not stage:
-                keeps.append(net)
-        out.append(dataclasses.replace(stage, horizons=horizons, keeps=tuple(keeps)))
+                continued.append(net)
+        out.append(dataclasses.replace(stage, horizons=horizons, continued=tuple(continued)))
     return tuple(out)
 
 
@@ -247,30 +278,20 @@ def nets_of(kind: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*fields["nets"], *filter(None, [fields.get("reference")])]))
 
 
-def _stage_fields(function: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
-    """(all fields, defaults) of a kind of stage: the keyword arguments of its function."""
-    parameters = [
-        p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
-    ]
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    return [p.name for p in parameters], defaults
-
-
-def _check_fields(
-    name: str, fields: Mapping[str, Any], kinds: Mapping[str, Callable[..., Any]]
-) -> None:
+def _check_fields(name: str, fields: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
     where = f"stages.{name}"
     mapping(where, fields, {"kind": "train"})
     if "kind" not in fields:
         raise ValueError(f"{where}.kind is missing; allowed: {', '.join(kinds)}.")
     if fields["kind"] not in kinds:
         raise checks.unknown(f"kind in {where}", fields["kind"], kinds)
-    known, defaults = _stage_fields(kinds[fields["kind"]])
+    kind = kinds[fields["kind"]]
+    known = kind.parameters
     for key in fields:
         if key != "kind" and key not in known:
             raise checks.unknown(f"field of {where}", key, known)
     for key in known:
-        if key not in fields and key not in defaults:
+        if key not in fields and key not in kind.defaults:
             raise ValueError(f"{where}.{key} is missing; a {fields['kind']!r} stage needs it.")
     if fields["kind"] == "train":
         check_tables(where, fields)

@@ -1,7 +1,7 @@
-"""Reading a config: every name checked against what exists, every length in steps.
+"""Settings: a config with every name checked, its nets built, every length in steps.
 
 A config is a `ConfigDict` or a plain dict. `resolve` turns it into a plain dict that JSON holds
-(that is `config.json`), `read` checks it, builds its nets and has its schedule laid out.
+(that is `config.json`); `build_settings` checks it, builds its nets and lays out its schedule.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from qkd_jax import checks, weights
+from qkd_jax.data import DATASETS
 from qkd_jax.distillation.taps import DataShape, features_of
 from qkd_jax.experiment.config_checks import (
     check_augment,
@@ -24,11 +25,11 @@ from qkd_jax.experiment.config_checks import (
     mapping,
     tree_of,
 )
-from qkd_jax.experiment.schedule import Stage, lay_out
+from qkd_jax.experiment.schedule import Kind, Stage, lay_out
 from qkd_jax.models import MODELS, BorrowedClassifier, create
 from qkd_jax.quantize import QuantizedModel, presets, quantize, targets
 
-__all__ = ["Settings", "build_net", "read", "resolve", "shapes"]
+__all__ = ["Settings", "build_net", "build_settings", "resolve", "shapes"]
 
 # Everything a config may say outside of `nets`, `stages` and `schedule`, with its default.
 DEFAULTS: dict[str, Any] = {
@@ -61,6 +62,11 @@ class Settings:
         return tree_of(self.config["data"])
 
     @property
+    def image_shape(self) -> tuple[int, int, int, int]:
+        """(1, height, width, channels): one image of the data set as a batch of one."""
+        return (1, *DATASETS[self.config["data"]["name"]].image_shape)
+
+    @property
     def total_steps(self) -> int:
         """Global steps of the whole schedule."""
         return sum(stage.steps for stage in self.stages)
@@ -68,8 +74,8 @@ class Settings:
     def student_steps(self, net: str, step: int | None = None) -> int:
         """Steps that a net has learned since it was last calibrated (or made) up to a global step.
 
-        What a fair comparison of methods holds equal; None counts the whole schedule. Calibrating
-        its inputs later than its weights does not start the count anew.
+        A fair comparison of methods holds it equal; None counts the whole schedule. Calibrating its
+        inputs later than its weights does not reset the count.
         """
         count, end = 0, self.total_steps if step is None else step
         for stage in self.stages:
@@ -83,7 +89,7 @@ class Settings:
         return count
 
     def warnings(self) -> list[str]:
-        """What a reader of the results must know: equal nets that learn for unequal steps."""
+        """Texts about equal nets that learn for unequal steps, so that their rows mislead."""
         equals: dict[QuantizedModel, dict[str, int]] = {}
         for name, net in self.nets.items():
             if steps := self.student_steps(name):
@@ -91,9 +97,9 @@ class Settings:
         return [
             "WARNING: these nets have the same model and rules but learn for different numbers of "
             f"steps, so their rows do not compare methods alone: "
-            f"{', '.join(f'{name} {steps:,}' for name, steps in found.items())}"
-            for found in equals.values()
-            if len(set(found.values())) > 1
+            f"{', '.join(f'{name} {steps:,}' for name, steps in lengths.items())}"
+            for lengths in equals.values()
+            if len(set(lengths.values())) > 1
         ]
 
 
@@ -138,14 +144,14 @@ def _filled(where: str, given: Any, default: Any) -> Any:
     return {**json.loads(json.dumps(default)), **given}
 
 
-def read(
-    config: Any, kinds: Mapping[str, Callable[..., Any]], *, data: DataShape, classes: int
+def build_settings(
+    plain: dict[str, Any], kinds: Mapping[str, Kind], *, data: DataShape, classes: int
 ) -> Settings:
     """Checks a config and lays out its schedule.
 
     Args:
-        config: a `ConfigDict` or dict.
-        kinds: STAGES.
+        plain: of `resolve`.
+        kinds: `STAGES`.
         data: shapes of the data; the number of training examples turns epochs into steps.
         classes: number of classes of the data set.
 
@@ -155,7 +161,6 @@ def read(
     Raises:
         ValueError: naming the field, what is allowed, and the nearest valid name.
     """
-    plain = resolve(config)
     check_frame(plain)
     nets = {
         name: build_net(name, fields, plain["nets"], data, classes, plain["target"])
@@ -223,9 +228,11 @@ def build_net(
             if lender not in nets or nets[lender].get("head_from"):
                 own = [n for n, other in nets.items() if not other.get("head_from")]
                 raise checks.unknown("net with a head of its own in head_from", lender, own)
-            taught = features_of(build_net(lender, nets[lender], nets, data, classes), data.image)
+            sown = features_of(
+                build_net(lender, nets[lender], nets, data, classes), data.image
+            ).sown
             model = BorrowedClassifier(
-                model, classes, features=taught.sown["pooled"].shape[-1], dtype=model.dtype
+                model, classes, features=sown["pooled"].shape[-1], dtype=model.dtype
             )
         rules = presets.rules(
             fields.get("rules", "float"),

@@ -1,4 +1,4 @@
-"""What the report shows of soft labels: which nets, and their logits on the test split."""
+"""The record of soft labels for the report: the nets of a distillation, their test logits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from qkd_jax.experiment.settings import Settings
 from qkd_jax.record.json_files import write_json
 from qkd_jax.report.soft_labels import collect
 
-__all__ = ["FILE", "taught", "write"]
+__all__ = ["FILE", "distilled_nets", "write"]
 
 FILE = "soft_labels.json"
 
 
-def taught(settings: Settings) -> tuple[list[str], float] | None:
-    """Nets and temperature of the last stage in which a net learns from another, or None.
+def distilled_nets(settings: Settings) -> tuple[list[str], float] | None:
+    """Returns nets and temperature of the last stage in which a net learns from another, or None.
 
     The nets are the teacher, the student and, if there is one, a net like the student that learnt
     from labels alone.
@@ -58,10 +58,10 @@ def _alone(settings: Settings, student: str, teacher: str) -> list[str]:
 
 def write(run: Run, folder: Path) -> None:
     """Writes soft_labels.json of a run whose schedule has a net that learns from another."""
-    found = taught(run.settings)
-    if found is None:
+    distilled = distilled_nets(run.settings)
+    if distilled is None:
         return
-    nets, temperature = found
+    nets, temperature = distilled
     named, order, distance = (), (), None
     if run.settings.tree:
         tree = hierarchy.find(run.settings.tree, run.dataset.num_classes)

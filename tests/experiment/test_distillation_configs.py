@@ -1,5 +1,6 @@
 """Who learns from whom in the configs of online, chained and self distillation."""
 
+import dataclasses
 import functools
 
 import jax
@@ -230,19 +231,21 @@ def test_a_run_without_data(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     config = without_data()
 
-    @functools.wraps(experiment.STAGES["calibrate"])
+    kind = experiment.STAGES["calibrate"]
+
+    @functools.wraps(kind.run)
     def stop(*args, **fields):
         raise RuntimeError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setitem(experiment.STAGES, "calibrate", stop)
+        patch.setitem(experiment.STAGES, "calibrate", dataclasses.replace(kind, run=stop))
         with pytest.raises(RuntimeError, match="stopped"):
             experiment.run(config, folder, report=False, verbose=False)
     file = folder / "synthetic" / "zeroq.npz"
     kept = file.read_bytes()
     made = dict(np.load(file))
     np.savez(file, images=made["images"] + 1, labels=made["labels"])
-    with pytest.raises(ValueError, match=r"zeroq.npz does not hold what stage 'zeroq' made"):
+    with pytest.raises(ValueError, match=r"zeroq.npz does not hold the images of stage 'zeroq'"):
         experiment.run(config, folder, report=False, verbose=False)
     file.write_bytes(kept)
     done = experiment.run(config, folder, report=False, verbose=False)

@@ -199,8 +199,8 @@ def test_a_run_that_goes_bad_says_where_and_keeps_its_checkpoint(tmp_path):
 
 def test_each_structure_compiles_once(finished, tmp_path, monkeypatch):
     made = []
-    build = orchestrate._steps
-    monkeypatch.setattr(orchestrate, "_steps", lambda s: made.append(build(s)) or made[-1])
+    build = orchestrate.step_cache
+    monkeypatch.setattr(orchestrate, "step_cache", lambda s: made.append(build(s)) or made[-1])
     experiment.run(get_config("seed=1"), tmp_path, report=False, verbose=False)
     # teacher; float student; QAT (its control is self-studying's step); co-studying; tutoring
     assert made[0].traces == 5
@@ -364,7 +364,7 @@ def test_sigterm_saves_and_leaves_with_its_own_code(tmp_path):
     wait_for(process, folder, 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == experiment.EXIT_INTERRUPTED == 75, said(folder)
-    assert "the same command goes on" in said(folder)
+    assert "the same command resumes" in said(folder)
     saved = tree_of(folder)
     assert saved.meta["stage"] == "pretrain_teacher" and saved.meta["stage_step"] > 0
 
@@ -382,7 +382,7 @@ def test_killed_five_times_it_ends_with_the_same_bits(tmp_path):
         process.kill()
         process.wait()
     assert launch(killed).wait(timeout=300) == 0, said(killed)
-    assert said(killed).count("going on from the checkpoint") >= 4
+    assert said(killed).count("resuming from the checkpoint") >= 4
     same(whole, killed)
     before, after = tree_of(whole).tree, tree_of(killed).tree
     assert before.keys() == after.keys()

@@ -11,10 +11,11 @@ from tiny_config import get_config
 from configs import common, dynamic, qat, static, weight_only
 from qkd_jax import experiment, report
 from qkd_jax.experiment import orchestrate
-from qkd_jax.experiment.run_state import Run, nested
+from qkd_jax.experiment.run_state import Run
 from qkd_jax.quantize import presets
 from qkd_jax.training.hygiene import HYGIENE_FIELDS
 from qkd_jax.training.loop import Preempted
+from qkd_jax.trees import nested
 
 
 def healthy(**fields):

@@ -1,4 +1,4 @@
-"""The `calibrate` stage: quantizers of a net get their ranges from training images."""
+"""The `calibrate` stage: quantizers get their parameters from training images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from qkd_jax.experiment.config_checks import check_rules
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.stages.train import quantizer_means
+from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.calibration import calibrate as calibrate_net
 from qkd_jax.quantize.calibration import check_observer
 from qkd_jax.quantize.variables import OPERANDS, is_calibrated
@@ -30,9 +31,9 @@ def calibrate(
 ) -> None:
     """Gives each net the `quant` collection from training images; from here on it is quantized.
 
-    With `operands` ("weight", "input", "other", "output") these alone, and the others as they are:
-    weights first and inputs after some training, say. Empty means all.
-    `images` names a stage that makes images, which are taken in place of training images.
+    `operands` ("weight", "input", "other", "output") calibrates these alone and leaves the others
+    as they are: weights first, say, and inputs after some training. Empty means all.
+    `images` names a stage that makes images, which replace the training images.
     `observer` serves every quantizer, with `observer_options` such as ("power:2.4",).
     """
     batches = run.images(examples, batch_size=256, source=images)
@@ -59,7 +60,7 @@ def calibrate(
         run.log(stage, 1, "quant", quantizer_means({name: run.variables[name]}))
 
 
-def check_calibrate(nets: Mapping[str, Any], stage: Stage) -> None:
+def check_calibrate(nets: Mapping[str, QuantizedModel], stage: Stage) -> None:
     """Checks the fields of a `calibrate` stage."""
     where = f"stages.{stage.name}"
     checks.integer_in(f"{where}.examples", stage.fields["examples"], 0)

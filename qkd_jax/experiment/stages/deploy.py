@@ -33,7 +33,7 @@ from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.hierarchy import TREES
 from qkd_jax.numerics import codes_of
-from qkd_jax.quantize import targets
+from qkd_jax.quantize import QuantizedModel, targets
 from qkd_jax.quantize.inspection import LayerInfo, layers
 from qkd_jax.quantize.variables import quantizer_params
 from qkd_jax.quantizers import QUANTIZERS, live
@@ -73,7 +73,7 @@ def deploy_nets(
         _deploy(run, name, latency_batches, latency_rounds, target)
 
 
-def check_deploy(nets: Mapping[str, Any], stage: Stage) -> None:
+def check_deploy(nets: Mapping[str, QuantizedModel], stage: Stage) -> None:
     """Checks the fields of a `deploy` stage."""
     where, fields = f"stages.{stage.name}", stage.fields
     target = fields["target"]

@@ -1,4 +1,4 @@
-"""The `diagnose` stage: what each quantizer does to training images, for the record and the report.
+"""The `diagnose` stage: ranges, clipping, SQNR and codes of every quantizer, for the report.
 
 `diagnosis.json` in the run folder holds {stage: {net: [one dict an operand]}}, the fields being
 those of `diagnostics.Diagnosed`; a number that is not finite (the ratio of an operand that lies on
@@ -14,6 +14,7 @@ from qkd_jax import checks
 from qkd_jax.experiment.config_checks import check_rules
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
+from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.diagnostics import diagnose as diagnose_net
 from qkd_jax.record.json_files import read_json, write_json
 
@@ -29,7 +30,7 @@ def diagnose(run: Run, stage: Stage, *, nets: Sequence[str], examples: int = 256
     oscillate, where the net's last training stage tracked them (`hygiene.<net>.track`).
     """
     batches = run.images(examples, batch_size=256)
-    found = {}
+    records = {}
     for name in nets:
         if not run.variables[name].get("quant"):
             raise ValueError(
@@ -43,15 +44,15 @@ def diagnose(run: Run, stage: Stage, *, nets: Sequence[str], examples: int = 256
             oscillating=run.oscillating.get(name),
             **cast(dict[str, Any], run.apply_arguments(name)),
         )
-        found[name] = diagnosis.records()
+        records[name] = diagnosis.records()
         if run.verbose:
             print(f"{stage.name}: {name}\n{diagnosis}", flush=True)
     if run.folder is not None:
         path = run.folder.path / FILE
-        write_json(path, {**(read_json(path) or {}), stage.name: found})
+        write_json(path, {**(read_json(path) or {}), stage.name: records})
 
 
-def check_diagnose(nets: Mapping[str, Any], stage: Stage) -> None:
+def check_diagnose(nets: Mapping[str, QuantizedModel], stage: Stage) -> None:
     """Checks the fields of a `diagnose` stage."""
     checks.integer_in(f"stages.{stage.name}.examples", stage.fields["examples"], 0)
     check_rules(nets, stage)

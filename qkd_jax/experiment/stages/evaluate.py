@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from qkd_jax import checks
 from qkd_jax.experiment.head_rows import head_rows
 from qkd_jax.experiment.results import agreement, ensemble_row, row
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
+from qkd_jax.quantize import QuantizedModel
 
 __all__ = ["check_evaluate", "evaluate"]
 
@@ -26,10 +26,11 @@ def evaluate(
     """Adds a row to the results for each net: quality on the test split, agreement, and size.
 
     `methods` gives the row's method by net; `reference` is the net with whose argmax agreement is
-    counted, as it stands now. `ensembles` adds rows of several nets together, {name: nets}: the
-    mean of their probabilities. Classifiers that trained a net (`byot`, `one`) have rows behind it.
+    counted, as it is at this stage. `ensembles` adds rows of several nets together, {name: nets}:
+    the mean of their probabilities. A net's auxiliary classifiers (`byot`, `one`) have rows behind
+    its own.
     """
-    found = {
+    evaluations = {
         name: run.evaluate(name) for name in dict.fromkeys([*nets, *filter(None, [reference])])
     }
     for name in nets:
@@ -38,21 +39,23 @@ def evaluate(
                 run,
                 name,
                 methods.get(name, stage.name),
-                found[name].metrics,
+                evaluations[name].metrics,
                 stage=stage.name,
-                agreement=agreement(found[name].logits, found[reference].logits)
+                agreement=agreement(evaluations[name].logits, evaluations[reference].logits)
                 if reference not in ("", name)
                 else None,
                 agreement_with=reference or None,
             )
         )
         run.rows += head_rows(run, name, run.rows[-1])
-        run.log(stage, 1, "test", {f"{name}/{k}": v for k, v in found[name].metrics.items()})
+        run.log(stage, 1, "test", {f"{name}/{k}": v for k, v in evaluations[name].metrics.items()})
     for name, members in (ensembles or {}).items():
-        run.rows.append(ensemble_row(run, stage, name, {net: found[net].logits for net in members}))
+        run.rows.append(
+            ensemble_row(run, stage, name, {net: evaluations[net].logits for net in members})
+        )
 
 
-def check_evaluate(nets: Mapping[str, Any], stage: Stage) -> None:
+def check_evaluate(nets: Mapping[str, QuantizedModel], stage: Stage) -> None:
     """Checks the fields of an `evaluate` stage."""
     for name, members in (stage.fields["ensembles"] or {}).items():
         where = f"stages.{stage.name}.ensembles.{name}"

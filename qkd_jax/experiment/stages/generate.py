@@ -1,8 +1,8 @@
 """The stages `dafl` and `cmi`: a data set made by generators that learn from a trained net alone.
 
-Of the data set only the mean and spread of its pixels are used, which belong to the net's input.
-The fields of a stage are what its method takes by keyword, with the method's defaults. A stage that
-is interrupted starts anew, to the same images.
+Of the data set only the mean and standard deviation of its pixels are used, which belong to the
+net's input. The fields of a stage are the keyword arguments of its method, with the method's
+defaults. An interrupted stage starts over and makes the same images.
 """
 
 from __future__ import annotations
@@ -15,52 +15,54 @@ from qkd_jax import checks, data_free
 from qkd_jax.data_free.cmi import check_cmi, cmi_steps
 from qkd_jax.data_free.dafl import check_dafl
 from qkd_jax.experiment.run_state import Run
-from qkd_jax.experiment.schedule import Stage
+from qkd_jax.experiment.schedule import Kind, Stage
 from qkd_jax.experiment.settings import shapes
+from qkd_jax.quantize import QuantizedModel
 from qkd_jax.record.progress import Progress
 from qkd_jax.training.loop import Preempted
 from qkd_jax.training.state import stream_key
 
-__all__ = ["GENERATOR_CHECKS", "GENERATOR_STAGES", "check_remembers", "reporter"]
+__all__ = ["GENERATOR_KINDS", "check_batch_norm", "reporter"]
 
-# Not for configs to say: what a stage gives the method.
-OWN = ("image_shape", "count", "key", "bounds", "student", "labels", "report")
+# Arguments of a method that the stage passes itself.
+PASSED = ("image_shape", "count", "key", "bounds", "student", "labels", "report")
 
 
-def reporter(run: Run, stage: Stage, progress: Progress) -> Callable[[int, float | None], None]:
-    """What makers of images call after each step: shows it, and leaves if the run is to stop."""
+def reporter(
+    run: Run, stage: Stage, progress: Progress, losses: list[float]
+) -> Callable[[int, float | None], None]:
+    """Returns the callback of a method that makes images: it reports a step and raises to stop.
+
+    Known losses are appended to `losses`.
+    """
 
     def report(step: int, loss: float | None) -> None:
+        if loss is not None:
+            losses.append(loss)
         progress.update(step, loss=loss)
         if loss is not None and run.stopping():
-            raise Preempted(f"before stage {stage.name!r}, which starts anew")
+            raise Preempted(f"before stage {stage.name!r}, which starts over")
 
     return report
 
 
-def _stage(name: str) -> Callable[..., None]:
+def _kind(name: str) -> Kind:
     method = data_free.GENERATORS[name]
+    parameters = inspect.signature(method).parameters
+    fields = {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in PASSED}
 
     def stage(
         run: Run, stage: Stage, *, nets: Sequence[str], examples: int = 256, **options: Any
     ) -> None:
         net, *student = nets
         total = options["steps"]
-        extra: dict[str, Any] = {}
         if name == "cmi":
             of_student = options["student_steps"] if student else 0
             total = cmi_steps(examples, options["batch_size"], options["steps"], of_student)
         if student:
-            extra["student"] = (run.nets[student[0]], run.variables[student[0]])
-        last: list[float] = []
+            options["student"] = (run.nets[student[0]], run.variables[student[0]])
+        losses: list[float] = []
         with Progress(stage.name, total, options["batch_size"], enabled=run.verbose) as progress:
-            shown = reporter(run, stage, progress)
-
-            def report(step: int, loss: float | None) -> None:
-                if loss is not None:
-                    last.append(loss)
-                shown(step, loss)
-
             made = method(
                 run.nets[net],
                 run.variables[net],
@@ -68,22 +70,17 @@ def _stage(name: str) -> Callable[..., None]:
                 count=examples,
                 key=stream_key(run.settings["seed"], f"{name}/{stage.name}"),
                 bounds=run.pixel_bounds,
-                report=report,
+                report=reporter(run, stage, progress, losses),
                 **options,
-                **extra,
             )
         run.keep_images(stage.name, made.images, made.labels)
-        run.log(stage, 1, "synthetic", {f"{net}/loss": last[-1]})
+        run.log(stage, 1, "synthetic", {f"{net}/loss": losses[-1]})
 
     stage.__doc__ = (method.__doc__ or "").splitlines()[0]
-    own = [p for p in inspect.signature(stage).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    taken = inspect.signature(method).parameters.values()
-    options = [p for p in taken if p.kind is p.KEYWORD_ONLY and p.name not in OWN]
-    stage.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-    return stage
+    return Kind(stage, check, fields, makes_images=True)
 
 
-def check(nets: Mapping[str, Any], stage: Stage) -> None:
+def check(nets: Mapping[str, QuantizedModel], stage: Stage) -> None:
     """Checks the fields of a stage with a generator."""
     where, fields = f"stages.{stage.name}", stage.fields
     most = 2 if stage.kind == "cmi" else 1
@@ -101,11 +98,11 @@ def check(nets: Mapping[str, Any], stage: Stage) -> None:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if stage.kind == "cmi":
-        check_remembers(nets, stage)
+        check_batch_norm(nets, stage)
 
 
-def check_remembers(nets: Mapping[str, Any], stage: Stage) -> None:
-    """Refuses a net without BatchNorm where a stage makes images from what one remembers."""
+def check_batch_norm(nets: Mapping[str, QuantizedModel], stage: Stage) -> None:
+    """Refuses a net without BatchNorm where a stage makes images from its running statistics."""
     name = stage.fields["nets"][0]
     assert stage.data is not None
     if "batch_stats" not in shapes(nets[name], (1, *stage.data.image)):
@@ -115,7 +112,4 @@ def check_remembers(nets: Mapping[str, Any], stage: Stage) -> None:
         )
 
 
-GENERATOR_STAGES: dict[str, Callable[..., None]] = {
-    name: _stage(name) for name in data_free.GENERATORS
-}
-GENERATOR_CHECKS: dict[str, Callable[..., Any]] = dict.fromkeys(GENERATOR_STAGES, check)
+GENERATOR_KINDS: dict[str, Kind] = {name: _kind(name) for name in data_free.GENERATORS}

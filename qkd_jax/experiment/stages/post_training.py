@@ -1,8 +1,7 @@
-"""The post-training methods as kinds of stages: one for each, thin over `qkd_jax.ptq`.
+"""The post-training methods as kinds of stages, one for each function of `qkd_jax.ptq`.
 
-A stage takes `nets`, the number of training images to show (`examples`), the `synthesize` stage
-whose images to show instead (`images`) and whatever the method takes by keyword; the field's
-default is the method's own.
+A stage takes `nets`, the number of training images to show (`examples`), the stage whose images to
+show instead (`images`) and whatever the method takes by keyword, with the method's own defaults.
 """
 
 from __future__ import annotations
@@ -14,62 +13,55 @@ from typing import Any
 from qkd_jax import checks, ptq
 from qkd_jax.experiment.config_checks import check_rules
 from qkd_jax.experiment.run_state import Run
-from qkd_jax.experiment.schedule import Stage
+from qkd_jax.experiment.schedule import Kind, Stage
+from qkd_jax.quantize import QuantizedModel
 
-__all__ = ["PTQ_CHECKS", "PTQ_STAGES"]
+__all__ = ["POST_TRAINING_KINDS"]
 
-# Not for configs to say: what a stage gives the method, and callbacks.
-OWN = ("seed", "report")
-DEFAULT_EXAMPLES = 256
-
-
-def _options(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(method).parameters.values()
-    options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in OWN}
-    # In a stage the name of a net, whose variables as they are then are meant.
-    return {n: p.replace(default="") if n == "reference" else p for n, p in options.items()}
+# Arguments of a method that the stage passes itself.
+PASSED = ("seed", "report")
+# Methods that work on a calibrated net; the others bring a float one to another form.
+OF_QUANTIZERS = ("correct_bias", "gptq", "adaround", "brecq", "qdrop")
+METHODS = ("fold_bn", "equalize", "absorb_bias", "smooth", *OF_QUANTIZERS)
 
 
-def _stage(name: str) -> Callable[..., None]:
-    method = getattr(ptq, name)
-    taken = inspect.signature(method).parameters
+def _kind(name: str) -> Kind:
+    method: Callable[..., Any] = getattr(ptq, name)
+    parameters = inspect.signature(method).parameters
+    fields = {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in PASSED}
+    if "reference" in fields:  # in a stage, the name of a net as it is when the stage runs
+        fields["reference"] = fields["reference"].replace(default="")
 
     def stage(
         run: Run,
         stage: Stage,
         *,
         nets: Sequence[str],
-        examples: int = DEFAULT_EXAMPLES,
+        examples: int = 256,
         images: str = "",
         **options: Any,
     ) -> None:
         batches = run.images(examples, batch_size=min(examples, 256), source=images)
-        # What works on the graph alone needs images for their shape only.
-        given = batches[0] if "images" in taken else batches
-        extra = {"seed": run.settings["seed"]} if "seed" in taken else {}
+        # Methods that work on the graph alone need the shape of the images only.
+        shown = batches[0] if "images" in parameters else batches
+        if "seed" in parameters:
+            options["seed"] = run.settings["seed"]
         reference = options.pop("reference", "")
         for net in nets:
             if reference:
-                extra["reference"] = run.variables[reference]
+                options["reference"] = run.variables[reference]
             variables = method(
-                run.nets[net],
-                run.variables[net],
-                given,
-                **options,
-                **extra,
-                **run.apply_arguments(net),
+                run.nets[net], run.variables[net], shown, **options, **run.apply_arguments(net)
             )
             run.put(net, variables)
             if run.verbose:
                 print(f"{stage.name}: {name} of {net} done", flush=True)
 
     stage.__doc__ = (method.__doc__ or "").splitlines()[0]
-    own = [p for p in inspect.signature(stage).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    stage.__signature__ = inspect.Signature([*own, *_options(method).values()])  # type: ignore[attr-defined]
-    return stage
+    return Kind(stage, check, fields)
 
 
-def check(nets: Mapping[str, Any], stage: Stage) -> None:
+def check(nets: Mapping[str, QuantizedModel], stage: Stage) -> None:
     """Checks the fields of a post-training stage."""
     where = f"stages.{stage.name}"
     checks.integer_in(f"{where}.examples", stage.fields["examples"], 1)
@@ -82,19 +74,4 @@ def check(nets: Mapping[str, Any], stage: Stage) -> None:
         check_rules(nets, stage)
 
 
-# What works on a calibrated net; the others bring a float one to another form.
-OF_QUANTIZERS = ("correct_bias", "gptq", "adaround", "brecq", "qdrop")
-METHODS = (
-    "fold_bn",
-    "equalize",
-    "absorb_bias",
-    "smooth",
-    "correct_bias",
-    "gptq",
-    "adaround",
-    "brecq",
-    "qdrop",
-)
-
-PTQ_STAGES: dict[str, Callable[..., None]] = {name: _stage(name) for name in METHODS}
-PTQ_CHECKS: dict[str, Callable[..., Any]] = dict.fromkeys(METHODS, check)
+POST_TRAINING_KINDS: dict[str, Kind] = {name: _kind(name) for name in METHODS}

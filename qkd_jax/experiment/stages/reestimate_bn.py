@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from qkd_jax import checks, ptq
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
+from qkd_jax.quantize import QuantizedModel
 
 __all__ = ["check_reestimate_bn", "reestimate_bn"]
 
@@ -17,23 +17,24 @@ def reestimate_bn(
 ) -> None:
     """Re-estimates BatchNorm's running statistics on training images.
 
-    `keep="better"` takes them only where they lower the cross-entropy on the training split: it
-    helps some arms and hurts others, and the test split must not decide. `keep="always"` does not
-    ask. Batches are those of the net's last training stage: BatchNorm's inputs depend on them.
+    `keep="better"` takes them only where they lower the cross-entropy on the training split: they
+    help some arms and hurt others, and the test split must not decide. `keep="always"` takes them
+    in any case. Batches have the size of the net's last training stage, on which BatchNorm's
+    inputs depend.
     """
     for name in nets:
         batches = run.images(examples, batch_size=_train_batch_size(run, name))
         before, old = run.variables[name], run.evaluate(name, "train").metrics["loss"]
         new = ptq.reestimate_batch_norm(run.nets[name], before, batches)
-        found = run.evaluate(name, "train", new).metrics["loss"]
-        kept = keep == "always" or found < old
+        after = run.evaluate(name, "train", new).metrics["loss"]
+        kept = keep == "always" or after < old
         if kept:
             run.put(name, new)
         run.log(
             stage,
             1,
             "train_split",
-            {f"{name}/loss_before": old, f"{name}/loss_after": found, f"{name}/kept": float(kept)},
+            {f"{name}/loss_before": old, f"{name}/loss_after": after, f"{name}/kept": float(kept)},
         )
 
 
@@ -43,7 +44,7 @@ def _train_batch_size(run: Run, name: str) -> int:
     return sizes[-1] if sizes else 64
 
 
-def check_reestimate_bn(nets: Mapping[str, Any], stage: Stage) -> None:
+def check_reestimate_bn(nets: Mapping[str, QuantizedModel], stage: Stage) -> None:
     """Checks the fields of a `reestimate_bn` stage."""
     checks.integer_in(f"stages.{stage.name}.examples", stage.fields["examples"], 0)
     checks.one_of(f"stages.{stage.name}.keep", stage.fields["keep"], ("better", "always"))

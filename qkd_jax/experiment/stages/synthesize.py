@@ -1,9 +1,8 @@
-"""The `synthesize` stage: a data set made from a trained net, for stages that name it."""
+"""The `synthesize` stage: images made from a trained net, for stages that name it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -11,7 +10,8 @@ from qkd_jax import checks
 from qkd_jax.data_free import inversion
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
-from qkd_jax.experiment.stages.generate import check_remembers, reporter
+from qkd_jax.experiment.stages.generate import check_batch_norm, reporter
+from qkd_jax.quantize import QuantizedModel
 from qkd_jax.record.progress import Progress
 from qkd_jax.training.state import stream_key
 
@@ -33,24 +33,24 @@ def synthesize(
     l2_weight: float = 0.0,
     jitter: int = 2,
 ) -> None:
-    """Makes images whose statistics are those that a net's BatchNorms remember; no data is seen.
+    """Makes images whose statistics match those in a net's BatchNorms; no data is seen.
 
     Train and calibrate stages take them by `images=<name of this stage>`. Of the data set only the
-    mean and spread of its pixels are used, which belong to the net's input. DeepInversion's images
-    are held within what pixels can be; ZeroQ's are not. A stage that is interrupted starts anew, to
-    the same images; `steps` and `lr` of 0 are the method's own.
+    mean and standard deviation of its pixels are used, which belong to the net's input.
+    DeepInversion's images are clipped to the range of pixels; ZeroQ's are not. An interrupted stage
+    starts over and makes the same images; `steps` and `lr` of 0 are the method's own.
     """
     (net,) = nets
     parts = -(-examples // batch_size)
     total = (steps or inversion.DEFAULTS[method][0]) * parts
     last: list[float] = []
     with Progress(stage.name, total, -(-examples // parts), enabled=run.verbose) as progress:
-        shown = reporter(run, stage, progress)
+        report_step = reporter(run, stage, progress, [])
 
         def report(batch: int, step: int, loss: float | None) -> None:
             if step == total // parts and loss is not None:
                 last.append(loss)
-            shown((batch - 1) * (total // parts) + step, loss)
+            report_step((batch - 1) * (total // parts) + step, loss)
 
         made = inversion.synthesize(
             run.nets[net],
@@ -73,7 +73,7 @@ def synthesize(
     run.log(stage, 1, "synthetic", {f"{net}/loss": float(np.mean(last))})
 
 
-def check_synthesize(nets: Mapping[str, Any], stage: Stage) -> None:
+def check_synthesize(nets: Mapping[str, QuantizedModel], stage: Stage) -> None:
     """Checks the fields of a `synthesize` stage."""
     where, fields = f"stages.{stage.name}", stage.fields
     if len(fields["nets"]) != 1:
@@ -83,4 +83,4 @@ def check_synthesize(nets: Mapping[str, Any], stage: Stage) -> None:
         checks.integer_in(f"{where}.{name}", fields[name], low)
     for name in ("lr", "bn_weight", "tv_weight", "l2_weight"):
         checks.in_range(f"{where}.{name}", fields[name], 0, 1e9)
-    check_remembers(nets, stage)
+    check_batch_norm(nets, stage)

@@ -1,10 +1,10 @@
-"""A train stage's `cache`: what frozen teachers say of each view, computed once, read from disk.
+"""A train stage's `cache`: logits of frozen teachers, computed once per view and read from disk.
 
     config.stages.distil.views = 8
     config.stages.distil.cache = dict(top_k=0, dir="")
 
-The stage's `views` says of how many augmented views of each training image. `top_k` is how many
-logits of each are kept (0: all), `dir` where the files lie ("": in the run folder's `cache`; a
+The stage's `views` is the number of augmented views of each training image. `top_k` is the number
+of logits kept of each (0: all), `dir` the folder of the files ("": the run folder's `cache`; a
 folder of your own is shared by runs that agree on teacher, data, views and seed).
 """
 
@@ -50,8 +50,8 @@ def cache_fields(stage: Stage) -> dict[str, Any] | None:
     fields = {**DEFAULTS, **given}
     if not stage.fields["views"]:
         raise ValueError(
-            f"stages.{stage.name}.views is 0, which draws images anew at every step, and {where} "
-            "holds what a teacher says of images that come again; give views=1 (the images as they "
+            f"stages.{stage.name}.views is 0, which augments images at every step, and {where} "
+            "holds a teacher's logits of images that come again; give views=1 (the images as they "
             "are) or more, or drop the cache."
         )
     checks.integer_in(f"{where}.top_k", fields["top_k"], 0)
@@ -76,7 +76,7 @@ def cached_nets(stage: Stage) -> tuple[str, ...]:
     if not frozen:
         raise ValueError(
             f"stages.{stage.name}.cache is set, but no frozen net teaches in this stage; a teacher "
-            "that learns says something new at each step. Drop the cache."
+            "that learns changes at each step. Drop the cache."
         )
     if fields["top_k"]:
         _refuse_whole_logits(stage, frozen, fields["top_k"])
@@ -84,7 +84,7 @@ def cached_nets(stage: Stage) -> tuple[str, ...]:
 
 
 def _refuse_whole_logits(stage: Stage, frozen: Sequence[str], top_k: int) -> None:
-    """Refuses losses to which the logits that were not kept, all alike, would be wrong ones."""
+    """Refuses losses that need the logits that were not kept, which all read as one value."""
     for net, rows in stage.fields["learn"].items():
         for label, row in rows.items():
             loss = str(row.get("loss") or label)
@@ -103,7 +103,7 @@ def _refuse_whole_logits(stage: Stage, frozen: Sequence[str], top_k: int) -> Non
 def prepare(
     run: Run, stage: Stage, plan: Plan, augment: Sequence[str]
 ) -> dict[str, files.CachedLogits]:
-    """Reads the cached logits of a stage's teachers, computing what is not there or is stale.
+    """Returns the cached logits of a stage's teachers, computing those that are missing or stale.
 
     Args:
         run: the run.
@@ -162,16 +162,16 @@ def _of_teacher(
     except files.StaleError as error:
         known = None
         if run.verbose:
-            print(f"{error} Computing those of {net!r} anew.", flush=True)
+            print(f"{error} Computing those of {net!r} again.", flush=True)
     return (
         files.write(folder, wanted, _logits(run, dataset, net, views)) if known is None else known
     )
 
 
 def _sha256(run: Run, net: str) -> str:
-    """Of a net's program and variables: strides, activations, bits and heads leave no array."""
-    told = f"{run.nets[net]!r} {tree_sha256(run.variables[net])}"
-    return hashlib.sha256(told.encode()).hexdigest()
+    """SHA-256 of a net's program and variables: strides and activations leave no array."""
+    text = f"{run.nets[net]!r} {tree_sha256(run.variables[net])}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _logits(

@@ -1,4 +1,4 @@
-"""The `train` stage: nets learn from labels and from one another; it goes on where it stopped."""
+"""The `train` stage: nets learn from labels and from one another; it resumes at any step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.stages.teacher_cache import cached_nets, prepare
 from qkd_jax.record.progress import Progress
-from qkd_jax.training import hygiene as healthy
+from qkd_jax.training.hygiene import oscillating
 from qkd_jax.training.loop import Hooks, Window, run_steps
 from qkd_jax.training.plan import Plan, plan_step
 from qkd_jax.training.state import (
@@ -35,8 +35,8 @@ from qkd_jax.trees import flatten, unflatten_like
 
 __all__ = ["plan_stage", "quantizer_means", "train"]
 
-# Where, beside the state of a net's optimizer, lies what the terms of its loss own, and the copy
-# through which it teaches.
+# Prefixes, beside a net's optimizer state in a checkpoint: the state of its loss terms, and the
+# stale copy through which it teaches.
 OWNED, STALE = "owned/", "stale/"
 
 
@@ -83,15 +83,15 @@ def train(
     images: str = "",
     stale: int = 0,
 ) -> None:
-    """Trains the nets of `learn`; goes on where the stage was interrupted.
+    """Trains the nets of `learn`; resumes where the stage was interrupted.
 
     All arms of an experiment see the same batches: the order of the data follows the step in the
-    chain of stages that continue one another, so QKD's phases see what its controls see. `augment`
-    takes the place of the data's own augmentations, drawn anew at every step or, with `views`, once
-    for so many views of each image that take turns by epoch (1: the images as they are). With
-    `cache` the frozen teachers are not run: see `teacher_cache`. `images` names a stage that
-    makes images, which with their labels take the place of the training split. With `stale` nets
-    that learn teach one another through copies that are so many steps old at most.
+    chain of stages that continue one another, so QKD's phases see the batches of its controls.
+    `augment` replaces the data's own augmentations, which are drawn at every step or, with `views`,
+    once for that many views of each image that take turns by epoch (1: the images as they are).
+    With `cache` the frozen teachers are not run: see `teacher_cache`. `images` names a stage that
+    makes images, which with their labels replace the training split. With `stale` nets that learn
+    teach one another through copies that are that many steps old at most.
     """
     # `stage` holds these in the form that the plan reads.
     del learn, optim, epochs, steps, hygiene, cache, stale
@@ -138,7 +138,7 @@ def train(
     _take(run, stage, plan, state, stage.steps, Window())
     run.heads |= evaluate_heads(run, plan, state)
     # The optimizer and what terms own travel on only if a later stage continues them.
-    kept = {net: _without(STALE, run.optimizers[stage.name][net]) for net in stage.keeps}
+    kept = {net: _without(STALE, run.optimizers[stage.name][net]) for net in stage.continued}
     del run.optimizers[stage.name]
     if kept:
         run.optimizers[stage.name] = kept
@@ -235,7 +235,7 @@ def _take(run: Run, stage: Stage, plan: Plan, state: TrainState, step: int, wind
         of_terms = {f"{OWNED}{name}": leaf for name, leaf in flatten(owned.get(net, {})).items()}
         of_copy = {f"{STALE}{name}": leaf for name, leaf in flatten(copies.get(net, {})).items()}
         run.optimizers[stage.name][net] = {**flatten(opt), **of_terms, **of_copy}
-        run.oscillating[net] = healthy.oscillating(opt.get("hygiene", {}))
+        run.oscillating[net] = oscillating(opt.get("hygiene", {}))
     run.stage_step, run.window = step, window
 
 
@@ -298,7 +298,7 @@ def _oscillating(plan: Plan, state: TrainState) -> dict[str, float]:
     return {
         f"{net}/{path}": share
         for net, opt in optimizer_states(plan, state).items()
-        for path, share in healthy.oscillating(opt.get("hygiene", {})).items()
+        for path, share in oscillating(opt.get("hygiene", {})).items()
     }
 
 

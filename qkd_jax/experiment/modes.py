@@ -1,0 +1,160 @@
+"""The modes of the command line; eval, export and report read a run folder alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qkd_jax.data import NotPreparedError
+from qkd_jax.experiment import soft_label_record
+from qkd_jax.experiment.orchestrate import run, step_cache
+from qkd_jax.experiment.overview import overview
+from qkd_jax.experiment.reading import check_sources, load_data, read
+from qkd_jax.experiment.results import (
+    is_older,
+    printer,
+    results_of,
+    row,
+    show,
+    target_lines,
+    write_report,
+)
+from qkd_jax.experiment.run_state import Run
+from qkd_jax.experiment.stages import STAGES
+from qkd_jax.record.checkpoint import Checkpoints
+from qkd_jax.record.folder import RunFolder
+from qkd_jax.record.stopping import EXIT_INTERRUPTED, EXIT_NONFINITE
+from qkd_jax.training.loop import NonFiniteError, Preempted
+from qkd_jax.training.parallel import enable_compilation_cache
+
+__all__ = ["evaluate", "export", "inspect", "main", "report", "restore"]
+
+
+def _open(workdir: str | Path) -> tuple[RunFolder, Run]:
+    """Opens a run folder to read: settings, data and the newest checkpoint."""
+    folder = RunFolder(workdir, create=False)
+    plain = folder.read_config()
+    dataset = load_data(plain)
+    settings = read(plain, dataset)
+    state = Run(settings, dataset, None, None, step_cache(settings))
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        saved = checkpoints.restore_latest()
+    if saved is None:
+        raise ValueError(
+            f"{workdir} has no checkpoint yet; run it: python launch.py --config=... "
+            f"--workdir={workdir}"
+        )
+    state.load(saved)
+    return folder, state
+
+
+def restore(workdir: str | Path) -> Run:
+    """Returns a run as its newest checkpoint left it: `nets`, `variables`, `dataset`.
+
+    Raises:
+        ValueError: the folder has no checkpoint yet.
+    """
+    return _open(workdir)[1]
+
+
+def evaluate(workdir: str | Path, *, verbose: bool = True) -> dict[str, Any]:
+    """Evaluates every net of a run folder's newest checkpoint on the test split."""
+    enable_compilation_cache()
+    _, state = _open(workdir)
+    rows = [
+        row(state, name, "as it stands", state.evaluate(name).metrics) for name in state.variables
+    ]
+    results = results_of(state, rows)
+    show(results, printer(verbose))
+    return results
+
+
+def export(workdir: str | Path, *, target: str = "", verbose: bool = True) -> dict[str, Any]:
+    """Writes the deployable models of a run folder's newest checkpoint into `<workdir>/model`.
+
+    `target`, a key of `quantize.targets.TARGETS`, replaces that of the stages and the config.
+
+    Raises:
+        ValueError: no deploy stage; a net that has not been trained; a target that cannot run it.
+    """
+    enable_compilation_cache()
+    folder, state = _open(workdir)
+    state.folder, state.rows = folder, []
+    stages = [s for s in state.settings.stages if s.kind == "deploy"]
+    if not stages:
+        raise ValueError(f"the schedule of {workdir} has no deploy stage; add one to the config.")
+    for stage in stages:
+        missing = [name for name in stage.nets if name not in state.variables]
+        if missing:
+            raise ValueError(f"net {missing[0]!r} has not been trained yet in {workdir}.")
+        if target:
+            stage = dataclasses.replace(stage, fields={**stage.fields, "target": target})
+            STAGES[stage.kind].check(state.settings.nets, stage)
+        STAGES[stage.kind].run(state, stage, **stage.fields)
+    results = results_of(state, state.rows)
+    say = printer(verbose)
+    show(results, say)
+    for name in dict.fromkeys(name for stage in stages for name in stage.nets):
+        for line in target_lines(folder.model / f"{name}_target.json"):
+            say(line)
+    say(f"written to {folder.model}")
+    return results
+
+
+def report(workdir: str | Path, *, verbose: bool = True) -> None:
+    """Writes report.html of a run folder and prints the results table."""
+    folder = RunFolder(workdir, create=False)
+    folder.read_config()
+    say = printer(verbose)
+    results = folder.read_results()
+    if results is not None:
+        show(results, say)
+        if is_older(folder.path / soft_label_record.FILE, folder.path / "results.json"):
+            _write_soft_labels(workdir, say)
+    write_report(folder, say)
+
+
+def _write_soft_labels(workdir: str | Path, say: Callable[[str], None]) -> None:
+    """Writes soft_labels.json of a finished run that lacks it; it needs the run's data."""
+    try:
+        folder, state = _open(workdir)
+    except NotPreparedError as error:
+        say(f"no pictures of soft labels: {error}")
+        return
+    soft_label_record.write(state, folder.path)
+
+
+def inspect(config: Any, *, verbose: bool = True) -> str:
+    """Returns (and prints) the schedule, every net's layers and the coverage; computes nothing."""
+    settings = read(config)
+    check_sources(settings)
+    text = overview(settings)
+    printer(verbose)(text)
+    return text
+
+
+def main(mode: str, *, config: Any, workdir: str | Path, target: str = "") -> int:
+    """Runs a mode of the command line; returns the exit code.
+
+    Raises:
+        ValueError: a mistake of the user, whose message is all that needs to be shown.
+    """
+    try:
+        if mode == "run":
+            run(config, workdir)
+        elif mode == "inspect":
+            inspect(config)
+        elif mode == "export":
+            export(workdir, target=target)
+        else:
+            {"eval": evaluate, "report": report}[mode](workdir)
+    except NonFiniteError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return EXIT_NONFINITE
+    except Preempted as error:
+        print(f"asked to stop, saved at {error}; the same command resumes.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
