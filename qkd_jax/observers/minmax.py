@@ -1,4 +1,7 @@
-"""The smallest and largest value seen: nothing is clipped, and one outlier sets the grid."""
+"""The smallest and largest value seen: nothing is clipped, and one outlier sets the grid.
+
+Reference: Jacob et al., 2018, arXiv 1712.05877, section 3.1, for weights.
+"""
 
 from __future__ import annotations
 

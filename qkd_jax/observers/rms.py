@@ -4,6 +4,8 @@
 
 k minimises E (x - Q(x))^2 for x ~ N(0, 1) (|x| for unsigned formats) and is computed once for each
 format. Sums only: the cheapest observer that clips, and one that no single outlier moves.
+
+Reference: after Banner et al., 2018, arXiv 1810.05723, who clip by the distribution too.
 """
 
 from __future__ import annotations
