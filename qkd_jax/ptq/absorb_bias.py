@@ -14,7 +14,16 @@ from flax.core import unfreeze
 
 from qkd_jax import checks
 from qkd_jax.graph import MARKERS, Graph, Node
-from qkd_jax.ptq.channels import IDENTITY, Link, Place, add_to, bias_place, is_relu, links, readers
+from qkd_jax.ptq.channel_links import Link, links
+from qkd_jax.ptq.leaves import (
+    IDENTITY,
+    BiasSite,
+    add_to_output,
+    bias_site,
+    float64,
+    is_relu,
+    readers,
+)
 from qkd_jax.ptq.moments import norms_by_layer, output_moments
 from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.quantize import QuantizedModel
@@ -73,39 +82,37 @@ def absorb_bias(
     refuse_folded("absorb_bias", traced.multipliers)
     result = unfreeze(dict(variables))
     norms = norms_by_layer(net, variables, images[0], kwargs)
-    stream, read = Stream(traced.graph, images), readers(traced.graph)
-    found = [(link, _before_relu(traced, link)) for link in links(traced)]
-    chosen = [(link, node) for link, node in found if node is not None and link.source]
-    for link, node in sorted(chosen, key=lambda pair: stream.place[pair[1]]):
+    stream, variable_readers = Stream(traced.graph, images), readers(traced.graph)
+    candidates = [(link, _before_relu(traced, link)) for link in links(traced)]
+    chosen = [(link, node) for link, node in candidates if node is not None and link.source]
+    for link, node in sorted(chosen, key=lambda pair: stream.index[pair[1]]):
         assert link.source is not None
-        layer = link.source.path
-        own = bias_place(traced, link.source, read)
+        layer = link.source.layer
+        own = bias_site(traced, link.source.product, variable_readers)
         if node.op in ("add", "sub"):  # the last constant before the ReLU, of a BatchNorm say
-            own = Place(link.shifts[-1], 1 if node.op == "add" else -1, node.outputs[0])
-        places = [bias_place(traced, t.product, read) for t in link.targets]
+            own = BiasSite(link.shifts[-1], 1 if node.op == "add" else -1, node)
+        sites = [bias_site(traced, t.product, variable_readers) for t in link.targets]
         norm = norms.get(layer)
         if how == "empirical":
-            stream.run(node)
             moments = _measured(stream.values(node.outputs[0]))
         else:
             moments = output_moments(result, norm) if norm else None
-        if own is None or moments is None or None in places:
+        if own is None or moments is None or None in sites:
             if report is not None:
                 lacks = "are no statistics" if moments is None else "is no place for a bias"
                 report(f"left {layer}: there {lacks}")
             continue
         c = np.maximum(0, moments[0] - deviations * moments[1])
-        result = add_to(result, own, -c)
+        result = add_to_output(result, own, -c)
         stated = join("params", norm or "", "bias")
         if norm and norm not in link.norms and "bias" in get(result, join("params", norm)):
-            # It is folded, and goes on saying what the layer's output is like.
-            result = put(result, stated, np.asarray(get(result, stated), np.float64) - c)
-        for target, place in zip(link.targets, places, strict=True):
-            assert place is not None
-            weight = np.asarray(get(result, target.kernel.path), np.float64)
-            result = add_to(result, place, target.kernel.through(weight, c))
+            # It is folded, and still states the moments of the layer's output.
+            result = put(result, stated, float64(result, stated) - c)
+        for target, site in zip(link.targets, sites, strict=True):
+            assert site is not None
+            result = add_to_output(result, site, target.through(float64(result, target.path), c))
         if report is not None:
-            names = ", ".join(t.product.path for t in link.targets)
+            names = ", ".join(t.layer for t in link.targets)
             report(f"absorbed {int((c > 0).sum())} of {c.size} channels: {layer} -> {names}")
     return result
 
@@ -113,12 +120,12 @@ def absorb_bias(
 def _before_relu(traced: TracedNet, link: Link) -> Node | None:
     """The node before a link's ReLU, if there is nothing but constants before and nothing after."""
     graph = traced.graph
-    steps = [n for n in link.path if n.op not in IDENTITY and n.op not in MARKERS]
+    steps = [n for n in link.nodes if n.op not in IDENTITY and n.op not in MARKERS]
     if not steps or not is_relu(graph, steps[-1]):
         return None
     if any(n.op not in ("add", "sub", "mul") or _data(graph, n) != 0 for n in steps[:-1]):
         return None
-    before = steps[-2] if steps[:-1] else link.source.node if link.source else None
+    before = steps[-2] if steps[:-1] else link.source.product.node if link.source else None
     # Behind a multiplication there is no place for a constant.
     return None if before is None or before.op == "mul" else before
 

@@ -19,6 +19,7 @@ from flax.core import unfreeze
 
 from qkd_jax import checks
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.calibration import model_arguments
 from qkd_jax.quantize.variables import is_folded
 
 __all__ = ["reestimate_batch_norm"]
@@ -65,7 +66,7 @@ def reestimate_batch_norm(
         raise ValueError("a BatchNorm of this net is folded; re-estimate first, then fold.")
     seen: list[tuple[int, Tree]] = []
     for batch in batches:
-        arguments = _arguments(batch)
+        arguments = tuple(batch) if isinstance(batch, list) else model_arguments(batch)
         count = arguments[0].shape[0]
         if count:
             stats = _batch_statistics(net, variables, arguments, tuple(sorted(kwargs.items())))
@@ -118,13 +119,3 @@ def _merged(seen: list[tuple[int, Tree]]) -> Tree:
             "flax's own BatchNorm can be re-estimated."
         )
     return {key: _merged([(n, t[key]) for n, t in seen]) for key in seen[0][1]}
-
-
-def _arguments(batch: Any) -> tuple[Any, ...]:
-    """Returns a batch as the model's positional arguments, padding removed."""
-    if isinstance(batch, Mapping):
-        images = batch["image"]
-        if "mask" in batch:
-            images = images[np.asarray(batch["mask"]) > 0]
-        return (images,)
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)

@@ -1,7 +1,7 @@
-"""Bias correction: the mean error that quantization makes is taken off each output channel.
+"""Bias correction: subtracts the mean quantization error from each output channel.
 
-Rounding errors of weights that are multiplied with inputs of non-zero mean do not cancel: they move
-the mean of the output. Nagel et al., 2019 (arXiv 1906.04721, section 4.2).
+Rounding errors of weights that are multiplied with inputs of non-zero mean do not cancel: they
+shift the mean of the output. Nagel et al., 2019 (arXiv 1906.04721, section 4.2).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax import checks
-from qkd_jax.ptq.channels import Place, add_to, bias_place, kernel, readers
+from qkd_jax.ptq.kernels import kernel
+from qkd_jax.ptq.leaves import BiasSite, add_to_output, bias_site, float64, readers
 from qkd_jax.ptq.moments import input_means
 from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.quantize import QuantizedModel
@@ -26,7 +27,6 @@ from qkd_jax.quantize.variables import (
     refuse_folded,
     without_quantizers,
 )
-from qkd_jax.trees import get
 
 __all__ = ["correct_bias"]
 
@@ -112,29 +112,21 @@ def _empirical(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     quantized, floats = (Stream(t.graph, images) for t in (traced, reference))
-    read, read_float = readers(traced.graph), readers(reference.graph)
-    pairs = zip(products(traced.graph), products(reference.graph), strict=True)
-    found = []
-    for product, twin in pairs:
+    variable_readers, reference_readers = readers(traced.graph), readers(reference.graph)
+    layers = []
+    for product, twin in zip(products(traced.graph), products(reference.graph), strict=True):
         if product.operands[1].name == "weight":
-            place = bias_place(traced, product, read)
-            other = bias_place(reference, twin, read_float)
-            if place is not None and other is not None:
-                node, float_node = (
-                    g.producer(p.value)
-                    for g, p in ((traced.graph, place), (reference.graph, other))
-                )
-                assert node is not None and float_node is not None
-                found.append((quantized.place[node], product, place, node, other, float_node))
-    for _, product, place, node, other, float_node in sorted(found, key=lambda entry: entry[0]):
-        quantized.run(node)
-        floats.run(float_node)
-        error = _mean(product, quantized.values(place.value))
-        error = error - _mean(product, floats.values(other.value))
-        result = add_to(result, place, -error)
-        wide = _in_output(product, error)
-        quantized.replace(place.value, lambda y, wide=wide: y - jnp.asarray(wide, y.dtype))
-        say(f"corrected {product.path}: largest shift {np.abs(error).max():.3g} in {_where(place)}")
+            site = bias_site(traced, product, variable_readers)
+            twin_site = bias_site(reference, twin, reference_readers)
+            if site is not None and twin_site is not None:
+                layers.append((product, site, twin_site))
+    for product, site, twin_site in sorted(layers, key=lambda row: quantized.index[row[1].node]):
+        error = _mean(product, quantized.values(site.value))
+        error = error - _mean(product, floats.values(twin_site.value))
+        result = add_to_output(result, site, -error)
+        shift = _in_output(product, error)
+        quantized.replace(site.value, lambda y, shift=shift: y - jnp.asarray(shift, y.dtype))
+        say(_corrected(product, site, error))
     return result
 
 
@@ -145,22 +137,25 @@ def _analytic(
     means: Mapping[str, np.ndarray],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    graph, read = traced.graph, readers(traced.graph)
+    graph, variable_readers = traced.graph, readers(traced.graph)
     for product in products(graph):
         weight = product.weight
         if weight is None or weight.marker is None or not weight.quantized:
             continue
-        place, taken = bias_place(traced, product, read), kernel(graph, product, read)
-        mean = means.get(product.path)
-        if place is None or taken is None or None in (taken.in_axis, taken.out_axis):
+        site = bias_site(traced, product, variable_readers)
+        layer_kernel = kernel(traced, product, variable_readers)
+        if site is None or layer_kernel is None:
             continue
+        if layer_kernel.in_axis is None or layer_kernel.out_axis is None:
+            continue
+        mean = means.get(product.path)
         if mean is None:
             say(f"left {product.path}: its input is not a BatchNorm's output or its ReLU")
             continue
-        codes = np.asarray(graph.constants[weight.marker.outputs[0]], np.float64)
-        error = taken.through(codes - np.asarray(get(floats, taken.path), np.float64), mean)
-        result = add_to(result, place, -error)
-        say(f"corrected {product.path}: largest shift {np.abs(error).max():.3g} in {_where(place)}")
+        on_grid = np.asarray(graph.constants[weight.marker.outputs[0]], np.float64)
+        error = layer_kernel.through(on_grid - float64(floats, layer_kernel.path), mean)
+        result = add_to_output(result, site, -error)
+        say(_corrected(product, site, error))
     return result
 
 
@@ -177,14 +172,16 @@ def _mean(product: Product, values: list[Any]) -> np.ndarray:
 
 
 def _in_output(product: Product, error: np.ndarray) -> np.ndarray:
+    """Reshapes a number per output channel to the output's rank."""
     shape = [1] * product.rank
     for axis, size in zip(_features(product), error.shape, strict=True):
         shape[axis] = size
     return error.reshape(shape)
 
 
-def _where(place: Place) -> str:
-    return "its BatchNorm's mean" if place.sign < 0 else place.path
+def _corrected(product: Product, site: BiasSite, error: np.ndarray) -> str:
+    where = "its BatchNorm's mean" if site.sign < 0 else site.path
+    return f"corrected {product.path}: largest shift {np.abs(error).max():.3g} in {where}"
 
 
 def _on_their_grid(net: QuantizedModel, variables: Mapping[str, Any]) -> bool:
@@ -196,5 +193,5 @@ def _on_their_grid(net: QuantizedModel, variables: Mapping[str, Any]) -> bool:
 
 
 def _folded(variables: Mapping[str, Any]) -> set[str]:
-    """Paths of the BatchNorms that are folded."""
+    """Returns the paths of the BatchNorms that are folded."""
     return {path for path, stored in folded_entries(variables) if "identity" in stored}

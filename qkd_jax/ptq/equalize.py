@@ -16,12 +16,14 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax import checks
-from qkd_jax.ptq.channels import Kernel, Link, links
+from qkd_jax.ptq.channel_links import Link, links
+from qkd_jax.ptq.kernels import Kernel
+from qkd_jax.ptq.leaves import float64
 from qkd_jax.ptq.moments import norms_by_layer, rescale_folded
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import trace_net
 from qkd_jax.quantize.variables import refuse_folded, refuse_quantized
-from qkd_jax.trees import get, put
+from qkd_jax.trees import put
 
 __all__ = ["equalization_pairs", "equalize"]
 
@@ -30,9 +32,12 @@ __all__ = ["equalization_pairs", "equalize"]
 class _Chain:
     """Layers in a row: all but the first and the last are depthwise with one output each."""
 
-    paths: tuple[str, ...]
     kernels: tuple[Kernel, ...]
     links: tuple[Link, ...]  # between neighbours
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(kernel.layer for kernel in self.kernels)
 
 
 def equalize(
@@ -82,8 +87,8 @@ def equalize(
     result = unfreeze(dict(variables))
     paths = {k.path for chain in chains for k in chain.kernels}
     paths |= {path for chain in chains for link in chain.links for path in link.shifts}
-    values = {path: np.asarray(get(result, path), np.float64) for path in paths}
-    before = {path: values[path] for path in values}
+    values = {path: float64(result, path) for path in paths}
+    before = dict(values)
     totals = {link.name: np.ones(link.channels) for chain in chains for link in chain.links}
     for _ in range(sweeps):
         furthest = 0.0
@@ -102,10 +107,10 @@ def equalize(
     if report is not None:
         for chain in chains:
             first = chain.kernels[0]
-            spread = [_spread(first.out_ranges(v[first.path])) for v in (before, values)]
+            old, new = (_ratio(first.out_ranges(v[first.path])) for v in (before, values))
             report(
-                f"equalized {' -> '.join(chain.paths)}: widest over narrowest channel of the "
-                f"first {spread[0]:.3g} -> {spread[1]:.3g}"
+                f"equalized {' -> '.join(chain.layers)}: widest over narrowest channel of the "
+                f"first {old:.3g} -> {new:.3g}"
             )
     return result
 
@@ -117,7 +122,7 @@ def equalization_pairs(
 
     Arguments and errors are those of `equalize`.
     """
-    return [chain.paths for chain in _chains(net, variables, images, kwargs)[0]]
+    return [chain.layers for chain in _chains(net, variables, images, kwargs)[0]]
 
 
 def _chains(
@@ -129,30 +134,26 @@ def _chains(
     refuse_folded("equalize", traced.multipliers)
     pairs: dict[str, Link] = {}
     for link in links(traced):
-        if link.source is None or link.kernel is None or len(link.targets) != 1:
+        if link.source is None or len(link.targets) != 1:
             continue
         if link.norms:
             raise ValueError(
                 f"BatchNorm {min(link.norms)!r} stands between {link.name!r} and "
-                f"{link.targets[0].product.path!r}; equalize works on the weights as they are "
+                f"{link.targets[0].layer!r}; equalize works on the weights as they are "
                 "quantized. Call `fold_bn` first."
             )
-        pairs[link.kernel.path] = link
-    inside = set()
-    for link in pairs.values():
-        target = link.targets[0].kernel
-        if target.path in pairs and target.depthwise(np.asarray(get(variables, target.path))):
-            inside.add(target.path)
+        pairs[link.source.path] = link
+    targets = [link.targets[0] for link in pairs.values()]
+    inside = {t.path for t in targets if t.path in pairs and t.depthwise}
     chains = []
     for start, first in pairs.items():
         if start in inside:
             continue
         row = [first]
-        while (path := row[-1].targets[0].kernel.path) in inside:
+        while (path := row[-1].targets[0].path) in inside:
             row.append(pairs[path])
-        kernels = [link.kernel for link in row if link.kernel] + [row[-1].targets[0].kernel]
-        names = [link.name for link in row] + [row[-1].targets[0].product.path]
-        chains.append(_Chain(tuple(names), tuple(kernels), tuple(row)))
+        kernels = [link.source for link in row if link.source] + [row[-1].targets[0]]
+        chains.append(_Chain(tuple(kernels), tuple(row)))
     return chains, norms_by_layer(net, variables, images, kwargs)
 
 
@@ -177,6 +178,7 @@ def _move(chain: _Chain, i: int, factor: np.ndarray, values: dict[str, np.ndarra
         values[path] = values[path] / factor.reshape(values[path].shape)
 
 
-def _spread(ranges: np.ndarray) -> float:
+def _ratio(ranges: np.ndarray) -> float:
+    """Returns the widest range over the narrowest that is not 0."""
     alive = ranges[ranges > 0]
     return float(alive.max() / alive.min()) if alive.size else 1.0

@@ -18,11 +18,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax.graph import MARKERS, Graph, Node
+from qkd_jax.ptq.leaves import Readers, float64, module_of, readers
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import (
     Product,
@@ -34,7 +34,7 @@ from qkd_jax.quantize.traced import (
     trace_net,
 )
 from qkd_jax.quantize.variables import folded_path
-from qkd_jax.trees import get, insert, join
+from qkd_jax.trees import join, put
 
 __all__ = ["fold_bn"]
 
@@ -85,25 +85,25 @@ def _chains(traced: TracedNet) -> list[_Chain]:
     graph = traced.graph
     found = products(graph)
     paths = [p.path for p in found]
-    readers = _readers(graph)
+    variable_readers = readers(graph)
     chains = []
     for product in found:
         weight = product.weight
         if weight is None or weight.marker is None or product.path not in traced.layers:
             continue
-        source = _kernel_path(graph, weight.marker)
-        alone = paths.count(product.path) == 1 and readers.get(source) == [weight.marker]
+        source = graph.leaves.get(weight.marker.inputs[0], "")
+        alone = paths.count(product.path) == 1 and variable_readers.get(source) == [weight.marker]
         plain = source == f"params/{product.path}/kernel" and not weight.moves
         # A layer that is folded already has its gain in the stored multiplier, which is not traced.
-        fresh = product.path not in traced.multipliers
+        folded = product.path in traced.multipliers
         codes = all(has_codes(traced, operand) for operand in product.operands)
-        scalable = fresh and (codes or (plain and not weight.quantized))
-        if alone and scalable and (chain := _walk(traced, product, readers)):
+        scalable = not folded and (codes or (plain and not weight.quantized))
+        if alone and scalable and (chain := _walk(traced, product, variable_readers)):
             chains.append(chain)
     return chains
 
 
-def _walk(traced: TracedNet, product: Product, readers: dict[str, list[Node]]) -> _Chain | None:
+def _walk(traced: TracedNet, product: Product, readers: Readers) -> _Chain | None:
     """Follows the product's output through its bias and the BatchNorm behind it."""
     graph, bias, norm = traced.graph, None, None
     gain, shift = np.float64(1), np.float64(0)
@@ -149,17 +149,17 @@ def _compose(op: str, left: bool, gain: Any, shift: Any, c: np.ndarray) -> tuple
 
 def _module(sources: frozenset[str], norms: frozenset[str]) -> str | None:
     """Returns the BatchNorm whose variables these are, or None."""
-    modules = {path.partition("/")[2].rpartition("/")[0] for path in sources}
+    modules = {module_of(path) for path in sources}
     return next(iter(modules)) if len(modules) == 1 and modules <= norms else None
 
 
-def _whole(graph: Graph, norm: str, walked: list[Node], readers: dict[str, list[Node]]) -> bool:
+def _whole(graph: Graph, norm: str, walked: list[Node], readers: Readers) -> bool:
     """Whether the walked nodes are all of a BatchNorm that runs once and uses its statistics."""
     own = [n for n in graph.nodes if n.op not in MARKERS]  # a grid of its output comes after it
     inside = [n for n in own if n.scope == norm or n.scope.startswith(norm + "/")]
-    leaves = [p for p in readers if p.partition("/")[2].rpartition("/")[0] == norm]
-    statistics = any(p.startswith("batch_stats/") for p in leaves)
-    used = {node for p in leaves for node in readers[p]}
+    leaves = [path for path in readers if module_of(path) == norm]
+    statistics = any(path.startswith("batch_stats/") for path in leaves)
+    used = {node for path in leaves for node in readers[path]}
     return statistics and set(inside) <= set(walked) and used <= set(walked)
 
 
@@ -172,60 +172,34 @@ def _per_channel(constant: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | N
     return constant.reshape(-1).astype(np.float64)
 
 
-def _readers(graph: Graph) -> dict[str, list[Node]]:
-    """Leaf path -> live nodes that read it, directly or through constants."""
-    readers: dict[str, list[Node]] = {path: [] for path in graph.leaves.values()}
-    for node in graph.nodes:
-        for value in node.inputs:
-            for path in graph.sources.get(value, ()):
-                # What a marker writes is not the leaf any more.
-                origin = graph.producer(value)
-                if (origin is None or origin.op not in ("quantizer", "skipped")) and (
-                    node not in readers[path]
-                ):
-                    readers[path].append(node)
-    return readers
-
-
-def _kernel_path(graph: Graph, marker: Node) -> str:
-    return graph.leaves.get(marker.inputs[0], "")
-
-
 def _fold(traced: TracedNet, variables: dict[str, Any], chain: _Chain) -> dict[str, Any]:
     product, path = chain.product, chain.product.path
-    layer: dict[str, Any] = {}
     if all(has_codes(traced, operand) for operand in product.operands):
         scales = []
         for side, operand in enumerate(product.operands):
             assert operand.marker is not None
             scale = grid_of(traced, operand.marker).scale.astype(np.float64)
             scales.append(scale_in_output(product, side, scale))
-        multiplier = scales[0] * scales[1] * chain.gain.reshape((1,) * (product.rank - 1) + (-1,))
+        multiplier = scales[0] * scales[1] * _last(chain.gain, product.rank)
         if multiplier.size == multiplier.shape[-1]:
             multiplier = multiplier.reshape(-1)
-        layer["multiplier"] = jnp.asarray(multiplier, jnp.float32)
+        variables = put(variables, folded_path(path, "multiplier"), multiplier)
     else:
-        kernel = get(variables, join("params", path, "kernel"))
-        variables = insert(
-            variables, join("params", path, "kernel"), _scaled(product, kernel, chain.gain)
-        )
+        assert product.weight is not None
+        kernel, axes = join("params", path, "kernel"), product.weight.output_axes
+        old = float64(variables, kernel)
+        shape = [1] * old.ndim
+        shape[axes.index(product.rank - 1)] = -1
+        variables = put(variables, kernel, old * chain.gain.reshape(shape))
     if chain.bias is not None:
-        old = np.asarray(get(variables, chain.bias))
-        last = (1,) * (old.ndim - 1) + (-1,)
-        new = old.astype(np.float64) * chain.gain.reshape(last) + chain.shift.reshape(last)
-        variables = insert(variables, chain.bias, jnp.asarray(new, old.dtype))
+        old = float64(variables, chain.bias)
+        new = old * _last(chain.gain, old.ndim) + _last(chain.shift, old.ndim)
+        variables = put(variables, chain.bias, new)
     else:
-        layer["bias"] = jnp.asarray(chain.shift, jnp.float32)
-    for key, value in layer.items():
-        variables = insert(variables, folded_path(path, key), value)
-    return insert(variables, folded_path(chain.norm, "identity"), jnp.zeros(()))
+        variables = put(variables, folded_path(path, "bias"), chain.shift)
+    return put(variables, folded_path(chain.norm, "identity"), 0)
 
 
-def _scaled(product: Product, kernel: Any, gain: np.ndarray) -> Any:
-    """Multiplies a kernel by one gain per output channel."""
-    side = next(i for i, o in enumerate(product.operands) if o is product.weight)
-    axis = product.operands[side].output_axes.index(product.rank - 1)
-    shape = [1] * kernel.ndim
-    shape[axis] = -1
-    scaled = np.asarray(kernel).astype(np.float64) * gain.reshape(shape)
-    return jnp.asarray(scaled, kernel.dtype)
+def _last(array: np.ndarray, rank: int) -> np.ndarray:
+    """Reshapes [channels] to the last axis of an array of that rank."""
+    return array.reshape((1,) * (rank - 1) + (-1,))

@@ -15,7 +15,7 @@ import numpy as np
 import scipy.special
 
 from qkd_jax.graph import Graph
-from qkd_jax.ptq.channels import IDENTITY, is_relu, norms_of
+from qkd_jax.ptq.leaves import IDENTITY, float64, is_relu, norms_of
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import Product, TracedNet, products, trace_net
 from qkd_jax.quantize.variables import unfolded
@@ -57,7 +57,7 @@ def rescale_folded(variables: Mapping[str, Any], norm: str, factor: np.ndarray) 
     for name in ("scale", "bias"):
         if name in get(result, join("params", norm)):
             path = join("params", norm, name)
-            result = put(result, path, np.asarray(get(result, path), np.float64) / factor)
+            result = put(result, path, float64(result, path) / factor)
     return result
 
 

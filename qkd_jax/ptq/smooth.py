@@ -13,13 +13,14 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax import checks
-from qkd_jax.ptq.channels import Link, links
+from qkd_jax.ptq.channel_links import Link, links
+from qkd_jax.ptq.leaves import float64
 from qkd_jax.ptq.moments import norms_by_layer, rescale_folded
 from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import products, trace_net
 from qkd_jax.quantize.variables import refuse_folded, refuse_quantized
-from qkd_jax.trees import get, put
+from qkd_jax.trees import put
 
 __all__ = ["smooth", "smoothing_scale"]
 
@@ -88,39 +89,37 @@ def smooth(
     chosen: list[Link] = []
     covered: set[str] = set()
     for link in reversed(links(traced)):  # the nearest place before a layer comes last
-        paths = {t.kernel.path for t in link.targets}
-        wanted = any(net.spec_of(t.product.path, "input") is not None for t in link.targets)
+        paths = {t.path for t in link.targets}
+        wanted = any(net.spec_of(t.layer, "input") is not None for t in link.targets)
         # A BatchNorm's own statistics are no place for a factor: its variance would not follow.
         statistics = any(path.startswith("batch_stats/") for path in link.shifts)
         if wanted and not statistics and not paths & covered:
             chosen.insert(0, link)
             covered |= paths
-    ranges = _input_ranges(Stream(traced.graph, images), chosen)
+    input_ranges = _input_ranges(Stream(traced.graph, images), chosen)
     norms = norms_by_layer(net, variables, images[0], kwargs)
     result = unfreeze(dict(variables))
-    for link, largest in zip(chosen, ranges, strict=True):
-        weights = [np.asarray(get(result, t.kernel.path), np.float64) for t in link.targets]
-        found = [
-            t.kernel.in_ranges(w, link.channels) for t, w in zip(link.targets, weights, strict=True)
-        ]
-        scale = smoothing_scale(largest, np.max(found, axis=0), alpha)
-        for target, weight in zip(link.targets, weights, strict=True):
-            result = put(result, target.kernel.path, target.kernel.scale_in(weight, scale))
-        if link.kernel is not None:
-            weight = np.asarray(get(result, link.kernel.path), np.float64)
-            result = put(result, link.kernel.path, link.kernel.scale_out(weight, 1 / scale))
+    for link, largest in zip(chosen, input_ranges, strict=True):
+        weights = [(target, float64(result, target.path)) for target in link.targets]
+        ranges = [target.in_ranges(weight, link.channels) for target, weight in weights]
+        scale = smoothing_scale(largest, np.max(ranges, axis=0), alpha)
+        for target, weight in weights:
+            result = put(result, target.path, target.scale_in(weight, scale))
+        if link.source is not None:
+            weight = float64(result, link.source.path)
+            result = put(result, link.source.path, link.source.scale_out(weight, 1 / scale))
         for path in (*link.shifts, *([link.gain] if link.gain else [])):
-            old = np.asarray(get(result, path), np.float64)
+            old = float64(result, path)
             result = put(result, path, old / scale.reshape(old.shape))
         if link.source is not None and link.name in norms:  # folded, or its mean were a shift
             result = rescale_folded(result, norms[link.name], scale)
         if report is not None:
-            names = ", ".join(t.product.path for t in link.targets)
+            names = ", ".join(t.layer for t in link.targets)
             report(
                 f"smoothed {names} by {link.name}: s from {scale.min():.3g} to {scale.max():.3g}"
             )
     if report is not None:
-        done = {t.product.path for link in chosen for t in link.targets}
+        done = {t.layer for link in chosen for t in link.targets}
         for product in products(traced.graph):
             if product.weight is not None and product.path not in done:
                 if net.spec_of(product.path, "input") is not None:
@@ -130,13 +129,12 @@ def smooth(
 
 def _input_ranges(stream: Stream, chosen: list[Link]) -> list[np.ndarray]:
     """The largest |x| per channel of what each link's targets read."""
-    nodes = {t.product.node: place for place, link in enumerate(chosen) for t in link.targets}
-    found = [np.zeros(link.channels) for link in chosen]
+    readers = {t.product.node: i for i, link in enumerate(chosen) for t in link.targets}
+    ranges = [np.zeros(link.channels) for link in chosen]
     for node in stream.graph.nodes:
-        if node in nodes:
-            place = nodes[node]
-            stream.before(node)
+        if node in readers:
+            i = readers[node]
             for value in stream.values(node.inputs[0]):
-                flat = np.abs(np.asarray(value, np.float64)).reshape(-1, chosen[place].channels)
-                found[place] = np.maximum(found[place], flat.max(axis=0))
-    return found
+                flat = np.abs(np.asarray(value, np.float64)).reshape(-1, chosen[i].channels)
+                ranges[i] = np.maximum(ranges[i], flat.max(axis=0))
+    return ranges

@@ -1,8 +1,8 @@
 """Calibration batches that move through a graph side by side, layer by layer.
 
 A method that changes one layer and wants the next one to see the change would otherwise run the
-net once per layer. A `Stream` stands at one node of the graph at a time, with what later nodes need
-of every batch; values may be replaced before it goes on.
+net once per layer. A `Stream` stands at one node of the graph at a time and keeps what later nodes
+need of every batch; values may be replaced before they are read.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.graph import Graph, Node, execute
+from qkd_jax.quantize.calibration import model_arguments
+from qkd_jax.quantize.traced import is_quantizer
 
 __all__ = ["Stream", "image_batches"]
 
@@ -25,50 +27,56 @@ class Stream:
     Args:
         graph: traced with `any_batch` and concrete variables, of one image argument.
         batches: arrays [batch, ...].
+        quantized: whether calibrated quantizers act; if not, activations pass them unchanged.
+
+    Attributes:
+        index: node -> its place in the graph's order.
     """
 
-    def __init__(self, graph: Graph, batches: Iterable[Any]):
+    def __init__(self, graph: Graph, batches: Iterable[Any], *, quantized: bool = True):
         self.graph = graph
-        self._at = 0
+        self.index = {node: i for i, node in enumerate(graph.nodes)}
+        self._quantized = quantized
+        self._next = 0
         self._envs = [{graph.inputs[0]: jnp.asarray(batch)} for batch in batches]
         self._sizes = [env[graph.inputs[0]].shape[0] for env in self._envs]
-        self.place = {node: i for i, node in enumerate(graph.nodes)}
         self._last_use = {v: i for i, node in enumerate(graph.nodes) for v in node.inputs}
 
-    def run(self, node: Node) -> None:
-        """Runs up to and including a node; one that lies behind is not run again."""
-        while self._at <= self.place[node]:
-            self._step(self.graph.nodes[self._at])
-
-    def before(self, node: Node) -> None:
-        """Runs what comes before a node, whose inputs are then there."""
-        while self._at < self.place[node]:
-            self._step(self.graph.nodes[self._at])
-
-    def _step(self, node: Node) -> None:
-        place = self._at
-        self._at += 1
-        if all(v in self.graph.constants for v in node.outputs):
-            return
-        for env, size in zip(self._envs, self._sizes, strict=True):
-            inputs = [env[v] if v in env else self.graph.constants[v] for v in node.inputs]
-            env.update(
-                zip(node.outputs, execute(node, inputs, self.graph.batch, size), strict=True)
-            )
-            # A node's inputs stay until the next node runs: they can still be asked for.
-            for v in [v for v in env if self._last_use.get(v, len(self.graph.nodes)) < place]:
-                del env[v]
-
     def values(self, value: int) -> list[Any]:
-        """The value in every batch: of the node that just ran, or what later nodes read."""
-        constants = self.graph.constants
-        return [env[value] if value in env else constants[value] for env in self._envs]
+        """Runs the graph until a value is known and returns it in every batch.
+
+        Ask in the order of the graph: a value that no later node reads is gone.
+        """
+        producer = self.graph.producer(value)
+        if producer in self.index:
+            while self._next <= self.index[producer]:
+                self._step(self.graph.nodes[self._next])
+        return [self._read(env, value) for env in self._envs]
 
     def replace(self, value: int, function: Callable[[Any], Any]) -> None:
         """Puts `function(value)` in a value's place."""
         for env in self._envs:
-            old = env[value] if value in env else self.graph.constants[value]
-            env[value] = function(old)
+            env[value] = function(self._read(env, value))
+
+    def _read(self, env: Mapping[int, Any], value: int) -> Any:
+        return env[value] if value in env else self.graph.constants[value]
+
+    def _step(self, node: Node) -> None:
+        index = self._next
+        self._next += 1
+        passes = not self._quantized and is_quantizer(node)
+        if not passes and all(v in self.graph.constants for v in node.outputs):
+            return
+        for env, size in zip(self._envs, self._sizes, strict=True):
+            inputs = [self._read(env, v) for v in node.inputs]
+            if passes:
+                env[node.outputs[0]] = jnp.asarray(inputs[0])
+                continue
+            results = execute(node, inputs, self.graph.batch, size)
+            env.update(zip(node.outputs, results, strict=True))
+            # A node's inputs stay until the next node runs: they can still be asked for.
+            for v in [v for v in env if self._last_use.get(v, len(self.graph.nodes)) < index]:
+                del env[v]
 
 
 def image_batches(batches: Iterable[Any]) -> list[np.ndarray]:
@@ -83,23 +91,15 @@ def image_batches(batches: Iterable[Any]) -> list[np.ndarray]:
     """
     if hasattr(batches, "shape") or isinstance(batches, Mapping):
         raise ValueError("batches is one batch; give a list of batches, such as [images].")
-    found = []
+    arrays = []
     for batch in batches:
-        if isinstance(batch, Mapping):
-            if "image" not in batch:
-                raise ValueError(
-                    f"a batch has the keys {sorted(batch)}; a dict needs 'image', or give arrays."
-                )
-            images = np.asarray(batch["image"])
-            batch = images[np.asarray(batch["mask"]) > 0] if "mask" in batch else images
-        elif isinstance(batch, tuple | list):
-            if len(batch) != 1:
-                raise ValueError(
-                    f"a batch is a tuple of {len(batch)} arrays; this method runs models of one "
-                    "input. Give arrays of images, and other arguments by keyword."
-                )
-            batch = batch[0]
-        if len(batch):
-            found.append(np.asarray(batch))
-    checks.at_least_one("batches", found)
-    return found
+        arguments = tuple(batch) if isinstance(batch, list) else model_arguments(batch)
+        if len(arguments) != 1:
+            raise ValueError(
+                f"a batch is a tuple of {len(arguments)} arrays; this method runs models of one "
+                "input. Give arrays of images, and other arguments by keyword."
+            )
+        if len(arguments[0]):
+            arrays.append(np.asarray(arguments[0]))
+    checks.at_least_one("batches", arrays)
+    return arrays

@@ -1,9 +1,9 @@
-"""Parts of a net that are reconstructed as one: layers, and the blocks between articulation points.
+"""Units of reconstruction: layers, and the blocks between articulation points.
 
 A unit has one value it starts from (its entry) and one it ends with (its exit). Both kinds are read
-from the graph: a layer is a product and what follows it element by element, up to its activation; a
-block is what lies between two values through which everything must pass, so a residual block is one
-unit, whatever its author called it.
+from the graph: a layer is a product and the element-wise operations behind it, up to its
+activation; a block lies between two values through which everything must pass, so a residual block
+is one unit, whatever its author called it.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Unit:
 
 
 def layer_units(traced: TracedNet) -> list[Unit]:
-    """One unit for each product with a quantized weight, in order."""
+    """Returns one unit for each product with a quantized weight, in order."""
     graph, units = traced.graph, []
     for product in products(graph):
-        if not _weighted(product):
+        if not _has_quantized_weight(product):
             continue
         side = next(o for o in product.operands if o is not product.weight)
         entry = side.value if side.marker is None else side.marker.inputs[0]
@@ -69,27 +69,27 @@ def layer_units(traced: TracedNet) -> list[Unit]:
 
 
 def block_units(traced: TracedNet) -> list[Unit]:
-    """The stretches between articulation points that hold a quantized weight, in order.
+    """Returns the blocks between articulation points that hold a quantized weight, in order.
 
     An articulation point is a value with which everything that was computed before it can be
     forgotten. Points within one chain of element-wise operations count once, at its end.
     """
     graph = traced.graph
-    weighted = [p for p in products(graph) if _weighted(p)]
-    place = {node: i for i, node in enumerate(graph.nodes)}
+    waiting = [p for p in products(graph) if _has_quantized_weight(p)]
+    order = {node: i for i, node in enumerate(graph.nodes)}
     points = _articulations(graph)
-    units, entry, waiting = [], graph.inputs[0], list(weighted)
-    for at, (index, value) in enumerate(points):
-        inside = [p for p in waiting if place[p.node] <= index]
-        following = points[at + 1][0] if at + 1 < len(points) else None
-        if inside and not _goes_on(graph, index, following):
+    units, entry = [], graph.inputs[0]
+    for i, (index, value) in enumerate(points):
+        inside = [p for p in waiting if order[p.node] <= index]
+        following = points[i + 1][0] if i + 1 < len(points) else None
+        if inside and not _chain_continues(graph, index, following):
             units.append(_unit(graph, inside, entry, value))
             entry = value
             waiting = waiting[len(inside) :]
     return units
 
 
-def _goes_on(graph: Graph, index: int, following: int | None) -> bool:
+def _chain_continues(graph: Graph, index: int, following: int | None) -> bool:
     """Whether nothing but element-wise operations lies before the next articulation point."""
     if following is None:
         return False
@@ -102,7 +102,7 @@ def _goes_on(graph: Graph, index: int, following: int | None) -> bool:
 
 
 def _articulations(graph: Graph) -> list[tuple[int, int]]:
-    """(index of the node that writes it, value) for each value that alone crosses its place."""
+    """Returns (index of the writing node, value) for each value that is alone live behind it."""
     last = {v: len(graph.nodes) for v in graph.outputs}
     for index, node in enumerate(graph.nodes):
         for value in node.inputs:
@@ -116,7 +116,7 @@ def _articulations(graph: Graph) -> list[tuple[int, int]]:
     return found
 
 
-def _weighted(product: Product) -> bool:
+def _has_quantized_weight(product: Product) -> bool:
     weight = product.weight
     return weight is not None and weight.quantized
 

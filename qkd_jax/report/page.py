@@ -1,12 +1,15 @@
-"""The bricks of the report's page: style sheet, tables, figures and the frame around them."""
+"""Parts of the report's page: style sheet, tables, figures and the frame around them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-__all__ = ["as_records", "cell", "html_figure", "html_table", "page", "record_table"]
+__all__ = ["as_records", "cell", "code", "column_table", "figure", "page", "quiet", "record_table"]
+
+Column = tuple[str, bool, Callable[[Mapping[str, Any]], str]]
+"""(heading, whether right-aligned, record -> HTML of the cell)."""
 
 CSS = """
 :root { color-scheme: light; }
@@ -51,35 +54,50 @@ dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 
-def html_table(
-    headings: Sequence[tuple[str, bool]],
-    rows: Iterable[Sequence[str]],
+def safe(value: Any) -> str:
+    """Returns a value as escaped text."""
+    return escape(str(value))
+
+
+def code(value: Any) -> str:
+    """Returns a value as escaped text in the type of code."""
+    return f"<code>{safe(value)}</code>"
+
+
+def quiet(html: str) -> str:
+    """Returns a paragraph of explanation."""
+    return f'<p class="quiet">{html}</p>'
+
+
+def figure(svg: str | None, caption: str) -> str:
+    """Returns an SVG with its caption (HTML), or nothing without an SVG."""
+    return f"<figure>{svg}<figcaption>{caption}</figcaption></figure>" if svg else ""
+
+
+def column_table(
+    columns: Sequence[Column],
+    records: Iterable[Mapping[str, Any]],
     *,
     total: Sequence[str] | None = None,
 ) -> str:
-    """An HTML table; headings are (text, right-aligned); cells are HTML already."""
+    """Returns an HTML table; `total` holds the cells (HTML) of a last row."""
 
-    def cells(tag: str, texts: Sequence[str]) -> str:
-        right = [' class="r"' if r else "" for _, r in headings]
+    def cells(tag: str, texts: Iterable[str]) -> str:
+        right = [' class="r"' if r else "" for _, r, _ in columns]
         return "".join(f"<{tag}{c}>{t}</{tag}>" for c, t in zip(right, texts, strict=True))
 
-    body = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in rows)
+    body = "".join(f"<tr>{cells('td', [to(r) for *_, to in columns])}</tr>\n" for r in records)
     if total is not None:
         body += f'<tr class="total">{cells("td", total)}</tr>\n'
-    head = cells("th", [escape(text) for text, _ in headings])
+    head = cells("th", [escape(heading) for heading, *_ in columns])
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
         f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def html_figure(svg: str, caption: str) -> str:
-    """An SVG with its caption (HTML)."""
-    return f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
-
-
 def cell(value: Any) -> str:
-    """A cell of a table whose columns are not known beforehand."""
+    """Returns a value of any kind as the text of a cell."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -92,22 +110,24 @@ def cell(value: Any) -> str:
         return escape(", ".join(f"{k} {cell(v)}" for k, v in value.items()))
     if isinstance(value, list | tuple):
         return escape(", ".join(str(item) for item in value))
-    return escape(str(value))
+    return safe(value)
 
 
 def record_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A table of records, with a column for each key that any of them has."""
+    """Returns a table with a column for each key that any of the records has."""
     keys = list(dict.fromkeys(key for record in records for key in record))
     # JSON files have their keys sorted; what a record is about comes first.
     first = ("stage", "net", "model", "engine", "batch", "batch_size")
     keys.sort(key=lambda key: first.index(key) if key in first else len(first))
     numeric = {k: all(isinstance(r.get(k, 0), int | float | None) for r in records) for k in keys}
-    headings = [(key.replace("_", " "), numeric[key]) for key in keys]
-    return html_table(headings, [[cell(r.get(key)) for key in keys] for r in records])
+    columns: list[Column] = [
+        (key.replace("_", " "), numeric[key], lambda r, key=key: cell(r.get(key))) for key in keys
+    ]
+    return column_table(columns, records)
 
 
 def as_records(value: Any, name: str) -> list[Mapping[str, Any]]:
-    """[{...}] or {name: {...} or number} as records."""
+    """Returns [{...}] or {name: {...} or number} as records."""
     if isinstance(value, Mapping):
         return [
             {name: key, **(item if isinstance(item, Mapping) else {"value": item})}
@@ -117,7 +137,7 @@ def as_records(value: Any, name: str) -> list[Mapping[str, Any]]:
 
 
 def page(title: str, subtitle: str, warning: str, parts: Sequence[tuple[str, str, str]]) -> str:
-    """The whole document; parts are (anchor, heading, HTML), subtitle and warning HTML."""
+    """Returns the whole document; parts are (anchor, heading, HTML), subtitle and warning HTML."""
     links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in parts)
     body = "\n".join(
         f'<section id="{anchor}"><h2>{escape(name)}</h2>\n{text}</section>'

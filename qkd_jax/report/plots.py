@@ -1,117 +1,21 @@
-"""The report's figures, as SVG text: they read plain dicts and know no files.
-
-Colours are those of Okabe and Ito, told apart also by colour-blind readers; lines differ in style
-too. Text stays text in the SVG, so the page's own font is used and the file stays small.
-"""
+"""The report's figures of a run, as SVG text: they read plain dicts and know no files."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qkd_jax.quantize.variables import quantizer_key
+from qkd_jax.report import svg
 
-__all__ = ["COLORS", "curves", "histograms", "quantizer_paths", "series", "stage_spans"]
+__all__ = ["MAX_LAYERS", "curves", "histograms", "quantizer_paths", "series", "stage_spans"]
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
-STYLES = ("-", "--", "-.", ":")
-INK, QUIET, GRID = "#1f2328", "#6b7280", "#e5e7eb"
 MAX_POINTS = 500
 MAX_LAYERS = 12
 Rows = Sequence[Mapping[str, Any]]
+Points = Sequence[tuple[int, float]]
 Series = dict[str, list[tuple[int, float]]]
-
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "qkd_jax",
-    "font.size": 9.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    # A fixed height: finding one looks at every label of every axis, a third of the drawing time.
-    "axes.titley": 1.0,
-    "axes.edgecolor": "#9ca3af",
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "text.color": INK,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-}
-
-
-def _figure(
-    rows: int,
-    across: int,
-    *,
-    height: float,
-    top: float = 0.3,
-    bottom: float = 0.5,
-    gap: tuple[float, float] = (0.45, 0.5),
-    sharex: bool = False,
-) -> tuple[Any, Any]:
-    """Returns (figure, axes [rows, across]), 10 inches wide; all lengths in inches.
-
-    Margins are given by hand: matplotlib's own layout engines take most of a small grid's time. The
-    figure is made without pyplot, so the state of a user's session is left alone.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    left, right, wide = 0.75, 0.25, 10.0
-    down, between = gap
-    tall = top + rows * height + (rows - 1) * down + bottom
-    each = (wide - left - right - (across - 1) * between) / across
-    figure = Figure(figsize=(wide, tall))
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, across, squeeze=False, sharex=sharex)
-    figure.subplots_adjust(
-        left=left / wide,
-        right=1 - right / wide,
-        top=1 - top / tall,
-        bottom=bottom / tall,
-        hspace=down / height,
-        wspace=between / each,
-    )
-    return figure, axes
-
-
-def _legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], *, inches: float) -> None:
-    """A legend in one row, `inches` below the figure's top (above its bottom if negative)."""
-    tall = figure.get_size_inches()[1]
-    at = 1 - inches / tall if inches >= 0 else -inches / tall
-    place = "upper center" if inches >= 0 else "lower center"
-    figure.legend(
-        handles, labels, loc=place, bbox_to_anchor=(0.5, at), ncols=len(handles), borderaxespad=0
-    )
-
-
-def _svg(figure: Any, label: str) -> str:
-    """Returns the figure as an <svg> element to be put into a page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    # Paths in hundredths of a point are fine enough; numbers in the text stay as they are.
-    text = re.sub(r' d="[^"]*"', lambda d: re.sub(r"(\.\d{2})\d+", r"\1", d.group()), text)
-    safe = label.replace("&", "and").replace('"', "'").replace("<", "").replace(">", "")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{safe}" ', 1)
-
-
-def _context() -> Any:
-    import matplotlib
-
-    return matplotlib.rc_context(_STYLE)
 
 
 def series(rows: Rows, split: str, name: str) -> Series:
@@ -167,7 +71,7 @@ def _mark_stages(axes: Any, spans: Sequence[tuple[str, int, int]], *, names: boo
     total = max((end for _, _, end in spans), default=1)
     for number, (stage, start, end) in enumerate(spans):
         if number % 2 == 0:
-            axes.axvspan(start, end, color="#f3f4f6", linewidth=0, zorder=0)
+            axes.axvspan(start, end, color=svg.BAND, linewidth=0, zorder=0)
         if not names:
             continue
         share = (end - start) / total
@@ -183,7 +87,7 @@ def _mark_stages(axes: Any, spans: Sequence[tuple[str, int, int]], *, names: boo
             rotation=0 if fits else 28,
             rotation_mode="anchor",
             fontsize=8.5,
-            color=QUIET,
+            color=svg.QUIET,
         )
     if spans:
         axes.set_xlim(0, total)
@@ -202,9 +106,11 @@ def curves(rows: Rows) -> str | None:
     if not loss and not accuracy:
         return None
     spans = stage_spans(rows)
-    nets = sorted({*loss, *accuracy}, key=lambda net: min(_steps(loss, accuracy, net)))
-    color = {net: COLORS[i % len(COLORS)] for i, net in enumerate(nets)}
-    style = {net: STYLES[i // 2 % len(STYLES)] for i, net in enumerate(nets)}
+    nets = sorted(
+        dict.fromkeys([*loss, *accuracy]), key=lambda net: min(_steps(loss, accuracy, net))
+    )
+    color = {net: svg.COLORS[i % len(svg.COLORS)] for i, net in enumerate(nets)}
+    line = {net: svg.LINES[i // 2 % len(svg.LINES)] for i, net in enumerate(nets)}
     panels = [
         (found, label, scale, marker)
         for found, label, scale, marker in (
@@ -213,8 +119,8 @@ def curves(rows: Rows) -> str | None:
         )
         if found
     ]
-    with _context():
-        figure, grid = _figure(
+    with svg.style():
+        figure, grid = svg.figure(
             len(panels), 1, height=2.5, top=0.75, bottom=0.8, gap=(0.2, 0), sharex=True
         )
         for number, (found, label, scale, marker) in enumerate(panels):
@@ -226,7 +132,7 @@ def curves(rows: Rows) -> str | None:
                     axes.plot(
                         steps,
                         [scale * v for v in values],
-                        style[net],
+                        line[net],
                         color=color[net],
                         marker=marker if len(steps) < 40 else None,
                         markersize=3,
@@ -237,9 +143,9 @@ def curves(rows: Rows) -> str | None:
                 axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.set_ylabel(label)
         grid[-1, 0].set_xlabel("step, counted over the whole schedule")
-        handles = [grid[0, 0].plot([], [], style[n], color=color[n])[0] for n in nets]
-        _legend(figure, handles, nets, inches=-0.05)
-        return _svg(figure, "training loss and test accuracy over the steps of the run")
+        handles = [grid[0, 0].plot([], [], line[n], color=color[n])[0] for n in nets]
+        svg.legend(figure, handles, nets, inches=-0.05)
+        return svg.text(figure, "training loss and test accuracy over the steps of the run")
 
 
 def _steps(loss: Series, accuracy: Series, net: str) -> list[int]:
@@ -249,18 +155,12 @@ def _steps(loss: Series, accuracy: Series, net: str) -> list[int]:
 def _small_multiples(count: int, **sizes: Any) -> tuple[Any, list[Any]]:
     """Returns (figure, one axes for each of `count` panels), four or five in a row."""
     across = min(count, 5 if count in (5, 9, 10) else 4)
-    figure, grid = _figure(math.ceil(count / across), across, **sizes)
+    figure, grid = svg.figure(math.ceil(count / across), across, **sizes)
     for axes in grid.flat[count:]:
         axes.set_visible(False)
     for axes in grid.flat:
         axes.tick_params(labelsize=8)
     return figure, list(grid.flat[:count])
-
-
-def _axis_names(figure: Any, x: str, y: str) -> None:
-    tall = figure.get_size_inches()[1]
-    figure.text(0.5, 0.04 / tall, x, ha="center", va="bottom", fontsize=9.5)
-    figure.text(0.004, 0.5, y, ha="left", va="center", rotation=90, fontsize=9.5)
 
 
 def _in_order(paths: Sequence[str], order: Sequence[str]) -> list[str]:
@@ -304,8 +204,8 @@ def quantizer_paths(
     chosen = _pick(_in_order(list(layers), order))
     params = sorted({param for layer in chosen for param in layers[layer]})
     ends = [end for _, _, end in stage_spans(rows)]
-    color = COLORS[("weight", "input", "output").index(operand)]
-    with _context():
+    color = svg.COLORS[("weight", "input", "output").index(operand)]
+    with svg.style():
         figure, panels = _small_multiples(
             len(chosen), height=1.1, top=0.55, bottom=0.5, sharex=True
         )
@@ -313,19 +213,21 @@ def quantizer_paths(
             seen = [step for points in layers[layer].values() for step, _ in points]
             for end in ends:
                 if min(seen) < end < max(seen):
-                    axes.axvline(end, color="#9ca3af", linewidth=0.8, zorder=1)
+                    axes.axvline(end, color=svg.EDGE, linewidth=0.8, zorder=1)
             for param, points in layers[layer].items():
                 steps, means = _thin(sorted(points))
-                style = STYLES[params.index(param) % len(STYLES)]
+                style = svg.LINES[params.index(param) % len(svg.LINES)]
                 marker = "o" if len(steps) < 8 else None
                 axes.plot(steps, means, style, color=color, marker=marker, markersize=2.5)
             axes.set_title(layer, fontsize=8.5)
             axes.locator_params(nbins=4)
-        _axis_names(figure, "step", "mean over channels")
-        styles = [STYLES[number % len(STYLES)] for number in range(len(params))]
+        svg.name_axes(figure, "step", "mean over channels")
+        styles = [svg.LINES[number % len(svg.LINES)] for number in range(len(params))]
         handles = [panels[0].plot([], [], style, color=color)[0] for style in styles]
-        _legend(figure, handles, [f"{operand} {param}" for param in params], inches=0.05)
-        return _svg(figure, f"{operand} quantizer parameters of {net or 'the net'} over the steps")
+        svg.legend(figure, handles, [f"{operand} {param}" for param in params], inches=0.05)
+        return svg.text(
+            figure, f"{operand} quantizer parameters of {net or 'the net'} over the steps"
+        )
 
 
 def histograms(layers: Mapping[str, Mapping[str, Any]], *, order: Sequence[str] = ()) -> str | None:
@@ -338,16 +240,18 @@ def histograms(layers: Mapping[str, Mapping[str, Any]], *, order: Sequence[str] 
     if not layers:
         return None
     chosen = _pick(_in_order(list(layers), order))
-    with _context():
+    with svg.style():
         figure, panels = _small_multiples(
             len(chosen), height=1.2, top=0.75, bottom=0.5, gap=(0.6, 0.4)
         )
         known: dict[str, Any] = {}
         for axes, path in zip(panels, chosen, strict=True):
             known |= _one_histogram(axes, path, layers[path])
-        _axis_names(figure, "code = weight / step", "share of the weights (%)")
-        _legend(figure, list(known.values()), list(known), inches=0.05)
-        return _svg(figure, "histograms of the float weights and of their codes, layer by layer")
+        svg.name_axes(figure, "code = weight / step", "share of the weights (%)")
+        svg.legend(figure, list(known.values()), list(known), inches=0.05)
+        return svg.text(
+            figure, "histograms of the float weights and of their codes, layer by layer"
+        )
 
 
 def _one_histogram(axes: Any, path: str, layer: Mapping[str, Any]) -> dict[str, Any]:
@@ -360,12 +264,12 @@ def _one_histogram(axes: Any, path: str, layer: Mapping[str, Any]) -> dict[str, 
     for code, height in zip(codes, share, strict=True):
         xs += [code - 0.36, code - 0.36, code + 0.36, code + 0.36]
         heights += [0, height, height, 0]
-    known = {"codes": axes.fill_between(xs, heights, color=COLORS[5], linewidth=0, zorder=2)}
+    known = {"codes": axes.fill_between(xs, heights, color=svg.COLORS[5], linewidth=0, zorder=2)}
     # Float bins are narrower than a code: drawn as a density per code, so that areas compare.
     per_code = 100 / total / max(edges[1] - edges[0], 1e-12)
     lines = [
-        ("counts_before", COLORS[-1], ":", "float weights before training with quantization"),
-        ("counts_float", COLORS[1], "-", "float weights behind the codes"),
+        ("counts_before", svg.COLORS[-1], ":", "float weights before training with quantization"),
+        ("counts_float", svg.COLORS[1], "-", "float weights behind the codes"),
     ]
     for key, color, style, label in lines:
         if layer.get(key):

@@ -13,7 +13,7 @@ import small_nets
 from qkd_jax import data
 from qkd_jax.numerics import Spec
 from qkd_jax.ptq import gptq
-from qkd_jax.ptq.gptq import quantize_columns
+from qkd_jax.ptq.gptq_core import quantize_columns
 from qkd_jax.quantize import Rule, quantize
 from qkd_jax.quantize.calibration import calibrate
 

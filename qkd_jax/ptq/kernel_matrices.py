@@ -1,0 +1,166 @@
+"""Kernels as the matrices that GPTQ rounds, and the Hessians of their layers.
+
+A row is an output, a column an input: a convolution's columns are its taps and input channels, and
+each group of a grouped one is a matrix of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax.numerics import Spec
+from qkd_jax.ptq.kernels import Kernel
+from qkd_jax.quantize.traced import Product
+
+__all__ = ["KernelMatrices", "hessian", "kernel_matrices"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelMatrices:
+    """The layout of a kernel as [matrices, rows, columns].
+
+    Attributes:
+        path: of the kernel.
+        shape: its shape.
+        outs: its axes that reach the output.
+        ins: its axes that are summed over; a spec with groups cuts the last one.
+        count: the number of matrices: the groups of a convolution.
+        width: entries of the last summed axis that share parameters: all, or a spec's group.
+        cut: whether parameters are kept against the kernel with that axis cut in two.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    outs: tuple[int, ...]
+    ins: tuple[int, ...]
+    count: int
+    width: int
+    cut: bool
+
+    @property
+    def order(self) -> np.ndarray:
+        """The columns' order in which those of one group are neighbours."""
+        sizes = [self.shape[a] for a in self.ins]
+        taps = math.prod(sizes[:-1])
+        order = np.arange(math.prod(sizes)).reshape(taps, self.groups, self.width)
+        return order.transpose(1, 0, 2).reshape(-1)
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of columns."""
+        return self.shape[self.ins[-1]] // self.width
+
+    @property
+    def group_size(self) -> int:
+        """The number of columns in a group."""
+        return math.prod(self.shape[a] for a in self.ins) // self.groups
+
+    def matrices(self, array: np.ndarray) -> np.ndarray:
+        """Returns a kernel as matrices, columns in the kernel's own order."""
+        columns = math.prod(self.shape[a] for a in self.ins)
+        return array.transpose(*self.outs, *self.ins).reshape(self.count, -1, columns)
+
+    def kernel(self, matrices: np.ndarray) -> np.ndarray:
+        """Returns matrices as a kernel."""
+        axes = (*self.outs, *self.ins)
+        return matrices.reshape([self.shape[a] for a in axes]).transpose(np.argsort(axes))
+
+    def by_group(self, param: np.ndarray) -> np.ndarray:
+        """Returns a quantizer's parameter as [matrices, groups, rows, 1]."""
+        outs = [self.shape[a] for a in self.outs]
+        if self.cut:
+            axes, rest = self._cut_axes(len(self.shape) + 1)
+            kept = param.transpose(*axes, *rest).reshape(*outs, self.groups)
+        else:
+            whole = [n if a in self.outs else 1 for a, n in enumerate(self.shape)]
+            wide = np.broadcast_to(param, whole)
+            kept = wide.transpose(*self.outs, *self.ins).reshape(*outs, 1)
+        return kept.reshape(self.count, -1, kept.shape[-1]).swapaxes(1, 2)[..., None]
+
+    def cut_param(self, by_group: np.ndarray) -> np.ndarray:
+        """Returns a parameter of `by_group` as the quantizer keeps it, against the cut kernel."""
+        outs = [self.shape[a] for a in self.outs]
+        param = by_group[..., 0].swapaxes(1, 2).reshape([*outs, self.groups])
+        axes, rest = self._cut_axes(param.ndim + len(self.ins))
+        return param.reshape(*param.shape, *[1] * len(rest)).transpose(np.argsort([*axes, *rest]))
+
+    def _cut_axes(self, rank: int) -> tuple[list[int], list[int]]:
+        """Returns the cut kernel's axes of outputs and groups, and the others."""
+        split = self.ins[-1]  # groups lie here, their entries on the next axis
+        axes = [a if a < split else a + 1 for a in self.outs] + [split]
+        return axes, [a for a in range(rank) if a not in axes]
+
+    def error(self, change: np.ndarray, hessian: np.ndarray) -> float:
+        """Returns dW H dW^T, summed over outputs."""
+        flat = self.matrices(np.asarray(change, np.float64))
+        return float(np.einsum("mri,mij,mrj->", flat, hessian, flat, optimize=True))
+
+
+def kernel_matrices(kernel: Kernel, spec: Spec) -> KernelMatrices | None:
+    """Returns a kernel's layout; None where inputs do not meet it as columns of patches."""
+    product, weight = kernel.product, kernel.product.operands[1]
+    outs = tuple(i for i, out in enumerate(weight.output_axes) if out is not None)
+    ins = tuple(i for i, out in enumerate(weight.output_axes) if out is None)
+    params = product.node.params
+    if product.node.op == "conv_general_dilated":
+        plain = all(d == 1 for d in params["lhs_dilation"]) and kernel.in_axis == ins[-1]
+        if not plain or min(n for pair in params["padding"] for n in pair) < 0:
+            return None
+    elif params["dimension_numbers"][1] != ((), ()):
+        return None
+    cut = isinstance(spec.granularity, int)
+    width = spec.granularity if isinstance(spec.granularity, int) else weight.shape[ins[-1]]
+    return KernelMatrices(kernel.path, weight.shape, outs, ins, kernel.groups, width, cut)
+
+
+def hessian(product: Product, x: Any) -> np.ndarray:
+    """Returns x x^T, summed over examples and positions: [matrices, columns, columns]."""
+    node = product.node
+    if node.op == "conv_general_dilated":
+        spec = node.params["dimension_numbers"]
+        window = [product.operands[1].shape[a] for a in spec.rhs_spec[2:]]
+        static = tuple(node.params[k] for k in ("window_strides", "padding", "rhs_dilation"))
+        channels_last = jnp.transpose(x, (spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1]))
+        groups = node.params["feature_group_count"]
+        return np.asarray(_conv_hessian(channels_last, tuple(window), *static, groups), float)
+    (left, right), _ = node.params["dimension_numbers"]
+    order = [axis for _, axis in sorted(zip(right, left, strict=True))]
+    free = [i for i in range(x.ndim) if i not in left]
+    size = math.prod(x.shape[i] for i in order)
+    flat = jnp.transpose(x, (*free, *order)).reshape(-1, size).astype(jnp.float32)
+    return np.asarray(flat.T @ flat, np.float64)[None]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _conv_hessian(
+    x: jax.Array,
+    window: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> jax.Array:
+    """Sums p p^T over the patches p of x [batch, ..., channels]: [groups, columns, columns]."""
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), *padding, (0, 0)))
+    sizes = [
+        (n - (k - 1) * d - 1) // s + 1
+        for n, k, d, s in zip(x.shape[1:-1], window, dilation, strides, strict=True)
+    ]
+    taps = []
+    for tap in np.ndindex(*window):
+        starts = [t * d for t, d in zip(tap, dilation, strict=True)]
+        positions = tuple(
+            slice(a, a + (n - 1) * s + 1, s) for a, n, s in zip(starts, sizes, strides, strict=True)
+        )
+        taps.append(x[(slice(None), *positions)])
+    patches = jnp.stack(taps, axis=-2)  # [batch, ..., taps, channels]
+    patches = patches.reshape(-1, len(taps), groups, x.shape[-1] // groups)
+    flat = jnp.transpose(patches, (2, 0, 1, 3)).reshape(groups, patches.shape[0], -1)
+    return jnp.matmul(flat.swapaxes(1, 2), flat)
