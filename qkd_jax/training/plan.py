@@ -207,13 +207,13 @@ def plan_step(
         checks.at_least_one(f"learn.{name}", table)
         slot, length = slots[name], horizon[name] if isinstance(horizon, Mapping) else horizon
         optimizer, optimizer_numbers = plan_optimizer(name, dict(optim[name]), length)
-        kept_healthy, numbers = plan_hygiene(name, hygiene.get(name, {}), steps or length)
+        net_hygiene, numbers = plan_hygiene(name, hygiene.get(name, {}), steps or length)
         terms, term_numbers, labels[slot], starts[slot] = plan_terms(
             name, table, nets, slots, data=data, first=first, steps=steps or length
         )
-        learners.append(Learner(slot, _hashable(name, nets[name]), terms, optimizer, kept_healthy))
+        learners.append(Learner(slot, _hashable(name, nets[name]), terms, optimizer, net_hygiene))
         hyper[slot] = {"optim": optimizer_numbers, "terms": term_numbers}
-        if kept_healthy is not None:
+        if net_hygiene is not None:
             hyper[slot]["hygiene"] = numbers
         if optim[name].get("continues"):
             continues[name] = str(optim[name]["continues"])

@@ -20,6 +20,7 @@ from qkd_jax.training import (
     hygiene,
     make_step,
     name_metrics,
+    oscillation,
     plan_step,
     start_state,
 )
@@ -102,7 +103,7 @@ def test_against_the_published_algorithm_in_loops(freeze):
         if freeze:
             assert float(metrics["frozen"]) == pytest.approx(len(frozen) / 12)
     assert bool(frozen) == freeze and len(frozen) < 12
-    assert hygiene.oscillating(state) == {"": pytest.approx(share)}
+    assert oscillation.oscillating(state) == {"": pytest.approx(share)}
 
 
 def test_a_pinned_weight_follows_its_step():

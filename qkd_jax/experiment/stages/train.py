@@ -16,8 +16,8 @@ from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.stages.teacher_cache import cached_nets, prepare
 from qkd_jax.record.progress import Progress
-from qkd_jax.training.hygiene import oscillating
 from qkd_jax.training.loop import Hooks, Window, run_steps
+from qkd_jax.training.oscillation import oscillating
 from qkd_jax.training.plan import Plan, plan_step
 from qkd_jax.training.state import (
     TrainState,
