@@ -5,22 +5,28 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import itertools
 import re
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkd_jax import losses, quantizers
+from qkd_jax import losses, observers, quantizers
 from qkd_jax.losses import response
 from qkd_jax.numerics import Spec
-from qkd_jax.quantize import Rule, quantize
+from qkd_jax.quantize import Rule, presets, quantize, targets
 from qkd_jax.quantize.calibration import calibrate
+from qkd_jax.quantize.rules import first_match
+from qkd_jax.training import clamping
+from qkd_jax.training.hygiene import check as check_hygiene
+from qkd_jax.training.hygiene import plan_hygiene
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
@@ -42,13 +48,50 @@ def load(path: Path) -> types.ModuleType:
     return module
 
 
-def test_quantizer(monkeypatch):
-    module = types.ModuleType("qkd_jax.quantizers.clipped")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(block("Add a quantizer"), "CONTRIBUTING.md", "exec"), module.__dict__)
-    monkeypatch.setitem(quantizers.QUANTIZERS, "clipped", module)
-    import flax.linen as nn
+def example(heading: str, name: str, monkeypatch) -> types.ModuleType:
+    """The module of an example."""
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(block(heading), "CONTRIBUTING.md", "exec"), module.__dict__)
+    return module
 
+
+def cases(test: Callable, name: str) -> Iterator[dict]:
+    """The arguments of a contract test that are about one entry of its dict."""
+    tables = []
+    for mark in getattr(test, "pytestmark", ()):
+        if mark.name == "parametrize":
+            names = [n.strip() for n in mark.args[0].split(",")]
+            rows = [
+                getattr(row, "values", row if len(names) > 1 else (row,)) for row in mark.args[1]
+            ]
+            tables.append([dict(zip(names, row, strict=True)) for row in rows])
+    for parts in itertools.product(*tables):
+        arguments = {k: v for part in parts for k, v in part.items()}
+        if name in (arguments.get("name"), getattr(arguments.get("spec"), "quantizer", None)):
+            yield arguments
+
+
+def meets_contract(contract: str, name: str) -> int:
+    """Runs a contract module's tests on a new entry of its dict; returns how many there are."""
+    module, count = load(Path(__file__).parent / contract), 0
+    for key, test in vars(module).items():
+        for arguments in cases(test, name) if key.startswith("test_") else ():
+            assert set(inspect.signature(test).parameters) == set(arguments), key
+            test(**arguments)
+            count += 1
+    return count
+
+
+@pytest.fixture
+def clipped(monkeypatch):
+    module = example("Add a quantizer", "qkd_jax.quantizers.clipped", monkeypatch)
+    monkeypatch.setitem(quantizers.QUANTIZERS, "clipped", module)
+    return module
+
+
+def test_quantizer(clipped):
+    module = clipped
     rule = Rule(".*", weight=Spec(4), input=Spec(2, quantizer="clipped", signed=False))
     net = quantize(nn.Dense(3), [rule])
     x = jnp.asarray([[0.2, 0.9, 3.0], [0.0, 1.4, 2.0]])
@@ -62,6 +105,46 @@ def test_quantizer(monkeypatch):
     grad = jax.grad(lambda v: module.fake_quant(x, {"level": v}, rule.input).sum())(jnp.float32(2))
     assert float(grad) == 2.0
     assert np.isfinite(net.apply(variables, x)).all()
+
+
+@pytest.mark.usefixtures("clipped")
+def test_quantizer_meets_the_contract():
+    assert meets_contract("quantizers/test_every_quantizer.py", "clipped") > 40
+
+
+class Three(nn.Module):
+    """Three layers with an activation function between them."""
+
+    function: Callable
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for _ in range(2):
+            x = self.function(nn.Dense(4)(x))
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.usefixtures("clipped")
+def test_quantizer_is_seen_by_presets_clamps_and_targets():
+    stem, _, inner = presets.rules("w2a3:clipped")
+    assert (inner.weight, inner.input) == (
+        Spec(2, quantizer="lsq"),
+        Spec(3, quantizer="clipped", signed=False),
+    )
+    targets.check([stem, inner], "xla")
+    assert clamping.clamps(inner.input, "level") and not clamping.clamps(inner.input, "other")
+    # Where a model's inputs may be negative, LSQ takes its place.
+    for function, wanted in ((nn.gelu, "lsq"), (nn.relu, "clipped")):
+        rules = presets.rules("w2a3:clipped", model=Three(function), images=jnp.ones((2, 4)))
+        assert first_match(rules, "Dense_1").input.quantizer == wanted
+    hygiene = plan_hygiene("net", {"max_ratio": 4.0}, horizon=1)[0]
+    check_hygiene(hygiene, {}, [(inner.input, "level")])
+
+
+def test_observer_meets_the_contract(monkeypatch):
+    module = example("Add an observer", "qkd_jax.observers.sigmas", monkeypatch)
+    monkeypatch.setitem(observers.OBSERVERS, "sigmas", module)
+    assert meets_contract("observers/test_every_observer.py", "sigmas") > 20
 
 
 def added_loss() -> Callable[..., jax.Array]:

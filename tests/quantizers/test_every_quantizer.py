@@ -118,8 +118,8 @@ def test_a_grid_that_is_not_uniform_is_still_a_projection(spec):
     assert {p.dtype for p in params.values()} == {jnp.dtype(jnp.float32)}
     x_hat = module.fake_quant(x, params, spec)
     assert x_hat.shape == x.shape and x_hat.dtype == x.dtype
-    (size,) = params.values()
-    assert len(np.unique(np.round(x_hat / np.asarray(size), 4))) <= 2**spec.bits
+    for part in jnp.moveaxis(x_hat, 2, 0) if spec.granularity == "channel" else [x_hat]:
+        assert len(np.unique(part)) <= 2**spec.bits  # of one scale
     np.testing.assert_allclose(module.fake_quant(x_hat, params, spec), x_hat, rtol=1e-6)
     np.testing.assert_array_equal(module.fake_quant(jnp.zeros_like(x), params, spec), 0.0)
     ramp = jnp.linspace(-5, 5, x.size).reshape(3, 8, 5).transpose(1, 2, 0)
@@ -137,11 +137,13 @@ def test_x_hat_lies_on_the_grid_of_the_integer_view(spec):
 
     x_hat = module.fake_quant(x, params, spec)
     assert x_hat.shape == x.shape and x_hat.dtype == x.dtype
-    scale, zero_point, form = module.integer_view(quantizers.live(x, params, spec), spec)
+    grid = module.integer_view(quantizers.live(x, params, spec), spec)
+    assert isinstance(grid, numerics.Grid)
+    scale, zero_point, form = grid
     assert form.bits == spec.bits + is_odd(spec) and form.signed == spec.signed
     assert scale.shape == zero_point.shape == wanted and np.all(scale > 0)
 
-    centred = jnp.round(x_hat * (1 / scale))
+    centred = numerics.codes_of(x_hat, scale)
     codes = np.asarray(centred + zero_point)
     assert codes.min() >= form.qmin and codes.max() <= form.qmax
     np.testing.assert_array_equal(codes.astype(form.storage), codes)
@@ -412,6 +414,33 @@ def test_traces_once_for_one_spec(spec):
     f(x, params)
     f(x + 1, jax.tree.map(lambda v: v * 2, params))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_what_a_quantizer_states_of_itself_is_true(name):
+    stated = quantizers.facts(name)
+    assert stated.size_option in ("", *stated.options)
+    assert 1 <= stated.min_bits <= 2
+    given = dict.fromkeys([stated.size_option], True) if stated.size_option else {}
+    for spec in taken(name, range(1, 17)):
+        spec = dataclasses.replace(spec, options=given)
+        module, params = fresh(spec, data(spec))
+        assert {*stated.size, stated.annealed, stated.step} - {""} <= {*params}
+        grid = module.integer_view(params, spec)
+        if stated.step:
+            np.testing.assert_array_equal(grid.scale, params[stated.step])
+        if stated.narrow:
+            assert grid.format == quantizers.code_format(spec)
+        if stated.range_grid:
+            stats = numerics.finish(numerics.measure(data(spec), channel_axes=channels(spec)))
+            wanted = numerics.range_parameters(stats.lo, stats.hi, spec)
+            jax.tree.map(np.testing.assert_array_equal, grid[:2], wanted)
+    # A quantizer of unsigned tensors alone must not get inputs of both signs from a preset.
+    assert any(spec.signed for spec in taken(name, range(1, 17))) or not stated.signed_inputs
+    for preset in (stated.preset, stated.preset_8_bits):
+        assert {*preset} <= {"weight", "input"}
+        for fields in preset.values():
+            Spec(**{"bits": 8, **fields})
 
 
 def test_unknown_quantizer():
