@@ -49,21 +49,21 @@ def classification(
     them, so a net with constant logits scores the share of class 0 and not 100 %.
 
     Args:
-      logits: [batch, classes], floating.
-      labels: [batch], integers in [0, classes).
-      where: [batch] mask; examples where it is 0 or False count nowhere.
-      axis_name: name of a mapped axis (pmap, shard_map) to sum over as well.
+        logits: [batch, classes], floating.
+        labels: [batch], integers in [0, classes).
+        where: [batch] mask; examples where it is 0 or False count nowhere.
+        axis_name: name of a mapped axis (pmap, shard_map) to sum over as well.
 
     Returns:
-      float32 scalars: `count` of examples, hits `top1` and `top5` (with fewer than 5 classes, of
-      all classes), and `loss`, the sum of -log softmax(logits)[label] in nats.
+        float32 scalars: `count` of examples, hits `top1` and `top5` (with fewer than 5 classes, of
+        all classes), and `loss`, the sum of -log softmax(logits)[label] in nats.
 
     Raises:
-      ValueError: for wrong shapes or labels that are not integers.
+        ValueError: for wrong shapes or labels that are not integers.
 
     Note:
-      An example with a NaN among its logits is wrong for top-1 and top-5 and makes `loss` NaN. So
-      does a label outside [0, classes), which cannot be checked while tracing.
+        An example with a NaN among its logits is wrong for top-1 and top-5 and makes `loss` NaN. So
+        does a label outside [0, classes), which cannot be checked while tracing.
     """
     logits, mask = prepare_logits("logits", logits, where)
     labels = jnp.asarray(labels)
@@ -101,16 +101,16 @@ def agreement(
     that the two do not agree.
 
     Args:
-      logits: [batch, classes], floating.
-      other_logits: [batch, classes], floating.
-      where: [batch] mask; examples where it is 0 or False count nowhere.
-      axis_name: name of a mapped axis (pmap, shard_map) to sum over as well.
+        logits: [batch, classes], floating.
+        other_logits: [batch, classes], floating.
+        where: [batch] mask; examples where it is 0 or False count nowhere.
+        axis_name: name of a mapped axis (pmap, shard_map) to sum over as well.
 
     Returns:
-      float32 scalars: `count` of examples and `agree`, how many of them agree.
+        float32 scalars: `count` of examples and `agree`, how many of them agree.
 
     Raises:
-      ValueError: for shapes that differ or are not [batch, classes].
+        ValueError: for shapes that differ or are not [batch, classes].
     """
     logits, mask = prepare_logits("logits", logits, where)
     other, _ = prepare_logits("other_logits", other_logits, None)
@@ -148,27 +148,27 @@ def hierarchical(
         elca               sum over c of softmax(logits)[c] D(c, label); bits
 
     Args:
-      logits: [batch, classes], floating.
-      labels: [batch], integers in [0, classes).
-      tree: a `ClassTree`, a key of `hierarchy.TREES`, or a file; see `hierarchy.find`.
-      ks: the k's; those above the number of classes count all classes.
-      where: [batch] mask; examples where it is 0 or False count nowhere.
-      axis_name: name of a mapped axis (pmap, shard_map) to sum over as well.
+        logits: [batch, classes], floating.
+        labels: [batch], integers in [0, classes).
+        tree: a `ClassTree`, a key of `hierarchy.TREES`, or a file; see `hierarchy.find`.
+        ks: the k's; those above the number of classes count all classes.
+        where: [batch] mask; examples where it is 0 or False count nowhere.
+        axis_name: name of a mapped axis (pmap, shard_map) to sum over as well.
 
     Returns:
-      float32 scalars: `count` of examples, `mistakes` among them, and the sums above.
+        float32 scalars: `count` of examples, `mistakes` among them, and the sums above.
 
     Raises:
-      ValueError: for wrong shapes, labels that are not integers, a k below 1, a tree of another
-        number of classes.
+        ValueError: for wrong shapes, labels that are not integers, a k below 1, a tree of another
+            number of classes.
 
     Note:
-      An example with a NaN among its logits is a mistake and makes the sums NaN. Classes are
-      leaves, so D, which the paper writes I(label) - I(ancestor), is the same in both directions.
+        An example with a NaN among its logits is a mistake and makes the sums NaN. Classes are
+        leaves, so D, which the paper writes I(label) - I(ancestor), is the same in both directions.
 
     Reference:
-      Bertinetto et al., 2020, arXiv 1912.09393 (d, severity); Deng et al., 2010, and Frome et al.,
-      2013 (precision); Shi et al., 2024, arXiv 2407.16067 (D, ELCA).
+        Bertinetto et al., 2020, arXiv 1912.09393 (d, severity); Deng et al., 2010, and Frome et
+        al., 2013 (precision); Shi et al., 2024, arXiv 2407.16067 (D, ELCA).
     """
     logits, mask = prepare_logits("logits", logits, where)
     labels = jnp.asarray(labels)
@@ -210,14 +210,14 @@ def finish_hierarchical(sums: Mapping[str, Any]) -> dict[str, float | None]:
     """Divides the sums of `hierarchical`, each by what it was summed over.
 
     Args:
-      sums: sums of `hierarchical`, of the whole split.
+        sums: sums of `hierarchical`, of the whole split.
 
     Returns:
-      {"severity", "lca_distance"}: means over the mistakes, None where there is none; all others
-      but `count` and `mistakes`: means over the examples.
+        {"severity", "lca_distance"}: means over the mistakes, None where there is none; all others
+        but `count` and `mistakes`: means over the examples.
 
     Raises:
-      ValueError: if there is no count, or it is 0.
+        ValueError: if there is no count, or it is 0.
     """
     values: dict[str, float | None] = dict(finish(sums))
     mistakes = values["mistakes"] = float(sums["mistakes"])
@@ -232,7 +232,7 @@ def add(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     NumPy scalars become Python floats, so that a long evaluation adds up in double precision.
 
     Raises:
-      ValueError: if the keys differ.
+        ValueError: if the keys differ.
     """
     if a and b and set(a) != set(b):
         raise ValueError(
@@ -245,13 +245,13 @@ def finish(sums: Mapping[str, Any]) -> dict[str, float]:
     """Divides every sum by the count.
 
     Args:
-      sums: a dict with `"count"` and any further sums, arrays or numbers.
+        sums: a dict with `"count"` and any further sums, arrays or numbers.
 
     Returns:
-      Python floats: the means under their names, and `count` itself.
+        Python floats: the means under their names, and `count` itself.
 
     Raises:
-      ValueError: if there is no count, or it is 0: a mean over no example is undefined.
+        ValueError: if there is no count, or it is 0: a mean over no example is undefined.
     """
     if "count" not in sums:
         raise ValueError(f"sums has the keys {sorted(sums)}; 'count' must be among them.")

@@ -57,12 +57,12 @@ def forward_taps(
 
     Args:
         module: QuantizedModel.
-        variables: Its variables.
+        variables: its variables.
         images: [batch, height, width, channels] float32.
-        taps: Names of sown features, or paths of modules, whose output is meant.
-        train: Training mode: batch statistics are used and updated.
-        rngs: Keys of the random streams: the model's own (dropout), and stochastic rounding's.
-        axis_name: The mapped axis under pmap, else None.
+        taps: names of sown features, or paths of modules, whose output is meant.
+        train: training mode: batch statistics are used and updated.
+        rngs: keys of the random streams: the model's own (dropout), and stochastic rounding's.
+        axis_name: the mapped axis under pmap, else None.
 
     Returns:
         (logits [batch, classes] float32, carried collections after the pass, {tap: array}).
@@ -101,7 +101,7 @@ def pick_taps(
 
     Args:
         collections: "features" and "intermediates", as linen returns them.
-        taps: Which; None gives all that are arrays, in the order of execution.
+        taps: which; None gives all that are arrays, in the order of execution.
     """
     found: dict[str, Any] = {}
 

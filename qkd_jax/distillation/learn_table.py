@@ -52,13 +52,13 @@ def plan_terms(
     """Terms of one net, their numbers, their labels, and how their states begin.
 
     Args:
-        net: The net that learns.
+        net: the net that learns.
         table: {label: row}.
         modules: {net: QuantizedModel}.
         slots: {net: slot}; frozen sources are added.
-        data: Shapes of the data; terms with features or memory need it.
-        first: Global step at which the stage starts.
-        steps: Its length.
+        data: shapes of the data; terms with features or memory need it.
+        first: global step at which the stage starts.
+        steps: its length.
 
     Returns:
         (terms, {term: numbers}, {term: label}, {term: start(key, {net: variables}) -> state}).

@@ -93,8 +93,8 @@ def resolve_taps(where: str, features: Features, wanted: Any) -> tuple[str, ...]
     """Names of taps for what a config says: a word, a name, or several names.
 
     Args:
-        where: The field, for messages.
-        features: Of the net.
+        where: the field, for messages.
+        features: of the net.
         wanted: "last", "middle", "shallow", "stages", "pre", a tap, or a sequence of these.
 
     Raises:

@@ -7,26 +7,21 @@ divide the weight accordingly (common code by 1000).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from qkd_jax import checks
 from qkd_jax.losses.inputs.feature_maps import check_tuple, prepare_feature_lists
 from qkd_jax.losses.inputs.logits import keep
+from qkd_jax.losses.inputs.shapes import Array, Arrays, Mask, Scalar, Values
 
 __all__ = ["ab", "ofd", "ofd_margin"]
 
 
 def ab(
-    student_features: Sequence[jax.Array],
-    teacher_features: Sequence[jax.Array],
-    *,
-    margin: ArrayLike = 1.0,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    student_features: Arrays, teacher_features: Arrays, *, margin: Scalar = 1.0, where: Mask = None
+) -> Values:
     """Activation boundaries: push the student's neurons to the teacher's side, with a margin.
 
     With pre-activations s, t of n features and margin m, summed over elements:
@@ -36,27 +31,30 @@ def ab(
     so that the deepest feature, l = n, has weight 1.
 
     Args:
-      student_features: tuple of pre-activations, adapted; the net that learns.
-      teacher_features: as many, with as many channels; no gradient flows into them.
-      margin: m, >= 0.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        student_features: tuple of pre-activations, adapted; the net that learns.
+        teacher_features: as many, with as many channels; no gradient flows into them.
+        margin: m, >= 0.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider; 0 where all neurons are on the teacher's side beyond the margin,
-      which student = teacher is not.
+        [batch], float32 or wider; 0 where all neurons are on the teacher's side beyond the margin,
+        which student = teacher is not.
 
     Raises:
-      ValueError: for shapes that do not fit, or a negative margin.
+        ValueError: for shapes that do not fit, or a negative margin.
 
-    Adaptor:
-      `fitnet`'s regressor without its ReLU.
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, teacher = -jnp.eye(4), jnp.eye(4)
+        >>> print(qk.losses.ab((student,), (teacher,), margin=1.0))
+        [7. 7. 7. 7.]
 
     Note:
-      A stage of its own comes before the labels. Common code weights it by 3 / 1000. The powers of
-      two are those of the authors' code.
+        A stage of its own comes before the labels. Common code weights it by 3 / 1000. The powers
+        of two are those of the authors' code.
 
     Reference:
-      Heo et al., 2018, arXiv 1811.03233.
+        Heo et al., 2018, arXiv 1811.03233.
     """
     checks.number("margin", margin, low=0.0)
     pairs, mask = prepare_feature_lists(student_features, teacher_features, where)
@@ -70,12 +68,8 @@ def ab(
 
 
 def ofd(
-    student_features: Sequence[jax.Array],
-    teacher_features: Sequence[jax.Array],
-    margins: Sequence[jax.Array],
-    *,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    student_features: Arrays, teacher_features: Arrays, margins: Arrays, *, where: Mask = None
+) -> Values:
     """Overhaul of feature distillation: a partial distance to the margin ReLU of the teacher.
 
     With pre-activations s, t of n features and T = max(t, m), m < 0 a margin per channel, summed
@@ -87,27 +81,29 @@ def ofd(
     need only be inactive too.
 
     Args:
-      student_features: tuple of pre-activations, adapted; the net that learns.
-      teacher_features: as many, with as many channels; no gradient flows into them.
-      margins: tuple of m, [channels] each; no gradient flows into them.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        student_features: tuple of pre-activations, adapted; the net that learns.
+        teacher_features: as many, with as many channels; no gradient flows into them.
+        margins: tuple of m, [channels] each; no gradient flows into them.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider; 0 at equality.
+        [batch], float32 or wider; 0 at equality.
 
     Raises:
-      ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit.
 
-    Adaptor:
-      A 1x1 convolution with BatchNorm. The margin is the mean of the teacher's negative
-      pre-activations, by `ofd_margin` from the scale and bias of the BatchNorm that gives them.
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, teacher = jnp.eye(4), -jnp.eye(4)
+        >>> print(qk.losses.ofd((student,), (teacher,), (jnp.full(4, -0.5),)))
+        [2.25 2.25 2.25 2.25]
 
     Note:
-      Common code weights it by 1 / 1000. One code base runs the teacher's BatchNorm on batch
-      statistics here; the teacher of this project is in evaluation mode.
+        Common code weights it by 1 / 1000. One code base runs the teacher's BatchNorm on batch
+        statistics here; the teacher of this project is in evaluation mode.
 
     Reference:
-      Heo et al., 2019, arXiv 1904.01866.
+        Heo et al., 2019, arXiv 1904.01866.
     """
     pairs, mask = prepare_feature_lists(student_features, teacher_features, where)
     check_tuple("margins", margins, "one vector [channels] per feature")
@@ -124,7 +120,7 @@ def ofd(
     return keep(value, mask)
 
 
-def ofd_margin(mean: jax.Array, std: jax.Array) -> jax.Array:
+def ofd_margin(mean: Array, std: Array) -> Array:
     """Expected value of the negative part of a Gaussian: the margin of `ofd`.
 
         m = E[x | x < 0] = mean - std phi(mean / std) / Phi(-mean / std)
@@ -133,17 +129,17 @@ def ofd_margin(mean: jax.Array, std: jax.Array) -> jax.Array:
     than one in a thousand are negative, m = -3 std.
 
     Args:
-      mean: bias of the BatchNorm that gives the pre-activations, any shape.
-      std: size of its scale, >= 0, same shape.
+        mean: bias of the BatchNorm that gives the pre-activations, any shape.
+        std: size of its scale, >= 0, same shape.
 
     Returns:
-      m, same shape, float32 or wider; 0 or less.
+        m, same shape, float32 or wider; 0 or less.
 
     Raises:
-      ValueError: for shapes that differ.
+        ValueError: for shapes that differ.
 
     Reference:
-      Heo et al., 2019, arXiv 1904.01866.
+        Heo et al., 2019, arXiv 1904.01866.
     """
     mean, std = jnp.asarray(mean), jnp.abs(jnp.asarray(std))
     checks.same_shape(mean=mean, std=std)
@@ -158,5 +154,5 @@ def ofd_margin(mean: jax.Array, std: jax.Array) -> jax.Array:
     return jnp.where(std > 0, found, jnp.minimum(mean, 0))
 
 
-def _sums(x: jax.Array) -> jax.Array:
+def _sums(x: Array) -> Array:
     return jnp.sum(x.reshape(x.shape[0], -1), axis=-1)

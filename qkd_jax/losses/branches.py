@@ -6,31 +6,29 @@ of it, and are left behind where it is evaluated and deployed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from qkd_jax import checks
 from qkd_jax.losses.inputs.feature_maps import check_tuple, prepare_features
 from qkd_jax.losses.inputs.logits import divergence, hits, keep, prepare_logits, prepare_pair
+from qkd_jax.losses.inputs.shapes import Array, Arrays, Logits, Mask, Matrix, Scalar, Values
 
 __all__ = ["byot", "one"]
 
 
 def byot(
-    heads_logits: Sequence[jax.Array],
-    student_features: Sequence[jax.Array],
-    teacher_logits: jax.Array,
-    teacher_feature: jax.Array,
-    labels: jax.Array,
+    heads_logits: Arrays,
+    student_features: Arrays,
+    teacher_logits: Array,
+    teacher_feature: Array,
+    labels: Array,
     *,
-    alpha: ArrayLike = 0.1,
-    temperature: ArrayLike = 3.0,
-    hint: ArrayLike = 1.28e-4,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    alpha: Scalar = 0.1,
+    temperature: Scalar = 3.0,
+    hint: Scalar = 1.28e-4,
+    where: Mask = None,
+) -> Values:
     """Self-distillation: shallow classifiers learn from the deepest one of their own net.
 
     With z_i and F_i the logits and features of n shallow classifiers, z and F the deepest's:
@@ -41,34 +39,36 @@ def byot(
     The deepest classifier learns from the labels alone, by a term of its own (`ce`).
 
     Args:
-      heads_logits: tuple of n arrays [batch, classes], shallow to deep; they learn, and so do the
-        layers below them.
-      student_features: tuple of n vectors or maps, adapted: what the shallow classifiers see.
-      teacher_logits: [batch, classes], the deepest classifier's; no gradient flows into them.
-      teacher_feature: what the deepest classifier sees; no gradient flows into it.
-      labels: y, [batch], integers in [0, classes).
-      alpha: share of the soft labels, in [0, 1].
-      temperature: T, above 0.
-      hint: weight of the features' squared distance, a sum over their elements, at least 0.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        heads_logits: tuple of n arrays [batch, classes], shallow to deep; they learn, and so do the
+            layers below them.
+        student_features: tuple of n vectors or maps, adapted: what the shallow classifiers see.
+        teacher_logits: [batch, classes], the deepest classifier's; no gradient flows into them.
+        teacher_feature: what the deepest classifier sees; no gradient flows into it.
+        labels: y, [batch], integers in [0, classes).
+        alpha: share of the soft labels, in [0, 1].
+        temperature: T, above 0.
+        hint: weight of the features' squared distance, a sum over their elements, at least 0.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider.
+        [batch], float32 or wider.
 
     Raises:
-      ValueError: for shapes that differ, no classifiers, or numbers out of range.
+        ValueError: for shapes that differ, no classifiers, or numbers out of range.
 
-    Adaptor:
-      A bottleneck for each tap, whose output, with as many channels as the deepest feature has, is
-      the classifier's feature, and a dense layer on top.
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, teacher = jnp.eye(3), jnp.eye(3)[::-1]
+        >>> print(qk.losses.byot((student,), (student,), teacher, teacher, jnp.arange(3)))
+        [0.532 0.496 0.532]
 
     Note:
-      Another net may stand in for the deepest classifier: its logits and feature then teach all
-      heads. Common code takes (1 - alpha) of the deepest's cross-entropy too, and the hint as 1e-6
-      times a sum over a batch of 128: 1.28e-4 here.
+        Another net may stand in for the deepest classifier: its logits and feature then teach all
+        heads. Common code takes (1 - alpha) of the deepest's cross-entropy too, and the hint as
+        1e-6 times a sum over a batch of 128: 1.28e-4 here.
 
     Reference:
-      Zhang, Song, Gao, Chen, Bao, Ma, 2019, arXiv 1905.08094.
+        Zhang, Song, Gao, Chen, Bao, Ma, 2019, arXiv 1905.08094.
     """
     check_tuple("heads_logits", heads_logits, "logits, one array per classifier")
     check_tuple("student_features", student_features, "features, one array per classifier")
@@ -95,15 +95,15 @@ def byot(
 
 
 def one(
-    logits: jax.Array,
-    heads_logits: Sequence[jax.Array],
-    gate: jax.Array,
-    labels: jax.Array,
+    logits: Logits,
+    heads_logits: Arrays,
+    gate: Array,
+    labels: Array,
     *,
-    temperature: ArrayLike = 3.0,
-    distil: ArrayLike = 1.0,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    temperature: Scalar = 3.0,
+    distil: Scalar = 1.0,
+    where: Mask = None,
+) -> Values:
     """On-the-fly native ensemble: branches of a net learn from what a gate makes of all of them.
 
     With z_0 the net's own logits, z_1 ... z_n those of further branches on the same trunk, gate
@@ -116,29 +116,32 @@ def one(
     the net's own logits is a term of its own (`ce`).
 
     Args:
-      logits: z_0, [batch, classes], floating; the net that learns.
-      heads_logits: tuple of n arrays [batch, classes]; they learn, and so do the layers below them.
-      gate: g, [batch, n + 1], weights that add to 1; they learn.
-      labels: y, [batch], integers in [0, classes).
-      temperature: T, above 0.
-      distil: weight of the divergences, at least 0.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        logits: z_0, [batch, classes], floating; the net that learns.
+        heads_logits: tuple of n arrays [batch, classes]; they learn, and so do the layers below
+            them.
+        gate: g, [batch, n + 1], weights that add to 1; they learn.
+        labels: y, [batch], integers in [0, classes).
+        temperature: T, above 0.
+        distil: weight of the divergences, at least 0.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider.
+        [batch], float32 or wider.
 
     Raises:
-      ValueError: for shapes that do not fit, no branches, or numbers out of range.
+        ValueError: for shapes that do not fit, no branches, or numbers out of range.
 
-    Adaptor:
-      Branches of residual blocks, pooling and a dense layer on the trunk's feature, and the gate: a
-      dense layer on its mean, BatchNorm, ReLU, softmax.
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, branch = jnp.eye(3), jnp.eye(3)[::-1]
+        >>> print(qk.losses.one(student, (branch,), jnp.full((3, 2), 0.5), jnp.arange(3)))
+        [2.685 1.103 2.685]
 
     Note:
-      The authors' code lets `distil` rise as exp(-5 (1 - t)^2) over its first 80 epochs.
+        The authors' code lets `distil` rise as exp(-5 (1 - t)^2) over its first 80 epochs.
 
     Reference:
-      Lan, Zhu, Gong, 2018, arXiv 1806.04606.
+        Lan, Zhu, Gong, 2018, arXiv 1806.04606.
     """
     check_tuple("heads_logits", heads_logits, "logits, one array per branch")
     checks.number("temperature", temperature, low=0.0, low_allowed=False)
@@ -163,7 +166,7 @@ def one(
     return keep(sum(hard[1:], hard[0]) + jnp.asarray(distil, z.dtype) * soft, mask)
 
 
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def _cross_entropy(logits: Matrix, labels: Array) -> Values:
     """-log softmax(z)[y], [batch]; NaN for a label outside [0, classes)."""
     hit, known = hits(labels, logits)
     value = -jnp.sum(jnp.where(hit, jax.nn.log_softmax(logits), 0.0), axis=-1)

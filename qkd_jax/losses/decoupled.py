@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from qkd_jax import checks
 from qkd_jax.losses.inputs.logits import (
@@ -20,21 +19,22 @@ from qkd_jax.losses.inputs.logits import (
     prepare_pair,
     standardized,
 )
+from qkd_jax.losses.inputs.shapes import Array, Logits, Mask, Scalar, Values
 
 __all__ = ["dkd", "nkd", "tf_kd"]
 
 
 def dkd(
-    student_logits: jax.Array,
-    teacher_logits: jax.Array,
-    labels: jax.Array,
+    student_logits: Logits,
+    teacher_logits: Array,
+    labels: Array,
     *,
-    alpha: ArrayLike = 1.0,
-    beta: ArrayLike = 8.0,
-    temperature: ArrayLike = 4.0,
+    alpha: Scalar = 1.0,
+    beta: Scalar = 8.0,
+    temperature: Scalar = 4.0,
     standardize: bool = False,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    where: Mask = None,
+) -> Values:
     """Decoupled distillation: target-class and non-target-class knowledge, weighted apart.
 
     With p = softmax(z / T), b = (p[y], 1 - p[y]), and q the softmax over the classes other than y:
@@ -44,29 +44,34 @@ def dkd(
     alpha = 1 and beta = 1 - p_teacher[y] would be `kd`.
 
     Args:
-      student_logits: [batch, classes], floating; the net that learns.
-      teacher_logits: [batch, classes], floating; no gradient flows into it.
-      labels: y, [batch], integers in [0, classes).
-      alpha: weight of the first term, >= 0.
-      beta: weight of the second term, >= 0. The paper's best on CIFAR-100: 8, and 2 or 6 for some
-        pairs; 0.5 at T = 1 on ImageNet.
-      temperature: T, above 0.
-      standardize: take the logits' z-scores first (`lskd`).
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        student_logits: [batch, classes], floating; the net that learns.
+        teacher_logits: [batch, classes], floating; no gradient flows into it.
+        labels: y, [batch], integers in [0, classes).
+        alpha: weight of the first term, >= 0.
+        beta: weight of the second term, >= 0. The paper's best on CIFAR-100: 8, and 2 or 6 for some
+            pairs; 0.5 at T = 1 on ImageNet.
+        temperature: T, above 0.
+        standardize: take the logits' z-scores first (`lskd`).
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider; 0 where both distributions are equal. With two classes the second
-      term is 0.
+        [batch], float32 or wider; 0 where both distributions are equal. With two classes the second
+        term is 0.
 
     Raises:
-      ValueError: for shapes that differ, labels that are not integers, or numbers out of range.
+        ValueError: for shapes that differ, labels that are not integers, or numbers out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> print(qk.losses.dkd(jnp.eye(3), jnp.eye(3)[::-1], jnp.arange(3), beta=2.0))
+        [0.508 0.    0.508]
 
     Note:
-      A label outside [0, classes) gives NaN. The paper ramps the loss's weight up over the first
-      20 epochs; that is the business of the weight.
+        A label outside [0, classes) gives NaN. The paper ramps the loss's weight up over the first
+        20 epochs; that is the business of the weight.
 
     Reference:
-      Zhao et al., 2022, arXiv 2203.08679, equations 5 to 7.
+        Zhao et al., 2022, arXiv 2203.08679, equations 5 to 7.
     """
     for name, value in (("alpha", alpha), ("beta", beta)):
         checks.number(name, value, low=0.0)
@@ -85,14 +90,14 @@ def dkd(
 
 
 def nkd(
-    student_logits: jax.Array,
-    teacher_logits: jax.Array,
-    labels: jax.Array,
+    student_logits: Logits,
+    teacher_logits: Array,
+    labels: Array,
     *,
-    gamma: ArrayLike = 1.5,
-    temperature: ArrayLike = 1.0,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    gamma: Scalar = 1.5,
+    temperature: Scalar = 1.0,
+    where: Mask = None,
+) -> Values:
     """Normalized distillation: soft loss on the target, cross-entropy over the normalized others.
 
     With p = softmax(z) and q the softmax of z / T over the classes other than y:
@@ -100,26 +105,31 @@ def nkd(
         L = -p_teacher[y] log p_student[y] - gamma T^2 sum_(k != y) q_teacher[k] log q_student[k]
 
     Args:
-      student_logits: [batch, classes], floating; the net that learns.
-      teacher_logits: [batch, classes], floating; no gradient flows into it.
-      labels: y, [batch], integers in [0, classes).
-      gamma: weight of the second term, >= 0: 1.5 with T = 1 on ImageNet; the authors' CIFAR-100
-        configs have 3.5 with T = 3.
-      temperature: T of the second term, above 0; the first has none.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        student_logits: [batch, classes], floating; the net that learns.
+        teacher_logits: [batch, classes], floating; no gradient flows into it.
+        labels: y, [batch], integers in [0, classes).
+        gamma: weight of the second term, >= 0: 1.5 with T = 1 on ImageNet; the authors' CIFAR-100
+            configs have 3.5 with T = 3.
+        temperature: T of the second term, above 0; the first has none.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider. Both terms are cross-entropies: the value at student = teacher is
-      not 0, but the second term's gradient is. To be used beside `ce`.
+        [batch], float32 or wider. Both terms are cross-entropies: the value at student = teacher is
+        not 0, but the second term's gradient is. To be used beside `ce`.
 
     Raises:
-      ValueError: for shapes that differ, labels that are not integers, or numbers out of range.
+        ValueError: for shapes that differ, labels that are not integers, or numbers out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> print(qk.losses.nkd(jnp.eye(3), jnp.eye(3)[::-1], jnp.arange(3)))
+        [1.157 1.357 1.157]
 
     Note:
-      A label outside [0, classes) gives NaN. With two classes the second term is 0.
+        A label outside [0, classes) gives NaN. With two classes the second term is 0.
 
     Reference:
-      Yang et al., 2023, arXiv 2303.13005, the NKD loss.
+        Yang et al., 2023, arXiv 2303.13005, the NKD loss.
     """
     checks.number("gamma", gamma, low=0.0)
     checks.number("temperature", temperature, low=0.0, low_allowed=False)
@@ -135,13 +145,13 @@ def nkd(
 
 
 def tf_kd(
-    logits: jax.Array,
-    labels: jax.Array,
+    logits: Logits,
+    labels: Array,
     *,
-    correct: ArrayLike = 0.99,
-    temperature: ArrayLike = 20.0,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    correct: Scalar = 0.99,
+    temperature: Scalar = 20.0,
+    where: Mask = None,
+) -> Values:
     """Teacher-free distillation: a virtual teacher that is right with a given probability.
 
     With u[y] = correct, u[k] = (1 - correct) / (K - 1) for the other classes, and q the
@@ -150,26 +160,31 @@ def tf_kd(
         L = sum_k q[k] (log q[k] - log p_student[k])
 
     Args:
-      logits: [batch, classes], floating; the net that learns.
-      labels: y, [batch], integers in [0, classes).
-      correct: probability of the labelled class, in [0, 1].
-      temperature: T of the virtual teacher alone, above 0.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        logits: [batch, classes], floating; the net that learns.
+        labels: y, [batch], integers in [0, classes).
+        correct: probability of the labelled class, in [0, 1].
+        temperature: T of the virtual teacher alone, above 0.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider. To be used beside `ce`: the paper weights both to add to 1.
+        [batch], float32 or wider. To be used beside `ce`: the paper weights both to add to 1.
 
     Raises:
-      ValueError: for wrong shapes, labels that are not integers, or numbers out of range.
+        ValueError: for wrong shapes, labels that are not integers, or numbers out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> print(qk.losses.tf_kd(jnp.eye(3), jnp.arange(3)))
+        [0.109 0.109 0.109]
 
     Note:
-      This is the authors' code (softmax of probabilities over T, the student without T) but for its
-      mean over classes too, which makes it `classes` times weaker before a multiplier. At T = 20 q
-      is nearly uniform. A label outside [0, classes) gives NaN. Their other variant, self-training,
-      is `kd` from a trained copy of the net.
+        This is the authors' code (softmax of probabilities over T, the student without T) but for
+        its mean over classes too, which makes it `classes` times weaker before a multiplier. At T =
+        20 q is nearly uniform. A label outside [0, classes) gives NaN. Their other variant,
+        self-training, is `kd` from a trained copy of the net.
 
     Reference:
-      Yuan et al., 2019, arXiv 1909.11723, the Tf-KD_reg loss.
+        Yuan et al., 2019, arXiv 1909.11723, the Tf-KD_reg loss.
     """
     checks.number("correct", correct, low=0.0, high=1.0)
     checks.number("temperature", temperature, low=0.0, low_allowed=False)
@@ -182,7 +197,7 @@ def tf_kd(
     return keep(jnp.where(known, value, jnp.nan), mask)
 
 
-def _split(logits: jax.Array, hit: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _split(logits: Array, hit: Array) -> tuple[Array, Array, Array]:
     """Returns log p[y], log (1 - p[y]) and log q with -inf at y; p over all, q over the others."""
     log_p = jax.nn.log_softmax(logits)
     own = jnp.sum(jnp.where(hit, log_p, 0.0), axis=-1)
@@ -190,7 +205,7 @@ def _split(logits: jax.Array, hit: jax.Array) -> tuple[jax.Array, jax.Array, jax
     return own, rest, jax.nn.log_softmax(logits, where=~hit, axis=-1)
 
 
-def _term(log_target: jax.Array, log_p: jax.Array) -> jax.Array:
+def _term(log_target: Array, log_p: Array) -> Array:
     """Returns p_target (log p_target - log p), 0 where p_target is."""
     share = jnp.exp(log_target)
     return share * jnp.where(share > 0, log_target - log_p, 0.0)

@@ -1,15 +1,14 @@
-"""Feature losses that compare adapted features element by element, or what is left of them.
+"""Feature losses that compare adapted features, or maps derived from them, element by element.
 
-Each docstring says under Adaptor what stands between a tap and the loss in the method's paper or
-code. The training step owns those modules (`distillation/adaptors`); the losses are functions of
-the adapted features. Values are means over a feature's elements, so they do not grow with its size.
+A learned module between tap and loss is its adaptor (`distillation/adaptors`); the losses are
+functions of the adapted features. Values are means over a feature's elements, so they do not grow
+with its size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks
@@ -23,53 +22,44 @@ from qkd_jax.losses.inputs.feature_maps import (
     unit,
 )
 from qkd_jax.losses.inputs.logits import keep
+from qkd_jax.losses.inputs.shapes import Array, Arrays, Feature, Mask, Values
 
 __all__ = ["at", "fitnet", "ft", "reviewkd", "semckd", "simkd", "vid"]
 
 
-def fitnet(
-    student_feature: jax.Array,
-    teacher_feature: jax.Array,
-    *,
-    where: jax.Array | None = None,
-) -> jax.Array:
+def fitnet(student_feature: Feature, teacher_feature: Array, *, where: Mask = None) -> Values:
     """Hint-based distillation: mean squared error of a hidden feature.
 
         L = mean (f_student - f_teacher)^2
 
     Args:
-      student_feature: map or vector, adapted; the net that learns.
-      teacher_feature: as many channels; no gradient flows into it.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        student_feature: map or vector, adapted; the net that learns.
+        teacher_feature: as many channels; no gradient flows into it.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider; 0 at equality. Common code weights it by 100.
+        [batch], float32 or wider; 0 at equality. Common code weights it by 100.
 
     Raises:
-      ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit.
 
-    Adaptor:
-      A convolution from the student's map to the teacher's: 3x3 with stride 2 where the student's
-      is twice as large, 4x4 transposed with stride 2 where it is half as large, else a valid
-      convolution of the difference + 1. Common code adds BatchNorm and ReLU; the paper has neither,
-      and trains regressor and lower layers in a stage of their own.
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, teacher = jnp.ones((2, 4, 4, 3)), jnp.zeros((2, 4, 4, 3))
+        >>> print(qk.losses.fitnet(student, teacher))
+        [1. 1.]
 
     Note:
-      The paper has half the squared norm: a sum over elements.
+        The paper has half the squared norm: a sum over elements.
 
     Reference:
-      Romero et al., 2014, arXiv 1412.6550.
+        Romero et al., 2014, arXiv 1412.6550.
     """
     student, teacher, mask = prepare_features(student_feature, teacher_feature, where)
     return keep(example_means(jnp.square(student - teacher)), mask)
 
 
-def simkd(
-    student_feature: jax.Array,
-    teacher_feature: jax.Array,
-    *,
-    where: jax.Array | None = None,
-) -> jax.Array:
+def simkd(student_feature: Feature, teacher_feature: Array, *, where: Mask = None) -> Values:
     """Distillation for a student that borrows the teacher's classifier: mean squared error.
 
         L = mean (f_student - f_teacher)^2
@@ -79,35 +69,41 @@ def simkd(
     projected map.
 
     Args:
-      student_feature: map or vector, adapted; the net that learns.
-      teacher_feature: as many channels; no gradient flows into it.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        student_feature: map or vector, adapted; the net that learns.
+        teacher_feature: as many channels; no gradient flows into it.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider; 0 at equality.
+        [batch], float32 or wider; 0 at equality.
 
     Raises:
-      ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, teacher = jnp.ones((2, 4, 4, 3)), jnp.zeros((2, 4, 4, 3))
+        >>> print(qk.losses.simkd(student, teacher))
+        [1. 1.]
 
     Adaptor:
-      1x1 convolution to channels / 2 of the teacher, BatchNorm, ReLU; 3x3 convolution, BatchNorm,
-      ReLU; 1x1 convolution to the teacher's channels, BatchNorm, ReLU; the larger of the two maps
-      pooled to the other's size before. It stays part of the student at evaluation and export.
+        1x1 convolution to channels / 2 of the teacher, BatchNorm, ReLU; 3x3 convolution, BatchNorm,
+        ReLU; 1x1 convolution to the teacher's channels, BatchNorm, ReLU; the larger of the two maps
+        pooled to the other's size before. It stays part of the student at evaluation and export.
 
     Reference:
-      Chen et al., 2022, arXiv 2203.14001.
+        Chen et al., 2022, arXiv 2203.14001.
     """
     return fitnet(student_feature, teacher_feature, where=where)
 
 
 def at(
-    student_features: Sequence[jax.Array],
-    teacher_features: Sequence[jax.Array],
+    student_features: Arrays,
+    teacher_features: Arrays,
     *,
     mode: str = "code",
     power: int = 2,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    where: Mask = None,
+) -> Values:
     """Attention transfer: where in a map a net is active.
 
     With A = mean_c |F_c|^power, flattened and divided by its Euclidean norm, summed over the maps:
@@ -116,26 +112,32 @@ def at(
         paper:  L = sum_l |A_l^student - A_l^teacher|_2
 
     Args:
-      student_features: tuple of maps [batch, height, width, channels]; the net that learns.
-      teacher_features: as many maps, with any channels; no gradient flows into them.
-      mode: "code" (the authors' code) or "paper" (their equation 2, whose factor beta / 2 is the
-        weight's business).
-      power: p, at least 1.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        student_features: tuple of maps [batch, height, width, channels]; the net that learns.
+        teacher_features: as many maps, with any channels; no gradient flows into them.
+        mode: "code" (the authors' code) or "paper" (their equation 2, whose factor beta / 2 is the
+            weight's business).
+        power: p, at least 1.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider; 0 where the attention maps agree. Common code weights mode "code"
-      by 1000.
+        [batch], float32 or wider; 0 where the attention maps agree. Common code weights mode "code"
+        by 1000.
 
     Raises:
-      ValueError: for shapes that do not fit, an unknown mode, or a power below 1.
+        ValueError: for shapes that do not fit, an unknown mode, or a power below 1.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, teacher = jnp.eye(4)[None, ..., None], jnp.ones((1, 4, 4, 2))
+        >>> print(qk.losses.at((student,), (teacher,)))
+        [0.062]
 
     Note:
-      Some code takes F^p without the absolute value, which is wrong for odd p. Maps of unlike size
-      are pooled before the attention is taken, as in common code.
+        Some code takes F^p without the absolute value, which is wrong for odd p. Maps of unlike
+        size are pooled before the attention is taken, as in common code.
 
     Reference:
-      Zagoruyko, Komodakis, 2016, arXiv 1612.03928.
+        Zagoruyko, Komodakis, 2016, arXiv 1612.03928.
     """
     checks.one_of("mode", mode, ("code", "paper"))
     checks.integer_in("power", power, 1)
@@ -143,7 +145,7 @@ def at(
         student_features, teacher_features, where, alike="size", maps=True
     )
 
-    def attention(x: jax.Array) -> jax.Array:
+    def attention(x: Array) -> Array:
         return unit(jnp.mean(jnp.abs(x) ** power, axis=-1).reshape(x.shape[0], -1))
 
     value = jnp.zeros(pairs[0][0].shape[0], pairs[0][0].dtype)
@@ -154,12 +156,8 @@ def at(
 
 
 def vid(
-    student_features: Sequence[jax.Array],
-    teacher_features: Sequence[jax.Array],
-    variances: Sequence[jax.Array],
-    *,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    student_features: Arrays, teacher_features: Arrays, variances: Arrays, *, where: Mask = None
+) -> Values:
     """Variational information distillation: likelihood of the teacher's features, Gaussians.
 
     With one learned variance v_lc per channel, summed over the features:
@@ -167,28 +165,29 @@ def vid(
         L = 1/2 sum_l mean ((f_l^student - f_l^teacher)^2 / v_l + log v_l)
 
     Args:
-      student_features: tuple of maps or vectors, adapted: predicted means; the net that learns.
-      teacher_features: as many, with as many channels; no gradient flows into them.
-      variances: tuple of v, [channels] each, above 0; the gradient flows into them.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        student_features: tuple of maps or vectors, adapted: predicted means; the net that learns.
+        teacher_features: as many, with as many channels; no gradient flows into them.
+        variances: tuple of v, [channels] each, above 0; the gradient flows into them.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider; may be negative, the constant log(2 pi) / 2 is left out.
+        [batch], float32 or wider; may be negative, the constant log(2 pi) / 2 is left out.
 
     Raises:
-      ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit.
 
-    Adaptor:
-      Three 1x1 convolutions without bias, each to the teacher's channels, ReLU between them (the
-      paper has BatchNorm as well). The variance is softplus(a) + 1e-5 of a learned a per channel,
-      which starts where that is 5.
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, teacher = jnp.ones((2, 4, 4, 3)), jnp.zeros((2, 4, 4, 3))
+        >>> print(qk.losses.vid((student,), (teacher,), (jnp.full(3, 5.0),)))
+        [0.905 0.905]
 
     Note:
-      In one well-known code base the a are not registered as parameters and never learned. The
-      loss looks at all stages, as common code does, each at weight 1; the paper picks the pairs.
+        In one well-known code base the a are not registered as parameters and never learned. The
+        loss looks at all stages, as common code does, each at weight 1; the paper picks the pairs.
 
     Reference:
-      Ahn et al., 2019, arXiv 1904.05835.
+        Ahn et al., 2019, arXiv 1904.05835.
     """
     pairs, mask = prepare_feature_lists(student_features, teacher_features, where)
     check_tuple("variances", variances, "one vector [channels] per feature")
@@ -203,12 +202,7 @@ def vid(
     return keep(value, mask)
 
 
-def ft(
-    student_feature: jax.Array,
-    teacher_feature: jax.Array,
-    *,
-    where: jax.Array | None = None,
-) -> jax.Array:
+def ft(student_feature: Feature, teacher_feature: Array, *, where: Mask = None) -> Values:
     """Factor transfer: mean absolute difference of factors of unit length.
 
         L = mean | f_student / |f_student|_2 - f_teacher / |f_teacher|_2 |
@@ -216,40 +210,34 @@ def ft(
     with the norm over all elements of an example.
 
     Args:
-      student_feature: the translator's factors, map or vector; the net that learns.
-      teacher_feature: the paraphraser's factors, as many channels; no gradient flows into it.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        student_feature: the translator's factors, map or vector; the net that learns.
+        teacher_feature: the paraphraser's factors, as many channels; no gradient flows into it.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider; 0 where the factors agree up to a positive multiple.
+        [batch], float32 or wider; 0 where the factors agree up to a positive multiple.
 
     Raises:
-      ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit.
 
-    Adaptor:
-      Paraphraser: three 3x3 convolutions of the teacher's last map with LeakyReLU(0.1), to half
-      its channels, and a mirrored decoder of transposed convolutions; learned in a stage before, by
-      the mean squared error of the reconstruction, and frozen. Translator: the same three
-      convolutions with BatchNorm on the student's map.
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> print(qk.losses.ft(jnp.eye(4), jnp.ones((4, 4))))
+        [0.5 0.5 0.5 0.5]
 
     Note:
-      The paper's p = 1. One well-known code base compares squared factors
-      averaged over channels instead, which is attention transfer on factors.
+        The paper's p = 1. One well-known code base compares squared factors averaged over channels
+        instead, which is attention transfer on factors.
 
     Reference:
-      Kim, Park, Kwak, 2018, arXiv 1802.04977.
+        Kim, Park, Kwak, 2018, arXiv 1802.04977.
     """
     student, teacher, mask = prepare_features(student_feature, teacher_feature, where)
     student, teacher = (unit(x.reshape(x.shape[0], -1)) for x in (student, teacher))
     return keep(jnp.mean(jnp.abs(student - teacher), axis=-1), mask)
 
 
-def reviewkd(
-    student_features: Sequence[jax.Array],
-    teacher_features: Sequence[jax.Array],
-    *,
-    where: jax.Array | None = None,
-) -> jax.Array:
+def reviewkd(student_features: Arrays, teacher_features: Arrays, *, where: Mask = None) -> Values:
     """Knowledge review: the hierarchical context loss, a mean squared error over a pyramid.
 
     With levels j = 0 (the map itself), 1, 2, 3 (pooled to 4x4, 2x2, 1x1, where the map is higher
@@ -258,30 +246,29 @@ def reviewkd(
         L = sum_l (sum_j w_j mean (pool_j F_l^student - pool_j F_l^teacher)^2) / sum_j w_j
 
     Args:
-      student_features: tuple of maps [batch, height, width, channels], adapted; the net that
-        learns.
-      teacher_features: as many maps with as many channels, before their activation; no gradient
-        flows into them.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        student_features: tuple of maps [batch, height, width, channels], adapted; the net that
+            learns.
+        teacher_features: as many maps with as many channels, before their activation; no gradient
+            flows into them.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider; 0 at equality.
+        [batch], float32 or wider; 0 at equality.
 
     Raises:
-      ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit.
 
-    Adaptor:
-      Attention-based fusion, deep to shallow: x is BatchNorm of a 1x1 convolution of the student's
-      map to min(512, channels of the student's deepest) channels, y the deeper stage's x, enlarged
-      to nearest neighbours; (a, b) = sigmoid of a 1x1 convolution of both, x becomes a x + b y, and
-      BatchNorm of a 3x3 convolution of it goes to the loss. The deepest stage is the pooled
-      feature, as a map of 1x1.
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, teacher = jnp.ones((2, 4, 4, 3)), jnp.zeros((2, 4, 4, 3))
+        >>> print(qk.losses.reviewkd((student,), (teacher,)))
+        [1. 1.]
 
     Note:
-      The authors ramp the weight up over the first 20 epochs.
+        The authors ramp the weight up over the first 20 epochs.
 
     Reference:
-      Chen et al., 2021, arXiv 2104.09044.
+        Chen et al., 2021, arXiv 2104.09044.
     """
     pairs, mask = prepare_feature_lists(student_features, teacher_features, where, maps=True)
     value = jnp.zeros(pairs[0][0].shape[0], pairs[0][0].dtype)
@@ -297,12 +284,12 @@ def reviewkd(
 
 
 def semckd(
-    student_features: Sequence[Sequence[jax.Array]],
-    teacher_features: Sequence[jax.Array],
-    attention: jax.Array,
+    student_features: Sequence[Arrays] | Array,
+    teacher_features: Arrays,
+    attention: Array,
     *,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    where: Mask = None,
+) -> Values:
     """Semantic calibration: every student layer learns from all teacher layers, by attention.
 
     With f_ij the map of student layer i, adapted to teacher layer j, and attention weights a_ij
@@ -311,26 +298,26 @@ def semckd(
         L = 1/n sum_ij a_ij mean (f_ij^student - f_j^teacher)^2
 
     Args:
-      student_features: tuple, one entry per student layer, of tuples with one feature per teacher
-        layer, adapted; the net that learns.
-      teacher_features: tuple of m features; no gradient flows into them.
-      attention: a, [batch, n, m]; the gradient flows into it.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        student_features: tuple, one entry per student layer, of tuples with one feature per teacher
+            layer, adapted; the net that learns.
+        teacher_features: tuple of m features; no gradient flows into them.
+        attention: a, [batch, n, m]; the gradient flows into it.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider; 0 at equality.
+        [batch], float32 or wider; 0 at equality.
 
     Raises:
-      ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit.
 
-    Adaptor:
-      f_ij: 1x1, 3x3 and 1x1 convolutions with BatchNorm and ReLU between, from the student's map
-      pooled to the teacher's size. a_ij: softmax over j of the products of queries and keys, unit
-      vectors that an MLP makes of an example's row of the batch's Gram matrix of each layer. That
-      ties the authors' code to one batch size.
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, teacher = jnp.ones((2, 4, 4, 3)), jnp.zeros((2, 4, 4, 3))
+        >>> print(qk.losses.semckd(((student,),), (teacher,), jnp.ones((2, 1, 1))))
+        [1. 1.]
 
     Reference:
-      Chen et al., 2020, arXiv 2012.03236.
+        Chen et al., 2020, arXiv 2012.03236.
     """
     check_tuple("student_features", student_features, "tuples, one per student layer")
     check_tuple("teacher_features", teacher_features, "features, shallow to deep")

@@ -12,24 +12,24 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from qkd_jax import checks
 from qkd_jax.hierarchy import ClassTree, find
 from qkd_jax.losses.inputs.logits import keep, prepare_logits
+from qkd_jax.losses.inputs.shapes import Array, Logits, Mask, Scalar, Values
 
 __all__ = ["hxe", "lca_alignment", "tree_soft_labels"]
 
 
 def hxe(
-    logits: jax.Array,
-    labels: jax.Array,
+    logits: Logits,
+    labels: Array,
     *,
     tree: ClassTree | str | None = None,
-    alpha: ArrayLike = 0.1,
+    alpha: Scalar = 0.1,
     normalize: bool = False,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    where: Mask = None,
+) -> Values:
     """Hierarchical cross-entropy: the label's probability, factored along its path to the root.
 
     With P(v) the probability of all classes below a node v, and v running over the path from the
@@ -41,28 +41,34 @@ def hxe(
     the fine choices low in the tree weigh against the coarse ones above.
 
     Args:
-      logits: [batch, classes], floating.
-      labels: [batch], integers in [0, classes).
-      tree: the class tree, see above; with the flat one this is exp(-alpha) times `ce`.
-      alpha: 0 or more, per edge; the authors use 0.1 to 0.9.
-      normalize: divide by the sum of exp(-alpha depth) over all nodes, as the authors' code does.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        logits: [batch, classes], floating.
+        labels: [batch], integers in [0, classes).
+        tree: the class tree, see above; with the flat one this is exp(-alpha) times `ce`.
+        alpha: 0 or more, per edge; the authors use 0.1 to 0.9.
+        normalize: divide by the sum of exp(-alpha depth) over all nodes, as the authors' code does.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider, at least 0.
+        [batch], float32 or wider, at least 0.
 
     Raises:
-      ValueError: for wrong shapes, labels that are not integers, a negative alpha, a tree of
-        another number of classes.
+        ValueError: for wrong shapes, labels that are not integers, a negative alpha, a tree of
+            another number of classes.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> logits, labels = jnp.eye(10)[:3], jnp.arange(3)
+        >>> print(qk.losses.hxe(logits, labels, tree="fashion_mnist"))
+        [1.152 1.232 1.152]
 
     Note:
-      The paper writes exp(-alpha h) with the height h; its code, and this, take the depth, which is
-      what makes alpha prefer the coarse. The authors' code leaves out factors that underflow to 0,
-      so that the worst mistakes cost nothing; here P is summed as logsumexp and none is left out.
-      It also takes one edge too few for leaves right below the root.
+        The paper writes exp(-alpha h) with the height h; its code, and this, take the depth, which
+        is what makes alpha prefer the coarse. The authors' code leaves out factors that underflow
+        to 0, so that the worst mistakes cost nothing; here P is summed as logsumexp and none is
+        left out. It also takes one edge too few for leaves right below the root.
 
     Reference:
-      Bertinetto et al., 2020, arXiv 1912.09393, equations 2 to 4.
+        Bertinetto et al., 2020, arXiv 1912.09393, equations 2 to 4.
     """
     checks.number("alpha", alpha, low=0.0)
     logits, mask = prepare_logits("logits", logits, where)
@@ -81,13 +87,13 @@ def hxe(
 
 
 def tree_soft_labels(
-    logits: jax.Array,
-    labels: jax.Array,
+    logits: Logits,
+    labels: Array,
     *,
     tree: ClassTree | str | None = None,
-    beta: ArrayLike = 10.0,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    beta: Scalar = 10.0,
+    where: Mask = None,
+) -> Values:
     """Cross-entropy with labels that the tree softens: near classes get some of the probability.
 
         L = -sum_k y_k log p_k,    y_k proportional to exp(-beta d(k, label) / d_max)
@@ -95,21 +101,27 @@ def tree_soft_labels(
     with d the height of the lowest common ancestor and d_max its largest value.
 
     Args:
-      logits: [batch, classes], floating.
-      labels: [batch], integers in [0, classes).
-      tree: the class tree, see above; with the flat one this is label smoothing.
-      beta: 0 or more; the authors use 4 to 30. 0 is the uniform label, infinity the hard one.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        logits: [batch, classes], floating.
+        labels: [batch], integers in [0, classes).
+        tree: the class tree, see above; with the flat one this is label smoothing.
+        beta: 0 or more; the authors use 4 to 30. 0 is the uniform label, infinity the hard one.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider; its least value is the entropy of y.
+        [batch], float32 or wider; its least value is the entropy of y.
 
     Raises:
-      ValueError: for wrong shapes, labels that are not integers, a negative beta, a tree of another
-        number of classes.
+        ValueError: for wrong shapes, labels that are not integers, a negative beta, a tree of
+            another number of classes.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> logits, labels = jnp.eye(10)[:3], jnp.arange(3)
+        >>> print(qk.losses.tree_soft_labels(logits, labels, tree="fashion_mnist"))
+        [1.549 1.464 1.549]
 
     Reference:
-      Bertinetto et al., 2020, arXiv 1912.09393, equations 5 and 6.
+        Bertinetto et al., 2020, arXiv 1912.09393, equations 5 and 6.
     """
     checks.number("beta", beta, low=0.0)
     logits, mask = prepare_logits("logits", logits, where)
@@ -123,14 +135,14 @@ def tree_soft_labels(
 
 
 def lca_alignment(
-    logits: jax.Array,
-    labels: jax.Array,
+    logits: Logits,
+    labels: Array,
     *,
     tree: ClassTree | str | None = None,
-    power: ArrayLike = 25.0,
-    ce_weight: ArrayLike = 0.03,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    power: Scalar = 25.0,
+    ce_weight: Scalar = 0.03,
+    where: Mask = None,
+) -> Values:
     """LCA alignment: all classes are pulled up, each by how little is lost at its common ancestor.
 
         L = ce_weight (-log p_label) - mean_k (1 - M[k, label]) log p_k
@@ -140,22 +152,28 @@ def lca_alignment(
     the farthest classes, so that 1 - M is near 1 for the related ones.
 
     Args:
-      logits: [batch, classes], floating.
-      labels: [batch], integers in [0, classes).
-      tree: the class tree, see above.
-      power: above 0; the authors' 25.
-      ce_weight: 0 or more; the authors' 0.03.
-      where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
+        logits: [batch, classes], floating.
+        labels: [batch], integers in [0, classes).
+        tree: the class tree, see above.
+        power: above 0; the authors' 25.
+        ce_weight: 0 or more; the authors' 0.03.
+        where: [batch] mask; examples where it is 0 or False give 0 and no gradient.
 
     Returns:
-      [batch], float32 or wider.
+        [batch], float32 or wider.
 
     Raises:
-      ValueError: for wrong shapes, labels that are not integers, numbers out of range, a tree of
-        another number of classes.
+        ValueError: for wrong shapes, labels that are not integers, numbers out of range, a tree of
+            another number of classes.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> logits, labels = jnp.eye(10)[:3], jnp.arange(3)
+        >>> print(qk.losses.lca_alignment(logits, labels, tree="fashion_mnist"))
+        [1.42  1.418 1.42 ]
 
     Reference:
-      Shi et al., 2024, arXiv 2407.16067, section on soft labels from the class taxonomy.
+        Shi et al., 2024, arXiv 2407.16067, section on soft labels from the class taxonomy.
     """
     checks.number("power", power, low=0.0, low_allowed=False)
     checks.number("ce_weight", ce_weight, low=0.0)
@@ -174,9 +192,7 @@ def lca_alignment(
     return _kept(jnp.asarray(ce_weight, logits.dtype) * own + pulled, labels, logits, mask)
 
 
-def _kept(
-    loss: jax.Array, labels: jax.Array, logits: jax.Array, mask: jax.Array | None
-) -> jax.Array:
+def _kept(loss: Array, labels: Array, logits: Array, mask: Mask) -> Array:
     """The loss where the mask keeps it; NaN for a label that is no class, as `ce` has it."""
     known = (labels >= 0) & (labels < logits.shape[1])
     return keep(jnp.where(known, loss, jnp.nan), mask)
@@ -213,7 +229,7 @@ def _families(tree: ClassTree) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]
 
 # Compiled as one even where the loss runs eagerly: it is a dozen gathers and scatters.
 @functools.partial(jax.jit, static_argnums=0)
-def _log_sums(tree: ClassTree, logits: jax.Array) -> jax.Array:
+def _log_sums(tree: ClassTree, logits: Array) -> Array:
     """[batch, nodes]: log of the sum of exp(logits) over the classes below each node."""
     sums = jnp.zeros((logits.shape[0], len(tree)), logits.dtype).at[:, tree.classes].set(logits)
     for nodes, children, there in _families(tree):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from qkd_jax import checks
-from qkd_jax.losses.inputs.feature_maps import inner, related_rows, safe_norm, total
+from qkd_jax.losses.inputs.feature_maps import gather_batch, inner, safe_norm, total
 from qkd_jax.losses.inputs.logits import divergence, keep, prepare_pair, standardized
+from qkd_jax.losses.inputs.shapes import Array, Logits, Mask, Scalar, Values
 
 __all__ = ["dist", "mlkd"]
 
@@ -21,15 +21,15 @@ MORE_TEMPERATURES = (2.0, 3.0, 5.0, 6.0)
 
 
 def dist(
-    student_logits: jax.Array,
-    teacher_logits: jax.Array,
+    student_logits: Logits,
+    teacher_logits: Array,
     *,
-    beta: ArrayLike = 1.0,
-    gamma: ArrayLike = 1.0,
-    temperature: ArrayLike = 1.0,
+    beta: Scalar = 1.0,
+    gamma: Scalar = 1.0,
+    temperature: Scalar = 1.0,
     axis_name: str | None = None,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    where: Mask = None,
+) -> Values:
     """Distillation from a stronger teacher: correlations within examples and within classes.
 
     With P = softmax(z / T), [batch, classes], and r Pearson's correlation coefficient:
@@ -40,28 +40,33 @@ def dist(
     rows P_i over the classes, columns P_k over the batch.
 
     Args:
-      student_logits: z, [batch, classes], floating; the net that learns.
-      teacher_logits: [batch, classes], floating; no gradient flows into it.
-      beta: weight of the relations between classes, >= 0.
-      gamma: weight of the relations within a class, >= 0.
-      temperature: T, above 0; 4 on CIFAR-100.
-      axis_name: mapped axis over whose devices the batch is spread.
-      where: [batch] mask; examples where it is 0 or False are in no column and give 0.
+        student_logits: z, [batch, classes], floating; the net that learns.
+        teacher_logits: [batch, classes], floating; no gradient flows into it.
+        beta: weight of the relations between classes, >= 0.
+        gamma: weight of the relations within a class, >= 0.
+        temperature: T, above 0; 4 on CIFAR-100.
+        axis_name: mapped axis over whose devices the batch is spread.
+        where: [batch] mask; examples where it is 0 or False are in no column and give 0.
 
     Returns:
-      [batch], float32 or wider; 0 where all correlations are 1. The authors weight beta and gamma
-      by 2. A batch of 1 has no columns: the second term is 0.
+        [batch], float32 or wider; 0 where all correlations are 1. The authors weight beta and gamma
+        by 2. A batch of 1 has no columns: the second term is 0.
 
     Raises:
-      ValueError: for shapes that differ, or numbers out of range.
+        ValueError: for shapes that differ, or numbers out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> print(qk.losses.dist(jnp.eye(3), jnp.eye(3)[::-1]))
+        [2.5 1.  2.5]
 
     Note:
-      As in the authors' code 1e-8 is added to the product of the norms. "DIST+" of torchdistill
-      1.1.5 adds a correlation where it should subtract it from 1: there a perfect student costs
-      most.
+        As in the authors' code 1e-8 is added to the product of the norms. "DIST+" of torchdistill
+        1.1.5 adds a correlation where it should subtract it from 1: there a perfect student costs
+        most.
 
     Reference:
-      Huang et al., 2022, arXiv 2205.10536.
+        Huang et al., 2022, arXiv 2205.10536.
     """
     for name, value in (("beta", beta), ("gamma", gamma)):
         checks.number(name, value, low=0.0)
@@ -77,12 +82,12 @@ def dist(
     sizes = safe_norm(rows_s) * safe_norm(rows_t)
     of_rows = 1 - jnp.sum(rows_s * rows_t, axis=-1) / (sizes + eps)
 
-    def centred(p: jax.Array) -> jax.Array:
+    def centred(p: Array) -> Array:
         p = jnp.where(kept[:, None], p, 0)
         mean = total(jnp.sum(p, axis=0, keepdims=True), axis_name) / count
         return jnp.where(kept[:, None], p - mean, 0)
 
-    def column_sums(x: jax.Array) -> jax.Array:
+    def column_sums(x: Array) -> Array:
         return total(jnp.sum(x, axis=0), axis_name)
 
     columns_s, columns_t = centred(p_s), centred(p_t)
@@ -98,15 +103,15 @@ def dist(
 
 
 def mlkd(
-    student_logits: jax.Array,
-    teacher_logits: jax.Array,
+    student_logits: Logits,
+    teacher_logits: Array,
     *,
-    temperature: ArrayLike = 4.0,
+    temperature: Scalar = 4.0,
     standardize: bool = False,
     compat: bool = False,
     axis_name: str | None = None,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    where: Mask = None,
+) -> Values:
     """Multi-level logit distillation: predictions of examples, of the batch, and of classes.
 
     Summed over T in (temperature, 2, 3, 5, 6), with P = softmax(z / T):
@@ -120,40 +125,45 @@ def mlkd(
     batch's predictions hold least (their total at most the median class's).
 
     Args:
-      student_logits: z, [batch, classes], floating; the net that learns.
-      teacher_logits: [batch, classes], floating; no gradient flows into it.
-      temperature: the base temperature, above 0.
-      standardize: take the logits' z-scores in the first term (`lskd`).
-      compat: as the authors' code computes it: a and b are replaced by their means.
-      axis_name: mapped axis over whose devices the batch is spread.
-      where: [batch] mask; examples where it is 0 or False are in no product and give 0.
+        student_logits: z, [batch, classes], floating; the net that learns.
+        teacher_logits: [batch, classes], floating; no gradient flows into it.
+        temperature: the base temperature, above 0.
+        standardize: take the logits' z-scores in the first term (`lskd`).
+        compat: as the authors' code computes it: a and b are replaced by their means.
+        axis_name: mapped axis over whose devices the batch is spread.
+        where: [batch] mask; examples where it is 0 or False are in no product and give 0.
 
     Returns:
-      [batch], float32 or wider; 0 where all predictions agree.
+        [batch], float32 or wider; 0 where all predictions agree.
 
     Raises:
-      ValueError: for shapes that differ, or a temperature not above 0.
+        ValueError: for shapes that differ, or temperature <= 0.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> print(qk.losses.mlkd(jnp.eye(3), jnp.eye(3)[::-1]))
+        [1.737 0.    1.737]
 
     Note:
-      The authors' code multiplies terms that are reduced already with the masks, so that these
-      rescale and select nothing; `compat` does the same. It adds the first two terms of a second,
-      strongly augmented view, which is another call on those logits.
+        The authors' code multiplies terms that are reduced already with the masks, so that these
+        rescale and select nothing; `compat` does the same. It adds the first two terms of a second,
+        strongly augmented view, which is another call on those logits.
 
     Reference:
-      Jin, Wang, Lin, CVPR 2023, "Multi-level logit distillation", and the authors' code.
+        Jin, Wang, Lin, CVPR 2023, "Multi-level logit distillation", and the authors' code.
     """
     checks.number("temperature", temperature, low=0.0, low_allowed=False)
     student, teacher, mask = prepare_pair(student_logits, teacher_logits, where)
-    rows = related_rows(student, teacher, mask, axis_name)
-    kept, classes = rows.all_kept[:, None], student.shape[1]
+    batch = gather_batch(student, teacher, mask, axis_name)
+    kept, classes = batch.all_kept[:, None], student.shape[1]
     certain = jax.nn.softmax(teacher)
-    everywhere = jnp.where(kept, jax.nn.softmax(rows.all_teacher), 0)
-    typical = jnp.nanmedian(jnp.where(rows.all_kept, jnp.max(everywhere, axis=-1), jnp.nan))
+    everywhere = jnp.where(kept, jax.nn.softmax(batch.all_teacher), 0)
+    typical = jnp.nanmedian(jnp.where(batch.all_kept, jnp.max(everywhere, axis=-1), jnp.nan))
     unsure = (jnp.max(certain, axis=-1) <= typical).astype(student.dtype)
     mass = jnp.sum(everywhere, axis=0)
     rare = (mass <= jnp.median(mass)).astype(student.dtype)
     if compat:
-        part = total(jnp.sum(jnp.where(rows.kept, unsure, 0)), axis_name) / rows.count
+        part = total(jnp.sum(jnp.where(batch.kept, unsure, 0)), axis_name) / batch.count
         unsure, rare = jnp.broadcast_to(part, unsure.shape), jnp.full_like(rare, jnp.mean(rare))
 
     soft_s, soft_t = student, teacher
@@ -164,7 +174,8 @@ def mlkd(
         t = jnp.asarray(temperature_, student.dtype)
         value += unsure * t * t * divergence(soft_t / t, soft_s / t)
         all_s, all_t = (
-            jnp.where(kept, jax.nn.softmax(z / t), 0) for z in (rows.all_student, rows.all_teacher)
+            jnp.where(kept, jax.nn.softmax(z / t), 0)
+            for z in (batch.all_student, batch.all_teacher)
         )
         p_s, p_t = (jax.nn.softmax(z / t) for z in (student, teacher))
         value += unsure * jnp.sum(jnp.square(inner(p_s, all_s) - inner(p_t, all_t)), axis=-1)

@@ -12,40 +12,39 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from qkd_jax import checks
 from qkd_jax.losses.inputs.feature_maps import (
-    Rows,
+    GatheredBatch,
     adaptive_mean,
+    gather_batch,
     gathered,
     inner,
     pooled_alike,
     prepare_feature_lists,
     prepare_features,
-    related_rows,
     safe_norm,
     total,
     unit,
 )
 from qkd_jax.losses.inputs.logits import keep, prepare_pair
+from qkd_jax.losses.inputs.shapes import Array, Arrays, Feature, Kept, Logits, Mask, Scalar, Values
 
 __all__ = ["cc", "cc_adjacent", "irg", "pkt", "rkd", "sp"]
 
 
 def rkd(
-    student_feature: jax.Array,
-    teacher_feature: jax.Array,
+    student_feature: Feature,
+    teacher_feature: Array,
     *,
-    distance: ArrayLike = 25.0,
-    angle: ArrayLike = 50.0,
+    distance: Scalar = 25.0,
+    angle: Scalar = 50.0,
     axis_name: str | None = None,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    where: Mask = None,
+) -> Values:
     """Relational distillation: distances of pairs and angles of triples of examples.
 
     With d_ij = |f_i - f_j| over its mean (of the positive ones), e_ij = (f_j - f_i) / |f_j - f_i|,
@@ -55,34 +54,39 @@ def rkd(
             + angle mean_jk h(a_ijk^student - a_ijk^teacher)
 
     Args:
-      student_feature: f, [batch, ...]; the net that learns.
-      teacher_feature: [batch, ...], any size; no gradient flows into it.
-      distance: weight of the first term, >= 0.
-      angle: weight of the second term, >= 0.
-      axis_name: mapped axis over whose devices the batch is spread.
-      where: [batch] mask; examples where it is 0 or False are in no pair and no mean, and give 0.
+        student_feature: f, [batch, ...]; the net that learns.
+        teacher_feature: [batch, ...], any size; no gradient flows into it.
+        distance: weight of the first term, >= 0.
+        angle: weight of the second term, >= 0.
+        axis_name: mapped axis over whose devices the batch is spread.
+        where: [batch] mask; examples where it is 0 or False are in no pair and no mean, and give 0.
 
     Returns:
-      [batch], float32 or wider; 0 where all distances (up to one factor) and angles agree, so also
-      for a batch of 1. Needs memory for batch^2 * channels and batch^3 numbers.
+        [batch], float32 or wider; 0 where all distances (up to one factor) and angles agree, so
+        also for a batch of 1. Needs memory for batch^2 * channels and batch^3 numbers.
 
     Raises:
-      ValueError: for shapes that do not fit, or negative weights.
+        ValueError: for shapes that do not fit, or negative weights.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, teacher = jnp.eye(4), jnp.ones((4, 2)).cumsum(0)
+        >>> print(qk.losses.rkd(student, teacher))
+        [ 4.969 14.406 14.406  4.969]
 
     Note:
-      Means run over batch^2 pairs and batch^3 triples, an example with itself included, as in the
-      authors' code.
+        Means run over batch^2 pairs and batch^3 triples, an example with itself included, as in the
+        authors' code.
 
     Reference:
-      Park et al., 2019, arXiv 1904.05068.
+        Park et al., 2019, arXiv 1904.05068.
     """
     for name, value in (("distance", distance), ("angle", angle)):
         checks.number(name, value, low=0.0)
-    student, teacher, mask = _prepare(student_feature, teacher_feature, where)
-    rows = related_rows(student, teacher, mask, axis_name)
-    pairs = rows.pairs()[..., None]
+    batch, mask = _gather(student_feature, teacher_feature, where, axis_name)
+    pairs = batch.pairs()[..., None]
 
-    def relations(own: jax.Array, everyone: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def relations(own: Array, everyone: Array) -> tuple[Array, Array]:
         gap = jnp.where(pairs, everyone[None, :, :] - own[:, None, :], 0)
         length = safe_norm(gap)
         positive = total(jnp.sum(length > 0), axis_name)
@@ -92,20 +96,20 @@ def rkd(
         angles = jnp.einsum("ijd,ikd->ijk", direction, direction, precision="highest")
         return scaled, angles
 
-    distance_s, angle_s = relations(rows.student, rows.all_student)
-    distance_t, angle_t = relations(rows.teacher, rows.all_teacher)
-    of_pairs = jnp.sum(_huber(distance_s - distance_t), axis=-1) / rows.count
-    of_triples = jnp.sum(_huber(angle_s - angle_t), axis=(-2, -1)) / rows.count**2
+    distance_s, angle_s = relations(batch.student, batch.all_student)
+    distance_t, angle_t = relations(batch.teacher, batch.all_teacher)
+    of_pairs = jnp.sum(_huber(distance_s - distance_t), axis=-1) / batch.count
+    of_triples = jnp.sum(_huber(angle_s - angle_t), axis=(-2, -1)) / batch.count**2
     return keep(jnp.asarray(distance) * of_pairs + jnp.asarray(angle) * of_triples, mask)
 
 
 def sp(
-    student_feature: jax.Array,
-    teacher_feature: jax.Array,
+    student_feature: Feature,
+    teacher_feature: Array,
     *,
     axis_name: str | None = None,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    where: Mask = None,
+) -> Values:
     """Similarity-preserving distillation: rows of the batch's Gram matrix.
 
     With f the flattened feature, G = f f^T, and each row of G divided by its Euclidean norm:
@@ -113,39 +117,45 @@ def sp(
         L_i = 1/batch sum_j (G_ij^student - G_ij^teacher)^2
 
     Args:
-      student_feature: [batch, ...]; the net that learns. The paper takes the last feature map.
-      teacher_feature: [batch, ...], any size; no gradient flows into it.
-      axis_name: mapped axis over whose devices the batch is spread.
-      where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
+        student_feature: [batch, ...]; the net that learns. The paper takes the last feature map.
+        teacher_feature: [batch, ...], any size; no gradient flows into it.
+        axis_name: mapped axis over whose devices the batch is spread.
+        where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
 
     Returns:
-      [batch], float32 or wider; 0 where the normalised rows agree, so also for a batch of 1. The
-      authors weight it by 3000.
+        [batch], float32 or wider; 0 where the normalised rows agree, so also for a batch of 1. The
+        authors weight it by 3000.
 
     Raises:
-      ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, teacher = jnp.eye(4), jnp.ones((4, 2)).cumsum(0)
+        >>> print(qk.losses.sp(student, teacher))
+        [0.409 0.317 0.226 0.135]
 
     Note:
-      torchdistill 1.1.5 normalises the rows by their L1 norm; the paper and this by their L2 norm.
+        torchdistill 1.1.5 normalises the rows by their L1 norm; the paper and this by their L2
+        norm.
 
     Reference:
-      Tung, Mori, 2019, arXiv 1907.09682.
+        Tung, Mori, 2019, arXiv 1907.09682.
     """
-    student, teacher, mask = _prepare(student_feature, teacher_feature, where)
-    rows = related_rows(student, teacher, mask, axis_name)
+    batch, mask = _gather(student_feature, teacher_feature, where, axis_name)
     # Rows that are masked out are 0 in both nets, so their products are 0 and cancel.
-    gram_s = unit(inner(rows.student, rows.all_student))
-    gram_t = unit(inner(rows.teacher, rows.all_teacher))
-    return keep(jnp.sum(jnp.square(gram_s - gram_t), axis=-1) / rows.count, mask)
+    gram_s = unit(inner(batch.student, batch.all_student))
+    gram_t = unit(inner(batch.teacher, batch.all_teacher))
+    return keep(jnp.sum(jnp.square(gram_s - gram_t), axis=-1) / batch.count, mask)
 
 
 def pkt(
-    student_feature: jax.Array,
-    teacher_feature: jax.Array,
+    student_feature: Feature,
+    teacher_feature: Array,
     *,
     axis_name: str | None = None,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    where: Mask = None,
+) -> Values:
     """Probabilistic knowledge transfer: divergence of each example's distribution over the others.
 
     With c_ij the cosine of f_i and f_j, and q_ij = (c_ij + 1) / sum_k (c_ik + 1), e = 1e-7:
@@ -153,52 +163,57 @@ def pkt(
         L_i = 1/batch sum_j q_ij^teacher log((q_ij^teacher + e) / (q_ij^student + e))
 
     Args:
-      student_feature: f, [batch, ...]; the net that learns.
-      teacher_feature: [batch, ...], any size; no gradient flows into it.
-      axis_name: mapped axis over whose devices the batch is spread.
-      where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
+        student_feature: f, [batch, ...]; the net that learns.
+        teacher_feature: [batch, ...], any size; no gradient flows into it.
+        axis_name: mapped axis over whose devices the batch is spread.
+        where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
 
     Returns:
-      [batch], float32 or wider; 0 where all cosines agree, so also for a batch of 1. The division
-      by the batch is the authors' code's, which explains their weight of 30000.
+        [batch], float32 or wider; 0 where all cosines agree, so also for a batch of 1. The division
+        by the batch is the authors' code's, which explains their weight of 30000.
 
     Raises:
-      ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, teacher = jnp.eye(4), jnp.ones((4, 2)).cumsum(0)
+        >>> print(qk.losses.pkt(student, teacher))
+        [0.012 0.012 0.012 0.012]
 
     Note:
-      The cosine divides by |f| + 1e-7, as the authors' code does. Their code's distribution of
-      example i includes i itself; the paper's sums leave it out.
+        The cosine divides by |f| + 1e-7, as the authors' code does. Their code's distribution of
+        example i includes i itself; the paper's sums leave it out.
 
     Reference:
-      Passalis, Tefas, 2018, arXiv 1803.10837.
+        Passalis, Tefas, 2018, arXiv 1803.10837.
     """
-    student, teacher, mask = _prepare(student_feature, teacher_feature, where)
-    rows = related_rows(student, teacher, mask, axis_name)
-    pairs, eps = rows.pairs(), 1e-7
+    batch, mask = _gather(student_feature, teacher_feature, where, axis_name)
+    pairs, eps = batch.pairs(), 1e-7
 
-    def affinities(own: jax.Array, everyone: jax.Array) -> jax.Array:
+    def affinities(own: Array, everyone: Array) -> Array:
         own, everyone = (x / (safe_norm(x, keepdims=True) + eps) for x in (own, everyone))
         q = jnp.where(pairs, (inner(own, everyone) + 1) / 2, 0)
         mass = jnp.sum(q, axis=-1, keepdims=True)
         return q / jnp.where(mass > 0, mass, 1)
 
-    q_s = affinities(rows.student, rows.all_student)
-    q_t = affinities(rows.teacher, rows.all_teacher)
+    q_s = affinities(batch.student, batch.all_student)
+    q_t = affinities(batch.teacher, batch.all_teacher)
     # -log((q_s + e) / (q_t + e)) = -log1p(x), whose summands nearly cancel. Since q_s and q_t have
     # the same sum, adding q_t x - (q_s - q_t) + e x = 0 leaves summands of one sign.
     x = (q_s - q_t) / (q_t + eps)
-    return keep(jnp.sum(q_t * (x - jnp.log1p(x)) + eps * x, axis=-1) / rows.count, mask)
+    return keep(jnp.sum(q_t * (x - jnp.log1p(x)) + eps * x, axis=-1) / batch.count, mask)
 
 
 def cc(
-    student_feature: jax.Array,
-    teacher_feature: jax.Array,
+    student_feature: Feature,
+    teacher_feature: Array,
     *,
-    gamma: ArrayLike = 0.4,
+    gamma: Scalar = 0.4,
     order: int = 2,
     axis_name: str | None = None,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    where: Mask = None,
+) -> Values:
     """Correlation congruence: a Gaussian kernel between examples, as a Taylor polynomial.
 
     With f of unit length, psi_ij = exp(-2 gamma) sum_(p <= order) (2 gamma)^p / p! (f_i . f_j)^p:
@@ -206,50 +221,55 @@ def cc(
         L_i = 1/batch sum_j (psi_ij^student - psi_ij^teacher)^2
 
     Args:
-      student_feature: [batch, ...]; the net that learns.
-      teacher_feature: [batch, ...], any size; no gradient flows into it.
-      gamma: width of the kernel, >= 0.
-      order: P, degree of the polynomial, at least 1.
-      axis_name: mapped axis over whose devices the batch is spread.
-      where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
+        student_feature: [batch, ...]; the net that learns.
+        teacher_feature: [batch, ...], any size; no gradient flows into it.
+        gamma: width of the kernel, >= 0.
+        order: P, degree of the polynomial, at least 1.
+        axis_name: mapped axis over whose devices the batch is spread.
+        where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
 
     Returns:
-      [batch], float32 or wider; 0 where the kernels agree.
+        [batch], float32 or wider; 0 where the kernels agree.
 
     Raises:
-      ValueError: for shapes that do not fit, a negative gamma, or an order below 1.
+        ValueError: for shapes that do not fit, a negative gamma, or an order below 1.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, teacher = jnp.eye(4), jnp.ones((4, 2)).cumsum(0)
+        >>> print(qk.losses.cc(student, teacher))
+        [0.19 0.19 0.19 0.19]
 
     Note:
-      The features are brought to unit length, as the expansion asks for; torchdistill 1.1.5 neither
-      does that nor squares the difference. `cc_adjacent` is the loss of the authors' code, which is
-      not the paper's.
+        The features are brought to unit length, as the expansion asks for; torchdistill 1.1.5
+        neither does that nor squares the difference. `cc_adjacent` is the loss of the authors'
+        code, which is not the paper's.
 
     Reference:
-      Peng et al., 2019, arXiv 1904.01802.
+        Peng et al., 2019, arXiv 1904.01802.
     """
     checks.number("gamma", gamma, low=0.0)
     checks.integer_in("order", order, 1)
-    student, teacher, mask = _prepare(student_feature, teacher_feature, where)
-    rows = related_rows(student, teacher, mask, axis_name)
-    g = jnp.asarray(gamma, rows.student.dtype)
+    batch, mask = _gather(student_feature, teacher_feature, where, axis_name)
+    g = jnp.asarray(gamma, batch.student.dtype)
 
-    def kernel(own: jax.Array, everyone: jax.Array) -> jax.Array:
+    def kernel(own: Array, everyone: Array) -> Array:
         cosine = inner(unit(own), unit(everyone))
         # The constant summand, p = 0, is the same in both nets.
         terms = [(2 * g) ** p / math.factorial(p) * cosine**p for p in range(1, order + 1)]
         return jnp.exp(-2 * g) * sum(terms)
 
-    gap = kernel(rows.student, rows.all_student) - kernel(rows.teacher, rows.all_teacher)
-    return keep(jnp.sum(jnp.square(gap), axis=-1) / rows.count, mask)
+    gap = kernel(batch.student, batch.all_student) - kernel(batch.teacher, batch.all_teacher)
+    return keep(jnp.sum(jnp.square(gap), axis=-1) / batch.count, mask)
 
 
 def cc_adjacent(
-    student_embedding: jax.Array,
-    teacher_embedding: jax.Array,
+    student_embedding: Feature,
+    teacher_embedding: Array,
     *,
     axis_name: str | None = None,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    where: Mask = None,
+) -> Values:
     """Products of neighbouring examples' distances: the loss of correlation congruence's code.
 
     With d_i = |e_i^student - e_i^teacher|, element by element, and j the next example of the batch:
@@ -257,51 +277,57 @@ def cc_adjacent(
         L_i = batch / (batch - 1) sum_c d_ic d_jc        (0 for the last example)
 
     Args:
-      student_embedding: e, [batch, dim].
-      teacher_embedding: [batch, dim]; the gradient flows into both embeddings.
-      axis_name: mapped axis over whose devices the batch is spread.
-      where: [batch] mask; examples where it is 0 or False are skipped and give 0.
+        student_embedding: e, [batch, dim].
+        teacher_embedding: [batch, dim]; the gradient flows into both embeddings.
+        axis_name: mapped axis over whose devices the batch is spread.
+        where: [batch] mask; examples where it is 0 or False are skipped and give 0.
 
     Returns:
-      [batch], float32 or wider; 0 for a batch of 1. Its mean is that over the batch - 1 neighbours;
-      the authors weight it by 0.02 and learn one linear layer of 128 outputs on either net.
+        [batch], float32 or wider; 0 for a batch of 1. Its mean is that over the batch - 1
+        neighbours; the authors weight it by 0.02 and learn one linear layer of 128 outputs on
+        either net.
 
     Raises:
-      ValueError: for shapes that differ.
+        ValueError: for shapes that differ.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> print(qk.losses.cc_adjacent(jnp.eye(4), jnp.ones((4, 4))))
+        [2.667 2.667 2.667 0.   ]
 
     Note:
-      This depends on the order of the batch, and is not the loss of the paper: that is `cc`.
+        This depends on the order of the batch, and is not the loss of the paper: that is `cc`.
 
     Reference:
-      The code published for Peng et al., 2019, arXiv 1904.01802.
+        The code published for Peng et al., 2019, arXiv 1904.01802.
     """
     names = ("student_embedding", "teacher_embedding")
     student, teacher, mask = prepare_features(
         student_embedding, teacher_embedding, where, names=names, detach=False
     )
-    rows = related_rows(student, teacher, mask, axis_name)
-    gap = jnp.abs(rows.student - rows.teacher)
+    batch = gather_batch(student, teacher, mask, axis_name)
+    gap = jnp.abs(batch.student - batch.teacher)
     everyone = gathered(gap, axis_name)
     size = everyone.shape[0]
-    position = jnp.where(rows.all_kept, jnp.arange(size), size)
+    position = jnp.where(batch.all_kept, jnp.arange(size), size)
     # following[i]: where the first kept example behind i stands; `size` if there is none.
-    following = jnp.append(jax.lax.cummin(position, reverse=True)[1:], size)[rows.position]
+    following = jnp.append(jax.lax.cummin(position, reverse=True)[1:], size)[batch.position]
     found = jnp.take(everyone, following, axis=0, mode="fill", fill_value=0)
-    return keep(jnp.sum(gap * found, axis=-1) * rows.count / jnp.maximum(rows.count - 1, 1), mask)
+    return keep(jnp.sum(gap * found, axis=-1) * batch.count / jnp.maximum(batch.count - 1, 1), mask)
 
 
 def irg(
-    student_logits: jax.Array,
-    teacher_logits: jax.Array,
-    student_features: Sequence[jax.Array],
-    teacher_features: Sequence[jax.Array],
+    student_logits: Logits,
+    teacher_logits: Array,
+    student_features: Arrays,
+    teacher_features: Arrays,
     *,
-    vertex: ArrayLike = 0.1,
-    edge: ArrayLike = 5.0,
-    transformation: ArrayLike = 5.0,
+    vertex: Scalar = 0.1,
+    edge: Scalar = 5.0,
+    transformation: Scalar = 5.0,
     axis_name: str | None = None,
-    where: jax.Array | None = None,
-) -> jax.Array:
+    where: Mask = None,
+) -> Values:
     """Instance relationship graphs: vertices, edges, and how a layer changes both.
 
     With z the logits of K classes, E_ij = |f_i - f_j|^2 over its largest value in the batch, for
@@ -313,30 +339,36 @@ def irg(
             + transformation mean_pairs (D_i^student - D_i^teacher)^2
 
     Args:
-      student_logits: z, [batch, classes]; the net that learns.
-      teacher_logits: [batch, classes]; no gradient flows into it.
-      student_features: tuple of maps and vectors, shallow to deep; for example two maps and the
-        pooled vector.
-      teacher_features: as many, of any size; no gradient flows into them.
-      vertex: weight of the first term, >= 0.
-      edge: weight of the second term, >= 0.
-      transformation: weight of the third term, >= 0.
-      axis_name: mapped axis over whose devices the batch is spread.
-      where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
+        student_logits: z, [batch, classes]; the net that learns.
+        teacher_logits: [batch, classes]; no gradient flows into it.
+        student_features: tuple of maps and vectors, shallow to deep; for example two maps and the
+            pooled vector.
+        teacher_features: as many, of any size; no gradient flows into them.
+        vertex: weight of the first term, >= 0.
+        edge: weight of the second term, >= 0.
+        transformation: weight of the third term, >= 0.
+        axis_name: mapped axis over whose devices the batch is spread.
+        where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
 
     Returns:
-      [batch], float32 or wider; 0 where logits agree and distances do up to a factor.
+        [batch], float32 or wider; 0 where logits agree and distances do up to a factor.
 
     Raises:
-      ValueError: for shapes that do not fit, or negative weights.
+        ValueError: for shapes that do not fit, or negative weights.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> student, teacher = jnp.eye(4), jnp.ones((4, 2)).cumsum(0)
+        >>> print(qk.losses.irg(student, 2 * student, (student,), (teacher,)))
+        [1.398 2.386 2.386 1.398]
 
     Note:
-      The authors' code is for Caffe; weights, squares and the normalisation by the maximum are
-      those of a PyTorch re-implementation. To subtract two maps, the larger is pooled to the
-      other's size, and so are its channels: neighbouring ones are averaged.
+        The authors' code is for Caffe; weights, squares and the normalisation by the maximum are
+        those of a PyTorch re-implementation. To subtract two maps, the larger is pooled to the
+        other's size, and so are its channels: neighbouring ones are averaged.
 
     Reference:
-      Liu et al., CVPR 2019, "Knowledge distillation via instance relationship graph".
+        Liu et al., CVPR 2019, "Knowledge distillation via instance relationship graph".
     """
     weights = {"vertex": vertex, "edge": edge, "transformation": transformation}
     for name, value in weights.items():
@@ -351,19 +383,21 @@ def irg(
     dtype = z_s.dtype
     edges, changes = [], []
     for student, teacher in pairs:
-        rows = related_rows(student, teacher, mask, axis_name)
+        batch = gather_batch(student, teacher, mask, axis_name)
 
-        def edges_of(own: jax.Array, everyone: jax.Array, rows: Rows = rows) -> jax.Array:
+        def edges_of(own: Array, everyone: Array, batch: GatheredBatch = batch) -> Array:
             # Distances do not know of the origin: products of centred rows lose fewer digits.
-            mean = jnp.sum(everyone, axis=0, keepdims=True) / rows.count
+            mean = jnp.sum(everyone, axis=0, keepdims=True) / batch.count
             own, everyone = own - mean, everyone - mean
             lengths = [jnp.sum(jnp.square(x), axis=-1) for x in (own, everyone)]
             square = lengths[0][:, None] + lengths[1][None, :] - 2 * inner(own, everyone)
-            kept = rows.pairs() & ~rows.itself()
+            kept = batch.pairs() & ~batch.itself()
             return _over_largest(jnp.where(kept, jnp.maximum(square, 0), 0), axis_name)
 
-        gap = edges_of(rows.student, rows.all_student) - edges_of(rows.teacher, rows.all_teacher)
-        edges.append(jnp.sum(jnp.square(gap), axis=-1) / rows.count)
+        gap = edges_of(batch.student, batch.all_student) - edges_of(
+            batch.teacher, batch.all_teacher
+        )
+        edges.append(jnp.sum(jnp.square(gap), axis=-1) / batch.count)
     maps = [pair for pair in pairs if pair[0].ndim == 4 and pair[1].ndim == 4]
     for first, second in itertools.pairwise(maps):
         change_s, change_t = (
@@ -378,12 +412,12 @@ def irg(
     return keep(total_loss, mask)
 
 
-def _over_largest(x: jax.Array, axis_name: str | None) -> jax.Array:
+def _over_largest(x: Array, axis_name: str | None) -> Array:
     largest = jnp.max(gathered(jnp.max(x)[None], axis_name))
     return x / jnp.where(largest > 0, largest, 1)
 
 
-def _change(first: jax.Array, second: jax.Array) -> jax.Array:
+def _change(first: Array, second: Array) -> Array:
     """Squared distance of each example's two maps, the larger pooled in size and channels."""
     first, second = pooled_alike(first, second)
     channels = min(first.shape[-1], second.shape[-1])
@@ -391,12 +425,13 @@ def _change(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(gap), axis=(1, 2, 3))
 
 
-def _prepare(
-    student: jax.Array, teacher: jax.Array, where: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    return prepare_features(student, teacher, where, alike="examples")
+def _gather(
+    student: Array, teacher: Array, where: Mask, axis_name: str | None
+) -> tuple[GatheredBatch, Kept]:
+    student, teacher, mask = prepare_features(student, teacher, where, alike="examples")
+    return gather_batch(student, teacher, mask, axis_name), mask
 
 
-def _huber(x: jax.Array) -> jax.Array:
+def _huber(x: Array) -> Array:
     size = jnp.abs(x)
     return jnp.where(size < 1, 0.5 * jnp.square(x), size - 0.5)

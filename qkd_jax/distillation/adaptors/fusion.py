@@ -33,8 +33,8 @@ class Review(nn.Module):
     the 3x3 convolution, and this what comes out of it.
 
     Attributes:
-      teachers: maps of the teacher, shallow to deep.
-      middle: channels of x.
+        teachers: maps of the teacher, shallow to deep.
+        middle: channels of x.
 
     Reference: Chen, Liu, Zhao, Jia, 2021, arXiv 2104.09044.
     """
@@ -83,8 +83,8 @@ class Calibration(nn.Module):
     weights belong to one batch size; these read the example alone.
 
     Attributes:
-      teachers: maps of the teacher.
-      dim: of queries and keys.
+        teachers: maps of the teacher.
+        dim: of queries and keys.
 
     Reference: Chen et al., 2020, arXiv 2012.03236.
     """
@@ -133,8 +133,8 @@ class Embeddings(nn.Module):
     The losses that take embeddings bring them to unit length themselves where their paper does.
 
     Attributes:
-      dim: of the embeddings; 128 in contrastive distillation (Tian, Krishnan, Isola, 2019, arXiv
-        1910.10699) and in the code of correlation congruence.
+        dim: of the embeddings; 128 in contrastive distillation (Tian, Krishnan, Isola, 2019, arXiv
+            1910.10699) and in the code of correlation congruence.
     """
 
     dim: int = 128

@@ -23,8 +23,8 @@ class ShallowHeads(nn.Module):
     channels, BatchNorm and ReLU behind each. Its mean over positions is the classifier's feature.
 
     Attributes:
-      deepest: map (height, width, channels) of the feature that teaches.
-      classes: number of logits.
+        deepest: map (height, width, channels) of the feature that teaches.
+        classes: number of logits.
 
     Reference: Zhang, Song, Gao, Chen, Bao, Ma, 2019, arXiv 1905.08094, figure 2; the bottleneck
     follows a re-implementation.
@@ -78,10 +78,10 @@ class Branches(nn.Module):
     logits. The gate is a dense layer on the trunk's mean, BatchNorm, ReLU and softmax.
 
     Attributes:
-      deepest: shape of the net's own last feature, without the batch.
-      classes: number of logits.
-      branches: ends in all, the net's own among them.
-      blocks: residual blocks of a branch.
+        deepest: shape of the net's own last feature, without the batch.
+        classes: number of logits.
+        branches: ends in all, the net's own among them.
+        blocks: residual blocks of a branch.
 
     Reference: Lan, Zhu, Gong, 2018, arXiv 1806.04606, where branches repeat the net's own last
     stage. For the ResNets for small images they do so here, given as many blocks; the further

@@ -105,7 +105,7 @@ class Views(nn.Module):
     """No parameters: features of unlike kinds, or tokens, as maps.
 
     Attributes:
-      vectors: whether vectors stay vectors.
+        vectors: whether vectors stay vectors.
     """
 
     vectors: bool = False

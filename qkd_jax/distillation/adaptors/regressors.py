@@ -50,14 +50,16 @@ class Regressors(nn.Module):
     """FitNet's convolutional regressor for each pair, to the teacher's size and channels.
 
     3x3 with stride 2 where the student's map is twice the teacher's, a transposed 4x4 with stride 2
-    where it is half, else a valid convolution of the difference in size; BatchNorm and ReLU behind.
+    where it is half, else a valid convolution of the difference in size; BatchNorm and ReLU follow,
+    as in common code. The paper has neither, and trains regressor and lower layers in a stage of
+    their own.
 
     Deviations: a map that is smaller, or larger by 5 and more, is not regressed to the teacher's
     size (a 1x1 convolution follows a pooling to the smaller one, and the loss pools the teacher's).
 
     Attributes:
-      teachers: maps (height, width, channels) to come to.
-      relu: whether a ReLU follows, as it should where the teacher's tap is behind one.
+        teachers: maps (height, width, channels) to come to.
+        relu: whether a ReLU follows, as it should where the teacher's tap is behind one.
 
     Reference: Romero et al., 2014, arXiv 1412.6550; the shapes follow the code of arXiv 1910.10699.
     """
@@ -105,8 +107,8 @@ class Connectors(nn.Module):
     """A 1x1 convolution for each pair to the teacher's channels, and BatchNorm where asked for.
 
     Attributes:
-      channels: the teacher's.
-      norm: whether BatchNorm follows.
+        channels: the teacher's.
+        norm: whether BatchNorm follows.
     """
 
     channels: tuple[int, ...]

@@ -5,35 +5,38 @@ A feature is a vector [batch, channels] or a map [batch, height, width, channels
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from qkd_jax import checks
 from qkd_jax.losses.inputs.logits import keep
+from qkd_jax.losses.inputs.shapes import Array, Arrays, Kept, Mask, Values
 
 __all__ = [
-    "Rows",
+    "GatheredBatch",
     "adaptive_avg_pool",
     "adaptive_mean",
     "check_tuple",
     "example_means",
+    "gather_batch",
     "gathered",
     "inner",
     "pooled_alike",
     "prepare_feature_lists",
     "prepare_features",
-    "related_rows",
     "safe_norm",
     "total",
     "unit",
 ]
 
+Prepared = Float[Array, "batch ..."]
 
-def adaptive_avg_pool(x: jax.Array, height: int, width: int) -> jax.Array:
+
+def adaptive_avg_pool(x: Array, height: int, width: int) -> Array:
     """Averages a map over windows that cover it evenly, so that it gets a given size.
 
     Output row i is the mean of the input rows floor(i H / height) to ceil((i + 1) H / height) - 1,
@@ -41,15 +44,15 @@ def adaptive_avg_pool(x: jax.Array, height: int, width: int) -> jax.Array:
     become 4 by windows of two each, with one row shared). As PyTorch's `adaptive_avg_pool2d`.
 
     Args:
-      x: [batch, H, W, channels], floating.
-      height: of the result, at least 1.
-      width: of the result, at least 1.
+        x: [batch, H, W, channels], floating.
+        height: of the result, at least 1.
+        width: of the result, at least 1.
 
     Returns:
-      [batch, height, width, channels], dtype of `x`.
+        [batch, height, width, channels], dtype of `x`.
 
     Raises:
-      ValueError: for an array that is not a map, or a size below 1.
+        ValueError: for an array that is not a map, or a size below 1.
     """
     checks.rank("x", x, 4, "[batch, height, width, channels]")
     checks.integer_in("height", height, 1)
@@ -57,7 +60,7 @@ def adaptive_avg_pool(x: jax.Array, height: int, width: int) -> jax.Array:
     return adaptive_mean(adaptive_mean(x, 1, height), 2, width)
 
 
-def adaptive_mean(x: jax.Array, axis: int, size: int) -> jax.Array:
+def adaptive_mean(x: Array, axis: int, size: int) -> Array:
     """Averages one axis over the windows of `adaptive_avg_pool`, so that it gets a given size."""
     given = x.shape[axis]
     if given == size:
@@ -72,7 +75,7 @@ def adaptive_mean(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.moveaxis(jnp.tensordot(x, share, axes=(axis, 1), precision="highest"), -1, axis)
 
 
-def pooled_alike(*maps: jax.Array) -> tuple[jax.Array, ...]:
+def pooled_alike(*maps: Array) -> tuple[Array, ...]:
     """Pools maps to the smallest height and the smallest width among them; vectors pass."""
     if any(x.ndim != 4 for x in maps):
         return maps
@@ -80,7 +83,7 @@ def pooled_alike(*maps: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(adaptive_avg_pool(x, height, width) for x in maps)
 
 
-def _prepared(name: str, x: jax.Array) -> jax.Array:
+def _prepared(name: str, x: Array) -> Float[Array, "batch ..."]:
     x = jnp.asarray(x)
     if x.ndim not in (2, 4):
         raise ValueError(
@@ -93,30 +96,30 @@ def _prepared(name: str, x: jax.Array) -> jax.Array:
 
 
 def prepare_features(
-    student: jax.Array,
-    teacher: jax.Array,
-    where: jax.Array | None,
+    student: Array,
+    teacher: Array,
+    where: Mask,
     *,
     names: tuple[str, str] = ("student_feature", "teacher_feature"),
     alike: str = "elements",
     maps: bool = False,
     detach: bool = True,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[Prepared, Prepared, Kept]:
     """Checks two features; returns them masked and in one dtype, and the mask as booleans.
 
     Args:
-      student: vector or map.
-      teacher: vector or map of as many examples.
-      where: [batch] mask or None.
-      names: what messages call the two.
-      alike: what the comparison needs. "elements": as many channels and one size, to which the
-        larger map is pooled. "size": one size alone. "channels": as many channels alone.
-        "examples": nothing but the same examples.
-      maps: refuse vectors.
-      detach: no gradient flows into `teacher`.
+        student: vector or map.
+        teacher: vector or map of as many examples.
+        where: [batch] mask or None.
+        names: what messages call the two.
+        alike: what the comparison needs. "elements": as many channels and one size, to which the
+            larger map is pooled. "size": one size alone. "channels": as many channels alone.
+            "examples": nothing but the same examples.
+        maps: refuse vectors.
+        detach: no gradient flows into `teacher`.
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit.
+        ValueError: for shapes or dtypes that do not fit.
     """
     student, teacher = _prepared(names[0], student), _prepared(names[1], teacher)
     if student.shape[0] != teacher.shape[0]:
@@ -150,17 +153,12 @@ def prepare_features(
 
 
 def prepare_feature_lists(
-    students: Sequence[jax.Array],
-    teachers: Sequence[jax.Array],
-    where: jax.Array | None,
-    *,
-    alike: str = "elements",
-    maps: bool = False,
-) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array | None]:
+    students: Arrays, teachers: Arrays, where: Mask, *, alike: str = "elements", maps: bool = False
+) -> tuple[list[tuple[Prepared, Prepared]], Kept]:
     """Checks two tuples of features, pair by pair as `prepare_features` does.
 
     Raises:
-      ValueError: for single arrays, no features, or tuples of unlike length.
+        ValueError: for single arrays, no features, or tuples of unlike length.
     """
     for name, given in (("student_features", students), ("teacher_features", teachers)):
         check_tuple(name, given, "features, shallow to deep")
@@ -194,58 +192,58 @@ def check_tuple(name: str, given: Any, meaning: str) -> None:
     checks.at_least_one(name, given)
 
 
-def example_means(x: jax.Array) -> jax.Array:
+def example_means(x: Prepared) -> Values:
     """Mean over all axes but the first."""
     return jnp.mean(x.reshape(x.shape[0], -1), axis=-1)
 
 
-def gathered(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """The rows of all devices, in the order of the global batch; `x` itself without an axis.
+def gathered(x: Array, axis_name: str | None) -> Array:
+    """Returns the examples of all devices in the order of the global batch; `x` without an axis.
 
-    Its transpose adds what all devices send back, so with every device's loss the sum over its own
-    rows, the gradients are those of the sum over the global batch.
+    The transpose sums over devices: where each device's loss is the sum over its own examples, the
+    gradients are those of the sum over the global batch.
     """
     if axis_name is None:
         return x
     return jax.lax.all_gather(x, axis_name, axis=0, tiled=True)
 
 
-def total(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """The sum over devices; `x` itself without an axis."""
+def total(x: Array, axis_name: str | None) -> Array:
+    """Returns the sum over devices; `x` without an axis."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
-class Rows(NamedTuple):
-    """Examples of this device beside those of the global batch, features flattened."""
+class GatheredBatch(NamedTuple):
+    """The examples of this device and those of the global batch, features flattened."""
 
-    student: jax.Array  # [batch, n]
-    teacher: jax.Array  # [batch, m]
-    all_student: jax.Array  # [global batch, n]
-    all_teacher: jax.Array  # [global batch, m]
-    kept: jax.Array  # [batch] bool
-    all_kept: jax.Array  # [global batch] bool
-    count: jax.Array  # number of kept examples in the global batch, at least 1
-    position: jax.Array  # [batch] int32: where this device's rows stand in the global batch
+    student: Float[Array, "batch n"]
+    teacher: Float[Array, "batch m"]
+    all_student: Float[Array, "all n"]
+    all_teacher: Float[Array, "all m"]
+    kept: Bool[Array, " batch"]
+    all_kept: Bool[Array, " all"]
+    count: Float[Array, ""]  # number of kept examples in the global batch, at least 1
+    position: Int[Array, " batch"]  # of this device's examples in the global batch
 
-    def pairs(self) -> jax.Array:
-        """[batch, global batch]: whether both examples are kept."""
+    def pairs(self) -> Bool[Array, "batch all"]:
+        """Whether both examples are kept."""
         return self.kept[:, None] & self.all_kept[None, :]
 
-    def itself(self) -> jax.Array:
-        """[batch, global batch]: whether both are the same example."""
+    def itself(self) -> Bool[Array, "batch all"]:
+        """Whether both are the same example."""
         return self.position[:, None] == jnp.arange(self.all_kept.shape[0])[None, :]
 
 
-def related_rows(
-    student: jax.Array, teacher: jax.Array, mask: jax.Array | None, axis_name: str | None
-) -> Rows:
-    """Flattens prepared features to rows and gathers those of all devices."""
+def gather_batch(
+    student: Prepared, teacher: Prepared, mask: Kept, axis_name: str | None
+) -> GatheredBatch:
+    """Flattens prepared features to vectors and gathers those of all devices."""
     batch = student.shape[0]
     student, teacher = student.reshape(batch, -1), teacher.reshape(batch, -1)
     kept = jnp.ones(batch, bool) if mask is None else mask
     all_kept = gathered(kept, axis_name)
     offset = 0 if axis_name is None else jax.lax.axis_index(axis_name) * batch
-    return Rows(
+    return GatheredBatch(
         student=student,
         teacher=teacher,
         all_student=gathered(student, axis_name),
@@ -257,18 +255,18 @@ def related_rows(
     )
 
 
-def inner(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Products of rows, a b^T, in full precision, [n, d] and [m, d] -> [n, m]."""
+def inner(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    """Products of rows, a b^T, in full precision."""
     return jnp.matmul(a, b.T, precision="highest")
 
 
-def safe_norm(x: jax.Array, axis: int = -1, *, keepdims: bool = False) -> jax.Array:
+def safe_norm(x: Array, axis: int = -1, *, keepdims: bool = False) -> Array:
     """Euclidean norm with gradient 0, not NaN, at 0."""
     square = jnp.sum(jnp.square(x), axis=axis, keepdims=keepdims)
     some = square > 0
     return jnp.where(some, jnp.sqrt(jnp.where(some, square, 1)), 0)
 
 
-def unit(x: jax.Array, axis: int = -1, *, eps: float = 1e-12) -> jax.Array:
+def unit(x: Array, axis: int = -1, *, eps: float = 1e-12) -> Array:
     """Unit vectors x / max(|x|, eps) along an axis; 0 stays 0, with a finite gradient."""
     return x / jnp.maximum(safe_norm(x, axis, keepdims=True), eps)

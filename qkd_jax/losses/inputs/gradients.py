@@ -6,31 +6,33 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from qkd_jax.losses.inputs.shapes import Array
+
 __all__ = ["reverse_gradient"]
 
 
 @jax.custom_vjp
-def reverse_gradient(x: jax.Array, strength: ArrayLike = 1.0) -> jax.Array:
+def reverse_gradient(x: Array, strength: ArrayLike = 1.0) -> Array:
     """Returns `x`; the gradient that comes back is multiplied by -strength.
 
     What is learned through it climbs the loss that everything else descends.
 
     Args:
-      x: any array.
-      strength: a scalar; no gradient flows into it.
+        x: any array.
+        strength: a scalar; no gradient flows into it.
 
     Reference:
-      Ganin, Lempitsky, 2014, arXiv 1409.7495.
+        Ganin, Lempitsky, 2014, arXiv 1409.7495.
     """
     del strength
     return x
 
 
-def _forward(x: jax.Array, strength: ArrayLike) -> tuple[jax.Array, ArrayLike]:
+def _forward(x: Array, strength: ArrayLike) -> tuple[Array, ArrayLike]:
     return x, strength
 
 
-def _backward(strength: ArrayLike, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(strength: ArrayLike, g: Array) -> tuple[Array, Array]:
     strength = jnp.asarray(strength)
     return -strength.astype(g.dtype) * g, jnp.zeros_like(strength)
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from qkd_jax import checks
+from qkd_jax.losses.inputs.shapes import Array, Kept, Mask, Matrix
 
 __all__ = ["divergence", "hits", "keep", "prepare_logits", "prepare_pair", "standardized"]
 
 
-def prepare_logits(
-    name: str, logits: jax.Array, where: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
+def prepare_logits(name: str, logits: Array, where: Mask) -> tuple[Matrix, Kept]:
     """Checks logits and mask; returns the logits in float32 or wider and the mask as booleans."""
     logits = jnp.asarray(logits)
     checks.rank(name, logits, 2, "[batch, classes]")
@@ -25,8 +25,8 @@ def prepare_logits(
 
 
 def prepare_pair(
-    student_logits: jax.Array, teacher_logits: jax.Array, where: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    student_logits: Array, teacher_logits: Array, where: Mask
+) -> tuple[Matrix, Matrix, Kept]:
     """Checks both logits; returns them masked, in one dtype, the teacher's without gradient."""
     student, mask = prepare_logits("student_logits", student_logits, where)
     teacher, _ = prepare_logits("teacher_logits", teacher_logits, None)
@@ -36,7 +36,7 @@ def prepare_pair(
     return keep(student.astype(dtype), mask), keep(teacher.astype(dtype), mask), mask
 
 
-def keep(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def keep(x: Float[Array, " batch *rest"], mask: Kept) -> Float[Array, " batch *rest"]:
     """Returns `x` with the masked-out rows set to 0.
 
     Applied to the inputs as well as to the result: a NaN in a row that only the result leaves out
@@ -47,7 +47,9 @@ def keep(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, 0.0)
 
 
-def hits(labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def hits(
+    labels: Array, logits: Matrix
+) -> tuple[Bool[Array, "batch classes"], Bool[Array, " batch"]]:
     """Returns ([batch, classes] whether a class is the label, [batch] whether there is one).
 
     A comparison instead of a gather: its gradient is a product, not a scatter, and a label that is
@@ -59,7 +61,7 @@ def hits(labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return hit, jnp.any(hit, axis=-1)
 
 
-def standardized(logits: jax.Array) -> jax.Array:
+def standardized(logits: Matrix) -> Matrix:
     """Returns the z-scores of each row of [batch, classes]: (z - mean) / (std + 1e-7).
 
     The standard deviation is the unbiased one (divided by classes - 1), as in the code of Sun et
@@ -73,7 +75,10 @@ def standardized(logits: jax.Array) -> jax.Array:
     return jnp.where(some, centred / (std + 1e-7), 0)
 
 
-def divergence(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
+def divergence(
+    target_logits: Float[Array, " *#batch classes"],
+    logits: Float[Array, " *#batch classes"],
+) -> Float[Array, " *_"]:
     """Returns KL(softmax(target_logits) || softmax(logits)) over the last axis."""
     log_target = jax.nn.log_softmax(target_logits)
     log_p = jax.nn.log_softmax(logits)
