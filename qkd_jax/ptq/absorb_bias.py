@@ -73,6 +73,15 @@ def absorb_bias(
 
     Raises:
         ValueError: calibrated variables, no batch, or an unknown `how`.
+
+    Example:
+        >>> import flax.linen as nn, jax, qkd_jax as qk
+        >>> model = nn.Sequential((nn.Dense(4), nn.relu, nn.Dense(2)))
+        >>> net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(4))])
+        >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+        >>> variables = net.init(jax.random.key(0), x)
+        >>> _ = qk.ptq.absorb_bias(net, variables, [x], report=print)
+        absorbed 0 of 4 channels: layers_0 -> layers_2
     """
     checks.one_of("how", how, ("empirical", "analytic"))
     checks.number("deviations", deviations, low=0)

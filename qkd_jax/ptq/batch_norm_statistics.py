@@ -56,6 +56,16 @@ def reestimate_batch_norm(
 
     Raises:
         ValueError: no batch, no BatchNorm, or a BatchNorm that is folded already.
+
+    Example:
+        >>> import flax.linen as nn, jax, qkd_jax as qk
+        >>> model = nn.Sequential((nn.Dense(4), nn.BatchNorm(use_running_average=True)))
+        >>> net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(4))])
+        >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+        >>> variables = net.init(jax.random.key(0), x)
+        >>> new = qk.ptq.reestimate_batch_norm(net, variables, [x])
+        >>> new["batch_stats"]["layers_1"]["mean"].shape
+        (4,)
     """
     variables = unfreeze(dict(variables))
     if not variables.get("batch_stats"):

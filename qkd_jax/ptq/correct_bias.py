@@ -75,6 +75,15 @@ def correct_bias(
         ValueError: variables that are not calibrated or whose BatchNorms are folded into quantized
             layers, no batch, an unknown `how`, a reference that is folded otherwise, or none for
             weights that lie on their grid already.
+
+    Example:
+        >>> import flax.linen as nn, jax, qkd_jax as qk
+        >>> model = nn.Sequential((nn.Dense(4), nn.relu, nn.Dense(2)))
+        >>> net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(4))])
+        >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+        >>> variables = qk.calibrate(net, net.init(jax.random.key(0), x), [x])
+        >>> qk.ptq.correct_bias(net, variables, [x])["params"]["layers_0"]["bias"].shape
+        (4,)
     """
     checks.one_of("how", how, ("empirical", "analytic"))
     if not is_calibrated(variables):

@@ -80,6 +80,16 @@ def equalize(
 
     Raises:
         ValueError: calibrated variables, or a BatchNorm between the layers of a pair.
+
+    Example:
+        >>> import flax.linen as nn, jax, qkd_jax as qk
+        >>> model = nn.Sequential((nn.Dense(4), nn.relu, nn.Dense(2)))
+        >>> net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(4))])
+        >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+        >>> variables = net.init(jax.random.key(0), x)
+        >>> equal = qk.ptq.equalize(net, variables, x)
+        >>> bool(jax.numpy.allclose(net.apply(equal, x), net.apply(variables, x), atol=1e-5))
+        True
     """
     checks.integer_in("sweeps", sweeps, 1)
     checks.number("tolerance", tolerance, low=0)
@@ -121,6 +131,15 @@ def equalization_pairs(
     """Lists the layers that `equalize` takes together: pairs, and triples around depthwise ones.
 
     Arguments and errors are those of `equalize`.
+
+    Example:
+        >>> import flax.linen as nn, jax, qkd_jax as qk
+        >>> model = nn.Sequential((nn.Dense(4), nn.relu, nn.Dense(2)))
+        >>> net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(4))])
+        >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+        >>> variables = net.init(jax.random.key(0), x)
+        >>> qk.ptq.equalization_pairs(net, variables, x)
+        [('layers_0', 'layers_2')]
     """
     return [chain.layers for chain in _chains(net, variables, images, kwargs)[0]]
 

@@ -73,6 +73,15 @@ def fold_bn(
         Variables for `net.apply` in eval mode: `quant/<layer>/folded/{multiplier,bias}` and
         `quant/<norm>/folded/identity` are added, and a float layer's kernel, and the bias of a
         layer that has one, are rewritten. Training on from them makes no sense.
+
+    Example:
+        >>> import flax.linen as nn, jax, qkd_jax as qk
+        >>> model = nn.Sequential((nn.Dense(4), nn.BatchNorm(use_running_average=True)))
+        >>> net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(4))])
+        >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+        >>> variables = net.init(jax.random.key(0), x)
+        >>> sorted(qk.ptq.fold_bn(net, variables, x)["quant"])
+        ['layers_1']
     """
     traced = trace_net(net, variables, images, **kwargs)
     result = unfreeze(dict(variables))

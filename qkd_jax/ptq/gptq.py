@@ -70,6 +70,16 @@ def gptq(
         ValueError: variables that are not calibrated or whose BatchNorms are folded into quantized
             layers, no batch, a dynamic weight spec, a quantizer that moves values of its own grid,
             or inputs that are not finite.
+
+    Example:
+        >>> import flax.linen as nn, jax, qkd_jax as qk
+        >>> model = nn.Sequential((nn.Dense(4), nn.relu, nn.Dense(2)))
+        >>> net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(4))])
+        >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+        >>> variables = qk.calibrate(net, net.init(jax.random.key(0), x), [x])
+        >>> rounded = qk.ptq.gptq(net, variables, [x])
+        >>> jax.numpy.unique(rounded["params"]["layers_0"]["kernel"]).size <= 2**4
+        True
     """
     checks.number("percdamp", percdamp, low=0, low_allowed=False)
     checks.integer_in("block", block, 1)

@@ -48,6 +48,15 @@ def integer_bias(
 
     Returns:
         Variables for `net.apply` in eval mode, `convert` and `to_onnx`.
+
+    Example:
+        >>> import flax.linen as nn, jax, qkd_jax as qk
+        >>> model = nn.Sequential((nn.Dense(4), nn.relu, nn.Dense(2)))
+        >>> net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(8), input=qk.Spec(8))])
+        >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+        >>> variables = qk.calibrate(net, net.init(jax.random.key(0), x), [x])
+        >>> qk.ptq.integer_bias(net, variables, x)["params"]["layers_0"]["bias"].shape
+        (4,)
     """
     result = unfreeze(dict(fold_bn(net, variables, images, **kwargs)))
     traced = trace_net(net, result, images, **kwargs)

@@ -71,6 +71,16 @@ def adaround(
     Raises:
         ValueError: variables that are not calibrated or whose BatchNorms are folded into
             multipliers; a weight quantizer without a fixed grid; no data; numbers out of range.
+
+    Example:
+        >>> import flax.linen as nn, jax, qkd_jax as qk
+        >>> model = nn.Sequential((nn.Dense(4), nn.relu, nn.Dense(2)))
+        >>> net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(4))])
+        >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+        >>> variables = qk.calibrate(net, net.init(jax.random.key(0), x), [x])
+        >>> rounded = qk.ptq.adaround(net, variables, [x], steps=10)
+        >>> jax.numpy.unique(rounded["params"]["layers_0"]["kernel"]).size <= 2**4
+        True
     """
     settings = Settings(steps, batch_size, lr, weight)
     return _reconstruct(
@@ -113,6 +123,16 @@ def brecq(
 
     Raises:
         ValueError: as `adaround`.
+
+    Example:
+        >>> import flax.linen as nn, jax, qkd_jax as qk
+        >>> model = nn.Sequential((nn.Dense(4), nn.relu, nn.Dense(2)))
+        >>> net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(4))])
+        >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+        >>> variables = qk.calibrate(net, net.init(jax.random.key(0), x), [x])
+        >>> rounded = qk.ptq.brecq(net, variables, [x], steps=10)
+        >>> jax.numpy.unique(rounded["params"]["layers_0"]["kernel"]).size <= 2**4
+        True
     """
     settings = Settings(steps, batch_size, lr, weight, step_lr)
     return _reconstruct(
@@ -160,6 +180,16 @@ def qdrop(
 
     Raises:
         ValueError: as `adaround`.
+
+    Example:
+        >>> import flax.linen as nn, jax, qkd_jax as qk
+        >>> model = nn.Sequential((nn.Dense(4), nn.relu, nn.Dense(2)))
+        >>> net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(4))])
+        >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+        >>> variables = qk.calibrate(net, net.init(jax.random.key(0), x), [x])
+        >>> rounded = qk.ptq.qdrop(net, variables, [x], steps=10)
+        >>> jax.numpy.unique(rounded["params"]["layers_0"]["kernel"]).size <= 2**4
+        True
     """
     checks.number("drop", drop, low=0.0, high=1.0)
     settings = Settings(steps, batch_size, lr, weight, step_lr, drop)

@@ -80,6 +80,16 @@ def smooth(
 
     Raises:
         ValueError: calibrated variables, no batch, or alpha outside [0, 1].
+
+    Example:
+        >>> import flax.linen as nn, jax, qkd_jax as qk
+        >>> model = nn.Sequential((nn.Dense(4), nn.relu, nn.Dense(2)))
+        >>> net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(8), input=qk.Spec(8))])
+        >>> x = jax.random.normal(jax.random.key(1), (8, 3))
+        >>> variables = net.init(jax.random.key(0), x)
+        >>> easier = qk.ptq.smooth(net, variables, [x])
+        >>> bool(jax.numpy.allclose(net.apply(easier, x), net.apply(variables, x), atol=1e-5))
+        True
     """
     checks.in_range("alpha", alpha, 0, 1)
     refuse_quantized("smooth", variables)
