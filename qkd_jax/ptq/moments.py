@@ -1,4 +1,4 @@
-"""What BatchNorm knows about activations: their mean and spread, without data.
+"""Moments of activations from BatchNorm's parameters, without data.
 
 In eval mode a BatchNorm's output has the mean `bias` and the standard deviation `|scale|` per
 channel, over the data it was trained on; taken as Gaussian, the moments behind a ReLU follow. A
@@ -33,7 +33,7 @@ __all__ = [
 def norms_by_layer(
     net: QuantizedModel, variables: Mapping[str, Any], images: Any, kwargs: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Layer -> the BatchNorm that normalises its output, folded or not."""
+    """Returns {layer: the BatchNorm that normalises its output}, folded or not."""
     traced = trace_net(net, unfolded(variables), images, **kwargs)
     found = {}
     for product in products(traced.graph):
@@ -44,7 +44,7 @@ def norms_by_layer(
 
 
 def output_moments(variables: Mapping[str, Any], norm: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean and standard deviation of a BatchNorm's output; None without scale or bias."""
+    """Returns mean and standard deviation of a BatchNorm's output; None without scale or bias."""
     params = get(variables, join("params", norm))
     if "scale" not in params or "bias" not in params:
         return None
@@ -52,7 +52,7 @@ def output_moments(variables: Mapping[str, Any], norm: str) -> tuple[np.ndarray,
 
 
 def rescale_folded(variables: Mapping[str, Any], norm: str, factor: np.ndarray) -> dict[str, Any]:
-    """Divides what a folded BatchNorm says about its layer's output, which was divided itself."""
+    """Divides the stated moments of a folded BatchNorm, as its layer's output was divided."""
     result = dict(variables)
     for name in ("scale", "bias"):
         if name in get(result, join("params", norm)):
@@ -62,18 +62,18 @@ def rescale_folded(variables: Mapping[str, Any], norm: str, factor: np.ndarray) 
 
 
 def rectified_mean(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """E[max(x, 0)] for x ~ N(mean, std^2): std phi(mean / std) + mean Phi(mean / std)."""
+    """Returns E[max(x, 0)] for x ~ N(mean, std^2): std phi(mean / std) + mean Phi(mean / std)."""
     safe = np.where(std > 0, std, 1.0)
     ratio = mean / safe
     density = np.exp(-0.5 * ratio**2) / np.sqrt(2 * np.pi)
-    spread = safe * density + mean * scipy.special.ndtr(ratio)
-    return np.where(std > 0, spread, np.maximum(mean, 0))
+    gaussian = safe * density + mean * scipy.special.ndtr(ratio)
+    return np.where(std > 0, gaussian, np.maximum(mean, 0))
 
 
 def input_means(
     net: QuantizedModel, variables: Mapping[str, Any], images: Any, kwargs: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Layer -> mean of its input per channel, where that is a BatchNorm's output or its ReLU."""
+    """Returns {layer: mean of its input per channel}, behind a BatchNorm or its ReLU alone."""
     traced = trace_net(net, unfolded(variables), images, **kwargs)
     graph = traced.graph
     norms = {}

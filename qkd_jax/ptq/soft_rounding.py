@@ -1,4 +1,4 @@
-"""AdaRound's soft rounding: weights between two codes, and a penalty that makes them choose.
+"""AdaRound's soft rounding: weights between two codes, and a penalty that drives them to one.
 
     W~ = s (clip(floor(W / s) + h(V) + z, n, p) - z)
     h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1),   zeta = 1.1, gamma = -0.1

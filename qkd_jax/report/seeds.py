@@ -11,10 +11,11 @@ hard for all arms cancels).
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,15 @@ MEASURES = {
 def paired_interval(
     first: Sequence[float], second: Sequence[float], *, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean of `first - second` and its two-sided t interval.
+    """Returns (mean, low, high) of `first - second` and its two-sided t interval.
 
     Args:
-      first: one value a seed.
-      second: the same seeds, in the same order.
-      level: coverage.
-
-    Returns:
-      (mean, low, high).
+        first: one value a seed.
+        second: the same seeds, in the same order.
+        level: coverage.
 
     Raises:
-      ValueError: lengths differ, or fewer than two pairs.
+        ValueError: lengths differ, or fewer than two pairs.
     """
     from scipy.special import stdtrit
 
@@ -60,10 +58,10 @@ def paired_interval(
 
 
 def collect(folders: Sequence[Path]) -> dict[str, list[Mapping[str, Any]]]:
-    """{"net: method": [row of each run]}, the runs in the given order.
+    """Returns {"net: method": [row of each run]}, the runs in the given order.
 
     Raises:
-      ValueError: a folder without results, or runs whose rows differ.
+        ValueError: a folder without results, or runs whose rows differ.
     """
     found: dict[str, list[Mapping[str, Any]]] = {}
     names: list[str] | None = None
@@ -83,27 +81,20 @@ def collect(folders: Sequence[Path]) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], *, against: str = "") -> str:
-    """The tables of `collect`'s rows, as Markdown."""
+    """Returns the tables of `collect`'s rows, as Markdown."""
     seeds = len(next(iter(rows.values())))
-    every = [row for found in rows.values() for row in found]
+    every = [row for runs in rows.values() for row in runs]
     measures = {k: m for k, m in MEASURES.items() if any(row.get(k) is not None for row in every)}
     headings = " | ".join(heading for heading, _, _ in measures.values())
     rule = "|---" * (1 + len(measures)) + "|"
+
+    def line(name: str, cell: Callable[[str, float, int], str]) -> str:
+        cells = [cell(key, factor, digits) for key, (_, factor, digits) in measures.items()]
+        return f"| {name} | {' | '.join(cells)} |"
+
     lines = [f"{seeds} seeds; mean +- standard deviation over seeds.", ""]
     lines += [f"| net: method | {headings} |", rule]
-    for name, found in rows.items():
-        cells = []
-        for key, (_, factor, digits) in measures.items():
-            # A net without a mistake has no severity: the seeds that have one are averaged.
-            values = [row[key] * factor for row in found if row.get(key) is not None]
-            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-            few = f" ({len(values)} seeds)" if values and len(values) < seeds else ""
-            cells.append(
-                f"{statistics.fmean(values):.{digits}f} +- {spread:.{digits}f}{few}"
-                if values
-                else "-"
-            )
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [line(name, functools.partial(_mean, runs)) for name, runs in rows.items()]
     anchors = [name for name in rows if name.endswith(f": {against}")] if against else []
     if against and not anchors:
         raise checks.unknown("method", against, [name.split(": ", 1)[1] for name in rows])
@@ -113,22 +104,34 @@ def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], *, against: str = 
         lines += ["", f"Paired differences, {anchor} minus the row, mean [95 % t interval]:", ""]
         lines += [f"| against | {headings} |", rule]
         for name in rows:
-            if name == anchor:
-                continue
-            cells = []
-            for key, (_, factor, digits) in measures.items():
-                pairs = [
-                    (ours[key] * factor, theirs[key] * factor)
-                    for ours, theirs in zip(rows[anchor], rows[name], strict=True)
-                    if ours.get(key) is not None and theirs.get(key) is not None
-                ]
-                if len(pairs) < 2:
-                    cells.append("-")
-                    continue
-                mean, low, high = paired_interval(*zip(*pairs, strict=True))
-                cells.append(f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            if name != anchor:
+                lines.append(line(name, functools.partial(_paired, rows[anchor], rows[name])))
     return "\n".join(lines)
+
+
+def _mean(runs: Sequence[Mapping[str, Any]], key: str, factor: float, digits: int) -> str:
+    # A net without a mistake has no severity: the seeds that have one are averaged.
+    values = [row[key] * factor for row in runs if row.get(key) is not None]
+    if not values:
+        return "-"
+    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+    few = f" ({len(values)} seeds)" if len(values) < len(runs) else ""
+    return f"{statistics.fmean(values):.{digits}f} +- {spread:.{digits}f}{few}"
+
+
+def _paired(
+    ours: Sequence[Mapping[str, Any]],
+    theirs: Sequence[Mapping[str, Any]],
+    key: str,
+    factor: float,
+    digits: int,
+) -> str:
+    pairs = [(a.get(key), b.get(key)) for a, b in zip(ours, theirs, strict=True)]
+    known = [(a * factor, b * factor) for a, b in pairs if a is not None and b is not None]
+    if len(known) < 2:
+        return "-"
+    mean, low, high = paired_interval(*zip(*known, strict=True))
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def main() -> None:

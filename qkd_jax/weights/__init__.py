@@ -1,4 +1,4 @@
-"""Weights in and out: a net's variables from files, and into files that others read.
+"""Weights in and out: reading and writing a net's variables in files that others use.
 
     variables = weights.load("resnet50.safetensors")        # torchvision, timm, RepDistiller, ours
     variables = weights.load("runs/mine#student")           # a run's checkpoint
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from qkd_jax import checks
@@ -54,7 +55,7 @@ def load(source: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: no such file, net or format, a damaged file, names of no known layout.
     """
     source = os.fspath(source)
-    path, _, net = source.partition("#")
+    path, _, name = source.partition("#")
     if path.endswith(PICKLED):
         raise ValueError(_refusal(path))
     if path.endswith(".npz"):
@@ -62,8 +63,8 @@ def load(source: str | os.PathLike[str]) -> dict[str, Any]:
     if path.endswith(".safetensors"):
         return _variables(read_safetensors(path)[0], path)
     if (Path(path) / "checkpoints").is_dir():
-        return _from_run(path, net)
-    if Path(path).is_dir() and not net:
+        return _from_run(path, name)
+    if Path(path).is_dir() and not name:
         return _from_orbax(path)
     raise ValueError(f"there are no weights at {source!r}; give {FORMS}.")
 
@@ -74,7 +75,7 @@ def save(
     """Writes a net's variables to a .safetensors or .npz file.
 
     Args:
-        path: the file; its ending says the format.
+        path: the file; its ending selects the format.
         variables: of one net.
         layout: "flax": flat names, everything, also the quantizers. "torch": names and axes of
             PyTorch's ResNets, without the quantizers (see `to_torch`).
@@ -88,18 +89,17 @@ def save(
     checks.one_of("layout", layout, LAYOUTS)
     flat = to_torch(variables) if layout == "torch" else flatten(dict(variables))
     arrays: dict[str, Any] = {name: np.asarray(array) for name, array in flat.items()}
-    if path.suffix == ".npz":
-        for name, array in arrays.items():
-            if array.dtype.kind not in "biufc":
-                raise ValueError(
-                    f"array {name!r} is {array.dtype}, whose type a .npz file does not keep; give "
-                    "path the ending '.safetensors'."
-                )
+    for name, array in arrays.items():
+        if path.suffix == ".npz" and array.dtype.kind not in "biufc":
+            raise ValueError(
+                f"array {name!r} is {array.dtype}, whose type a .npz file does not keep; give "
+                "path the ending '.safetensors'."
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npz":
         np.savez(path, **arrays)
     else:
-        metadata = {"format": "pt"} if layout == "torch" else {"format": "flax"}
+        metadata = {"format": "pt" if layout == "torch" else "flax"}
         path.write_bytes(safetensors_bytes(arrays, metadata))
 
 
@@ -124,17 +124,17 @@ def _variables(flat: Mapping[str, np.ndarray], path: str) -> dict[str, Any]:
     return found
 
 
-def _from_run(path: str, net: str) -> dict[str, Any]:
+def _from_run(path: str, name: str) -> dict[str, Any]:
     with Checkpoints(Path(path) / "checkpoints") as checkpoints:
         saved = checkpoints.restore_latest()
     nets = nested(saved.tree).get("nets", {}) if saved else {}
-    if net not in nets:
-        raise checks.unknown(f"net in {path + '#' + net!r}", net, nets)
-    return nets[net]
+    if name not in nets:
+        raise checks.unknown(f"net in {path + '#' + name!r}", name, nets)
+    return nets[name]
 
 
 def _from_orbax(path: str) -> dict[str, Any]:
-    """Reads variables that somebody's own Orbax checkpointer has saved."""
+    """Reads variables saved by another program's Orbax checkpointer."""
     import orbax.checkpoint as ocp
 
     folder = Path(path).absolute()
@@ -145,10 +145,12 @@ def _from_orbax(path: str) -> dict[str, Any]:
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(folder).item_metadata.tree
-            kinds = _map(metadata, lambda _: ocp.RestoreArgs(restore_type=np.ndarray))
+            restore = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
+            kinds = jax.tree.map(restore, metadata, is_leaf=lambda leaf: leaf is None)
             tree = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds))
-    except Exception as error:  # whatever the storage below says
-        raise damaged(path, _first_line(error)) from error
+    except Exception as error:  # of whatever type the storage raises
+        first_line = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise damaged(path, first_line) from error
     tree = tree.get("variables", tree) if isinstance(tree, dict) else tree
     if not isinstance(tree, dict) or not isinstance(tree.get("params"), dict):
         raise ValueError(
@@ -156,18 +158,6 @@ def _from_orbax(path: str) -> dict[str, Any]:
             "wanted is a tree with 'params' (and 'batch_stats'), as a model's init gives it."
         )
     return {name: tree[name] for name in COLLECTIONS if name in tree}
-
-
-def _map(tree: Any, function: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _map(value, function) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_map(value, function) for value in tree)
-    return function(tree)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _refusal(path: str) -> str:

@@ -25,14 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="flax",
         help='"torch": names and axes of torchvision, timm and RepDistiller ResNets',
     )
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        variables = weights.load(given.source)
-        weights.save(given.target, variables, layout=given.layout)
+        variables = weights.load(args.source)
+        weights.save(args.target, variables, layout=args.layout)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{given.target}: {len(flatten(variables))} arrays read from {given.source}")
+    print(f"{args.target}: {len(flatten(variables))} arrays read from {args.source}")
     return 0
 
 

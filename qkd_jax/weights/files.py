@@ -1,6 +1,6 @@
-"""Files of named arrays: safetensors and .npz, read without trusting a word of them.
+"""Files of named arrays: safetensors and .npz, read without trusting their content.
 
-A file that is cut off, damaged or made to mislead gives a ValueError with its name, and no memory
+A file that is cut off, damaged or malicious gives a ValueError with its name, and no memory
 is taken for sizes that the file only claims (deflated, it may hold a thousand times its own).
 Nothing is unpickled.
 """

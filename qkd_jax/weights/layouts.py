@@ -51,7 +51,6 @@ ARRAYS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 AXES = {"conv": (2, 3, 1, 0), "dense": (1, 0)}
-BACK = {"conv": (3, 2, 0, 1), "dense": (1, 0)}
 IGNORED = "num_batches_tracked"
 FAMILIES = "the ResNets of torchvision, timm and RepDistiller"
 
@@ -139,7 +138,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         layer, kind = found
         array = np.asarray(array)
         if leaf == "kernel":
-            array = np.ascontiguousarray(array.transpose(BACK[kind]))
+            array = np.ascontiguousarray(array.transpose(np.argsort(AXES[kind])))
         out[f"{layer}.{back[collection, leaf]}"] = array
     if foreign:
         raise ValueError(
