@@ -33,8 +33,8 @@ from qkd_jax.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS_PAGE = ROOT / "docs" / "methods.md"
-WITH_ROOMS = (ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md")
-ROOMS = re.compile(r"(<!-- rooms: .*? -->\n```text\n).*?(```\n<!-- /rooms -->\n)", re.S)
+ARCHITECTURE_PAGE = ROOT / "docs" / "architecture.md"
+WITH_ROOMS = (ARCHITECTURE_PAGE, ROOT / "CONTRIBUTING.md")
 
 ARXIV = r"arXiv\s+(\d{4}\.\d{4,5})"
 VENUE = r"((?:CVPR|ICCV|ECCV|ICML|ICLR|NeurIPS|GTC),?\s+\d{4})"
@@ -365,19 +365,32 @@ def methods_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def with_rooms(text: str) -> str:
-    """A page's text with today's rooms and arrows between its markers."""
-    picture = runpy.run_path(str(ROOT / "tests" / "test_imports.py"))["picture"]()
-    result, count = ROOMS.subn(lambda match: f"{match[1]}{picture}\n{match[2]}", text)
+def filled(text: str, name: str, content: str) -> str:
+    """A page's text with some content between its markers of this name."""
+    place = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- /{name} -->\n)", re.S)
+    result, count = place.subn(lambda match: f"{match[1]}\n{content}\n\n{match[2]}", text)
     if count != 1:
-        raise ValueError(f"the page has {count} places for the rooms; it must have one.")
+        raise ValueError(f"the page has {count} places for the {name}; it must have one.")
     return result
+
+
+def with_rooms(path: Path) -> str:
+    """The text of a page with the rooms, their arrows and, for the architecture, their subjects."""
+    house = runpy.run_path(str(ROOT / "tests" / "test_imports.py"))
+    text = filled(path.read_text(), "rooms", f"```text\n{house['picture']()}\n```")
+    if path != ARCHITECTURE_PAGE:
+        return text
+    rows = []
+    for room in sorted(house["LEVEL"], key=lambda room: (house["LEVEL"][room], room)):
+        package = room if room in ("launch", "configs") else f"qkd_jax.{room}"
+        rows.append([code(room), one_line(room, importlib.import_module(package))])
+    return filled(text, "subjects", table(("room", "its subject"), rows))
 
 
 def main() -> None:
     METHODS_PAGE.write_text(methods_page())
     for path in WITH_ROOMS:
-        path.write_text(with_rooms(path.read_text()))
+        path.write_text(with_rooms(path))
 
 
 if __name__ == "__main__":

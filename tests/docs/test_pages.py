@@ -40,9 +40,9 @@ def test_methods_are_those_of_the_tables(make_pages):
 
 def test_rooms_are_those_of_the_imports(make_pages):
     for page in make_pages.WITH_ROOMS:
-        assert page.read_text() == make_pages.with_rooms(page.read_text()), "run `make pages`"
+        assert page.read_text() == make_pages.with_rooms(page), "run `make pages`"
     with pytest.raises(ValueError, match="0 places"):
-        make_pages.with_rooms("no markers")
+        make_pages.filled("no markers", "rooms", "text")
 
 
 def test_a_method_without_a_source_is_an_error(make_pages):
@@ -89,6 +89,12 @@ def test_the_api_pages_have_every_public_name(name):
             assert f"`qk.{public}`" in text or f"`{public}`" in text, public
         else:
             assert re.search(rf"^::: \S+\.{public}$", text, flags=re.M), public
+
+
+def test_the_api_page_of_losses_has_every_family():
+    text = (ROOT / "docs" / "api" / "losses.md").read_text()
+    for loss in qk.LOSSES.values():
+        assert f"::: {loss.__module__}\n" in text
 
 
 FILE = re.compile(r"\b(?:qkd_jax|tests|configs|benchmarks|examples|docs)/[\w./-]*\.\w+")
