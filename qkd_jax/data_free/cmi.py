@@ -2,9 +2,9 @@
 
     made = cmi(net, variables, student=(other, its_variables), image_shape=..., count=..., ...)
 
-What is made is a data set. As in the paper a student learns between two batches, to be adversary
-to; the paper's learns on to the end, ours is a copy that is dropped, and the student itself learns
-from the images afterwards, as from any other data set.
+The result is a data set. As in the paper a student, to which the images are adversarial, learns
+between two batches. The paper's is the final student; ours is a copy that is dropped, and the
+student itself learns from the images afterwards, as from any other data set.
 """
 
 from __future__ import annotations
@@ -13,110 +13,43 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
 
 from qkd_jax import checks
-from qkd_jax.data_free.generator import (
-    Generator,
-    check_fields,
-    finite,
-    in_range,
-    new_generator,
-    random_crops,
-    random_shifts,
-    told,
-    window,
-)
-from qkd_jax.data_free.inversion import (
+from qkd_jax.data_free.batch_norm import batch_norm_inputs, deep_inversion_distance
+from qkd_jax.data_free.contrast import Projector, adversarial_loss, contrast_loss
+from qkd_jax.data_free.generator import Generator, in_range, new_generator
+from qkd_jax.data_free.synthesis import (
     Synthesis,
-    batch_norm_inputs,
+    check_fields,
     classes_wanted,
-    deep_inversion_distance,
+    loss_to_report,
+    synthesis,
 )
+from qkd_jax.data_free.windows import View, random_crops, random_shifts, show
 from qkd_jax.distillation.forward import forward
 from qkd_jax.losses import kd
-from qkd_jax.losses.inputs.feature_maps import inner, unit
+from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.interception import ROUNDING
 from qkd_jax.training.state import jit_once, join, split
 
-__all__ = ["Projector", "adversarial_loss", "check_cmi", "cmi", "cmi_steps", "contrast_loss"]
+__all__ = ["check_cmi", "cmi", "cmi_steps"]
 
 STUDENT_DECAY = 1e-4
 
 
-class Projector(nn.Module):
-    """Two dense layers from descriptions to unit vectors of size `dim`."""
-
-    dim: int = 256
-
-    @nn.compact
-    def __call__(self, features: jax.Array) -> jax.Array:
-        """Projects features [batch, any] to [batch, dim]."""
-        x = nn.relu(nn.Dense(features.shape[-1], name="hidden")(features))
-        return unit(nn.Dense(self.dim, name="embedding")(x))
-
-
-def adversarial_loss(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-    """-mean_b 1[both give b the same class] KL(p_teacher || p_student): a scalar.
-
-    The gradient flows through both nets to the images. Images on which the nets disagree already
-    count as 0, so that the generator does not leave the teacher's classes.
-
-    Reference:
-        Fang et al., 2021, arXiv 2105.08584, and the authors' code.
-    """
-    log_s = jax.nn.log_softmax(student_logits.astype(jnp.float32))
-    log_t = jax.nn.log_softmax(teacher_logits.astype(jnp.float32))
-    apart = jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1)
-    same = jnp.argmax(student_logits, axis=-1) == jnp.argmax(teacher_logits, axis=-1)
-    return -jnp.mean(jnp.where(same, apart, 0))
-
-
-def contrast_loss(
-    local: jax.Array, whole: jax.Array, known: jax.Array, *, count: int, temperature: ArrayLike
-) -> jax.Array:
-    """Tells each image's local view from the views of all others: a scalar.
-
-    With unit vectors u_i of local views and v_i of whole ones, i over the batch and what is known
-    of earlier images,
-
-        l_i = -log(exp(u_i . v_i / T) / sum_j exp(u_i . v_j / T))
-
-    and the loss is the mean of l over the batch, plus that over earlier images if there are any. No
-    gradient flows into v.
-
-    Args:
-        local: [images, dim], the batch first.
-        whole: The same images, seen whole.
-        known: [images] bool, False where an earlier image's place is still empty.
-        count: Images of the batch.
-        temperature: T.
-
-    Reference:
-        Fang et al., 2021, arXiv 2105.08584, and the authors' code.
-    """
-    scores = inner(local, jax.lax.stop_gradient(whole)) / temperature
-    scores = jnp.where(known[None, :], scores, -jnp.inf)
-    loss = jax.nn.logsumexp(scores, axis=1) - jnp.diagonal(jnp.where(known, scores, 0))
-    earlier = known[count:]
-    of_earlier = jnp.sum(jnp.where(earlier, loss[count:], 0)) / jnp.maximum(jnp.sum(earlier), 1)
-    return jnp.mean(loss[:count]) + of_earlier
-
-
 def cmi(
-    net: Any,
+    net: QuantizedModel,
     variables: Mapping[str, Any],
     *,
     image_shape: tuple[int, int, int],
     count: int,
     key: jax.Array,
     bounds: tuple[Any, Any],
-    student: tuple[Any, Mapping[str, Any]] | None = None,
+    student: tuple[QuantizedModel, Mapping[str, Any]] | None = None,
     batch_size: int = 256,
     steps: int = 200,
     lr: float = 1e-3,
@@ -150,35 +83,35 @@ def cmi(
     images kept are those of the step with the lowest loss.
 
     Args:
-        net: QuantizedModel with BatchNorm, float or not.
-        variables: Its variables.
+        net: a net with BatchNorm, float or quantized.
+        variables: its variables.
         image_shape: (height, width, channels).
-        count: Images to make, in batches of near-equal size.
-        key: Of weights, noise and views; the result is a pure function of it.
+        count: images to make, in batches of near-equal size.
+        key: of weights, noise and views; the result is a pure function of it.
         bounds: (low, high) of pixels as the net takes them, broadcast against [batch, H, W, C].
         student: (QuantizedModel, variables) to be adversary to. A copy starts from these and learns
             by KL from all images so far between two batches. None leaves the term out.
-        batch_size: Most images that are made together.
-        steps: Of Adam for each batch, b1 = 0.5.
-        lr: Its rate, which stays.
-        latent: Size of the noise.
-        width: Channels of the generator.
-        bn_weight: See above.
-        one_hot_weight: Likewise.
-        contrast_weight: Likewise.
-        adversarial_weight: Likewise.
-        temperature: Of the contrast.
-        embedding: Size of the projected descriptions.
-        memory: Earlier images that are remembered.
-        shift: The whole view is shifted by up to so many pixels.
-        flip: Whether views are mirrored at random.
-        smallest_crop: Smallest area of the window, of the image's.
-        student_steps: Steps of SGD of the student's copy between two batches.
-        student_lr: Their rate; momentum 0.9, weight decay 1e-4.
-        student_temperature: Of its KL.
+        batch_size: most images that are made together.
+        steps: of Adam for each batch, b1 = 0.5.
+        lr: its learning rate, constant.
+        latent: size of the noise.
+        width: channels of the generator.
+        bn_weight: factor of the distance to the BatchNorms' statistics.
+        one_hot_weight: factor of the cross-entropy.
+        contrast_weight: factor of `contrast_loss`.
+        adversarial_weight: factor of `adversarial_loss`.
+        temperature: of the contrast.
+        embedding: size of the projected descriptions.
+        memory: earlier images that are remembered.
+        shift: largest shift of the whole view, in pixels.
+        flip: whether views are mirrored at random.
+        smallest_crop: smallest area of the local view, as a fraction of the image's.
+        student_steps: steps of SGD of the student's copy between two batches.
+        student_lr: their rate; momentum 0.9, weight decay 1e-4.
+        student_temperature: of its KL.
         labels: [count] classes to aim at; None deals them out in turn.
-        report: Called as report(step, loss) after every step, of generators and student, from 1;
-            the loss is a generator's, and None but for now and then.
+        report: called as report(step, loss) after every step, of generators and student, from 1;
+            the loss is a generator's, and None except every 50 steps and at a batch's last.
 
     Returns:
         Images and labels.
@@ -196,18 +129,19 @@ def cmi(
     Reference:
         Fang et al., 2021, arXiv 2105.08584.
     """
-    weights = {
+    numbers = {
+        "lr": lr,
+        "temperature": temperature,
         "bn_weight": bn_weight,
         "one_hot_weight": one_hot_weight,
         "contrast_weight": contrast_weight,
         "adversarial_weight": adversarial_weight,
     }
-    numbers = {"lr": lr, "temperature": temperature, **weights}
     sizes = {"batch_size": batch_size, "steps": steps, "latent": latent, "width": width}
     sizes |= {"embedding": embedding, "memory": memory, "shift": shift}
     of_copy = {"student_lr": student_lr, "student_temperature": student_temperature}
-    checks.integer_in("count", count, 1)
     of_copy |= {"student_steps": student_steps, "smallest_crop": smallest_crop}
+    checks.integer_in("count", count, 1)
     check_cmi({**numbers, **sizes, **of_copy}, image_shape)
     models = _Models(
         net,
@@ -224,22 +158,23 @@ def cmi(
     head_state = optax.scale_by_adam().init(head)
     bank = np.zeros((min(memory, count - len(groups[-1])), 2, features), np.float32)
     pool = np.zeros((count, *image_shape), np.float32)
-    copy = None if student is None else _start(student[1])
+    copy = None if student is None else _start_copy(student[1])
     done = filled = 0
+    size = (image_shape[0], image_shape[1])
     for batch, group in enumerate(groups):
         batch_key = jax.random.fold_in(key, 1 + batch)
-        carry = _fresh(models, batch_key, len(group), latent, features, head, head_state)
+        carry = _start_batch(models, batch_key, len(group), latent, features, head, head_state)
         known = np.arange(len(bank)) < filled
         opponent = None if copy is None else copy[0]
-        view = _views(len(group), tuple(image_shape[:2]), shift, flip)
+        draw_views = _views(len(group), size, shift, flip)
         for step in range(1, steps + 1):
-            views = view(jax.random.fold_in(batch_key, 2), step, smallest_crop)
+            views = draw_views(jax.random.fold_in(batch_key, 2), step, smallest_crop)
             carry, loss = _descend(
                 models, variables, opponent, carry, views, bank, known, group, numbers, bounds
             )
             done += 1
             if report is not None:
-                report(done, told(loss, step, steps))
+                report(done, loss_to_report(loss, step, steps))
         if not np.isfinite(carry["best"]["loss"]):
             raise ValueError(
                 f"no loss of batch {batch + 1} is finite; lower lr, now {lr}, or student_lr, now "
@@ -251,15 +186,15 @@ def cmi(
         bank = np.concatenate([carry["best"]["features"], bank])[: len(bank)]  # the newest first
         if copy is None or filled == count:
             continue
-        seen = jax.device_put(pool)
-        draw = _draws(min(batch_size, count), tuple(image_shape[:2]), shift, flip)
+        images = jax.device_put(pool)
+        draw = _draws(min(batch_size, count), size, shift, flip)
         for step in range(1, student_steps + 1):
             drawn = draw(jax.random.fold_in(batch_key, 3), step, filled)
-            copy = _learn(models, variables, copy, seen, drawn, of_student, bounds)
+            copy = _learn(models, variables, copy, images, drawn, of_student, bounds)
             done += 1
             if report is not None:
                 report(done, None)
-    return finite(np.asarray(in_range(jnp.asarray(pool), bounds)), wanted, lr)
+    return synthesis(np.asarray(in_range(jnp.asarray(pool), bounds)), wanted, lr)
 
 
 def check_cmi(fields: Mapping[str, Any], image_shape: tuple[int, ...]) -> None:
@@ -276,18 +211,18 @@ def check_cmi(fields: Mapping[str, Any], image_shape: tuple[int, ...]) -> None:
 
 
 def cmi_steps(count: int, batch_size: int, steps: int, student_steps: int) -> int:
-    """How many steps `cmi` reports; `student_steps` is 0 without a student."""
+    """Returns the number of steps that `cmi` reports; `student_steps` is 0 without a student."""
     batches = -(-count // batch_size)
     return batches * steps + (batches - 1) * student_steps
 
 
 class _Models(NamedTuple):
-    """What a step is compiled for."""
+    """The static part, for which a step is compiled."""
 
-    net: Any
+    net: QuantizedModel
     generator: Generator
     projector: Projector
-    student: Any
+    student: QuantizedModel | None
 
 
 def _image_means(x: jax.Array, mean: Any, var: Any, axes: tuple[int, ...]) -> jax.Array:
@@ -311,15 +246,15 @@ def _sizes(models: _Models, variables: Any) -> tuple[int, int]:
     """(number of classes, size of an image's description)."""
 
     def look(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, found = batch_norm_inputs(models.net, variables, images, _MEANS)
-        return logits, _described(found["means"])
+        logits, measured = batch_norm_inputs(models.net, variables, images, _MEANS)
+        return logits, _described(measured["means"])
 
     shape = jax.ShapeDtypeStruct((2, *models.generator.image_shape), np.float32)
     logits, described = jax.eval_shape(look, shape)
     return logits.shape[-1], described.shape[-1]
 
 
-def _fresh(
+def _start_batch(
     models: _Models,
     key: jax.Array,
     count: int,
@@ -328,12 +263,12 @@ def _fresh(
     head: Any,
     head_state: Any,
 ) -> dict[str, Any]:
-    """The start of a batch: a new generator, new noise, the projector as it has become."""
-    made = new_generator(models.generator, jax.random.fold_in(key, 0), latent)
+    """Returns the carry of a new batch: a new generator, new noise, the projector so far."""
+    generator = new_generator(models.generator, jax.random.fold_in(key, 0), latent)
     noise = jax.random.normal(jax.random.fold_in(key, 1), (count, latent))
-    trained = {"generator": made["params"], "noise": noise}
+    trained = {"generator": generator["params"], "noise": noise}
     return {
-        "stats": made["batch_stats"],
+        "stats": generator["batch_stats"],
         "trained": {**trained, "head": head},
         "states": {"images": optax.scale_by_adam(b1=0.5).init(trained), "head": head_state},
         "best": {
@@ -344,15 +279,17 @@ def _fresh(
     }
 
 
-# What is random is drawn by programs of its own, compiled without optimization: XLA takes seconds
-# to optimize a generator of random numbers on CPU.
+# Random numbers are drawn by programs of their own, compiled without optimization: XLA takes
+# seconds to optimize a random number generator on CPU.
 
 
 @functools.lru_cache(maxsize=16)
-def _views(count: int, size: tuple[int, int], shift: int, flip: bool) -> Any:
-    """Compiled (key, number, smallest crop) -> ((boxes, mirrored) of whole and local views)."""
+def _views(
+    count: int, size: tuple[int, int], shift: int, flip: bool
+) -> Callable[..., tuple[View, View]]:
+    """Compiled (key, number, smallest crop) -> (whole views, local views)."""
 
-    def draw(key: jax.Array, number: jax.Array, smallest: jax.Array) -> Any:
+    def draw(key: jax.Array, number: jax.Array, smallest: jax.Array) -> tuple[View, View]:
         keys = jax.random.split(jax.random.fold_in(key, number), 3)
         mirrored = jax.random.bernoulli(keys[2], shape=(2, count)) & flip
         whole = random_shifts(keys[0], count, size, shift)
@@ -362,7 +299,7 @@ def _views(count: int, size: tuple[int, int], shift: int, flip: bool) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _draws(count: int, size: tuple[int, int], shift: int, flip: bool) -> Any:
+def _draws(count: int, size: tuple[int, int], shift: int, flip: bool) -> Callable[..., Any]:
     """Compiled (key, number, images so far) -> (rows, their whole views, keys of the net)."""
 
     def draw(key: jax.Array, number: jax.Array, filled: jax.Array) -> Any:
@@ -373,13 +310,6 @@ def _draws(count: int, size: tuple[int, int], shift: int, flip: bool) -> Any:
         return rows, view, {"dropout": keys[3], ROUNDING: keys[4]}
 
     return jit_once(draw)
-
-
-def _seen(pixels: jax.Array, view: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Images as a view shows them."""
-    boxes, mirrored = view
-    shown = window(pixels, boxes)
-    return jnp.where(mirrored[:, None, None, None], shown[:, :, ::-1], shown)
 
 
 @functools.partial(jax.jit, static_argnames=("models",))
@@ -399,47 +329,47 @@ def _descend(
     count = labels.shape[0]
 
     def loss_of(trained: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        made = {"params": trained["generator"], "batch_stats": carry["stats"]}
-        pixels, _ = models.generator.apply(made, trained["noise"], mutable=["batch_stats"])
-        whole, local = (in_range(_seen(pixels, view), bounds) for view in views)
-        logits, found = batch_norm_inputs(models.net, variables, whole, _BOTH)
+        weights = {"params": trained["generator"], "batch_stats": carry["stats"]}
+        pixels, _ = models.generator.apply(weights, trained["noise"], mutable=["batch_stats"])
+        whole, local = (in_range(show(pixels, view), bounds) for view in views)
+        logits, of_whole = batch_norm_inputs(models.net, variables, whole, _BOTH)
         _, of_local = batch_norm_inputs(models.net, variables, local, _MEANS)
-        features = jnp.stack([_described(of_local["means"]), _described(found["means"])], axis=1)
+        described = [_described(measured["means"]) for measured in (of_local, of_whole)]
+        features = jnp.stack(described, axis=1)
         rows = jnp.concatenate([features, bank])
         projected: Any = models.projector.apply(trained["head"], rows)
-        everywhere = jnp.concatenate([jnp.ones(count, bool), known])
+        is_there = jnp.concatenate([jnp.ones(count, bool), known])
         contrast = contrast_loss(
             projected[:, 0],
             projected[:, 1],
-            everywhere,
+            is_there,
             count=count,
             temperature=numbers["temperature"],
         )
         entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        loss = numbers["bn_weight"] * sum(jnp.sum(x) for x in found["distances"])
+        loss = numbers["bn_weight"] * sum(jnp.sum(x) for x in of_whole["distances"])
         loss += numbers["one_hot_weight"] * jnp.mean(entropy)
         loss += numbers["contrast_weight"] * contrast
         if models.student is not None:
-            theirs, _ = forward(models.student, opponent, whole)
-            loss += numbers["adversarial_weight"] * adversarial_loss(theirs, logits)
+            student_logits, _ = forward(models.student, opponent, whole)
+            loss += numbers["adversarial_weight"] * adversarial_loss(student_logits, logits)
         return loss, {"pixels": pixels, "features": features}
 
-    (loss, seen), gradient = jax.value_and_grad(loss_of, has_aux=True)(carry["trained"])
-    best = {"loss": loss, **seen}
+    (loss, outputs), gradient = jax.value_and_grad(loss_of, has_aux=True)(carry["trained"])
+    best = {"loss": loss, **outputs}
     better = loss < carry["best"]["loss"]
     best = jax.tree.map(lambda new, old: jnp.where(better, new, old), best, carry["best"])
     of_head = gradient.pop("head")
-    states = carry["states"]
-    found, images_state = optax.scale_by_adam(b1=0.5).update(gradient, states["images"])
-    for_head, head_state = optax.scale_by_adam().update(of_head, states["head"])
-    moved = {**cast(dict[str, Any], found), "head": for_head}
-    trained = jax.tree.map(lambda x, u: x - numbers["lr"] * u, carry["trained"], moved)
-    states = {"images": images_state, "head": head_state}
+    states = dict(carry["states"])
+    updates, states["images"] = optax.scale_by_adam(b1=0.5).update(gradient, states["images"])
+    head, states["head"] = optax.scale_by_adam().update(of_head, states["head"])
+    updates = {**cast(dict[str, Any], updates), "head": head}
+    trained = jax.tree.map(lambda x, u: x - numbers["lr"] * u, carry["trained"], updates)
     return {"stats": carry["stats"], "trained": trained, "states": states, "best": best}, loss
 
 
-def _start(variables: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The student's copy at the start: (variables, momentum)."""
+def _start_copy(variables: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Returns the student's copy: (variables, momentum)."""
     learned, _ = split(variables)
     return dict(variables), jax.tree.map(jnp.zeros_like, learned)
 
@@ -456,7 +386,7 @@ def _learn(
 ) -> tuple[Any, Any]:
     """One step of SGD of the student's copy on images drawn from the pool."""
     rows, view, rngs = drawn
-    images = in_range(_seen(pool[rows], view), bounds)
+    images = in_range(show(pool[rows], view), bounds)
     taught, _ = forward(models.net, variables, images)
     learned, carried = split(copy[0])
 

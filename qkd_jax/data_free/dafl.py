@@ -1,4 +1,4 @@
-"""DAFL: images from a generator that a frozen net's answers teach (Chen et al. 2019).
+"""DAFL: images from a generator that is trained on a frozen net's answers (Chen et al. 2019).
 
     made = dafl(net, variables, image_shape=(32, 32, 3), count=256, key=key, bounds=(low, high))
 
@@ -19,17 +19,11 @@ import numpy as np
 import optax
 
 from qkd_jax import checks
-from qkd_jax.data_free.generator import (
-    Generator,
-    check_fields,
-    finite,
-    in_range,
-    new_generator,
-    told,
-)
-from qkd_jax.data_free.inversion import Synthesis
-from qkd_jax.distillation.forward import forward_taps
+from qkd_jax.data_free.generator import Generator, in_range, new_generator
+from qkd_jax.data_free.synthesis import Synthesis, check_fields, loss_to_report, synthesis
+from qkd_jax.distillation.forward import forward, forward_taps
 from qkd_jax.distillation.taps import features_of, resolve_taps
+from qkd_jax.quantize import QuantizedModel
 from qkd_jax.training.state import jit_once
 
 __all__ = ["activation_loss", "check_dafl", "dafl", "entropy_loss", "one_hot_loss"]
@@ -66,7 +60,7 @@ def entropy_loss(logits: jax.Array) -> jax.Array:
 
 
 def dafl(
-    net: Any,
+    net: QuantizedModel,
     variables: Mapping[str, Any],
     *,
     image_shape: tuple[int, int, int],
@@ -90,23 +84,23 @@ def dafl(
             + entropy_weight * sum_k q log10 q,    q = mean of p over the batch
 
     Args:
-        net: QuantizedModel, float or not; it needs no BatchNorm.
-        variables: Its variables.
+        net: the net, float or quantized; it needs no BatchNorm.
+        variables: its variables.
         image_shape: (height, width, channels).
-        count: Images to make, all of them by the generator as it ends.
-        key: Of weights and noise; the result is a pure function of it.
+        count: images to make, all of them by the trained generator.
+        key: of weights and noise; the result is a pure function of it.
         bounds: (low, high) of pixels as the net takes them, broadcast against [batch, H, W, C].
-        batch_size: Images of a step.
-        steps: Of Adam.
-        lr: Its rate, which stays.
-        latent: Size of the noise.
-        width: Channels of the generator.
-        one_hot_weight: See above.
-        activation_weight: Likewise.
-        entropy_weight: Likewise.
-        tap: Where f is seen; see `taps`.
-        report: Called as report(step, loss) after every step, from 1; the loss is None but for now
-            and then, since it must be waited for.
+        batch_size: images of a step.
+        steps: of Adam.
+        lr: its learning rate, constant.
+        latent: size of the noise.
+        width: channels of the generator.
+        one_hot_weight: factor of `one_hot_loss`.
+        activation_weight: factor of `activation_loss`.
+        entropy_weight: factor of `entropy_loss`.
+        tap: the tap of f; see `taps`.
+        report: called as report(step, loss) after every step, from 1; the loss is None
+            except every 50 steps and at the last, since it must be waited for.
 
     Returns:
         Images, and the classes that the net gives them.
@@ -122,37 +116,39 @@ def dafl(
     Reference:
         Chen et al., 2019, arXiv 1904.01186.
     """
-    weights = {
+    numbers = {
+        "lr": lr,
         "one_hot_weight": one_hot_weight,
         "activation_weight": activation_weight,
         "entropy_weight": entropy_weight,
     }
     sizes = {"batch_size": batch_size, "steps": steps, "latent": latent, "width": width}
     checks.integer_in("count", count, 1)
-    check_dafl({**sizes, "lr": lr, "tap": tap, **weights}, net, image_shape)
+    check_dafl({**sizes, "tap": tap, **numbers}, net, image_shape)
     (tap,) = resolve_taps("tap", features_of(net, tuple(image_shape)), (tap,))
     generator = Generator(tuple(image_shape), width)
-    made = new_generator(generator, jax.random.fold_in(key, 0), latent)
-    state = optax.scale_by_adam().init(made["params"])
-    numbers = {"lr": lr, **weights}
+    weights = new_generator(generator, jax.random.fold_in(key, 0), latent)
+    state = optax.scale_by_adam().init(weights["params"])
     noise = _noise((batch_size, latent))
     for step in range(1, steps + 1):
         z = noise(jax.random.fold_in(key, 1), step)
-        made, state, loss = _descend(
-            net, generator, tap, variables, made, state, z, numbers, bounds
+        weights, state, loss = _descend(
+            net, generator, tap, variables, weights, state, z, numbers, bounds
         )
         if report is not None:
-            report(step, told(loss, step, steps))
-    found = []
+            report(step, loss_to_report(loss, step, steps))
+    batches = []
     for batch in range(-(-count // batch_size)):
         z = noise(jax.random.fold_in(key, 2), batch)
-        found.append(jax.device_get(_show(net, generator, variables, made, z, bounds)))
-    images, labels = (np.concatenate(part)[:count] for part in zip(*found, strict=True))
-    return finite(images, labels, lr)
+        batches.append(jax.device_get(_generate(net, generator, variables, weights, z, bounds)))
+    images, labels = (np.concatenate(part)[:count] for part in zip(*batches, strict=True))
+    return synthesis(images, labels, lr)
 
 
-def check_dafl(fields: Mapping[str, Any], net: Any, image_shape: tuple[int, ...]) -> None:
-    """Refuses numbers of `dafl` that are out of range, and a tap that the net has not."""
+def check_dafl(
+    fields: Mapping[str, Any], net: QuantizedModel, image_shape: tuple[int, ...]
+) -> None:
+    """Refuses numbers of `dafl` that are out of range, and a tap that the net does not have."""
     check_fields(
         fields,
         sizes=("batch_size", "steps", "latent", "width"),
@@ -163,23 +159,23 @@ def check_dafl(fields: Mapping[str, Any], net: Any, image_shape: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=16)
-def _noise(size: tuple[int, int]) -> Any:
+def _noise(size: tuple[int, int]) -> Callable[..., Any]:
     """Compiled (key, number) -> noise."""
     return jit_once(lambda key, number: jax.random.normal(jax.random.fold_in(key, number), size))
 
 
-def _images(generator: Generator, made: Any, z: jax.Array, bounds: Any) -> jax.Array:
-    pixels, _ = generator.apply(made, z, mutable=["batch_stats"])
+def _images(generator: Generator, weights: Any, z: jax.Array, bounds: Any) -> jax.Array:
+    pixels, _ = generator.apply(weights, z, mutable=["batch_stats"])
     return in_range(pixels, bounds)
 
 
 @functools.partial(jax.jit, static_argnames=("net", "generator", "tap"))
 def _descend(
-    net: Any,
+    net: QuantizedModel,
     generator: Generator,
     tap: str,
     variables: Any,
-    made: Any,
+    weights: Any,
     state: Any,
     z: jax.Array,
     numbers: Mapping[str, jax.Array],
@@ -188,7 +184,7 @@ def _descend(
     """One step of Adam on the generator: (its variables, state, loss before the step)."""
 
     def loss_of(params: Any) -> jax.Array:
-        images = _images(generator, {**made, "params": params}, z, bounds)
+        images = _images(generator, {**weights, "params": params}, z, bounds)
         logits, _, features = forward_taps(net, variables, images, taps=(tap,))
         return (
             numbers["one_hot_weight"] * one_hot_loss(logits)
@@ -196,16 +192,21 @@ def _descend(
             + numbers["entropy_weight"] * entropy_loss(logits)
         )
 
-    loss, gradient = jax.value_and_grad(loss_of)(made["params"])
+    loss, gradient = jax.value_and_grad(loss_of)(weights["params"])
     updates, state = optax.scale_by_adam().update(gradient, state)
-    params = jax.tree.map(lambda x, u: x - numbers["lr"] * u, made["params"], updates)
-    return {**made, "params": params}, state, loss
+    params = jax.tree.map(lambda x, u: x - numbers["lr"] * u, weights["params"], updates)
+    return {**weights, "params": params}, state, loss
 
 
 @functools.partial(jax.jit, static_argnames=("net", "generator"))
-def _show(
-    net: Any, generator: Generator, variables: Any, made: Any, z: jax.Array, bounds: Any
+def _generate(
+    net: QuantizedModel,
+    generator: Generator,
+    variables: Any,
+    weights: Any,
+    z: jax.Array,
+    bounds: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    images = _images(generator, made, z, bounds)
-    logits, _, _ = forward_taps(net, variables, images)
+    images = _images(generator, weights, z, bounds)
+    logits, _ = forward(net, variables, images)
     return images, jnp.argmax(logits, axis=-1)

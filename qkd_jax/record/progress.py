@@ -60,7 +60,7 @@ class Progress:
         start: steps done before (a resumed stage).
         interval: seconds between plain lines, where there is no terminal.
         console: where to write; None is standard error.
-        enabled: False writes nothing (tests, library use); the rates are measured all the same.
+        enabled: false writes nothing (tests, library use); the rates are measured all the same.
         clock: returns seconds.
     """
 

@@ -136,14 +136,14 @@ def plan_optimizer(
     """Checks the fields of `optim.<net>` and splits them into structure and numbers.
 
     Args:
-        net: The net's name, for messages.
-        fields: Some of OPTIM_FIELDS. `lr` must be there; `quant_lr` defaults to `lr`. `warmup` and
+        net: the net's name, for messages.
+        fields: some of OPTIM_FIELDS. `lr` must be there; `quant_lr` defaults to `lr`. `warmup` and
             `milestones` are steps, or below 1 fractions of the horizon. `final` is the cosine's
             last factor. `freeze` lists regular expressions; a layer whose whole path matches one
             keeps its parameters (a BatchNorm goes on with its running statistics). Fields that the
             chosen optimizer or schedule does not use are allowed, so
             that one override on the command line can switch it.
-        horizon: Length of the schedule in steps; the joint length where stages continue one.
+        horizon: length of the schedule in steps; the joint length where stages continue one.
 
     Returns:
         (structure, numbers): a hashable description and a flat dict of float32 arrays.
@@ -294,10 +294,10 @@ def update_optimizer(
     """One update of one net.
 
     Args:
-        structure: Static description.
-        hyper: Numbers, as from `plan_optimizer`.
-        grads: Gradients, a tree like `trainable`.
-        state: As from `init_optimizer`.
+        structure: static description.
+        hyper: numbers, as from `plan_optimizer`.
+        grads: gradients, a tree like `trainable`.
+        state: as from `init_optimizer`.
         trainable: {"params": ..., "quant": ...}.
 
     Returns:

@@ -38,8 +38,8 @@ class CompiledStep:
 
     Attributes:
         mode: "jit" or "pmap".
-        devices: The devices it runs on.
-        traces: How often the step has been traced; 1 as long as the shapes stay.
+        devices: the devices it runs on.
+        traces: how often the step has been traced; 1 as long as the shapes stay.
     """
 
     def __init__(self, step: Step, mode: str, devices: Sequence[jax.Device]):
@@ -148,9 +148,9 @@ def compile_step(
     """Compiles a step by `jit` over a mesh of devices, or by `pmap`.
 
     Args:
-        step: From `make_step`.
+        step: from `make_step`.
         mode: "jit" or "pmap".
-        devices: Which devices share a batch; all of them by default.
+        devices: which devices share a batch; all of them by default.
 
     Returns:
         A callable (state, batch, frozen) -> (state, metrics); compilation happens at its first
@@ -211,7 +211,7 @@ def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) ->
     another may die of an illegal instruction, and home directories are shared in clusters.
 
     Args:
-        directory: Where; by default JAX_COMPILATION_CACHE_DIR, else qkd_jax/xla under
+        directory: where; by default JAX_COMPILATION_CACHE_DIR, else qkd_jax/xla under
             XDG_CACHE_HOME or ~/.cache.
 
     Returns:

@@ -60,7 +60,7 @@ class TrainState(flax.struct.PyTreeNode):
             source), the state of their optimizer ("opt"), a memory ("memory").
         stale: {slot: variables} of the copies through which nets teach while they learn; empty
             if they teach with their current variables.
-        finite: False from the first step on whose loss, gradient or statistic is not finite. The
+        finite: false from the first step on whose loss, gradient or statistic is not finite. The
             nets are not updated any more, so that the cause can still be located in them.
     """
 

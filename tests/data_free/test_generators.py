@@ -8,9 +8,10 @@ import pytest
 
 from qkd_jax import data_free, ptq
 from qkd_jax.data_free import cmi as of_cmi
+from qkd_jax.data_free import contrast, windows
 from qkd_jax.data_free import dafl as of_dafl
 from qkd_jax.data_free import generator as pieces
-from qkd_jax.data_free.inversion import statistics_loss
+from qkd_jax.data_free.batch_norm import statistics_loss
 from qkd_jax.distillation.forward import forward_taps
 from qkd_jax.quantize import quantize
 
@@ -87,13 +88,13 @@ def test_the_adversary_counts_where_both_agree():
     s, t = softmax(student), softmax(teacher)
     apart = (t * (np.log(t) - np.log(s))).sum(1)
     want = -(apart[0] + apart[2]) / 3
-    np.testing.assert_allclose(of_cmi.adversarial_loss(student, teacher), want, rtol=1e-5)
-    of_student, of_teacher = jax.grad(of_cmi.adversarial_loss, (0, 1))(student, teacher)
+    np.testing.assert_allclose(contrast.adversarial_loss(student, teacher), want, rtol=1e-5)
+    of_student, of_teacher = jax.grad(contrast.adversarial_loss, (0, 1))(student, teacher)
     # d KL(t || s) / d student = s - t, and nothing on the image where they differ.
     want = -(s - t) / 3 * np.array([[1], [0], [1]])
     np.testing.assert_allclose(of_student, want, atol=1e-6)
     assert np.all(np.asarray(of_teacher)[1] == 0) and np.any(np.asarray(of_teacher)[0] != 0)
-    assert float(of_cmi.adversarial_loss(teacher, teacher)) == 0
+    assert float(contrast.adversarial_loss(teacher, teacher)) == 0
 
 
 @pytest.mark.parametrize("earlier", [0, 2, 3])
@@ -109,7 +110,7 @@ def test_contrast_against_numpy(earlier):
     want = np.mean(losses[:count]) + (np.mean(losses[count:]) if earlier else 0)
 
     def loss(u, v):
-        return of_cmi.contrast_loss(u, v, known, count=count, temperature=temperature)
+        return contrast.contrast_loss(u, v, known, count=count, temperature=temperature)
 
     u, v = (jnp.asarray(x, jnp.float32) for x in (u, v))
     np.testing.assert_allclose(loss(u, v), want, rtol=1e-5)
@@ -127,7 +128,7 @@ def test_windows_of_a_ramp():
     ramp = (2.0 * i + 3.0 * j).astype(np.float32)
     boxes = [[1.5, 2.0, 4.0, 5.0], [0.0, 0.0, 8.0, 10.0], [-2.0, 1.0, 8.0, 10.0]]
     images = jnp.broadcast_to(ramp[None, :, :, None], (3, 8, 10, 1))
-    part, whole, shifted = np.asarray(pieces.window(images, jnp.asarray(boxes)))[..., 0]
+    part, whole, shifted = np.asarray(windows.window(images, jnp.asarray(boxes)))[..., 0]
     rows = 1.5 + (np.arange(8) + 0.5) * 4 / 8 - 0.5  # centres of pixels, at +0.5
     columns = 2.0 + (np.arange(10) + 0.5) * 5 / 10 - 0.5
     np.testing.assert_allclose(part, 2 * rows[:, None] + 3 * columns[None], rtol=1e-5)
@@ -138,10 +139,10 @@ def test_windows_of_a_ramp():
 
 
 def test_random_views():
-    shifts = np.asarray(pieces.random_shifts(jax.random.key(0), 400, (8, 9), 1))
+    shifts = np.asarray(windows.random_shifts(jax.random.key(0), 400, (8, 9), 1))
     assert {tuple(row) for row in shifts[:, :2]} == {(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)}
     assert np.all(shifts[:, 2:] == [8, 9])
-    crops = np.asarray(pieces.random_crops(jax.random.key(1), 4000, (8, 12), 0.25), np.float64)
+    crops = np.asarray(windows.random_crops(jax.random.key(1), 4000, (8, 12), 0.25), np.float64)
     corner, sides = crops[:, :2], crops[:, 2:] / [8, 12]
     assert corner.min() >= 0 and np.all(corner + crops[:, 2:] <= np.array([8, 12]) + 1e-5)
     area, ratio = sides.prod(1), sides[:, 1] / sides[:, 0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qkd_jax import ptq
-from qkd_jax.data_free import inversion
+from qkd_jax.data_free import batch_norm, inversion
 from qkd_jax.quantize import quantize
 
 RNG = np.random.default_rng(0)
@@ -86,19 +86,19 @@ def numpy_distance(method, x, mean, var):
     return total / len(images)
 
 
-@pytest.mark.parametrize("method", inversion.METHODS)
+@pytest.mark.parametrize("method", batch_norm.METHODS)
 @pytest.mark.parametrize("shape", [(6, 3, 5, 2), (6, 2)])
 def test_distances_against_numpy(method, shape):
     x = RNG.normal(1.0, 2.0, shape).astype(np.float32)
     mean, var = RNG.normal(0, 1, 2), RNG.uniform(0.5, 2, 2)
-    got = inversion.METHODS[method](x, mean, var, (len(shape) - 1,))
+    got = batch_norm.METHODS[method](x, mean, var, (len(shape) - 1,))
     np.testing.assert_allclose(got, numpy_distance(method, x, mean, var), rtol=1e-5)
 
 
 def test_channels_may_be_any_axes():
     x = RNG.normal(size=(4, 2, 3, 5)).astype(np.float32)
     mean, var = np.zeros(2), np.ones(2)
-    for method, distance in inversion.METHODS.items():
+    for method, distance in batch_norm.METHODS.items():
         want = numpy_distance(method, np.moveaxis(x, 1, -1), mean, var)
         np.testing.assert_allclose(distance(x, mean, var, (1,)), want, rtol=1e-5)
 
@@ -106,17 +106,17 @@ def test_channels_may_be_any_axes():
 def test_distances_are_zero_where_statistics_agree_and_descent_stands_still():
     x = jnp.asarray(RNG.normal(size=(4, 3, 3, 2)), jnp.float32)
     mean, var = jnp.mean(x, (0, 1, 2)), jnp.var(x, (0, 1, 2))
-    value, gradient = jax.value_and_grad(inversion.deep_inversion_distance)(x, mean, var, (3,))
+    value, gradient = jax.value_and_grad(batch_norm.deep_inversion_distance)(x, mean, var, (3,))
     assert float(value) == 0 and np.all(np.asarray(gradient) == 0)
     same = jnp.broadcast_to(x[:1], x.shape)  # every image has the remembered statistics itself
     mean, var = jnp.mean(same[0], (0, 1)), jnp.var(same[0], (0, 1), ddof=1)
-    assert float(inversion.zeroq_distance(same, mean, var, (3,))) < 1e-10
+    assert float(batch_norm.zeroq_distance(same, mean, var, (3,))) < 1e-10
 
 
 def test_the_images_that_a_net_remembers_are_at_distance_zero(case):
     net, variables = case
-    _, same = inversion.statistics_loss(net, variables, jnp.asarray(REAL), "deep_inversion")
-    _, other = inversion.statistics_loss(net, variables, jnp.asarray(-REAL), "deep_inversion")
+    _, same = batch_norm.statistics_loss(net, variables, jnp.asarray(REAL), "deep_inversion")
+    _, other = batch_norm.statistics_loss(net, variables, jnp.asarray(-REAL), "deep_inversion")
     assert float(same) < 1e-5 < 1e-2 < float(other)
 
 
@@ -129,11 +129,11 @@ def test_total_variation_of_a_ramp():
     assert float(inversion.total_variation(jnp.ones((2, 3, 3, 1)))) == 0
 
 
-@pytest.mark.parametrize("method", inversion.METHODS)
+@pytest.mark.parametrize("method", batch_norm.METHODS)
 def test_every_batch_norm_counts_at_its_input(case, method):
     net, variables = case
     images = jnp.asarray(RNG.normal(size=(6, *SHAPE)), jnp.float32)
-    logits, got = inversion.statistics_loss(net, variables, images, method)
+    logits, got = batch_norm.statistics_loss(net, variables, images, method)
     _, seen = net.apply(variables, images, capture_intermediates=True, mutable=["intermediates"])
     inputs = {name: seen["intermediates"][name]["__call__"][0] for name in ("stem", "hidden")}
     want = sum(
@@ -155,10 +155,10 @@ def test_layers_of_a_scan_count_each():
     net = quantize(Net(layers=2))
     variables = variables_of(net)
     images = jnp.asarray(RNG.normal(size=(6, *SHAPE)), jnp.float32)
-    _, whole = inversion.statistics_loss(net, variables, images, "deep_inversion")
+    _, whole = batch_norm.statistics_loss(net, variables, images, "deep_inversion")
     short = {c: {n: v for n, v in variables[c].items() if n != "layers"} for c in variables}
     plain = quantize(Net())
-    _, first = inversion.statistics_loss(plain, short, images, "deep_inversion")
+    _, first = batch_norm.statistics_loss(plain, short, images, "deep_inversion")
     _, seen = plain.apply(short, images, capture_intermediates=True, mutable=["intermediates"])
     x = np.maximum(np.asarray(seen["intermediates"]["hidden_bn"]["__call__"][0], np.float64), 0)
     want = 0.0
@@ -170,7 +170,7 @@ def test_layers_of_a_scan_count_each():
     np.testing.assert_allclose(whole - first, want, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", inversion.METHODS)
+@pytest.mark.parametrize("method", batch_norm.METHODS)
 def test_images_come_nearer_to_the_statistics(case, method):
     net, variables = case
     losses = []
@@ -185,7 +185,7 @@ def test_images_come_nearer_to_the_statistics(case, method):
         )
     )
     before, after = (
-        float(inversion.statistics_loss(net, variables, x, method)[1])
+        float(batch_norm.statistics_loss(net, variables, x, method)[1])
         for x in (noise, made.images[:6])
     )
     assert after < 0.5 * before

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.data_free import inversion
+from qkd_jax.data_free import batch_norm, inversion
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.stages.generate import check_batch_norm, reporter
@@ -78,7 +78,7 @@ def check_synthesize(nets: Mapping[str, QuantizedModel], stage: Stage) -> None:
     where, fields = f"stages.{stage.name}", stage.fields
     if len(fields["nets"]) != 1:
         raise ValueError(f"{where}.nets is {fields['nets']!r}; images are made from one net.")
-    checks.one_of(f"{where}.method", fields["method"], inversion.METHODS)
+    checks.one_of(f"{where}.method", fields["method"], batch_norm.METHODS)
     for name, low in (("examples", 1), ("batch_size", 1), ("steps", 0), ("jitter", 0)):
         checks.integer_in(f"{where}.{name}", fields[name], low)
     for name in ("lr", "bn_weight", "tv_weight", "l2_weight"):
