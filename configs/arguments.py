@@ -20,15 +20,15 @@ def parse(arg: str | None, **defaults: Any) -> ConfigDict:
     and 1/0. The values of integers and floats are read by `int` and `float`.
 
     Args:
-      arg: the text behind the colon of `--config=file.py:text`; None and "" mean no arguments.
-      **defaults: every key that the config knows, with its default; bool, int, float or str.
+        arg: the text behind the colon of `--config=file.py:text`; None and "" mean no arguments.
+        **defaults: every key that the config knows, with its default; bool, int, float or str.
 
     Returns:
-      A `ConfigDict` with the keys of `defaults`.
+        A `ConfigDict` with the keys of `defaults`.
 
     Raises:
-      ValueError: for an unknown key (with the nearest known one), a key given twice, a value that
-        its type cannot hold, or a bare key that is not a boolean.
+        ValueError: for an unknown key (with the nearest known one), a key given twice, a value that
+            its type cannot hold, or a bare key that is not a boolean.
     """
     values = dict(defaults)
     given = set()

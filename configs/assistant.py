@@ -3,8 +3,12 @@
     python launch.py --config=configs/assistant.py:widths=32+16+8 --workdir=runs/assistant
 
 Each net of the chain learns from labels and from the one before it, (1 - l) CE + l T^2 KL; `direct`
-is the control, the same student with the teacher itself. With `bits` the last one and the control
-are quantized: they start from a float student and learn as quantized nets.
+is the control, the same student taught by the teacher itself. With `bits` student and control are
+quantized: they start from a float student and learn as quantized nets.
+
+Expect, on the digits in float, seed 0: 310 s on two cores of an AMD EPYC beside other work; teacher
+98.26 % top-1, `direct` 97.86, assistant 98.00, student 97.66. The spread over seeds was not
+measured.
 """
 
 import itertools

@@ -5,6 +5,9 @@
 Generation 0 learns from labels; every later one, of the same size and from fresh weights, from
 labels and from the generation before it. The rows show each generation and, as the paper's last
 step, the ensemble of all of them: the mean of their probabilities.
+
+Expect, on the digits, seed 0: 85 s on two cores of an AMD EPYC beside other work; generations
+97.39, 96.93, 96.93 and 96.39 % top-1, their ensemble 98.40. The spread over seeds was not measured.
 """
 
 from configs import common

@@ -1,4 +1,4 @@
-"""Without data: students and a quantized net from images that a trained net remembers.
+"""Data-free distillation and calibration: images are made from a trained net alone.
 
     python launch.py --config=configs/data_free.py --workdir=runs/data_free
     python launch.py --config=configs/data_free.py:makers=cmi --workdir=runs/cmi
@@ -6,16 +6,20 @@
 The teacher learns from the data. From it alone images are made, on which a student learns from the
 teacher, KL and no labels, a student for each maker: DeepInversion (Yin et al. 2019, arXiv
 1912.08795), which descends to the statistics in its BatchNorms; DAFL (Chen et al. 2019, arXiv
-1904.01186), a generator taught by its answers; CMI (Fang et al. 2021, arXiv 2105.08584), generators
-whose images differ from those before, adversary to a copy of the student. On images by ZeroQ (Cai
-et al. 2020, arXiv 2001.00281) the teacher's quantized copy is calibrated. The controls do the same
-with as many real images: `student_real` from the same weights for the same steps, `quantized_real`
-from the same float net.
+1904.01186), a generator that learns from its answers; CMI (Fang et al. 2021, arXiv 2105.08584),
+generators whose images differ from those before, adversary to a copy of the student. On images by
+ZeroQ (Cai et al. 2020, arXiv 2001.00281) the teacher's quantized copy is calibrated. The controls
+do the same with as many real images: `student_real` from the same weights for the same steps,
+`quantized_real` from the same float net.
 
 `SIZES` holds what fits the digits on a laptop. Other sets get what the papers' code takes for
 CIFAR-10: batches of 256 with 2,000 steps (DeepInversion), 500 (ZeroQ) or 200 (CMI, beside 400 steps
 of the student a batch). DAFL's code takes 240,000 steps for CIFAR-10 and 24,000 of 512 images for
 MNIST, with the student beside it; its default here is 2,000.
+
+Expect, on the digits, seed 0: nine minutes on two cores of an Intel Xeon beside other work; teacher
+97.80 % top-1, students on real images 97.53, DeepInversion's 92.92, DAFL's 67.67, CMI's 92.65
+(docs/results.md). The spread over seeds was not measured.
 """
 
 from typing import Any

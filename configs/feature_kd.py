@@ -1,15 +1,19 @@
-"""A student taught by any loss of the library, at its published weight, and its control.
+"""A student that learns by any loss of the library, at its published weight, and its control.
 
     python launch.py --config=configs/feature_kd.py:loss=rkd --workdir=runs/rkd
     python launch.py --config=configs/feature_kd.py:loss=crd,bits=w2a2 --workdir=runs/crd_w2a2
 
-Teacher and student may be of any families and sizes: taps are found and adaptors built by shape
+Teacher and student may be of any families and sizes: taps and adaptors follow from their shapes
 (`--mode=inspect` lists taps; override `stages.distil.learn.student.<loss>.taps`). With `bits` the
 student learns in float first, is calibrated, and learns again as a quantized net; `alone` takes the
 same steps from labels. `loss=simkd` makes the student end in the teacher's classifier; losses of
 several teachers get a second one, `second`; losses of labels (`tf_kd`, and over the class tree
 `hxe`, `tree_soft_labels`, `lca_alignment`) train none, and show one only where `teacher_from` names
 it.
+
+Expect, on the digits in float with `fitnet`, seed 0: 173 s on two cores of an AMD EPYC beside other
+work; teacher 98.13 % top-1, `alone` 96.39, student 96.13. docs/results.md has every loss on
+Fashion-MNIST over 3 seeds.
 """
 
 from configs import common, terms

@@ -3,6 +3,9 @@
     python launch.py --config=configs/kd.py:temperature=4,kd_weight=0.9 --workdir=runs/kd
 
 The student and its control, `alone`, start from the same weights and see the same batches.
+
+Expect, on the digits, seed 0: 89 s on two cores of an AMD EPYC beside other work; teacher 98.13 %
+top-1, `alone` 96.39, student 98.00. The spread over seeds was not measured.
 """
 
 from configs import common

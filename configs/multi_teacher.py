@@ -4,11 +4,15 @@
 
 The student learns from labels and from all teachers: from the mean of their probabilities (Hinton
 et al. 2015, arXiv 1503.02531), from the sum of its divergences to each (Beyer et al. 2021, arXiv
-2106.05237; the gradient is n times as large), or from each as far as it knows an example's label
+2106.05237; the gradient is n times as large), or from each by its confidence in an example's label
 (Zhang et al. 2022, arXiv 2201.00007). The controls start from the same weights and see the same
 batches: a student of each teacher alone, `single<k>`, of which the best is what several must beat,
 and one with labels alone. The teachers together are a row too, the mean of their probabilities.
 With `bits` every student is quantized, after a float start of its own.
+
+Expect, on the digits in float, seed 0: teachers 98.13 and 97.53 % top-1, student of both 98.00, of
+one 98.26 and 97.80, of labels 96.99 (docs/results.md). Time and the spread over seeds were not
+measured.
 """
 
 from configs import common

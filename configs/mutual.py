@@ -8,13 +8,17 @@ loss is CE + 1/(n - 1) sum_l KL(p_l || p_k) at temperature 1. The paper updates 
 turn, on fresh predictions; here a step sees one set of predictions, so all gradients are of one
 moment.
 With `stale` it is co-distillation (Anil et al. 2018, arXiv 1804.03235): each learns from copies of
-the others, in evaluation mode, that are taken anew every `stale` steps, as if they came over a slow
+the others, in evaluation mode, that are refreshed every `stale` steps, as if they came over a slow
 network; with `burn_in` (steps, or below 1 a fraction of the stage) only from then on. The paper
 compares with the mean of the others' predictions, which gives the same gradient as the mean of the
 divergences; its nets see different parts of the data, these the same batches.
 
 `alone` is the control: the same net, batches and steps with the labels only. With `bits` the
 students, and the control, are quantized after a float start and learn from one another as such.
+
+Expect, on the digits in float, seed 0: 55 s on two cores of an AMD EPYC beside other work; `alone`
+96.73 % top-1, students 98.26 and 97.19, both together 98.33. The spread over seeds was not
+measured.
 """
 
 from configs import common

@@ -1,4 +1,4 @@
-"""Patient and consistent teaching (Beyer et al. 2021, arXiv 2106.05237): a function is matched.
+"""Patient and consistent teaching (Beyer et al. 2021, arXiv 2106.05237): function matching.
 
     python launch.py --config=configs/patient.py:patience=8 --workdir=runs/patient
 
@@ -7,6 +7,9 @@ another, the teacher seeing the very same mixtures, for `patience` times the usu
 controls take one of the three away each: the same length without mixtures (`plain`), the mixtures
 at the usual length (`short`), and labels in place of the teacher (`labels`, without mixtures).
 The rows differ in steps where the method is about them, and the run says so.
+
+Expect, on the digits in float, seed 0: teacher 97.80 % top-1, `patient` 97.93, `plain` 97.86,
+`short` 96.53, `labels` 97.66 (docs/results.md). Time and the spread over seeds were not measured.
 """
 
 from configs import common

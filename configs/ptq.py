@@ -1,11 +1,16 @@
 """Post-training quantization, rung by rung, of one float net.
 
-python launch.py --config=configs/ptq.py:bits=w4a8 --workdir=runs/ptq
+    python launch.py --config=configs/ptq.py:bits=w4a8 --workdir=runs/ptq
 
 Every rung is a net of its own that starts from the float net, so the rows compare methods alone:
 dynamic ranges; static ones by five observers; cross-layer equalization, then bias correction on
 top; GPTQ; learned rounding by layer (AdaRound) and by block (BRECQ, QDrop); and quantization-aware
 training, which sees labels. All but `dynamic` and `qat` have their BatchNorms folded first.
+
+Expect, on the digits at W4A8, seed 0: 557 s on two cores of an AMD EPYC beside other work; float
+97.86 % top-1, dynamic 96.99, minmax 97.19, mse 97.60, adaround 97.86, brecq 97.73, QAT 98.00. A
+ResNet-20 on Fashion-MNIST, 3 seeds: float 88.73 +- 0.24, minmax 82.83 +- 3.95, mse 84.61 +- 2.86,
+adaround 88.66 +- 0.29, brecq 88.60 +- 0.29 (docs/results.md).
 """
 
 from configs import common

@@ -7,13 +7,17 @@
         --config.stages.qat.hygiene.net.freeze_end=0.01 --workdir=runs/frozen
 
 `progressive` lowers the bits in rungs that share the epochs of `qat` equally. Each rung starts from
-the trained weights and BatchNorm of the one before, and its quantizers are calibrated anew: the
+the trained weights and BatchNorm of the one before, and its quantizers are calibrated again: the
 best step of b bits depends on b (fewer codes pay for a range that clips more), so one that was
 learned at other bits is a worse start than one from the data.
 
 `delay` is the share of those epochs for which the weights alone are quantized. The inputs get their
-ranges then, on activations that the quantized weights make, and training goes on with its momentum
-and its place in the schedule.
+ranges then, on the activations behind quantized weights, and training continues with its momentum
+and its position in the schedule.
+
+Expect, on the digits at W2A2, seed 0: 111 s on two cores of an AMD EPYC beside other work; float
+97.60 % top-1, calibrated 17.23, trained 96.06. docs/results.md has every quantizer on Fashion-MNIST
+over 3 seeds, LSQ at W2A2 82.65 +- 1.18 %.
 """
 
 from configs import common

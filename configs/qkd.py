@@ -12,9 +12,13 @@ row: the float teacher as it was before co-studying, which `teacher_before` keep
 The recipe: SGD with one cosine over all three phases (15, 50 and 35 % of the steps), T = 2, unit
 weights, the teacher at a tenth of the student's rate, first and last layer at 8 bits. `loss` takes
 the place of the KL divergence in co-studying and tutoring, in both directions and at its published
-weight: `loss=rkd`, say. Published courses are shares of all three phases and run once, from the
+weight: `loss=rkd`, say. Published schedules are shares of all three phases and run once, from the
 start of co-studying on: a loss that is a stage of its own (`fsp`, `ab`) leaves tutoring to the
-labels, and `ft` goes on with its paraphraser.
+labels, and `ft` keeps its paraphraser.
+
+Expect, on the digits at W2A2, 8 seeds: 43 to 59 s on two cores of an AMD EPYC; top-1 of the teacher
+97.66 +- 0.50 %, float student 96.18 +- 0.27, QAT alone 95.68 +- 0.87, QAT with the fixed teacher
+96.38 +- 0.57, QKD 96.28 +- 0.88 (docs/results.md).
 """
 
 from configs import common, terms

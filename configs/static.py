@@ -3,8 +3,11 @@
     python launch.py --config=configs/static.py --workdir=runs/static
     python launch.py --config=configs/static.py:bits=w4a8,observer=entropy --workdir=runs/w4a8
 
-BatchNorm is folded first. `configs/ptq.py` goes on from here: equalization, bias correction and
+BatchNorm is folded first. `configs/ptq.py` has what comes after: equalization, bias correction,
 learned rounding.
+
+Expect, on the digits, seed 0: 46 s on two cores of an AMD EPYC beside other work; W8A8 97.93 %
+top-1, the float net 97.86. The spread over seeds was not measured.
 """
 
 from configs import common, experiments

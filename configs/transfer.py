@@ -1,4 +1,4 @@
-"""Transfer learning beside distillation: what a net brings from another domain, or from a teacher.
+"""Transfer learning beside distillation: weights from another domain, or a teacher.
 
     python launch.py --config=configs/float.py:data=digits28,epochs=30 --workdir=runs/digits
     python launch.py --config=configs/transfer.py:source=runs/digits#net --workdir=runs/transfer
@@ -9,6 +9,10 @@ random weights with a teacher that was trained on the target itself ("distilled"
 be the student's model, trained on images of the target's shape, with any number of classes:
 `digits28` are handwritten digits at the size of Fashion-MNIST. In the frozen arm BatchNorm's
 statistics still follow the new images.
+
+Expect, on 1,000 images of Fashion-MNIST, seed 0: teacher 74.54 % top-1, `scratch` 65.70, `tuned`
+72.87, `frozen` 61.66, `distilled` 62.85 (docs/results.md). Time and the spread over seeds were not
+measured.
 """
 
 from configs import common

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkd_jax import losses, observers, quantizers
+from qkd_jax import losses, models, observers, quantizers
 from qkd_jax.losses import response
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, presets, quantize, targets
@@ -198,11 +198,10 @@ def test_loss_meets_the_contract():
     assert meets_contract("losses/test_losses.py", "reverse_kd") > 20
 
 
-def test_model():
-    tiny = run(block("Add a model"), __name__=__name__)["Tiny"]
-    images = jnp.ones((2, 8, 8, 1))
-    variables = tiny(num_classes=5).init(jax.random.key(0), images)
-    assert tiny(num_classes=5).apply(variables, images).shape == (2, 5)
+def test_model_meets_the_contract(monkeypatch):
+    module = example("Add a model", "qkd_jax.models.tiny", monkeypatch)
+    monkeypatch.setitem(models.MODELS, "tiny", module.Tiny)
+    assert meets_contract("models/test_models.py", "tiny") == 6
 
 
 def test_data_set_meets_the_contract(monkeypatch, tmp_path):

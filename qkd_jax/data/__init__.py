@@ -132,13 +132,13 @@ def load(
 
     Args:
         name: A key of `DATASETS`.
-        data_dir: Where TFDS data sets lie; None for TFDS_DATA_DIR, else `~/tensorflow_datasets`.
-        train_examples: Size of the train split; None for the default, which is all of it except for
+        data_dir: where TFDS data sets lie; None for TFDS_DATA_DIR, else `~/tensorflow_datasets`.
+        train_examples: size of the train split; None for the default, which is all of it except for
             `digits` (300) and `synthetic` (512).
-        test_examples: Size of the test split; None for all of it (`synthetic`: 256).
-        seed: Of the random split, subset or synthetic images.
+        test_examples: size of the test split; None for all of it (`synthetic`: 256).
+        seed: of the random split, subset or synthetic images.
         image_shape: (height, width, channels); for `synthetic` only.
-        num_classes: Number of classes; for `synthetic` only.
+        num_classes: number of classes; for `synthetic` only.
 
     Returns:
         A `Dataset`.
@@ -146,7 +146,7 @@ def load(
     Raises:
         NotPreparedError: (a ValueError) where the set is not there; it says the command that
             prepares it. Nothing is downloaded.
-        ValueError: For an unknown name or a number out of range.
+        ValueError: for an unknown name or a number out of range.
     """
     if name not in DATASETS:
         raise checks.unknown("data set", name, DATASETS)

@@ -72,7 +72,7 @@ def parse(augment: Sequence[str]) -> tuple[tuple[Augmentation, int], ...]:
     """Reads ("shift:1", "flip") into functions and amounts, in the order given.
 
     Raises:
-        ValueError: For an unknown name, a missing amount, or one that is not a positive integer.
+        ValueError: for an unknown name, a missing amount, or one that is not a positive integer.
     """
     if isinstance(augment, str):
         raise ValueError(f"augment is the string {augment!r}; give a tuple, as ({augment!r},).")

@@ -116,9 +116,9 @@ class TrainBatches:
         """Yields the batches of start_step, start_step + 1, ..., made ahead of time by a thread.
 
         Args:
-            start_step: The first step.
-            stop_step: One past the last step; None for no end.
-            prefetch: How many batches are ready ahead of use; 0 makes each when it is asked for.
+            start_step: the first step.
+            stop_step: one past the last step; None for no end.
+            prefetch: how many batches are ready ahead of use; 0 makes each when it is asked for.
 
         Returns:
             An iterator of batches, equal to `[self[k] for k in range(start_step, stop_step)]`.
@@ -153,12 +153,12 @@ def train_batches(
     """Returns the endless training batches of a data set.
 
     Args:
-        dataset: From `load`.
-        batch_size: Examples a step.
-        seed: Of order and augmentation; of nothing else.
-        augment: Names of `AUGMENTATIONS` with amounts, applied in order, as
-            `("pad_crop:4", "flip")`. They act on the uint8 image, so what comes in at a border is
-            the value 0 before normalisation.
+        dataset: from `load`.
+        batch_size: examples a step.
+        seed: of order and augmentation; of nothing else.
+        augment: names of `AUGMENTATIONS` with amounts, applied in order, as
+            `("pad_crop:4", "flip")`. They act on the uint8 image, so pixels that come in at a
+            border have the value 0 before normalisation.
         views: 0 augments anew at every step. Above 0, the augmented images are so many views of
             each example, drawn beforehand: epoch e shows view e modulo `views`. 1 shows the images
             as they are. See `views.Views`.
@@ -168,7 +168,7 @@ def train_batches(
         An object with `[step]`, `.iter(start_step)` and `.indices(step)`.
 
     Raises:
-        ValueError: For an unknown augmentation (with the nearest name), or a number out of range.
+        ValueError: for an unknown augmentation (with the nearest name), or a number out of range.
     """
     return TrainBatches(
         dataset, batch_size=batch_size, seed=seed, augment=augment, views=views, known=known
@@ -211,9 +211,9 @@ def eval_batches(dataset: Dataset, split: str, batch_size: int) -> EvalBatches:
     """Returns a split in order and without augmentation, as a list of equally shaped batches.
 
     Args:
-        dataset: From `load`.
+        dataset: from `load`.
         split: "train" or "test".
-        batch_size: Examples a batch; the last one is padded with images of zeros.
+        batch_size: examples a batch; the last one is padded with images of zeros.
 
     Returns:
         A sequence of batches as in training, and "mask" bool [batch]: False where an example is

@@ -26,8 +26,8 @@ class Dataset:
     """A data set as the batches see it; the arrays are read-only.
 
     Attributes:
-        name: The key in `DATASETS`.
-        num_classes: Labels are 0..num_classes-1.
+        name: the key in `DATASETS`.
+        num_classes: labels are 0..num_classes-1.
         train_images: uint8 [train, H, W, C].
         train_labels: int32 [train].
         test_images: uint8 [test, H, W, C].

@@ -26,8 +26,8 @@ def read(
     """Returns images uint8 [1797, 8, 8, 1] and labels int32 [1797], preparing the set if need be.
 
     Raises:
-        OSError: Where neither the data directory nor the cache can be written.
-        ValueError: Where the prepared set is not this one.
+        OSError: where neither the data directory nor the cache can be written.
+        ValueError: where the prepared set is not this one.
     """
     folder = prepare(data_dir)
     images, labels = sources.decoded(NAME, source, folder, ("train",))

@@ -33,9 +33,9 @@ class Official:
     Attributes:
         version: TFDS's version.
         base: URL of the folder that holds the files.
-        sha256: Hash of each file by name.
-        read: Reads the files, given by name.
-        examples: Number of examples by split.
+        sha256: hash of each file by name.
+        read: reads the files, given by name.
+        examples: number of examples by split.
         citation: A line of text.
     """
 
@@ -51,7 +51,7 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     """Reads one gzipped IDX file of bytes into uint8 of the shape that it states.
 
     Raises:
-        ValueError: Where it is not such a file, or cut short.
+        ValueError: where it is not such a file, or cut short.
     """
     try:
         content = gzip.decompress(path.read_bytes())

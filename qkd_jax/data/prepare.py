@@ -36,13 +36,13 @@ def prepare(
 
     Args:
         name: A key of `DATASETS`.
-        data_dir: Where to; None for TFDS_DATA_DIR, else `~/tensorflow_datasets`.
-        source: The official archive, or the folder that holds the official files; None downloads.
-        unofficial: Accept files of another hash and other numbers of examples.
+        data_dir: where to; None for TFDS_DATA_DIR, else `~/tensorflow_datasets`.
+        source: the official archive, or the folder that holds the official files; None downloads.
+        unofficial: accept files of another hash and other numbers of examples.
 
     Raises:
-        ValueError: For an unknown name, a file that is missing or is not the official one.
-        OSError: Where a download or a write fails.
+        ValueError: for an unknown name, a file that is missing or is not the official one.
+        OSError: where a download or a write fails.
     """
     if name not in DATASETS:
         raise checks.unknown("data set", name, DATASETS)

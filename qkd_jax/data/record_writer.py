@@ -47,18 +47,18 @@ def write(
     nothing half done, and of two that prepare at once one wins and both go on.
 
     Args:
-        name: The TFDS name.
-        version: The TFDS version, as "1.0.0".
-        directory: The data_dir; made if it is not there.
+        name: the TFDS name.
+        version: the TFDS version, as "1.0.0".
+        directory: the data_dir; made if it is not there.
         features: TFDS features by name; "image" is an Image.
-        splits: Examples by split; "image" is uint8 [H, W, C].
-        description: Stored with the set, as `homepage` and `citation` are.
+        splits: examples by split; "image" is uint8 [H, W, C].
+        description: stored with the set, as `homepage` and `citation` are.
         homepage: A URL.
         citation: BibTeX or a line of text.
-        keep_order: Whether examples keep their order; TFDS's own sets are shuffled by a hash.
+        keep_order: whether examples keep their order; TFDS's own sets are shuffled by a hash.
 
     Raises:
-        OSError: Where the directory cannot be written.
+        OSError: where the directory cannot be written.
     """
     import tensorflow_datasets as tfds
 

@@ -48,12 +48,12 @@ class Source:
         kind: "prepared" lies on disk as TFDS writes it; "embedded" ships in the package and
             prepares itself; "generated" is made from a seed.
         image_shape: (height, width, channels).
-        num_classes: Labels are 0..num_classes-1.
-        description: One line for people.
-        recipe: The recipe of the configs; without one the set can be loaded, and `configs/` refuse
+        num_classes: labels are 0..num_classes-1.
+        description: one line for people.
+        recipe: the recipe of the configs; without one the set can be loaded, and `configs/` refuse
             it.
-        train_examples: The default of `load`; None for all.
-        test_examples: The default of `load`; None for all.
+        train_examples: the default of `load`; None for all.
+        test_examples: the default of `load`; None for all.
     """
 
     kind: Literal["prepared", "embedded", "generated"]
@@ -89,7 +89,7 @@ def read(name: str, source: Source, data_dir: str | os.PathLike[str] | None) -> 
     """Reads both splits of a prepared set.
 
     Raises:
-        NotPreparedError: Where it is not on disk, or in a format without random access.
+        NotPreparedError: where it is not on disk, or in a format without random access.
     """
     directory = data_directory(data_dir)
     folder = find(name, directory)

@@ -26,13 +26,13 @@ class Views:
     """The views of a data set's training split.
 
     Args:
-        dataset: From `load`.
-        views: How many; 1 is the images as they are, whatever `augment` says.
-        augment: Names of `AUGMENTATIONS`, as in `train_batches`.
-        seed: Of the augmentation.
+        dataset: from `load`.
+        views: how many; 1 is the images as they are, whatever `augment` says.
+        augment: names of `AUGMENTATIONS`, as in `train_batches`.
+        seed: of the augmentation.
 
     Raises:
-        ValueError: For a number out of range, or an unknown augmentation.
+        ValueError: for a number out of range, or an unknown augmentation.
     """
 
     def __init__(

@@ -3,22 +3,24 @@
 `MODELS` maps names to constructors; `create` adds every other CIFAR ResNet depth (6n + 2; 18, 34
 and 50 are the nets for large images) and errors that name the nearest valid choice. To add a model,
 write a linen module in a file of this package and give it a line in `MODELS`; the tests in
-`tests/models/test_models.py` are parametrised over the table. What the rest of the project relies
-on:
+`tests/models/test_models.py` are parametrised over the table. The contract:
 
 * `MODELS[name](num_classes=..., **fields)` is an unbound linen module, hashable, called as
-  `model(images, train=False)` with images [batch, height, width, channels], floating, normalised;
-  it returns logits [batch, classes] in float32 or wider.
-* Layers have explicit names that read well in a path ("stage1_block0/conv1"); the first and the
-  last product are "stem" and "head" where the architecture has such layers.
+  `model(images, train=False)` with images [batch, height, width, channels], floating, normalised
+  (`checks.images` refuses others); it returns logits [batch, classes] in float32 or wider.
+* Layers have explicit names that read well in a path ("stage1_block0/conv1"); the last product is
+  "head", the first one "stem" where the architecture has one.
+* The field `dtype` is the dtype of the computation (None: that of images and parameters);
+  parameters stay float32.
 * BatchNorm uses its running statistics unless `train=True`; its collection is "batch_stats".
-* `model(images, train, head=False)` gives what goes into pooling and head instead of logits, and
-  makes no parameters of a head; `BorrowedClassifier` builds on it. Models without that argument
-  cannot be its body.
 * Features are sown (`features.sow_feature`) into the collection "features", which costs nothing
   unless it is mutable: `logits, aux = model.apply(variables, images, mutable="features")`, then
   `aux["features"]["stage1"][0]`. Every model names the head's input `pooled`; an activation has a
-  bare name, what goes into it the same with `_pre` (the same array where a stage ends without one).
+  bare name, its input the same with `_pre` (the same array where a stage ends without one).
+* Optional: `model(images, train, head=False)` returns the input of pooling and head instead of
+  logits, and makes no parameters of a head. `BorrowedClassifier` (SimKD) needs it of its body.
+
+`components.logits_of` is a head that keeps these; `components.conv_and_norm` are layers that do.
 """
 
 from __future__ import annotations
@@ -82,17 +84,17 @@ def create(name: str, num_classes: int, **fields: Any) -> nn.Module:
     """Builds a model by name.
 
     Args:
-      name: a key of `MODELS`, or "resnet<depth>" for any other depth of the form 6n + 2.
-      num_classes: number of logits, at least 1.
-      **fields: fields of the module, such as `width=8`; lists become tuples and a `dtype` may be a
-        string like "bfloat16", so that values read from a JSON file work.
+        name: a key of `MODELS`, or "resnet<depth>" for any other depth of the form 6n + 2.
+        num_classes: number of logits, at least 1.
+        **fields: fields of the module, such as `width=8`; lists become tuples and a `dtype` may be
+            a string like "bfloat16", so that values read from a JSON file work.
 
     Returns:
-      An unbound linen module.
+        An unbound linen module.
 
     Raises:
-      ValueError: for an unknown name or field, with the nearest one that exists, or a depth that
-        is not 6n + 2.
+        ValueError: for an unknown name or field, with the nearest one that exists, or a depth that
+            is not 6n + 2.
     """
     checks.integer_in("num_classes", num_classes, 1)
     build = MODELS.get(name)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks
+from qkd_jax.models.components import conv_and_norm, logits_of
 from qkd_jax.models.features import sow_feature
 
 __all__ = ["BorrowedClassifier"]
@@ -31,13 +32,13 @@ class BorrowedClassifier(nn.Module):
     input, [batch, features].
 
     Attributes:
-      body: a module called as `body(images, train=False, head=False)`, which then returns its last
-        map [batch, height, width, channels] or vector [batch, channels].
-      num_classes: number of logits.
-      features: channels of the other net's last map, the head's input.
-      factor: how many times thinner the projector is inside.
-      dtype: of projector and head; parameters stay float32.
-      axis_name: mapped axis over which BatchNorm takes its statistics.
+        body: a module called as `body(images, train=False, head=False)`, which then returns its
+            last map [batch, height, width, channels] or vector [batch, channels].
+        num_classes: number of logits.
+        features: channels of the other net's last map, the head's input.
+        factor: how many times thinner the projector is inside.
+        dtype: of projector and head; parameters stay float32.
+        axis_name: mapped axis over which BatchNorm takes its statistics.
 
     Reference: Chen, Mei, Zhang, Wang, Feng, Chen, 2022, arXiv 2203.14001. The paper pools a
     student's map that is larger than the teacher's before it is projected; here the loss pools
@@ -60,14 +61,14 @@ class BorrowedClassifier(nn.Module):
         """Computes the logits of a batch of images.
 
         Args:
-          images: what the body takes.
-          train: whether BatchNorm uses the batch's statistics and updates its running ones.
+            images: what the body takes.
+            train: whether BatchNorm uses the batch's statistics and updates its running ones.
 
         Returns:
-          [batch, num_classes], float32 or wider.
+            [batch, num_classes], float32 or wider.
 
         Raises:
-          ValueError: for numbers below 1, or a body that cannot leave out its head.
+            ValueError: for numbers below 1, or a body that cannot leave out its head.
         """
         checks.integer_in("features", self.features, 1)
         checks.integer_in("factor", self.factor, 1)
@@ -80,27 +81,10 @@ class BorrowedClassifier(nn.Module):
         x = self.body(images, train=train, head=False)
         x = x.reshape(x.shape[0], 1, 1, -1) if x.ndim == 2 else x
         thin = max(self.features // self.factor, 1)
-        for place, (channels, size) in enumerate(((thin, 1), (thin, 3), (self.features, 1)), 1):
-            x = nn.Conv(
-                channels,
-                (size, size),
-                padding=((size // 2, size // 2),) * 2,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-                name=f"projector{place}",
-            )(x)
-            x = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                epsilon=1e-5,
-                dtype=self.dtype,
-                axis_name=self.axis_name,
-                name=f"projector{place}_bn",
-            )(x)
-            x = nn.relu(x)
+        conv, norm = conv_and_norm(self, train)
+        for number, (channels, size) in enumerate(((thin, 1), (thin, 3), (self.features, 1)), 1):
+            padding = ((size // 2, size // 2),) * 2
+            x = conv(channels, (size, size), padding=padding, name=f"projector{number}")(x)
+            x = nn.relu(norm(name=f"projector{number}_bn")(x))
         sow_feature(self, "projected", x)
-        x = jnp.mean(x, axis=(1, 2))
-        sow_feature(self, "pooled", x)
-        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return logits_of(self, jnp.mean(x, axis=(1, 2)))

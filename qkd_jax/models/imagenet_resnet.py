@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks
-from qkd_jax.models.features import sow_feature
-from qkd_jax.models.resnet import ONE_PIXEL, BasicBlock, conv_and_norm, residual_stages
+from qkd_jax.models.components import ONE_PIXEL, conv_and_norm, logits_of
+from qkd_jax.models.resnet import BasicBlock, residual_stages
 
 __all__ = ["EXPANSION", "Bottleneck", "ImageNetResNet"]
 
@@ -33,10 +33,10 @@ class Bottleneck(nn.Module):
     The shortcut is a 1x1 convolution and BatchNorm where the shape changes (option B).
 
     Attributes:
-      width: channels of the first two convolutions; the third has `EXPANSION` times as many.
-      stride: stride of the 3x3 convolution and of the shortcut.
-      dtype: of the computation; parameters stay float32.
-      axis_name: mapped axis over which BatchNorm takes its statistics.
+        width: channels of the first two convolutions; the third has `EXPANSION` times as many.
+        stride: stride of the 3x3 convolution and of the shortcut.
+        dtype: of the computation; parameters stay float32.
+        axis_name: mapped axis over which BatchNorm takes its statistics.
     """
 
     width: int
@@ -82,12 +82,12 @@ class ImageNetResNet(nn.Module):
     `stage1_pre` ... before it; `pooled`, the head's input.
 
     Attributes:
-      blocks: blocks of each stage, such as (2, 2, 2, 2).
-      bottleneck: whether the blocks are bottlenecks.
-      num_classes: number of logits.
-      width: channels of the stem and of stage 1.
-      dtype: of the computation; None takes that of images and parameters.
-      axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
+        blocks: blocks of each stage, such as (2, 2, 2, 2).
+        bottleneck: whether the blocks are bottlenecks.
+        num_classes: number of logits.
+        width: channels of the stem and of stage 1.
+        dtype: of the computation; None takes that of images and parameters.
+        axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
     """
 
     blocks: tuple[int, ...] = (2, 2, 2, 2)
@@ -102,15 +102,15 @@ class ImageNetResNet(nn.Module):
         """Computes the logits of a batch of images.
 
         Args:
-          images: [batch, height, width, channels], floating, normalised; any size.
-          train: whether BatchNorm uses the batch's statistics and updates its running ones.
+            images: [batch, height, width, channels], floating, normalised; any size.
+            train: whether BatchNorm uses the batch's statistics and updates its running ones.
 
         Returns:
-          [batch, num_classes], float32 or wider.
+            [batch, num_classes], float32 or wider.
 
         Raises:
-          ValueError: for images that are not floating [batch, height, width, channels], or fields
-            out of range.
+            ValueError: for images that are not floating [batch, height, width, channels], or fields
+                out of range.
         """
         checks.integer_in("width", self.width, 1)
         checks.at_least_one("blocks", self.blocks)
@@ -124,7 +124,4 @@ class ImageNetResNet(nn.Module):
         x = nn.relu(norm(name="stem_bn")(x))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=ONE_PIXEL)
         x = residual_stages(self, block_type, self.blocks, x, train)
-        x = jnp.mean(x, axis=(1, 2))
-        sow_feature(self, "pooled", x)
-        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return logits_of(self, jnp.mean(x, axis=(1, 2)))

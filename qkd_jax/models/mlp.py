@@ -7,9 +7,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from qkd_jax import checks
+from qkd_jax.models.components import conv_and_norm, logits_of
 from qkd_jax.models.features import sow_feature
 
 __all__ = ["MLP"]
@@ -27,12 +27,12 @@ class MLP(nn.Module):
     Hidden layers start from He's normal initialisation over fan-in; the head keeps linen's default.
 
     Attributes:
-      num_classes: number of logits.
-      hidden: sizes of the hidden layers; empty makes it a linear classifier.
-      batch_norm: whether a BatchNorm (decay 0.9, epsilon 1e-5) stands before every ReLU; the dense
-        layer before it then has no bias.
-      dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
-      axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
+        num_classes: number of logits.
+        hidden: sizes of the hidden layers; empty makes it a linear classifier.
+        batch_norm: whether a BatchNorm (decay 0.9, epsilon 1e-5) stands before every ReLU; the
+            dense layer before it then has no bias.
+        dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
+        axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
     """
 
     num_classes: int = 10
@@ -46,20 +46,21 @@ class MLP(nn.Module):
         """Computes the logits of a batch of images.
 
         Args:
-          images: [batch, height, width, channels], floating, normalised; the parameters depend on
-            height * width * channels.
-          train: whether BatchNorm uses the batch's statistics and updates its running ones, which
-            needs "batch_stats" to be mutable.
-          head: False leaves out the head.
+            images: [batch, height, width, channels], floating, normalised; the parameters depend on
+                height * width * channels.
+            train: whether BatchNorm uses the batch's statistics and updates its running ones, which
+                needs "batch_stats" to be mutable.
+            head: False leaves out the head.
 
         Returns:
-          [batch, num_classes], float32 or wider; without a head its input.
+            [batch, num_classes], float32 or wider; without a head its input.
 
         Raises:
-          ValueError: for images that are not floating [batch, height, width, channels], or a size
-            below 1.
+            ValueError: for images that are not floating [batch, height, width, channels], or a size
+                below 1.
         """
         checks.images("images", images)
+        _, norm = conv_and_norm(self, train)
         x = images.reshape(images.shape[0], -1)
         for number, size in enumerate(self.hidden, start=1):
             checks.integer_in(f"hidden[{number - 1}]", size, 1)
@@ -71,19 +72,10 @@ class MLP(nn.Module):
                 name=f"dense{number}",
             )(x)
             if self.batch_norm:
-                x = nn.BatchNorm(
-                    use_running_average=not train,
-                    momentum=0.9,
-                    epsilon=1e-5,
-                    dtype=self.dtype,
-                    axis_name=self.axis_name,
-                    name=f"dense{number}_bn",
-                )(x)
+                x = norm(name=f"dense{number}_bn")(x)
             sow_feature(self, f"hidden{number}_pre", x)
             x = nn.relu(x)
             sow_feature(self, f"hidden{number}", x)
         if not head:
             return x
-        sow_feature(self, "pooled", x)
-        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return logits_of(self, x)

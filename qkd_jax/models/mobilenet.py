@@ -23,12 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks
+from qkd_jax.models.components import ONE_PIXEL, conv_and_norm, logits_of
 from qkd_jax.models.features import Activation, sow_feature
 
 __all__ = ["InvertedResidual", "MobileNet", "MobileNetV2", "SeparableBlock"]
 
-# One pixel on every side also under stride 2; "SAME" would pad an even map on one side only.
-_ONE_PIXEL = ((1, 1), (1, 1))
 _ACTIVATIONS = {"relu": nn.relu, "relu6": nn.relu6}
 Module = Any  # any of the four below: they share dtype, axis_name and activation
 SowPre = Callable[[jax.Array], Any]
@@ -37,13 +36,8 @@ SowPre = Callable[[jax.Array], Any]
 def _layers(module: Module, train: bool) -> tuple[Callable[..., Any], ...]:
     """Returns constructors (conv, depthwise, norm) with the project's settings, and the ReLU."""
     checks.one_of("activation", module.activation, tuple(_ACTIVATIONS))
-    conv = functools.partial(
-        nn.Conv,
-        padding="VALID",
-        use_bias=False,
-        dtype=module.dtype,
-        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    )
+    conv, norm = conv_and_norm(module, train)
+    conv = functools.partial(conv, padding="VALID")
 
     def depthwise(channels: int, stride: int, name: str) -> nn.Module:
         # Fan-out would count all channels although a filter feeds one: 1/sqrt(channels) too small.
@@ -51,20 +45,12 @@ def _layers(module: Module, train: bool) -> tuple[Callable[..., Any], ...]:
             channels,
             (3, 3),
             strides=(stride, stride),
-            padding=_ONE_PIXEL,
+            padding=ONE_PIXEL,
             feature_group_count=channels,
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
             name=name,
         )
 
-    norm = functools.partial(
-        nn.BatchNorm,
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        dtype=module.dtype,
-        axis_name=module.axis_name,
-    )
     return conv, depthwise, norm, _ACTIVATIONS[module.activation]
 
 
@@ -74,11 +60,11 @@ class SeparableBlock(nn.Module):
         y = relu(pointwise_bn(pointwise(relu(depthwise_bn(depthwise(x))))))
 
     Attributes:
-      width: channels that come out.
-      stride: stride of the depthwise convolution.
-      activation: "relu" or "relu6".
-      dtype: of the computation; parameters stay float32.
-      axis_name: mapped axis over which BatchNorm takes its statistics.
+        width: channels that come out.
+        stride: stride of the depthwise convolution.
+        activation: "relu" or "relu6".
+        dtype: of the computation; parameters stay float32.
+        axis_name: mapped axis over which BatchNorm takes its statistics.
     """
 
     width: int
@@ -113,12 +99,12 @@ class InvertedResidual(nn.Module):
     What comes out has both signs.
 
     Attributes:
-      width: channels that come out.
-      stride: stride of the depthwise convolution.
-      expansion: hidden channels for each channel that comes in; 1 leaves out `expand`.
-      activation: "relu6" or "relu".
-      dtype: of the computation; parameters stay float32.
-      axis_name: mapped axis over which BatchNorm takes its statistics.
+        width: channels that come out.
+        stride: stride of the depthwise convolution.
+        expansion: hidden channels for each channel that comes in; 1 leaves out `expand`.
+        activation: "relu6" or "relu".
+        dtype: of the computation; parameters stay float32.
+        axis_name: mapped axis over which BatchNorm takes its statistics.
     """
 
     width: int
@@ -155,15 +141,16 @@ class MobileNet(nn.Module):
     ones over fan-in); BatchNorm has decay 0.9 and epsilon 1e-5. The head keeps linen's default.
 
     Attributes:
-      num_classes: number of logits.
-      width: channels of the stem; the stages have twice, four and eight times as many. The paper's
-        net has 32 (its multiplier is width / 32) and goes on to two more stages.
-      stem_stride: stride of the stem; 2, as in the paper, makes every later map a quarter as large.
-      blocks: separable blocks of each of the three stages.
-      activation: "relu", as in the paper, or "relu6".
-      dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
-        Parameters and BatchNorm's statistics stay float32.
-      axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
+        num_classes: number of logits.
+        width: channels of the stem; the stages have twice, four and eight times as many. The
+            paper's net has 32 (its multiplier is width / 32) and goes on to two more stages.
+        stem_stride: stride of the stem; 2, as in the paper, makes every later map a quarter as
+            large.
+        blocks: separable blocks of each of the three stages.
+        activation: "relu", as in the paper, or "relu6".
+        dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
+            Parameters and BatchNorm's statistics stay float32.
+        axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
     """
 
     num_classes: int = 10
@@ -179,18 +166,18 @@ class MobileNet(nn.Module):
         """Computes the logits of a batch of images.
 
         Args:
-          images: [batch, height, width, channels], floating, normalised; any size and number of
-            channels (the parameters depend on the channels only).
-          train: whether BatchNorm uses the batch's statistics and updates its running ones, which
-            needs "batch_stats" to be mutable.
-          head: False leaves out pooling and head.
+            images: [batch, height, width, channels], floating, normalised; any size and number of
+                channels (the parameters depend on the channels only).
+            train: whether BatchNorm uses the batch's statistics and updates its running ones, which
+                needs "batch_stats" to be mutable.
+            head: False leaves out pooling and head.
 
         Returns:
-          [batch, num_classes], float32 or wider; without a head the last map.
+            [batch, num_classes], float32 or wider; without a head the last map.
 
         Raises:
-          ValueError: for images that are not floating [batch, height, width, channels], or fields
-            out of range.
+            ValueError: for images that are not floating [batch, height, width, channels], or fields
+                out of range.
         """
         x = _stem(self, images, train)
         for stage, blocks in enumerate(self.blocks, start=1):
@@ -209,7 +196,7 @@ class MobileNet(nn.Module):
                     functools.partial(sow_feature, self, f"stage{stage}_pre") if last else None,
                 )
             sow_feature(self, f"stage{stage}", x)
-        return _head(self, x) if head else x
+        return logits_of(self, jnp.mean(x, axis=(1, 2))) if head else x
 
 
 class MobileNetV2(nn.Module):
@@ -229,17 +216,18 @@ class MobileNetV2(nn.Module):
     Initialisation and BatchNorm are those of `MobileNet`.
 
     Attributes:
-      num_classes: number of logits.
-      width: channels of the stem and of stage 1; stages 2 and 3 have twice and four times as many,
-        `last` sixteen times.
-      stem_stride: stride of the stem; 2, as in the paper, makes every later map a quarter as large.
-      blocks: inverted residuals of each of the three stages.
-      expansion: hidden channels for each channel of a bottleneck; stage 1 does not expand, as in
-        the paper.
-      activation: "relu6", as in the paper, or "relu".
-      dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
-        Parameters and BatchNorm's statistics stay float32.
-      axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
+        num_classes: number of logits.
+        width: channels of the stem and of stage 1; stages 2 and 3 have twice and four times as
+            many, `last` sixteen times.
+        stem_stride: stride of the stem; 2, as in the paper, makes every later map a quarter as
+            large.
+        blocks: inverted residuals of each of the three stages.
+        expansion: hidden channels for each channel of a bottleneck; stage 1 does not expand, as in
+            the paper.
+        activation: "relu6", as in the paper, or "relu".
+        dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
+            Parameters and BatchNorm's statistics stay float32.
+        axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
     """
 
     num_classes: int = 10
@@ -271,7 +259,7 @@ class MobileNetV2(nn.Module):
             sow_feature(self, f"stage{stage}", x)
         conv, _, norm, relu = _layers(self, train)
         x = relu(norm(name="last_bn")(conv(16 * self.width, (1, 1), name="last")(x)))
-        return _head(self, x) if head else x
+        return logits_of(self, jnp.mean(x, axis=(1, 2))) if head else x
 
 
 def _stem(module: Module, images: jax.Array, train: bool) -> jax.Array:
@@ -288,13 +276,5 @@ def _stem(module: Module, images: jax.Array, train: bool) -> jax.Array:
     checks.images("images", images)
     conv, _, norm, relu = _layers(module, train)
     strides = (module.stem_stride, module.stem_stride)
-    x = conv(module.width, (3, 3), strides=strides, padding=_ONE_PIXEL, name="stem")(images)
+    x = conv(module.width, (3, 3), strides=strides, padding=ONE_PIXEL, name="stem")(images)
     return Activation(relu, name="stem_relu")(norm(name="stem_bn")(x))
-
-
-def _head(module: Module, x: jax.Array) -> jax.Array:
-    """The logits from a map of features."""
-    x = jnp.mean(x, axis=(1, 2))
-    sow_feature(module, "pooled", x)
-    logits = nn.Dense(module.num_classes, dtype=module.dtype, name="head")(x)
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

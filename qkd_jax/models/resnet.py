@@ -22,20 +22,17 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks
+from qkd_jax.models.components import ONE_PIXEL, conv_and_norm, logits_of
 from qkd_jax.models.features import Activation, sow_feature
 
-__all__ = ["ONE_PIXEL", "BasicBlock", "ResNet", "blocks_per_stage", "conv_and_norm"]
-
-# One pixel on every side also under stride 2, as the papers' code has it. "SAME" would pad an even
-# map on one side only.
-ONE_PIXEL = ((1, 1), (1, 1))
+__all__ = ["BasicBlock", "ResNet", "blocks_per_stage", "residual_stages"]
 
 
 def blocks_per_stage(depth: int) -> int:
     """Returns n for a depth of 6n + 2.
 
     Raises:
-      ValueError: for any other depth, with the two that enclose it.
+        ValueError: for any other depth, with the two that enclose it.
     """
     checks.integer_in("depth", depth, 8)
     n, rest = divmod(depth - 2, 6)
@@ -47,38 +44,19 @@ def blocks_per_stage(depth: int) -> int:
     return n
 
 
-def conv_and_norm(module: Any, train: bool) -> tuple[Callable[..., Any], ...]:
-    """Returns the constructors of a convolution and a BatchNorm with the project's settings."""
-    conv = functools.partial(
-        nn.Conv,
-        use_bias=False,
-        dtype=module.dtype,
-        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    )
-    norm = functools.partial(
-        nn.BatchNorm,
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        dtype=module.dtype,
-        axis_name=module.axis_name,
-    )
-    return conv, norm
-
-
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with BatchNorm, plus a shortcut; ReLU after the sum.
 
         y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))
 
     Attributes:
-      width: channels of both convolutions.
-      stride: stride of the first convolution and of the shortcut.
-      shortcut: "projection" (a 1x1 convolution and BatchNorm where the shape changes, option B of
-        the paper) or "pad" (every stride-th pixel and zero channels at the end, without parameters,
-        option A).
-      dtype: of the computation; parameters stay float32.
-      axis_name: mapped axis over which BatchNorm takes its statistics.
+        width: channels of both convolutions.
+        stride: stride of the first convolution and of the shortcut.
+        shortcut: "projection" (a 1x1 convolution and BatchNorm where the shape changes, option B of
+            the paper) or "pad" (every stride-th pixel and zero channels at the end, without
+            parameters, option A).
+        dtype: of the computation; parameters stay float32.
+        axis_name: mapped axis over which BatchNorm takes its statistics.
     """
 
     width: int
@@ -139,11 +117,11 @@ def residual_stages(
     Stage s has width w 2^(s - 1); every stage but the first halves the map in its first block.
 
     Args:
-      net: the module that calls; its `width`, `dtype` and `axis_name` are the blocks'.
-      block_type: constructor of a block.
-      counts: blocks of each stage.
-      x: [batch, height, width, channels], after the stem.
-      train: as the net's.
+        net: the module that calls; its `width`, `dtype` and `axis_name` are the blocks'.
+        block_type: constructor of a block.
+        counts: blocks of each stage.
+        x: [batch, height, width, channels], after the stem.
+        train: as the net's.
     """
     for stage, count in enumerate(counts, 1):
         for block in range(count):
@@ -178,14 +156,14 @@ class ResNet(nn.Module):
     head keeps linen's default initialisation.
 
     Attributes:
-      depth: 6n + 2, at least 8: the number of weighted layers, projections not counted.
-      num_classes: number of logits.
-      width: channels of stage 1; stages 2 and 3 have twice and four times as many.
-      stem_width: channels of the stem; None means `width`.
-      shortcut: "projection" (option B) or "pad" (option A, what the paper's CIFAR nets use).
-      dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
-        Parameters and BatchNorm's statistics stay float32.
-      axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
+        depth: 6n + 2, at least 8: the number of weighted layers, projections not counted.
+        num_classes: number of logits.
+        width: channels of stage 1; stages 2 and 3 have twice and four times as many.
+        stem_width: channels of the stem; None means `width`.
+        shortcut: "projection" (option B) or "pad" (option A, what the paper's CIFAR nets use).
+        dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
+            Parameters and BatchNorm's statistics stay float32.
+        axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
     """
 
     depth: int = 20
@@ -201,18 +179,18 @@ class ResNet(nn.Module):
         """Computes the logits of a batch of images.
 
         Args:
-          images: [batch, height, width, channels], floating, normalised; any size and number of
-            channels (the parameters depend on the channels only).
-          train: whether BatchNorm uses the batch's statistics and updates its running ones, which
-            needs "batch_stats" to be mutable.
-          head: False leaves out pooling and head.
+            images: [batch, height, width, channels], floating, normalised; any size and number of
+                channels (the parameters depend on the channels only).
+            train: whether BatchNorm uses the batch's statistics and updates its running ones, which
+                needs "batch_stats" to be mutable.
+            head: False leaves out pooling and head.
 
         Returns:
-          [batch, num_classes], float32 or wider; without a head the last stage's map.
+            [batch, num_classes], float32 or wider; without a head the last stage's map.
 
         Raises:
-          ValueError: for images that are not floating [batch, height, width, channels], or fields
-            out of range.
+            ValueError: for images that are not floating [batch, height, width, channels], or fields
+                out of range.
         """
         blocks = blocks_per_stage(self.depth)
         checks.integer_in("width", self.width, 1)
@@ -227,7 +205,4 @@ class ResNet(nn.Module):
         x = residual_stages(self, block, (blocks,) * 3, x, train)
         if not head:
             return x
-        x = jnp.mean(x, axis=(1, 2))
-        sow_feature(self, "pooled", x)
-        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return logits_of(self, jnp.mean(x, axis=(1, 2)))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks
+from qkd_jax.models.components import logits_of
 from qkd_jax.models.features import sow_feature
 
 __all__ = ["TransformerBlock", "ViT"]
@@ -24,9 +25,9 @@ class TransformerBlock(nn.Module):
         x = x + attention(norm1(x));  x = x + mlp2(gelu(mlp1(norm2(x))))
 
     Attributes:
-      heads: attention heads; they divide the width.
-      hidden: size of the perceptron's hidden layer.
-      dtype: of the computation; parameters stay float32.
+        heads: attention heads; they divide the width.
+        hidden: size of the perceptron's hidden layer.
+        dtype: of the computation; parameters stay float32.
     """
 
     heads: int
@@ -58,14 +59,14 @@ class ViT(nn.Module):
     [batch, tokens, width]; `pooled`, the head's input, [batch, width].
 
     Attributes:
-      num_classes: number of logits.
-      patch: edge of a patch in pixels; images are padded with zeros to a multiple of it.
-      depth: number of blocks.
-      width: size of a token.
-      heads: attention heads; they divide the width.
-      mlp_ratio: hidden size of the perceptrons, in widths.
-      pool: what goes to the head: "mean" over the tokens, or a learned "class" token.
-      dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
+        num_classes: number of logits.
+        patch: edge of a patch in pixels; images are padded with zeros to a multiple of it.
+        depth: number of blocks.
+        width: size of a token.
+        heads: attention heads; they divide the width.
+        mlp_ratio: hidden size of the perceptrons, in widths.
+        pool: what goes to the head: "mean" over the tokens, or a learned "class" token.
+        dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
     """
 
     num_classes: int = 10
@@ -82,16 +83,16 @@ class ViT(nn.Module):
         """Computes the logits of a batch of images.
 
         Args:
-          images: [batch, height, width, channels], floating, normalised; the number of positions
-            depends on height and width.
-          train: changes nothing; there is no dropout and no BatchNorm.
+            images: [batch, height, width, channels], floating, normalised; the number of positions
+                depends on height and width.
+            train: changes nothing; there is no dropout and no BatchNorm.
 
         Returns:
-          [batch, num_classes], float32 or wider.
+            [batch, num_classes], float32 or wider.
 
         Raises:
-          ValueError: for images that are not floating [batch, height, width, channels], or fields
-            out of range.
+            ValueError: for images that are not floating [batch, height, width, channels], or fields
+                out of range.
         """
         checks.images("images", images)
         for name in ("patch", "depth", "width", "heads", "mlp_ratio"):
@@ -120,6 +121,4 @@ class ViT(nn.Module):
             sow_feature(self, f"tokens{block + 1}", x)
         x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
         x = x[:, 0] if self.pool == "class" else x.mean(axis=1)
-        sow_feature(self, "pooled", x)
-        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return logits_of(self, x)

@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
-from configs import arguments, qkd, terms
+from configs import arguments, common, data_free, qkd, terms
 from qkd_jax import experiment
 from qkd_jax.data import DATASETS
 from qkd_jax.experiment import settings
 from qkd_jax.quantize import presets
+from qkd_jax.training.hygiene import HYGIENE_FIELDS
+from qkd_jax.training.optim import OPTIM_FIELDS
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted(
@@ -71,6 +73,60 @@ def test_no_two_fields_are_one(name):
                 walk(value, f"{path}.{key}")
 
     walk(importlib.import_module(f"configs.{name}").get_config())
+
+
+# Where a config says something else than the library on purpose: what the library leaves alone
+# when nothing is said, or what a config spells in the words of the command line.
+SPELLED = {
+    "sgd": {"quant_lr": -1.0, "clip_norm": 0.0, "continues": ""},  # the library's None
+    "frame": {"log.eval_every_steps": 100, "log.quant_every_steps": 20},  # curves for the report
+    "evaluate": {"ensembles": {}},
+    "train": {"hygiene": {"net": common.HYGIENE}},  # all of it off
+}
+
+
+def helpers():
+    """(name, fields of a config's helper, the library's defaults)."""
+    nets, examples = ("net",), dict(examples=256)
+    stages = {
+        "train": common.train(learn={"net": {}}, optim={}, epochs=0.0, batch_size=128),
+        "calibrate": common.calibrate("net"),
+        "synthesize": data_free.synthesize("net", **examples),
+        "dafl": data_free.dafl("net", **examples),
+        "cmi": data_free.cmi("net", **examples),
+        "diagnose": common.diagnose("net"),
+        "reestimate_bn": common.reestimate_bn("net"),
+        "evaluate": common.evaluate(net="float"),
+        "deploy": common.deploy("net"),
+    }
+    for kind, fields in stages.items():
+        given = fields.get("nets", nets), fields.pop("kind")
+        assert given == (nets, kind)
+        yield kind, fields, experiment.STAGES[kind].defaults
+    yield "sgd", common.sgd(0.1, weight_decay=0.0), OPTIM_FIELDS | dict(lr=0.1)
+    yield "hygiene", common.hygiene(), HYGIENE_FIELDS
+    frame = common.frame(data="synthetic", seed=0, train_examples=0).to_dict()
+    nested = {key: value for key, value in frame.items() if key not in settings.STRUCTURE}
+    yield "frame", flat(nested), flat(settings.DEFAULTS) | {"data.name": "synthetic"}
+
+
+def flat(tree, prefix=""):
+    if not hasattr(tree, "items"):
+        return {prefix[:-1]: tree}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+
+
+def test_defaults_of_configs_are_those_of_the_library():
+    compared = set()
+    for name, fields, defaults in helpers():
+        shared = set(fields) & set(defaults)
+        assert shared, name
+        spelled = SPELLED.get(name, {})
+        assert set(spelled) <= shared
+        for field in shared:
+            assert fields[field] == spelled.get(field, defaults[field]), f"{name}.{field}"
+        compared |= {f"{name}.{field}" for field in shared}
+    assert len(compared) > 90
 
 
 def test_a_data_set_without_a_recipe_is_refused(monkeypatch):

@@ -1,0 +1,61 @@
+"""Parts that the models share: convolution, BatchNorm and head with the project's settings."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qkd_jax.models.features import sow_feature
+
+__all__ = ["ONE_PIXEL", "conv_and_norm", "logits_of"]
+
+# One pixel on every side also under stride 2, as the papers' code has it. "SAME" would pad an even
+# map on one side only.
+ONE_PIXEL = ((1, 1), (1, 1))
+
+
+def conv_and_norm(module: Any, train: bool) -> tuple[Callable[..., Any], ...]:
+    """Returns the constructors of a convolution and a BatchNorm for a module's compact call.
+
+    Convolutions have no bias and start from He's normal initialisation over fan-out; BatchNorm has
+    decay 0.9 and epsilon 1e-5.
+
+    Args:
+        module: with `dtype` and `axis_name`.
+        train: whether BatchNorm uses the batch's statistics and updates its running ones.
+    """
+    conv = functools.partial(
+        nn.Conv,
+        use_bias=False,
+        dtype=module.dtype,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    )
+    norm = functools.partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=module.dtype,
+        axis_name=module.axis_name,
+    )
+    return conv, norm
+
+
+def logits_of(module: Any, pooled: jax.Array) -> jax.Array:
+    """Returns the logits of a dense layer `head` in a module's compact call.
+
+    Args:
+        module: with `num_classes` and `dtype`; the head's input is sown as its feature `pooled`.
+        pooled: [batch, channels].
+
+    Returns:
+        [batch, num_classes], float32 or wider.
+    """
+    sow_feature(module, "pooled", pooled)
+    logits = nn.Dense(module.num_classes, dtype=module.dtype, name="head")(pooled)
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
