@@ -69,7 +69,8 @@ def cases(module: types.ModuleType, test: Callable, name: str) -> Iterator[dict]
         *(marks if isinstance(marks, list) else [marks]),
     ]:
         if mark.name == "parametrize":
-            names = [n.strip() for n in mark.args[0].split(",")]
+            given = mark.args[0]
+            names = [n.strip() for n in (given.split(",") if isinstance(given, str) else given)]
             rows = [
                 getattr(row, "values", row if len(names) > 1 else (row,)) for row in mark.args[1]
             ]
