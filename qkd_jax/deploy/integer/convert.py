@@ -35,11 +35,11 @@ from qkd_jax.deploy.integer.program import (
     Multiply,
     Program,
     Quantize,
-    Weight,
+    Unpack,
     cut_axes,
     cut_ends,
-    fresh,
     run,
+    unique_name,
 )
 from qkd_jax.graph import Node
 from qkd_jax.numerics import codes_of
@@ -148,7 +148,7 @@ class _Converter:
         self.alias: dict[int, int] = {}  # markers that do nothing, and values already emitted
         self.codes: dict[int, int] = {}  # value on a grid -> value of its centred codes
         self.scales: dict[int, int] = {}  # value on a grid found at run time -> its scales
-        self.weights: dict[tuple[int, ...], Weight] = {}
+        self.weights: dict[tuple[int, ...], Unpack] = {}
         self.layers: list[LayerSize] = []
         self.next = max(self.graph.avals) + 1
 
@@ -220,7 +220,7 @@ class _Converter:
         same = self.arrays.get(name)
         if same is not None and same.dtype == array.dtype and np.array_equal(same, array):
             return name
-        name = fresh(self.arrays, name)
+        name = unique_name(self.arrays, name)
         self.arrays[name] = np.asarray(array)
         return name
 
@@ -243,7 +243,7 @@ class _Converter:
         )
         self.steps.append(Quantize(name, spec, keys, self.value(node.inputs[0]), hat, codes))
 
-    def weight(self, node: Node, *, as_float: bool) -> Weight:
+    def weight(self, node: Node, *, as_float: bool) -> Unpack:
         """Takes a weight's codes, once; a second reader of the same weight shares them."""
         identity = (*node.inputs, int(as_float))
         if identity in self.weights:
@@ -257,7 +257,7 @@ class _Converter:
         quantizer = QUANTIZERS[spec.quantizer]
         stride = quantizer.code_stride(spec) if hasattr(quantizer, "code_stride") else 1
         packed = pack(codes.astype(np.int64), format, stride)
-        step = Weight(
+        step = Unpack(
             key=self.store(f"{name}/weight", packed),
             shape=codes.shape,
             format=format,

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ import numpy as np
 
 from qkd_jax import graph as graphs
 from qkd_jax.deploy.integer.fixed_point import decompose
+from qkd_jax.deploy.integer.linear import Linear, compressed
 from qkd_jax.deploy.integer.program import (
     Decode,
     Encode,
@@ -38,8 +40,8 @@ from qkd_jax.deploy.integer.program import (
     Quantize,
     Rescale,
     Table,
-    Weight,
-    fresh,
+    Unpack,
+    unique_name,
 )
 from qkd_jax.graph import Graph, Node
 from qkd_jax.quantize.traced import known_grid
@@ -54,35 +56,6 @@ LIMIT = 2**31
 SAME = frozenset({"copy", "stop_gradient", "optimization_barrier", "convert_element_type"})
 COARSE = ("bfloat16", "float16")
 MOVES = frozenset("reshape transpose rev squeeze slice broadcast_in_dim".split())
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Linear:
-    """A value clip(sum of multiplier * integers + bias, low, high); constants broadcast to `shape`.
-
-    Attributes:
-        terms: (value of the integers, multiplier, largest magnitude of the integers).
-        bias: float64.
-        low: lowest value, or -inf.
-        high: highest value, or inf.
-        shape: with a batch of 1.
-    """
-
-    terms: tuple[tuple[int, np.ndarray, int], ...]
-    bias: np.ndarray
-    shape: tuple[int, ...]
-    low: float = -math.inf
-    high: float = math.inf
-
-    @property
-    def clipped(self) -> bool:
-        return self.low > -math.inf or self.high < math.inf
-
-    @property
-    def codes(self) -> bool:
-        """Whether it is integers times one number, nothing else."""
-        one = len(self.terms) == 1 and self.terms[0][1].size == 1
-        return one and not self.clipped and not self.bias.any()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +87,8 @@ class _Rewriter:
         self.numbers: dict[int, np.ndarray] = {}
         self.steps: list[Any] = []
         self.env: dict[int, Any] = {}
-        self.next = 1 + max(
-            [*graph.avals, *self.source.arrays]
-            + [v for step in self.source.steps for v in _written(step)]
-        )
+        written = (value for step in self.source.steps for value in _written(step))
+        self.next = 1 + max(*graph.avals, *self.source.arrays, *written)
 
     def model(self) -> IntegerModel:
         for step in self.source.steps:
@@ -139,7 +110,7 @@ class _Rewriter:
         for step in self.source.steps:
             if isinstance(step, Quantize):
                 self.quantize(step)
-            elif isinstance(step, Weight):
+            elif isinstance(step, Unpack):
                 self.weight(step)
             elif isinstance(step, Multiply):
                 self.multiply(step)
@@ -154,8 +125,6 @@ class _Rewriter:
             numbers=self.numbers,
         )
         return IntegerModel({k: jnp.asarray(a) for k, a in self.arrays.items()}, program)
-
-    # -- helpers ---------------------------------------------------------------------------------
 
     def shape(self, value: int) -> tuple[int, ...]:
         """Shape in the graph, with a batch of 1."""
@@ -172,13 +141,9 @@ class _Rewriter:
         return value
 
     def store(self, name: str, array: Any, dtype: Any = np.int32) -> str:
-        name = fresh(self.arrays, name)
+        name = unique_name(self.arrays, name)
         self.arrays[name] = np.asarray(array, dtype)
         return name
-
-    def keep(self, key: str) -> str:
-        self.arrays[key] = self.given[key]
-        return key
 
     def refuse(self, what: str, place: str, why: str) -> ValueError:
         return ValueError(
@@ -187,8 +152,6 @@ class _Rewriter:
             f"Rule({place or 'head'!r}, output=Spec(8)), or train with the preset 'w8a8:integer', "
             "which finds these places."
         )
-
-    # -- steps -----------------------------------------------------------------------------------
 
     def quantize(self, step: Quantize) -> None:
         spec, quantizer = step.spec, QUANTIZERS[step.spec.quantizer]
@@ -203,24 +166,22 @@ class _Rewriter:
         scale, zero = scale.reshape(()), np.asarray(zero_point, np.int64).reshape(())
         ends = int(format.qmin - zero), int(format.qmax - zero)
         plain = not hasattr(quantizer, "pre_affine") and spec.rounding != "floor"
-        found = self.env[step.input]
+        x = self.env[step.input]
         offset = self.store(f"{step.name}/zero_point", zero)
-        if isinstance(found, Raw):
+        if isinstance(x, Raw):
             if not plain:
                 raise ValueError(
                     f"integer_only: {step.name} reads the net's input with quantizer "
                     f"{spec.quantizer!r}; use 'uniform' or 'lsq' there."
                 )
             key = self.store(f"{step.name}/scale", scale, np.float32)
-            self.steps.append(Encode(step.name, key, offset, *ends, found.value, step.codes))
-        elif isinstance(found, Linear):
-            single = len(found.terms) == 1
+            self.steps.append(Encode(step.name, key, offset, *ends, x.value, step.codes))
+        elif isinstance(x, Linear):
+            single = len(x.terms) == 1
             if single and (not plain or ends[1] - ends[0] < TABLE_CODES):
-                self.table(step, found, params, scale, zero, ends, offset)
+                self.table(step, x, params, scale, ends, offset)
             elif plain:
-                self.steps.append(
-                    self.fixed(step.name, found, float(scale), ends, offset, step.codes)
-                )
+                self.rescale(step.name, x, float(scale), ends, offset, step.codes)
             else:
                 raise ValueError(
                     f"integer_only: {step.name} quantizes a sum of two tensors with quantizer "
@@ -228,20 +189,15 @@ class _Rewriter:
                 )
         else:
             raise ValueError(f"integer_only: {step.name} quantizes a constant; leave it in float.")
-        largest, shape = max(-ends[0], ends[1]), found.shape
-        one = np.asarray(1.0)
-        self.env[step.codes] = Linear(((step.codes, one, largest),), np.zeros(()), shape)
-        self.env[step.hat] = Linear(
-            ((step.codes, np.asarray(scale, np.float64), largest),), np.zeros(()), shape
-        )
+        largest = max(-ends[0], ends[1])
+        self.env[step.codes] = Linear.of(step.codes, 1.0, largest, x.shape)
+        self.env[step.hat] = Linear.of(step.codes, scale, largest, x.shape)
 
-    def fixed(
-        self, name: str, found: Linear, scale: float, ends: tuple[int, int], offset: str, codes: int
-    ) -> Rescale:
-        """The step that takes a value to its nearest multiple of a scale."""
-        reach = np.abs(found.bias).max() / scale + sum(
-            np.abs(m).max() * bound / scale for _, m, bound in found.terms
-        )
+    def rescale(
+        self, name: str, x: Linear, scale: float, ends: tuple[int, int], offset: str, codes: int
+    ) -> None:
+        """Adds the step that takes a value to its nearest multiple of a scale."""
+        reach = x.reach(scale)
         shift = HEADROOM - 1 - math.ceil(math.log2(max(reach, 1e-30)))
         shift = max(min(shift, 24), 0)
         if reach * 2.0**shift >= 2.0**HEADROOM:
@@ -250,32 +206,40 @@ class _Rewriter:
                 "30 bits; its scale is far too small for the layer. Calibrate it again."
             )
         terms = []
-        for value, multiplier, _ in found.terms:
+        for value, multiplier, _ in x.terms:
             m0, exponent = decompose(multiplier / scale * 2.0**shift)
             key = self.store(f"{name}/multiplier", m0)
             terms.append((value, key, self.store(f"{name}/multiplier_exponent", exponent)))
-        bias = self.store(f"{name}/bias", np.rint(found.bias / scale * 2.0**shift))
+        bias = self.store(f"{name}/bias", np.rint(x.bias / scale * 2.0**shift))
         low, high = ends
-        if found.low > -math.inf:
-            low = max(low, min(round(found.low / scale), high))
-        if found.high < math.inf:
-            high = min(high, max(round(found.high / scale), low))
-        return Rescale(name, tuple(terms), bias, offset, shift, low, high, codes)
+        if x.low > -math.inf:
+            low = max(low, min(round(x.low / scale), high))
+        if x.high < math.inf:
+            high = min(high, max(round(x.high / scale), low))
+        self.steps.append(Rescale(name, tuple(terms), bias, offset, shift, low, high, codes))
 
-    def table(self, step, found, params, scale, zero, ends, offset) -> None:
+    def table(
+        self,
+        step: Quantize,
+        x: Linear,
+        params: Mapping[str, Any],
+        scale: np.ndarray,
+        ends: tuple[int, int],
+        offset: str,
+    ) -> None:
         """Searches, for every channel and code, the smallest sum with at least that code."""
-        ((value, multiplier, bound),) = found.terms
+        ((value, multiplier, bound),) = x.terms
         quantizer = QUANTIZERS[step.spec.quantizer]
         sign = np.where(multiplier < 0, -1, 1).astype(np.int64)
-        shape = np.broadcast_shapes(multiplier.shape, found.bias.shape)
+        shape = np.broadcast_shapes(multiplier.shape, x.bias.shape)
         m = np.broadcast_to(multiplier, shape).astype(np.float32)
-        b = np.broadcast_to(found.bias, shape).astype(np.float32)
+        b = np.broadcast_to(x.bias, shape).astype(np.float32)
         sign = np.broadcast_to(sign, shape)
 
         def codes_at(sums: np.ndarray) -> np.ndarray:
             # The float operations of the trained net, on every sum that can occur.
-            x = np.clip((sums * sign).astype(np.float32) * m + b, found.low, found.high)
-            hat = quantizer.fake_quant(jnp.asarray(x, jnp.float32), params, step.spec)
+            real = np.clip((sums * sign).astype(np.float32) * m + b, x.low, x.high)
+            hat = quantizer.fake_quant(jnp.asarray(real, jnp.float32), params, step.spec)
             return np.rint(np.asarray(hat) * (np.float32(1) / np.float32(scale)))
 
         levels = np.arange(ends[0] + 1, ends[1] + 1).reshape(-1, *(1,) * len(shape))
@@ -292,45 +256,39 @@ class _Rewriter:
         flipped = self.store(f"{step.name}/sign", sign) if np.any(sign < 0) else None
         self.steps.append(Table(step.name, value, key, flipped, offset, ends[0], step.codes))
 
-    def weight(self, step: Weight) -> None:
-        self.keep(step.key)
-        if step.zero_point is not None:
-            self.keep(step.zero_point)
+    def weight(self, step: Unpack) -> None:
+        for key in (step.key, step.zero_point):
+            if key is not None:
+                self.arrays[key] = self.given[key]
         self.steps.append(dataclasses.replace(step, scale=""))
         largest = step.format.qmax - step.format.qmin
-        self.env[step.codes] = Linear(
-            ((step.codes, np.asarray(1.0), largest),), np.zeros(()), step.shape
-        )
+        self.env[step.codes] = Linear.of(step.codes, 1.0, largest, step.shape)
         if step.scale:
-            self.env[step.hat] = None  # its float is not to be had
+            self.env[step.hat] = None  # no float value is available
 
     def multiply(self, step: Multiply) -> None:
         inputs = []
         for value in step.inputs:
-            found = self.env[value]
-            assert isinstance(found, Linear) and found.codes
-            inputs.append(found.terms[0][0])
+            x = self.env[value]
+            assert isinstance(x, Linear) and x.is_codes
+            inputs.append(x.terms[0][0])
         self.steps.append(dataclasses.replace(step, inputs=(inputs[0], inputs[1]), multiplier=""))
-        multiplier = self.given[step.multiplier].astype(np.float64)
-        self.env[step.output] = Linear(
-            ((step.output, multiplier, step.bound),), np.zeros(()), self.shape(step.node.outputs[0])
-        )
+        multiplier, shape = self.given[step.multiplier], self.shape(step.node.outputs[0])
+        self.env[step.output] = Linear.of(step.output, multiplier, step.bound, shape)
 
     def decode(self, value: int) -> int:
-        found = self.env[value]
-        if not isinstance(found, Linear) or not found.codes:
+        x = self.env[value]
+        if not isinstance(x, Linear) or not x.is_codes:
             raise ValueError(
                 "integer_only: the net's output is not on a grid, so its last sums would be scaled "
                 "in float. Give the last layer an output spec, such as Rule('head', ..., "
                 "output=Spec(8)), or train with the preset 'w8a8:integer'."
             )
-        ((codes, multiplier, _),) = found.terms
+        ((codes, multiplier, _),) = x.terms
         key = self.store("output/scale", multiplier, np.float32)
         output = self.new()
         self.steps.append(Decode(codes, key, output))
         return output
-
-    # -- operations between quantizers -----------------------------------------------------------
 
     def node(self, node: Node) -> None:
         values = []
@@ -377,7 +335,7 @@ class _Rewriter:
             return Raw(node.outputs[0], self.shape(node.outputs[0]))
         if len(values) == 1:
             if op == "neg":
-                return _negated(x)
+                return x.negated()
             if op in MOVES:
                 return self.moved(node, x)
             if op in ("reduce_sum", "reduce_window_sum"):
@@ -396,59 +354,49 @@ class _Rewriter:
             low, high = values[0], values[2]
             if isinstance(low, np.ndarray) and isinstance(high, np.ndarray):
                 if low.max() == low.min() and high.max() == high.min():
-                    return _clipped(values[1], float(low.max()), float(high.max()))
+                    return values[1].clipped(float(low.max()), float(high.max()))
             return None
         if len(values) != 2:
             return None
-        if op == "max" and isinstance(x, Linear) and x.codes and x.terms[0][1] > 0:
+        if op == "max" and isinstance(x, Linear) and x.is_positive:
             if isinstance(values[1], np.ndarray) and not values[1].any():
                 return self.moved(node, x, extra=(self.zero(),))  # ReLU of codes: codes
         if all(isinstance(v, Linear) for v in values):
-            values = [self.grounded(node, v) if v.clipped else v for v in values]
+            values = [self.grounded(node, v) if v.is_clipped else v for v in values]
         return self.binary(op, *values)
 
     def binary(self, op: str, x: Any, y: Any) -> Any:
         if isinstance(x, np.ndarray):
             if op == "sub":
-                x, y, op = _negated(y), x, "add"
+                x, y, op = y.negated(), x, "add"
             elif op in ("add", "add_any", "mul", "max", "min"):
                 x, y = y, x
             else:
                 return None
         if isinstance(y, np.ndarray):
-            y = _compressed(y)
+            y = compressed(y)
             if op in ("mul", "div"):
-                return _scaled(x, y if op == "mul" else 1 / y)
+                return x.scaled(y if op == "mul" else 1 / y)
             if op in ("add", "add_any", "sub"):
-                y = y if op != "sub" else -y
-                if x.clipped and y.size > 1:
-                    return None
-                shift = float(y.reshape(-1)[0]) if x.clipped else 0.0
-                return dataclasses.replace(
-                    x, bias=x.bias + y, low=x.low + shift, high=x.high + shift
-                )
+                return x.shifted(y if op != "sub" else -y)
             if op in ("max", "min") and y.size == 1:
-                bound = float(y.reshape(()))
-                low, high = (bound, math.inf) if op == "max" else (-math.inf, bound)
-                return _clipped(x, low, high)
+                end = float(y.reshape(()))
+                return x.clipped(*((end, math.inf) if op == "max" else (-math.inf, end)))
             return None
-        if op not in ("add", "add_any", "sub") or x.clipped or y.clipped:
+        if op not in ("add", "add_any", "sub") or x.is_clipped or y.is_clipped:
             return None
-        y = _negated(y) if op == "sub" else y
+        y = y.negated() if op == "sub" else y
         shape = np.broadcast_shapes(x.shape, y.shape)
         return Linear((*x.terms, *y.terms), x.bias + y.bias, shape)
 
     def grounded(self, node: Node, x: Linear) -> Linear:
         """Integers times one positive number, without bias and clip: x itself, or fixed point."""
-        if x.codes and x.terms[0][1] > 0:
+        if x.is_positive:
             return x
-        reach = float(np.abs(x.bias).max()) + sum(
-            float(np.abs(m).max()) * bound for _, m, bound in x.terms
-        )
-        unit, codes = max(reach, 1e-30) / 2.0 ** (GROUND - 1), self.new()
+        unit, codes = max(float(x.reach()), 1e-30) / 2.0 ** (GROUND - 1), self.new()
         ends = -(2 ** (GROUND - 1)), 2 ** (GROUND - 1)
-        self.steps.append(self.fixed(f"{node.scope}/fixed_point", x, unit, ends, "", codes))
-        return Linear(((codes, np.asarray(unit), ends[1]),), np.zeros(()), x.shape)
+        self.rescale(f"{node.scope}/fixed_point", x, unit, ends, "", codes)
+        return Linear.of(codes, unit, ends[1], x.shape)
 
     def step(self, node: Node, value: int, extra: tuple[int, ...] = ()) -> int:
         moved = self.new()
@@ -468,7 +416,7 @@ class _Rewriter:
             return array.reshape(())
         whole = np.broadcast_to(array, x.shape)
         (result,) = graphs.execute(node, [whole], self.batch, 1)
-        return _compressed(np.asarray(result, np.float64))
+        return compressed(result)
 
     def summed(self, node: Node, x: Linear) -> Linear | None:
         """A sum over places of integers that share a multiplier there."""
@@ -498,32 +446,10 @@ class _Rewriter:
         self.steps.append(dataclasses.replace(node, inputs=inputs, outputs=(out,)))
         shape = self.shape(node.outputs[0])
         parts = [np.full(v.shape[axis], float(v.terms[0][1].reshape(()))) for v in values]
-        place = [1] * len(shape)
-        place[axis] = -1
-        multiplier = _compressed(np.concatenate(parts).reshape(place))
+        along = [-1 if a == axis else 1 for a in range(len(shape))]
+        multiplier = compressed(np.concatenate(parts).reshape(along))
         bound = max(v.terms[0][2] for v in values)
-        return Linear(((out, multiplier, bound),), np.zeros(()), shape)
-
-
-def _written(step: Any) -> tuple[int, ...]:
-    if isinstance(step, Quantize | Weight):
-        return step.hat, step.codes
-    return (step.output,) if isinstance(step, Multiply) else step.outputs
-
-
-def _scaled(x: Linear, by: np.ndarray) -> Linear | None:
-    """Returns x * by: what clips is scaled too, and turned round by a negative number."""
-    ends = x.low, x.high
-    if x.clipped:
-        if by.size > 1 and not (np.all(by >= 0) and ends == (0.0, math.inf)):
-            return None
-        if by.size == 1:
-            factor = float(by.reshape(()))
-            if factor == 0:
-                return None
-            ends = tuple(sorted(end * factor for end in ends))
-    terms = tuple((v, m * by, bound) for v, m, bound in x.terms)
-    return dataclasses.replace(x, terms=terms, bias=x.bias * by, low=ends[0], high=ends[1])
+        return Linear.of(out, multiplier, bound, shape)
 
 
 def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
@@ -534,22 +460,7 @@ def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
     return a.nmant >= b.nmant and a.maxexp >= b.maxexp
 
 
-def _negated(x: Linear) -> Linear:
-    terms = tuple((v, -m, bound) for v, m, bound in x.terms)
-    return dataclasses.replace(x, terms=terms, bias=-x.bias, low=-x.high, high=-x.low)
-
-
-def _clipped(x: Linear, low: float, high: float) -> Linear | None:
-    """Clips what is clipped already; None where the two ranges do not meet."""
-    low, high = max(x.low, low), min(x.high, high)
-    return dataclasses.replace(x, low=low, high=high) if low <= high else None
-
-
-def _compressed(array: np.ndarray) -> np.ndarray:
-    """Shrinks every axis along which a constant does not vary to size 1; a scalar if none does."""
-    array = np.asarray(array, np.float64)
-    for axis, size in enumerate(array.shape):
-        first = array.take([0], axis)
-        if size > 1 and np.array_equal(np.broadcast_to(first, array.shape), array):
-            array = first
-    return array.reshape(()) if array.size == 1 else array
+def _written(step: Any) -> tuple[int, ...]:
+    if isinstance(step, Quantize | Unpack):
+        return step.hat, step.codes
+    return (step.output,) if isinstance(step, Multiply) else step.outputs

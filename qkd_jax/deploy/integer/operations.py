@@ -1,10 +1,10 @@
 """The operations that a saved integer program may consist of: a closed set, with their attributes.
 
-A saved operation is the name of a JAX primitive and the attributes that are listed here; what is
-computed is what StableHLO's specification says of the operation of that name. An attribute with a
+A saved operation is the name of a JAX primitive and the attributes that are listed here; it
+computes what StableHLO's specification says of the operation of that name. An attribute with a
 default is written only where it differs. `UNSET` stands for attributes of JAX alone (placement and
-typing), which a file never holds; a version of JAX that knows more or fewer of them needs its lines
-changed here, and old files stay good.
+typing), which a file never holds; a version of JAX with more or fewer of them needs its lines
+changed here, and old files stay valid.
 
 To let files hold another operation, add its line.
 """
@@ -24,15 +24,17 @@ __all__ = ["OPERATIONS", "attributes", "parameters", "primitive"]
 REQUIRED = object()
 UNSET = object()
 
-_WINDOW = {
-    "window_dimensions": REQUIRED,
-    "window_strides": REQUIRED,
-    "padding": REQUIRED,
-    "base_dilation": REQUIRED,
-    "window_dilation": REQUIRED,
-}
-_PRODUCT = {"precision": None, "preferred_element_type": None, "out_sharding": UNSET}
-_CUMULATIVE = {"axis": REQUIRED, "reverse": False}
+
+def _attributes(required: str = "", *, unset: str = "", **defaults: Any) -> dict[str, Any]:
+    """Returns attribute -> its default, REQUIRED, or UNSET."""
+    values = dict.fromkeys(required.split(), REQUIRED)
+    return {**values, **defaults, **dict.fromkeys(unset.split(), UNSET)}
+
+
+_REDUCE = _attributes("axes")
+_CUMULATIVE = _attributes("axis", reverse=False)
+_WINDOW = _attributes("window_dimensions window_strides padding base_dilation window_dilation")
+_CONTRACTION = _attributes(unset="out_sharding", precision=None, preferred_element_type=None)
 _PLAIN = (
     "abs add and atan2 ceil clamp copy div eq erf erf_inv erfc floor ge gt is_finite le lt max min "
     "ne neg nextafter not or pow rem select_n shift_left shift_right_arithmetic "
@@ -40,67 +42,56 @@ _PLAIN = (
 ).split()
 _ACCURATE = "cbrt cos exp exp2 expm1 log log1p logistic rsqrt sin sqrt tan tanh".split()
 
-# Operation -> attribute -> its default, REQUIRED, or UNSET.
 OPERATIONS: dict[str, dict[str, Any]] = {
     **{name: {} for name in _PLAIN},
-    **{name: {"accuracy": UNSET} for name in _ACCURATE},
-    "argmax": {"axes": REQUIRED, "index_dtype": REQUIRED},
-    "argmin": {"axes": REQUIRED, "index_dtype": REQUIRED},
-    "broadcast_in_dim": {
-        "shape": REQUIRED,
-        "broadcast_dimensions": REQUIRED,
-        "sharding": UNSET,
-    },
-    "concatenate": {"dimension": REQUIRED},
-    "conv_general_dilated": {
-        "window_strides": REQUIRED,
-        "padding": REQUIRED,
-        "lhs_dilation": REQUIRED,
-        "rhs_dilation": REQUIRED,
-        "dimension_numbers": REQUIRED,
-        "feature_group_count": 1,
-        "batch_group_count": 1,
-        **_PRODUCT,
-    },
-    "convert_element_type": {"new_dtype": REQUIRED, "weak_type": False, "sharding": UNSET},
+    **{name: _attributes(unset="accuracy") for name in _ACCURATE},
+    "argmax": _attributes("axes index_dtype"),
+    "argmin": _attributes("axes index_dtype"),
+    "broadcast_in_dim": _attributes("shape broadcast_dimensions", unset="sharding"),
+    "concatenate": _attributes("dimension"),
+    "conv_general_dilated": _attributes(
+        "window_strides padding lhs_dilation rhs_dilation dimension_numbers",
+        feature_group_count=1,
+        batch_group_count=1,
+    )
+    | _CONTRACTION,
+    "convert_element_type": _attributes("new_dtype", unset="sharding", weak_type=False),
     "cumlogsumexp": _CUMULATIVE,
     "cummax": _CUMULATIVE,
     "cummin": _CUMULATIVE,
     "cumprod": _CUMULATIVE,
     "cumsum": _CUMULATIVE,
-    "dot_general": {"dimension_numbers": REQUIRED, **_PRODUCT},
-    "dynamic_slice": {"slice_sizes": REQUIRED},
-    "gather": {
-        "dimension_numbers": REQUIRED,
-        "slice_sizes": REQUIRED,
-        "unique_indices": False,
-        "indices_are_sorted": False,
-        "mode": REQUIRED,
-        "fill_value": None,
-    },
-    "integer_pow": {"y": REQUIRED},
-    "iota": {"dtype": REQUIRED, "shape": REQUIRED, "dimension": REQUIRED, "sharding": UNSET},
-    "mul": {"out_dtype": UNSET},
-    "pad": {"padding_config": REQUIRED},
-    "reduce_and": {"axes": REQUIRED},
-    "reduce_max": {"axes": REQUIRED},
-    "reduce_min": {"axes": REQUIRED},
-    "reduce_or": {"axes": REQUIRED},
-    "reduce_precision": {"exponent_bits": REQUIRED, "mantissa_bits": REQUIRED},
-    "reduce_prod": {"axes": REQUIRED},
-    "reduce_sum": {"axes": REQUIRED, "out_sharding": UNSET},
+    "dot_general": _attributes("dimension_numbers") | _CONTRACTION,
+    "dynamic_slice": _attributes("slice_sizes"),
+    "gather": _attributes(
+        "dimension_numbers slice_sizes mode",
+        unique_indices=False,
+        indices_are_sorted=False,
+        fill_value=None,
+    ),
+    "integer_pow": _attributes("y"),
+    "iota": _attributes("dtype shape dimension", unset="sharding"),
+    "mul": _attributes(unset="out_dtype"),
+    "pad": _attributes("padding_config"),
+    "reduce_and": _REDUCE,
+    "reduce_max": _REDUCE,
+    "reduce_min": _REDUCE,
+    "reduce_or": _REDUCE,
+    "reduce_precision": _attributes("exponent_bits mantissa_bits"),
+    "reduce_prod": _REDUCE,
+    "reduce_sum": _attributes("axes", unset="out_sharding"),
     "reduce_window_max": _WINDOW,
     "reduce_window_min": _WINDOW,
     "reduce_window_sum": _WINDOW,
-    "reshape": {"new_sizes": REQUIRED, "dimensions": None, "sharding": UNSET},
-    "rev": {"dimensions": REQUIRED},
-    "round": {"rounding_method": REQUIRED},
-    "slice": {"start_indices": REQUIRED, "limit_indices": REQUIRED, "strides": None},
-    "split": {"sizes": REQUIRED, "axis": REQUIRED},
-    "squeeze": {"dimensions": REQUIRED},
-    "transpose": {"permutation": REQUIRED},
+    "reshape": _attributes("new_sizes", unset="sharding", dimensions=None),
+    "rev": _attributes("dimensions"),
+    "round": _attributes("rounding_method"),
+    "slice": _attributes("start_indices limit_indices", strides=None),
+    "split": _attributes("sizes axis"),
+    "squeeze": _attributes("dimensions"),
+    "transpose": _attributes("permutation"),
 }
-_HERE = {"split": jax.lax.split_p}  # not among `jax.extend`'s names
+_PRIVATE = {"split": jax.lax.split_p}  # not among `jax.extend`'s names
 
 
 def primitive(op: str) -> Any:
@@ -111,11 +102,11 @@ def primitive(op: str) -> Any:
     """
     if op not in OPERATIONS:
         raise checks.unknown("operation", op, OPERATIONS)
-    return _HERE[op] if op in _HERE else getattr(primitives, f"{op}_p")
+    return _PRIVATE[op] if op in _PRIVATE else getattr(primitives, f"{op}_p")
 
 
 def attributes(op: str, params: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns what a file keeps of a primitive's parameters.
+    """Returns the attributes that a file holds of a primitive's parameters.
 
     Raises:
         ValueError: an operation, a parameter or a placement that files cannot hold.
@@ -141,7 +132,7 @@ def attributes(op: str, params: Mapping[str, Any], where: str) -> dict[str, Any]
 
 
 def parameters(op: str, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a primitive's parameters from what a file keeps of them: inverts `attributes`.
+    """Returns a primitive's parameters from the attributes in a file: inverts `attributes`.
 
     Raises:
         ValueError: an unknown operation, or attributes that are not its own.

@@ -1,7 +1,7 @@
 """The integer model: its arrays, its program, and how the program runs.
 
 A program is a list of steps over numbered values. Quantizers turn activations into centred codes
-(`Quantize`), weights are unpacked (`Weight`), products run on codes and are scaled by one
+(`Quantize`), weights are unpacked (`Unpack`), products run on codes and are scaled by one
 multiplier per output channel (`Multiply`), and everything between (bias, ReLU, sums, pooling) is a
 node of the net's graph, in float32. `integers.convert` writes programs.
 
@@ -45,11 +45,11 @@ __all__ = [
     "Quantize",
     "Rescale",
     "Table",
-    "Weight",
+    "Unpack",
     "cut_axes",
     "cut_ends",
-    "fresh",
     "run",
+    "unique_name",
 ]
 
 FLOAT32_EXACT = 2**24
@@ -74,7 +74,7 @@ class Quantize:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Weight:
+class Unpack:
     """Step: packed codes to centred codes and, for readers other than products, to a float."""
 
     key: str
@@ -242,8 +242,8 @@ def run(integer: IntegerModel, images: Any, capture: bool, formulation: str) -> 
     for step in program.steps:
         if isinstance(step, Quantize):
             codes = _quantize(step, env, arrays)
-            captured[fresh(captured, step.name)] = codes
-        elif isinstance(step, Weight):
+            captured[unique_name(captured, step.name)] = codes
+        elif isinstance(step, Unpack):
             codes = unpack(arrays[step.key], step.shape, step.format, step.stride)
             if step.zero_point is not None:
                 codes = codes.astype(jnp.int32) - arrays[step.zero_point].astype(jnp.int32)
@@ -257,7 +257,7 @@ def run(integer: IntegerModel, images: Any, capture: bool, formulation: str) -> 
             env[step.codes] = _codes(step, env, arrays)
             if step.zero_point:
                 codes = env[step.codes] + arrays[step.zero_point]
-                captured[fresh(captured, step.name)] = codes
+                captured[unique_name(captured, step.name)] = codes
         elif isinstance(step, Decode):
             env[step.output] = env[step.codes].astype(jnp.float32) * arrays[step.scale]
         else:
@@ -378,7 +378,7 @@ def _in_output(scale: jax.Array, axes: tuple[int | None, ...], rank: int) -> jax
     return jnp.reshape(jnp.transpose(scale, order), shape)
 
 
-def fresh(taken: Mapping[str, Any], name: str) -> str:
+def unique_name(taken: Mapping[str, Any], name: str) -> str:
     """Returns `name`, or `name#2` and so on where it is taken."""
     count = 1
     while (unique := name if count == 1 else f"{name}#{count}") in taken:

@@ -1,17 +1,20 @@
-"""An integer-only net in plain NumPy: what hardware has to compute, written to be read.
+"""A reference of integer-only nets in plain NumPy: the arithmetic that hardware has to compute.
 
 `run` walks the same program as `integer_apply` does for `convert(..., integer_only=True)` and gives
-the same integers, bit for bit. No jax here: int32 sums, int64 only inside the fixed-point product,
+the same integers, bit for bit, without JAX: int32 sums, int64 only inside the fixed-point product,
 where hardware has its 64-bit multiplier. Arrays are the model's, as NumPy.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from qkd_jax.graph import NUMPY
 
 __all__ = ["convolve", "dot", "high_multiply", "rescale", "rounding_shift", "run", "unpack"]
 
@@ -44,7 +47,7 @@ def run(
             codes = np.clip(codes, step.lo, step.hi).astype(np.int32)
             _keep(captured, step.name, codes + zero_point.astype(np.int32))
             env[step.codes] = codes
-        elif kind == "Weight":
+        elif kind == "Unpack":
             codes = unpack(given[step.key], step.shape, step.format, step.stride)
             if step.zero_point is not None:
                 codes = codes - given[step.zero_point].astype(np.int32)
@@ -116,20 +119,19 @@ def unpack(packed: np.ndarray, shape: tuple[int, ...], format: Any, stride: int 
 def dot(lhs: np.ndarray, rhs: np.ndarray, params: Mapping[str, Any]) -> np.ndarray:
     """`dot_general` in int32: batch axes first, then what is left of lhs, then of rhs."""
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = params["dimension_numbers"]
-    names: list[list[int]] = [[-1] * lhs.ndim, [-1] * rhs.ndim]
-    count = 0
-    pairs = [*zip(lhs_batch, rhs_batch, strict=True), *zip(lhs_sum, rhs_sum, strict=True)]
-    for a, b in pairs:
-        names[0][a] = names[1][b] = count
-        count += 1
-    for side in names:
-        for axis, name in enumerate(side):
-            if name < 0:
-                side[axis], count = count, count + 1
-    summed = set(range(len(lhs_batch), len(pairs)))
-    out = [*range(len(lhs_batch)), *(n for side in names for n in side if n >= len(lhs_batch))]
-    out = [n for n in dict.fromkeys(out) if n not in summed]
-    return np.einsum(lhs.astype(np.int32), names[0], rhs.astype(np.int32), names[1], out)
+    count = itertools.count()
+    names: list[dict[int, int]] = [{}, {}]  # of each operand: axis -> letter of the einsum
+    for pairs in (zip(lhs_batch, rhs_batch, strict=True), zip(lhs_sum, rhs_sum, strict=True)):
+        for a, b in pairs:
+            names[0][a] = names[1][b] = next(count)
+    out = [names[0][a] for a in lhs_batch]
+    for side, x in zip(names, (lhs, rhs), strict=True):
+        for axis in range(x.ndim):
+            if axis not in side:
+                side[axis] = next(count)
+                out.append(side[axis])
+    lhs_letters, rhs_letters = ([side[axis] for axis in range(len(side))] for side in names)
+    return np.einsum(lhs.astype(np.int32), lhs_letters, rhs.astype(np.int32), rhs_letters, out)
 
 
 def convolve(lhs: np.ndarray, rhs: np.ndarray, params: Mapping[str, Any]) -> np.ndarray:
@@ -143,22 +145,32 @@ def convolve(lhs: np.ndarray, rhs: np.ndarray, params: Mapping[str, Any]) -> np.
     x = _dilated(lhs.transpose(numbers.lhs_spec).astype(np.int32), params["lhs_dilation"])
     w = rhs.transpose(numbers.rhs_spec).astype(np.int32)  # [out, in / groups, *window]
     x = _padded(x, [(0, 0), (0, 0), *params["padding"]], 0)
-    window, steps, dilation = w.shape[2:], params["window_strides"], params["rhs_dilation"]
-    sizes = [
-        (n - (k - 1) * d - 1) // s + 1
-        for n, k, d, s in zip(x.shape[2:], window, dilation, steps, strict=True)
-    ]
+    sizes, slices = _windows(
+        x.shape[2:], w.shape[2:], params["window_strides"], params["rhs_dilation"]
+    )
     x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
     w = w.reshape(groups, -1, *w.shape[1:])
     out = np.zeros((x.shape[0], groups, w.shape[1], *sizes), np.int32)
-    for at in np.ndindex(*window):
-        places = tuple(
-            slice(i * d, i * d + (n - 1) * s + 1, s)
-            for i, d, n, s in zip(at, dilation, sizes, steps, strict=True)
-        )
+    for at, places in slices.items():
         out += np.einsum("ngi...,goi->ngo...", x[(..., *places)], w[(slice(None),) * 3 + at])
     out = out.reshape(out.shape[0], -1, *sizes)
     return out.transpose(np.argsort(numbers.out_spec))
+
+
+def _windows(
+    shape: Sequence[int], window: Sequence[int], strides: Sequence[int], dilation: Sequence[int]
+) -> tuple[list[int], dict[tuple[int, ...], tuple[slice, ...]]]:
+    """Returns the sizes of the output, and what each place of the window reads for all of it."""
+    axes = list(zip(shape, window, strides, dilation, strict=True))
+    sizes = [(n - (k - 1) * d - 1) // s + 1 for n, k, s, d in axes]
+    slices = {
+        at: tuple(
+            slice(i * d, i * d + (n - 1) * s + 1, s)
+            for i, n, (_, _, s, d) in zip(at, sizes, axes, strict=True)
+        )
+        for at in np.ndindex(*window)
+    }
+    return sizes, slices
 
 
 def _dilated(x: np.ndarray, by: Sequence[int]) -> np.ndarray:
@@ -177,22 +189,14 @@ def _padded(x: np.ndarray, amounts: Sequence[Sequence[int]], value: int) -> np.n
     return x[crops]
 
 
-def _windows(params: Mapping[str, Any], x: np.ndarray, fill: int, combine: Any) -> np.ndarray:
+def _pool(params: Mapping[str, Any], x: np.ndarray, fill: int, combine: Any) -> np.ndarray:
     if any(d != 1 for d in params["base_dilation"]):
         raise ValueError("a pool dilates its input, which no layer of linen does.")
     x = _padded(x, params["padding"], fill)
-    window, steps = params["window_dimensions"], params["window_strides"]
-    dilation = params["window_dilation"]
-    sizes = [
-        (n - (k - 1) * d - 1) // s + 1
-        for n, k, d, s in zip(x.shape, window, dilation, steps, strict=True)
-    ]
+    window, strides = params["window_dimensions"], params["window_strides"]
+    sizes, slices = _windows(x.shape, window, strides, params["window_dilation"])
     out = np.full(sizes, fill, x.dtype)
-    for at in np.ndindex(*window):
-        places = tuple(
-            slice(i * d, i * d + (n - 1) * s + 1, s)
-            for i, d, n, s in zip(at, dilation, sizes, steps, strict=True)
-        )
+    for places in slices.values():
         out = combine(out, x[places])
     return out
 
@@ -207,33 +211,21 @@ def _slice(params: Mapping[str, Any], x: np.ndarray) -> np.ndarray:
     return x[tuple(slice(*span) for span in spans)]
 
 
-def _broadcast(params: Mapping[str, Any], x: np.ndarray) -> np.ndarray:
-    shape = [1] * len(params["shape"])
-    for axis, size in zip(params["broadcast_dimensions"], x.shape, strict=True):
-        shape[axis] = size
-    return np.broadcast_to(x.reshape(shape), params["shape"])
-
-
-MOVES: dict[str, Any] = {
-    "reshape": lambda p, x: x.reshape(p["new_sizes"]),
-    "transpose": lambda p, x: x.transpose(p["permutation"]),
-    "squeeze": lambda p, x: np.squeeze(x, p["dimensions"]),
-    "rev": lambda p, x: np.flip(x, p["dimensions"]),
-    "broadcast_in_dim": _broadcast,
+# Operations that move integers, or add and compare them, by the name of their JAX primitive.
+MOVES: dict[str, Callable[..., Any]] = {
+    **{op: NUMPY[op] for op in "reshape transpose squeeze rev broadcast_in_dim max".split()},
     "slice": _slice,
     "pad": _pad,
     "concatenate": lambda p, *xs: np.concatenate(xs, p["dimension"]),
-    "max": lambda _, x, y: np.maximum(x, y),
     "reduce_sum": lambda p, x: x.sum(p["axes"], dtype=np.int32),
     "reduce_max": lambda p, x: x.max(p["axes"]),
-    "reduce_window_sum": lambda p, x: _windows(p, x, 0, np.add),
-    "reduce_window_max": lambda p, x: _windows(p, x, -(2**31), np.maximum),
+    "reduce_window_sum": lambda p, x: _pool(p, x, 0, np.add),
+    "reduce_window_max": lambda p, x: _pool(p, x, -(2**31), np.maximum),
 }
-"""Operations that move integers, or add and compare them, by the name of their JAX primitive."""
 
 
 def _sized(value: Any, traced: int | None, batch: int) -> Any:
-    """Replaces sizes that are multiples of the traced batch by those of this one."""
+    """Replaces sizes that are multiples of the traced batch size by those of this batch."""
     if traced is None or isinstance(value, bool):
         return value
     if isinstance(value, int) and value and value % traced == 0:

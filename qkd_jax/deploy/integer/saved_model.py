@@ -30,7 +30,7 @@ import numpy as np
 
 from qkd_jax.deploy.description import Description
 from qkd_jax.deploy.integer.pack import packed_bytes
-from qkd_jax.deploy.integer.program import IntegerModel, Program, Weight, run
+from qkd_jax.deploy.integer.program import IntegerModel, Program, Unpack, run
 from qkd_jax.deploy.integer.serial import decode, dtype_of, encode
 from qkd_jax.weights.files import damaged, parse_safetensors, read_bytes, safetensors_bytes
 
@@ -235,7 +235,7 @@ def _shapes(program: Program, arrays: Mapping[str, np.ndarray]) -> list[Any]:
         ValueError: the program does not fit its arrays or itself, or a value is absurdly large.
     """
     for step in program.steps:
-        if isinstance(step, Weight) and step.key in arrays:
+        if isinstance(step, Unpack) and step.key in arrays:
             array, wanted = arrays[step.key], packed_bytes(step.shape, step.format, step.stride)
             packed = array.dtype == np.uint8 and array.shape == (wanted,)
             plain = array.dtype == step.format.storage and array.shape == step.shape

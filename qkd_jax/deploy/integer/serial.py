@@ -35,7 +35,7 @@ __all__ = ["STRUCTURES", "decode", "dtype_of", "encode"]
 STRUCTURES: dict[str, type] = {
     "program": programs.Program,
     "quantize": programs.Quantize,
-    "weight": programs.Weight,
+    "weight": programs.Unpack,
     "multiply": programs.Multiply,
     "encode": programs.Encode,
     "rescale": programs.Rescale,
@@ -80,8 +80,8 @@ def encode(value: Any) -> Any:
         return {"is": NAMES[type(value)], "name": value.name}
     if isinstance(value, int | np.integer):
         return int(value)
-    if isinstance(value, float | np.floating) and not isinstance(value, np.generic):
-        return _encode_float(float(value))
+    if isinstance(value, float) and not isinstance(value, np.generic):
+        return value if math.isfinite(value) else {"is": "float", "name": str(value)}
     if type(value) in NAMES:
         return {"is": NAMES[type(value)], **_fields(value)}
     if isinstance(value, tuple | list):
@@ -110,19 +110,14 @@ def encode(value: Any) -> Any:
     raise ValueError(f"a program holds {value!r:.100} ({type(value).__name__}); files cannot.")
 
 
-def _encode_float(value: float) -> Any:
-    return value if math.isfinite(value) else {"is": "float", "name": str(value)}
-
-
 def _fields(value: Any) -> dict[str, Any]:
-    """The fields of a structure that differ from their defaults."""
+    """Encodes the fields of a structure that have no default, or another value than that."""
     if not dataclasses.is_dataclass(value):
         return {name: encode(v) for name, v in zip(value._fields, value, strict=True)}
     return {
-        f.name: encode(given)
+        f.name: encode(getattr(value, f.name))
         for f in dataclasses.fields(value)
-        if (given := getattr(value, f.name)) is not None or f.default is dataclasses.MISSING
-        if f.default is dataclasses.MISSING or given != f.default
+        if f.default is dataclasses.MISSING or getattr(value, f.name) not in (None, f.default)
     }
 
 
@@ -153,18 +148,21 @@ def decode(data: Any) -> Any:
     if not isinstance(kind, str):
         raise ValueError(f"an object does not say what it is: {data!r:.80}.")
     fields = {k: v for k, v in data.items() if k != "is"}
-    if kind in ENUMS:
-        (name,) = _only(kind, fields, "name")
-        checks.one_of(f"name of a {kind}", name, [member.name for member in ENUMS[kind]])
-        return ENUMS[kind][name]
     if kind in STRUCTURES:
         return _structure(kind, {k: decode(v) for k, v in fields.items()})
+    if kind in ENUMS:
+        (name,) = _fields_of(kind, fields, "name")
+        checks.one_of(f"name of a {kind}", name, [member.name for member in ENUMS[kind]])
+        return ENUMS[kind][name]
     if kind not in READERS:
         raise checks.unknown("kind of object", kind, [*STRUCTURES, *ENUMS, *READERS])
-    return READERS[kind](fields)
+    names, read = READERS[kind]
+    if kind == "operation":
+        fields = {"attributes": {}, **fields}
+    return read(*_fields_of(kind, fields, *names))
 
 
-def _only(kind: str, fields: Mapping[str, Any], *names: str) -> list[Any]:
+def _fields_of(kind: str, fields: Mapping[str, Any], *names: str) -> list[Any]:
     if set(fields) != set(names):
         raise ValueError(
             f"a {kind} has the fields {', '.join(sorted(fields))}; it must have {', '.join(names)}."
@@ -195,7 +193,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; of a mapping or `Any`, as far as can be seen."""
+    """Returns whether a value is of an annotated type; `Any` takes everything."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -220,31 +218,24 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _integers(name: str, data: Any) -> tuple[int, ...]:
-    if not _fits(found := decode(data), tuple[int, ...]):
+    values = decode(data)
+    if not _fits(values, tuple[int, ...]):
         raise ValueError(f"{name} is {data!r:.80}; it must be a list of integers.")
-    return found
+    return values
 
 
-def _operation(fields: dict[str, Any]) -> Node:
-    given = {"attributes": {}, **fields}
-    op, inputs, outputs, scope, kept = _only(
-        "operation", given, "op", "inputs", "outputs", "scope", "attributes"
-    )
+def _operation(op: Any, inputs: Any, outputs: Any, scope: Any, kept: Any) -> Node:
     if not isinstance(op, str) or not isinstance(scope, str) or not isinstance(kept, dict):
         raise ValueError(f"an operation has op {op!r:.40} in scope {scope!r:.40}.")
     params = parameters(op, {k: decode(v) for k, v in kept.items()})
-    return Node(
-        op,
-        _integers("inputs of an operation", inputs),
-        _integers("outputs of an operation", outputs),
-        params,
-        scope,
-        primitive(op),
+    reads, writes = (
+        _integers(f"{name} of an operation", data)
+        for name, data in (("inputs", inputs), ("outputs", outputs))
     )
+    return Node(op, reads, writes, params, scope, primitive(op))
 
 
-def _map(fields: dict[str, Any]) -> dict[Any, Any]:
-    (items,) = _only("map", fields, "items")
+def _map(items: Any) -> dict[Any, Any]:
     pairs = decode(items)
     if not isinstance(pairs, tuple) or not all(
         isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], int | str) for p in pairs
@@ -253,17 +244,15 @@ def _map(fields: dict[str, Any]) -> dict[Any, Any]:
     return dict(pairs)
 
 
-def _array(fields: dict[str, Any]) -> jax.ShapeDtypeStruct:
-    dtype, shape = _only("array", fields, "dtype", "shape")
+def _array(dtype: Any, shape: Any) -> jax.ShapeDtypeStruct:
     sizes = _integers("shape of an array", shape)
     if any(n < 0 for n in sizes):
         raise ValueError(f"shape of an array is {shape!r:.80}; sizes are at least 0.")
     return jax.ShapeDtypeStruct(sizes, dtype_of(dtype))
 
 
-def _number(fields: dict[str, Any]) -> np.ndarray:
-    name, value = _only("number", fields, "dtype", "value")
-    dtype, value = dtype_of(name), decode(value)
+def _number(name: Any, data: Any) -> np.ndarray:
+    dtype, value = dtype_of(name), decode(data)
     if not isinstance(value, bool | int | float):
         raise ValueError(f"a number is {value!r:.80}.")
     try:
@@ -272,44 +261,39 @@ def _number(fields: dict[str, Any]) -> np.ndarray:
         raise ValueError(f"{value!r:.80} is no {name}.") from error
 
 
-def _float(fields: dict[str, Any]) -> float:
-    (name,) = _only("float", fields, "name")
+def _float(name: Any) -> float:
     checks.one_of("name of a float", name, ("inf", "-inf", "nan"))
     return float(name)
 
 
-def _tree(fields: dict[str, Any]) -> Any:
-    (of,) = _only("tree", fields, "of")
-    found: list[int] = []
+def _tree(data: Any) -> Any:
+    leaves: list[int] = []
 
-    def build(data: Any) -> Any:
-        if isinstance(data, bool):
+    def build(branch: Any) -> Any:
+        if isinstance(branch, bool):
             raise ValueError("a tree has a boolean for a leaf.")
-        if isinstance(data, int):
-            found.append(data)
-            return data
-        if isinstance(data, dict):
-            return {k: build(v) for k, v in data.items()}
-        if isinstance(data, list) and data and data[0] in ("list", "tuple"):
-            return {"list": list, "tuple": tuple}[data[0]](build(v) for v in data[1:])
-        raise ValueError(f"a tree has the branch {data!r:.80}.")
+        if isinstance(branch, int):
+            leaves.append(branch)
+            return branch
+        if isinstance(branch, dict):
+            return {k: build(v) for k, v in branch.items()}
+        if isinstance(branch, list) and branch and branch[0] in ("list", "tuple"):
+            return {"list": list, "tuple": tuple}[branch[0]](build(v) for v in branch[1:])
+        raise ValueError(f"a tree has the branch {branch!r:.80}.")
 
-    tree = build(of)
-    if jax.tree.leaves(tree) != list(range(len(found))):
-        raise ValueError(f"the leaves of a tree are {found!r:.80}; they must be 0, 1, 2, ...")
+    tree = build(data)
+    if jax.tree.leaves(tree) != list(range(len(leaves))):
+        raise ValueError(f"the leaves of a tree are {leaves!r:.80}; they must be 0, 1, 2, ...")
     return jax.tree.structure(tree)
 
 
-def _dtype(fields: dict[str, Any]) -> np.dtype:
-    return dtype_of(*_only("dtype", fields, "name"))
-
-
-READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "operation": _operation,
-    "map": _map,
-    "array": _array,
-    "number": _number,
-    "float": _float,
-    "tree": _tree,
-    "dtype": _dtype,
+# Kind -> its fields, and what reads them.
+READERS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
+    "operation": (("op", "inputs", "outputs", "scope", "attributes"), _operation),
+    "map": (("items",), _map),
+    "array": (("dtype", "shape"), _array),
+    "number": (("dtype", "value"), _number),
+    "float": (("name",), _float),
+    "tree": (("of",), _tree),
+    "dtype": (("name",), dtype_of),
 }

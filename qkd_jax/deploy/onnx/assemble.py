@@ -7,80 +7,79 @@ from typing import Any
 import numpy as np
 
 from qkd_jax.deploy.onnx.context import Export
-from qkd_jax.deploy.onnx.writer import Tensor
+from qkd_jax.deploy.onnx.engines import import_engine
+from qkd_jax.deploy.onnx.writer import OnnxNode, Tensor
 
-__all__ = ["model"]
+__all__ = ["onnx_model"]
 
 # The oldest ONNX file format that carries each opset.
 IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
 
 
-def model(onnx: Any, export: Export, outputs: list[Tensor]) -> Any:
+def onnx_model(export: Export, outputs: list[Tensor]) -> Any:
     """Assembles the ONNX model and gives inputs and outputs their public names."""
-    helper, writer = onnx.helper, export.writer
+    onnx, graph, writer = import_engine("onnx"), export.graph, export.writer
+    inputs = [export.tensors[v] for v in graph.inputs]
     names = ["logits"] if len(outputs) == 1 else [f"output{i}" for i in range(len(outputs))]
     for tensor, name in zip(outputs, names, strict=True):
-        writer.nodes.append(("Identity", (tensor.name,), (name,), {}, f"{name}/Identity"))
+        writer.nodes.append(OnnxNode("Identity", (tensor.name,), (name,), {}, f"{name}/Identity"))
     nodes, constants = writer.live(names)
     nodes = _without_identities(nodes, set(names))
-    public_names = {*names, *(export.tensors[v].name for v in export.graph.inputs)}
-    nodes, constants = _with_short_names(nodes, constants, public_names)
-    value_infos = []
-    for values, tensors, public in (
-        (export.graph.inputs, [export.tensors[v] for v in export.graph.inputs], None),
-        (export.graph.outputs, outputs, names),
+    public = [*(tensor.name for tensor in inputs), *names]
+    nodes, constants = _with_short_names(nodes, constants, set(public))
+    infos = []
+    for value, tensor, name in zip(
+        (*graph.inputs, *graph.outputs), (*inputs, *outputs), public, strict=True
     ):
-        infos = []
-        for i, (value, tensor) in enumerate(zip(values, tensors, strict=True)):
-            dims = [tensor.shape[a] for a in tensor.perm]
-            dims = ["batch" if n == -1 else n for n in dims]
-            dtype = export.element_type(export.graph.dtype(value))
-            name = public[i] if public else tensor.name
-            infos.append(helper.make_tensor_value_info(name, dtype, dims))
-        value_infos.append(infos)
-    graph = helper.make_graph(
-        [helper.make_node(op, i, o, name=n, **a) for op, i, o, a, n in nodes],
+        dims = ["batch" if tensor.shape[a] == -1 else tensor.shape[a] for a in tensor.perm]
+        dtype = export.element_type(graph.dtype(value))
+        infos.append(onnx.helper.make_tensor_value_info(name, dtype, dims))
+    onnx_graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(op, i, o, name=n, **a) for op, i, o, a, n in nodes],
         type(export.traced.net.model).__name__,
-        *value_infos,
+        infos[: len(inputs)],
+        infos[len(inputs) :],
         [onnx.numpy_helper.from_array(np.asarray(a, order="C"), n) for n, a in constants.items()],
     )
-    return helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid("", writer.opset)],
+    return onnx.helper.make_model(
+        onnx_graph,
+        opset_imports=[onnx.helper.make_opsetid("", writer.opset)],
         ir_version=IR_VERSIONS[writer.opset],
         producer_name="qkd_jax",
     )
 
 
 def _with_short_names(
-    nodes: list[Any], constants: dict[str, np.ndarray], public: set[str]
-) -> tuple[list[Any], dict[str, np.ndarray]]:
-    """Numbers what nobody looks for: in a small net names weigh as much as a layer's weights.
+    nodes: list[OnnxNode], constants: dict[str, np.ndarray], public: set[str]
+) -> tuple[list[OnnxNode], dict[str, np.ndarray]]:
+    """Numbers inner tensors: in a small net names take as many bytes as a layer's weights.
 
     Nodes, weights and biases are named after their layer.
     """
     kept = public | {n for n, a in constants.items() if a.ndim > 1 or n.endswith("bias")}
     short: dict[str, str] = {}
-    for _, inputs, outputs, _, _ in nodes:
-        for name in (*inputs, *outputs):
+    for node in nodes:
+        for name in (*node.inputs, *node.outputs):
             if name and name not in kept and name not in short:
                 short[name] = f"{len(short)}"
-    rename = lambda given: tuple(short.get(name, name) for name in given)
-    renamed = [(op, rename(i), rename(o), a, name) for op, i, o, a, name in nodes]
+    renamed = [_renamed(node, short) for node in nodes]
     return renamed, {short.get(name, name): array for name, array in constants.items()}
 
 
-def _without_identities(nodes: list[Any], public: set[str]) -> list[Any]:
-    """Lets the maker of a result write it under its public name."""
-    renamed = {}
-    for op, inputs, outputs, _, _ in nodes:
-        made = any(inputs[0] in n[2] for n in nodes) if op == "Identity" else False
-        if made and outputs[0] in public and inputs[0] not in renamed:
-            renamed[inputs[0]] = outputs[0]
-    kept = []
-    for op, inputs, outputs, attributes, name in nodes:
-        if op == "Identity" and renamed.get(inputs[0]) == outputs[0]:
-            continue
-        inputs = tuple(renamed.get(i, i) for i in inputs)
-        kept.append((op, inputs, tuple(renamed.get(o, o) for o in outputs), attributes, name))
-    return kept
+def _without_identities(nodes: list[OnnxNode], public: set[str]) -> list[OnnxNode]:
+    """Writes a result under its public name where an operation computes it."""
+    computed = {name for node in nodes for name in node.outputs}
+    names: dict[str, str] = {}
+    for node in nodes:
+        if node.op == "Identity" and node.inputs[0] in computed and node.outputs[0] in public:
+            names.setdefault(node.inputs[0], node.outputs[0])
+    return [
+        _renamed(node, names)
+        for node in nodes
+        if node.op != "Identity" or names.get(node.inputs[0]) != node.outputs[0]
+    ]
+
+
+def _renamed(node: OnnxNode, names: dict[str, str]) -> OnnxNode:
+    inputs, outputs = (tuple(names.get(n, n) for n in ns) for ns in (node.inputs, node.outputs))
+    return node._replace(inputs=inputs, outputs=outputs)

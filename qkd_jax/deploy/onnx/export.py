@@ -13,6 +13,7 @@ QuantizeLinear rounds half to even.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import warnings
@@ -21,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from qkd_jax import checks
-from qkd_jax.deploy.onnx import assemble
+from qkd_jax.deploy.onnx.assemble import onnx_model
 from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.engines import has_vnni, import_engine, is_x86
 from qkd_jax.deploy.onnx.walk import write
+from qkd_jax.deploy.onnx.writer import Writer
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.ptq.integer_bias import integer_bias
 from qkd_jax.quantize import QuantizedModel
@@ -43,7 +45,7 @@ HOST = "host"
 
 @dataclasses.dataclass(frozen=True)
 class OnnxFile:
-    """What `to_onnx` wrote.
+    """A file that `to_onnx` wrote.
 
     Attributes:
         path: the file.
@@ -109,13 +111,13 @@ def to_onnx(
     """
     onnx = import_engine("onnx")
     checks.one_of("target", target, (None, HOST, *TARGETS))
-    wanted: Mapping[str, Any] = file_options(target) if target in TARGETS else DEFAULTS
-    int4 = bool(wanted["int4"] if int4 is None else int4)
+    defaults: Mapping[str, Any] = file_options(target) if target in TARGETS else DEFAULTS
+    int4 = bool(defaults["int4"] if int4 is None else int4)
     if opset is None:
-        opset = wanted["opset"]
+        opset = defaults["opset"]
         if target in TARGETS and (int4 or _is_wide(net)):
             opset = max(opset, INT4_OPSET)
-    chosen, activations = activations, activations or wanted["activations"]
+    chosen, activations = activations, activations or defaults["activations"]
     checks.one_of("activations", activations, ACTIVATIONS)
     checks.integer_in("opset", opset, *OPSETS)
     if target in TARGETS and TARGETS[target].file != "onnx":
@@ -124,35 +126,42 @@ def to_onnx(
         )
     if int4 and opset < INT4_OPSET:
         raise ValueError(f"opset is {opset}, and ONNX has int4 since {INT4_OPSET}; give opset=21.")
-    takes = TARGETS.get(target or "")
-    rounds = takes is not None and takes.integer_bias and bool(variables.get("quant"))
+    engine = TARGETS.get(target or "")
+    rounds = engine is not None and engine.integer_bias and bool(variables.get("quant"))
     folded = (integer_bias if rounds else fold_bn)(net, variables, images, **kwargs)
     traced = trace_net(net, folded, images, **kwargs)
     options: dict[str, Any] = {"opset": opset, "int4": int4}
-    options["offset_before_rounding"] = takes is not None and takes.offset_before_rounding
+    options["offset_before_rounding"] = engine is not None and engine.offset_before_rounding
     export = Export(traced, activations=activations, **options)
     outputs = write(export)
-    if takes and not takes.keeps_sum_grids and chosen is None and export.sums_of_grids():
+    if engine and not engine.keeps_sum_grids and chosen is None and _sums_grids(export.writer):
         # In int8 no sum is fused with the convolution before it; uint8 came out one code off,
         # one sum in four.
         export = Export(traced, activations="int8", **options)
         outputs = write(export)
     saturating = tuple(export.saturating)
     _check_target(target, saturating)
-    model = assemble.model(onnx, export, outputs)
+    model = onnx_model(export, outputs)
     onnx.checker.check_model(model, full_check=True)
     data = model.SerializeToString()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-    counts: dict[str, int] = {}
-    for node in model.graph.node:
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return OnnxFile(path, counts, len(data), saturating, export.stored)
+    counts = collections.Counter(node.op_type for node in model.graph.node)
+    return OnnxFile(path, dict(counts), len(data), saturating, export.stored)
+
+
+def _sums_grids(writer: Writer) -> bool:
+    """Returns whether a sum is written whose two sides are on grids."""
+    ops = {name: node.op for node in writer.nodes for name in node.outputs}
+    return any(
+        node.op == "Add" and all(ops.get(name) == "DequantizeLinear" for name in node.inputs)
+        for node in writer.nodes
+    )
 
 
 def _is_wide(net: QuantizedModel) -> bool:
-    """Whether any rule asks for codes of more than 8 bits."""
+    """Returns whether any rule asks for codes of more than 8 bits."""
     specs = (getattr(r, o) for r in net.rules for o in OPERANDS)
     return any(spec is not None and spec.bits > 8 for spec in specs)
 

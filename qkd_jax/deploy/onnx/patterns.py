@@ -1,4 +1,4 @@
-"""Softmax, LayerNorm and GELU found in a graph, however the model spelled them.
+"""Softmax, LayerNorm and GELU recognised in a graph, however the model spelled them, and written.
 
 ONNX has each of them as one operation, and engines have one kernel for each; written out, LayerNorm
 alone is a dozen passes over memory. A part of the graph between one value and another is taken for
@@ -9,18 +9,20 @@ listed: variance as E[x^2] - E[x]^2 or of the centred values, GELU by erf or erf
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from qkd_jax import graph as graphs
 from qkd_jax.deploy.onnx.context import Export
-from qkd_jax.graph import Node
+from qkd_jax.deploy.onnx.values import Values
+from qkd_jax.deploy.onnx.writer import Tensor
+from qkd_jax.graph import MARKERS, Node, execute
 from qkd_jax.quantize.traced import PRODUCTS
 
-__all__ = ["GELU_OPSET", "Pattern", "find"]
+__all__ = ["Pattern", "find_patterns", "write_pattern"]
 
 NEAR = 40  # nodes that are looked at on either side of a seed
 TOLERANCE = 1e-5  # of numbers of the order of 1, for a part of some ten float32 operations
@@ -52,68 +54,66 @@ class Pattern:
     bias: np.ndarray | None = None
 
 
-def find(export: Export) -> list[Pattern]:
+def find_patterns(values: Values, opset: int) -> list[Pattern]:
     """Lists the parts of a net's graph that ONNX has one operation for."""
-    found: list[Pattern] = []
-    taken: set[Node] = set()
-    for seed in export.graph.nodes:
-        if seed.op in SEEDS and seed not in taken and seed.outputs[0] in export.dynamic:
-            pattern = SEEDS[seed.op](export, seed)
-            if pattern is not None and taken.isdisjoint(pattern.nodes):
-                found.append(pattern)
-                taken |= pattern.nodes
-    return found
+    seeds = {op: fit for op, fit in SEEDS.items() if opset >= LAYER_NORM_OPSET or op != "rsqrt"}
+    patterns: list[Pattern] = []
+    inside: set[Node] = set()
+    for seed in values.graph.nodes:
+        if seed.op in seeds and seed not in inside and seed.outputs[0] in values.dynamic:
+            pattern = seeds[seed.op](values, seed)
+            if pattern is not None and inside.isdisjoint(pattern.nodes):
+                patterns.append(pattern)
+                inside |= pattern.nodes
+    return patterns
 
 
-def _gelu(export: Export, seed: Node) -> Pattern | None:
+def _gelu(values: Values, seed: Node) -> Pattern | None:
     tanh = seed.op == "tanh"
-    for x, y, nodes in _parts(export, seed):
+    for x, y, nodes in _parts(values, seed):
         if len(nodes) < 4:
             continue
-        given = _random(export, x)
-        wanted = jax.nn.gelu(given, approximate=tanh)
-        if _close(_run(export, nodes, x, y, given), wanted):
+        given = _random(values, x)
+        if _close(_run(values, nodes, x, y, given), jax.nn.gelu(given, approximate=tanh)):
             return Pattern("Gelu", x, y, nodes, attributes={"tanh": tanh})
     return None
 
 
-def _softmax(export: Export, seed: Node) -> Pattern | None:
+def _softmax(values: Values, seed: Node) -> Pattern | None:
     best = None  # the largest part: a shift of its input changes no softmax
-    for x, y, nodes in _parts(export, seed):
+    for x, y, nodes in _parts(values, seed):
         if best is not None and len(nodes) <= len(best.nodes):
             continue
         axes = {n.params["axes"] for n in nodes if n.op == "reduce_sum"}
         if len(axes) != 1 or len(axis := next(iter(axes))) != 1:
             continue
-        given = 4 * _random(export, x)
-        if _close(_run(export, nodes, x, y, given), jax.nn.softmax(given, axis[0])):
+        given = 4 * _random(values, x)
+        if _close(_run(values, nodes, x, y, given), jax.nn.softmax(given, axis[0])):
             best = Pattern("Softmax", x, y, nodes, axis[0])
     return best
 
 
-def _layer_norm(export: Export, seed: Node) -> Pattern | None:
-    if export.writer.opset < LAYER_NORM_OPSET:
-        return None
-    epsilon = _epsilon(export, seed)
+def _layer_norm(values: Values, seed: Node) -> Pattern | None:
+    epsilon = _epsilon(values, seed)
     if epsilon is None:
         return None
     best = None
-    for x, y, nodes in _parts(export, seed, reduced=True):
-        last = len(export.graph.shape(x)) - 1
+    for x, y, nodes in _parts(values, seed, reduced=True):
+        last = len(values.graph.shape(x)) - 1
         axes = {n.params["axes"] for n in nodes if n.op == "reduce_sum"}
         if axes != {(last,)} or (best is not None and len(nodes) <= len(best.nodes)):
             continue
-        given = 2 * _random(export, x)
+        given = 2 * _random(values, x)
         centred = given - given.mean(-1, keepdims=True, dtype=np.float64)
         normal = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + epsilon)
-        result = _run(export, nodes, x, y, given)
-        bias = _run(export, nodes, x, y, np.zeros_like(given))
+        result = _run(values, nodes, x, y, given)
+        bias = _run(values, nodes, x, y, np.zeros_like(given))
         normal, result, bias = (np.reshape(a, (-1, a.shape[-1])) for a in (normal, result, bias))
         bias = bias[0]
         rows = np.abs(normal).argmax(0)
         columns = np.arange(normal.shape[1])
         scale = (result[rows, columns] - bias) / normal[rows, columns]
-        scale = _exact(export, nodes, scale)
+        scale = _exact(values, nodes, scale)
         size = max(1.0, float(np.abs(scale).max()), float(np.abs(bias).max()))
         if _close(result / size, (normal * scale + bias) / size):
             best = Pattern(
@@ -137,86 +137,78 @@ SEEDS = {
 }
 
 
-def _epsilon(export: Export, seed: Node) -> float | None:
-    node = export.graph.producer(seed.inputs[0])
+def _epsilon(values: Values, seed: Node) -> float | None:
+    node = values.graph.producer(seed.inputs[0])
     if node is None or node.op != "add":
         return None
-    fixed = [v for v in node.inputs if v not in export.dynamic]
-    if len(fixed) != 1 or (array := export.fixed(fixed[0])).size != 1:
+    fixed = [v for v in node.inputs if v not in values.dynamic]
+    if len(fixed) != 1 or (array := values.fixed(fixed[0])).size != 1:
         return None
     return float(array.reshape(()))
 
 
-def _exact(export: Export, nodes: frozenset[Node], estimate: np.ndarray) -> np.ndarray:
+def _exact(values: Values, nodes: frozenset[Node], estimate: np.ndarray) -> np.ndarray:
     """Returns the constant that an estimate with rounding errors means, or the estimate."""
     constants = [np.ones_like(estimate)]
     for node in nodes:
         for value in node.inputs:
-            if value not in export.dynamic and export.graph.shape(value)[-1:] == estimate.shape:
-                constants.append(np.asarray(export.fixed(value), np.float32).reshape(-1))
+            if value not in values.dynamic and values.graph.shape(value)[-1:] == estimate.shape:
+                constants.append(np.asarray(values.fixed(value), np.float32).reshape(-1))
     for array in constants:
         if array.shape == estimate.shape and np.allclose(array, estimate, rtol=1e-3, atol=1e-4):
             return array
     return estimate
 
 
-# -- parts of a graph ---------------------------------------------------------------------------
-
-
 def _parts(
-    export: Export, seed: Node, *, reduced: bool = False
+    values: Values, seed: Node, *, reduced: bool = False
 ) -> Iterator[tuple[int, int, frozenset[Node]]]:
     """Yields (x, y, nodes): parts around a seed that read x alone and whose y alone is read.
 
     Nearest ends come first. `reduced`: the seed has one number per row of x.
     """
-    graph = export.graph
-    before = _around(export, seed, -1)
-    after = _around(export, seed, 1)
-    shape = None if reduced else graph.shape(seed.outputs[0])
-    rows = _size(graph.shape(seed.outputs[0]))
+    graph = values.graph
+    before = _around(values, seed, -1)
+    after = _around(values, seed, 1)
+    rows = math.prod(graph.shape(seed.outputs[0]))
     for x in before:
-        wanted = graph.shape(x) if shape is None else shape
-        if graph.shape(x) != wanted or (reduced and _size(wanted) <= rows):
+        shape = graph.shape(x) if reduced else graph.shape(seed.outputs[0])
+        if graph.shape(x) != shape or (reduced and math.prod(shape) <= rows):
             continue
         for y in after:
-            if graph.shape(y) == wanted and graph.dtype(y) == graph.dtype(x) == np.float32:
-                nodes = _between(export, x, y)
+            if graph.shape(y) == shape and graph.dtype(y) == graph.dtype(x) == np.float32:
+                nodes = _between(values, x, y)
                 if nodes is not None and seed in nodes:
                     yield x, y, nodes
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape))
-
-
-def _around(export: Export, seed: Node, direction: int) -> list[int]:
-    """Values that the seed depends on (-1), or that depend on it (1), nearest first."""
-    graph = export.graph
+def _around(values: Values, seed: Node, direction: int) -> list[int]:
+    """Lists values that the seed depends on (-1), or that depend on it (1), nearest first."""
+    graph = values.graph
     start = list(seed.inputs if direction < 0 else seed.outputs)
-    found, queue = [], [v for v in start if v in export.dynamic]
-    while queue and len(found) < NEAR:
+    near, queue = [], [v for v in start if v in values.dynamic]
+    while queue and len(near) < NEAR:
         value = queue.pop(0)
-        if value in found:
+        if value in near:
             continue
-        found.append(value)
+        near.append(value)
         if direction < 0:
             node = graph.producer(value)
             if node is not None and _plain(node):
-                queue += [v for v in node.inputs if v in export.dynamic]
+                queue += [v for v in node.inputs if v in values.dynamic]
         else:
             queue += [v for n in graph.consumers(value) if _plain(n) for v in n.outputs]
-    return found
+    return near
 
 
-def _between(export: Export, x: int, y: int) -> frozenset[Node] | None:
-    """Nodes that compute y from x and constants, if nothing else reads what lies between."""
-    graph = export.graph
+def _between(values: Values, x: int, y: int) -> frozenset[Node] | None:
+    """Returns the nodes that compute y from x, if nothing else reads what lies between."""
+    graph = values.graph
     nodes: dict[Node, None] = {}
     queue = [y]
     while queue:
         value = queue.pop()
-        if value == x or value not in export.dynamic:
+        if value == x or value not in values.dynamic:
             continue
         node = graph.producer(value)
         if node is None or not _plain(node) or len(nodes) > NEAR:
@@ -234,26 +226,62 @@ def _between(export: Export, x: int, y: int) -> frozenset[Node] | None:
 
 
 def _plain(node: Node) -> bool:
-    return node.op not in PRODUCTS and node.op not in graphs.MARKERS and len(node.outputs) == 1
+    return node.op not in PRODUCTS and node.op not in MARKERS and len(node.outputs) == 1
 
 
-def _random(export: Export, value: int) -> np.ndarray:
-    batch = export.graph.batch or 1
-    shape = [n // batch * 2 if n % batch == 0 else n for n in export.graph.shape(value)]
+def _random(values: Values, value: int) -> np.ndarray:
+    batch = values.graph.batch or 1
+    shape = [n // batch * 2 if n % batch == 0 else n for n in values.graph.shape(value)]
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def _run(export: Export, nodes: frozenset[Node], x: int, y: int, given: np.ndarray) -> np.ndarray:
+def _run(values: Values, nodes: frozenset[Node], x: int, y: int, given: np.ndarray) -> np.ndarray:
     """Executes a part of the graph at a batch of 2."""
     env = {x: given}
-    for node in export.graph.nodes:
+    for node in values.graph.nodes:
         if node in nodes:
-            values = [env[v] if v in env else export.fixed(v, 2) for v in node.inputs]
-            results = graphs.execute(node, values, export.graph.batch, 2)
+            inputs = [env[v] if v in env else values.fixed(v, 2) for v in node.inputs]
+            results = execute(node, inputs, values.graph.batch, 2)
             env.update(zip(node.outputs, map(np.asarray, results), strict=True))
     return env[y]
 
 
-def _close(found: np.ndarray, wanted: Any) -> bool:
-    wanted = np.asarray(wanted)
-    return found.shape == wanted.shape and bool(np.all(np.abs(found - wanted) <= TOLERANCE))
+def _close(result: np.ndarray, expected: Any) -> bool:
+    expected = np.asarray(expected)
+    return result.shape == expected.shape and bool(np.all(np.abs(result - expected) <= TOLERANCE))
+
+
+def write_pattern(export: Export, pattern: Pattern) -> Tensor:
+    """Writes a part of the graph as the operation that ONNX has for it."""
+    node = export.graph.producer(pattern.y)
+    assert node is not None
+    x = export.tensors[pattern.x]
+    if pattern.op == "Gelu":
+        return dataclasses.replace(x, name=_write_gelu(export, node, x.name, **pattern.attributes))
+    x = export.writer.ordered(x, node.scope)
+    if pattern.op == "Softmax":
+        return export.add_like(x, "Softmax", [x.name], node, axis=x.perm.index(pattern.axis))
+    if x.perm[-1] != len(x.perm) - 1:
+        x = export.writer.plain(x, node.scope)
+    constants = [
+        export.writer.constant(a, f"{node.scope}/norm") for a in (pattern.scale, pattern.bias)
+    ]
+    attributes = {"axis": -1, **pattern.attributes}
+    return export.add_like(x, pattern.op, [x.name, *constants], node, **attributes)
+
+
+def _write_gelu(export: Export, node: Node, x: str, *, tanh: bool) -> str:
+    """Writes one node since opset 20; before that, for erf, the five that engines fuse into one."""
+    if export.writer.opset >= GELU_OPSET:
+        return export.add("Gelu", [x], node, approximate="tanh" if tanh else "none")
+
+    number = lambda value: export.writer.constant(np.float32(value), "number")
+    if tanh:
+        cube = export.add("Mul", [export.add("Mul", [x, x], node), x], node)
+        inner = export.add("Add", [x, export.add("Mul", [cube, number(0.044715)], node)], node)
+        inner = export.add("Mul", [inner, number(math.sqrt(2 / math.pi))], node)
+        curve = export.add("Tanh", [inner], node)
+    else:
+        curve = export.add("Erf", [export.add("Div", [x, number(math.sqrt(2))], node)], node)
+    twice = export.add("Mul", [x, export.add("Add", [curve, number(1)], node)], node)
+    return export.add("Mul", [twice, number(0.5)], node)

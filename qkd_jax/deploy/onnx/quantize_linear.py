@@ -3,17 +3,18 @@
 For an engine that adds a grid's lowest code before it rounds (`Target.offset_before_rounding`),
 Mul, Round, Clip and Cast stand in place of QuantizeLinear: the net's own arithmetic.
 
-A range that is found at run time is written out, in the net's own arithmetic: ONNX's
-DynamicQuantizeLinear has one range for the whole tensor, unsigned and affine, and divides.
+A dynamic range is written out, in the net's own arithmetic: ONNX's DynamicQuantizeLinear has one
+range for the whole tensor, unsigned and affine, and divides.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
-from qkd_jax.deploy.onnx.context import Export, Found, needs_opset_21
+from qkd_jax.deploy.onnx.context import Dequantized, DynamicRange, Export
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
 from qkd_jax.numerics import MIN_SCALE, IntFormat
@@ -27,57 +28,58 @@ def write_quantizer(export: Export, node: Node) -> Tensor:
     """Writes a quantizer of an activation.
 
     The grid's own range is narrower than the type's below 8 bits and for narrow ranges, so a Clip
-    to its ends comes first. A ReLU in front of a Clip at 0 does nothing and is passed by.
+    to its ends comes first. A ReLU in front of a Clip at 0 does nothing and is left out.
     """
     if is_found(export.traced, node):
-        return _write_found(export, node)
-    x = export.tensors[node.inputs[0]]
+        return _write_dynamic(export, node)
+    x, path = export.tensors[node.inputs[0]], node.params["path"]
     scale, zero_point, format = grid_of(export.traced, node)
     if scale.ndim or zero_point.ndim:
         raise ValueError(
-            f"the {node.params['operand']} of {node.params['path']!r} has a scale per channel; "
-            "to_onnx writes activations per tensor."
+            f"the {node.params['operand']} of {path!r} has a scale per channel; to_onnx writes "
+            "activations per tensor."
         )
-    needs_opset_21(export, node.params["path"], format)
+    export.check_opset(path, format)
     if any(not np.isfinite(a) for a in (scale, zero_point)):
-        raise ValueError(f"the step of {node.params['path']!r} is not finite: {scale}.")
-    if export.written.get(x.name) == (float(scale), int(zero_point), format):
-        if not _transformed(export, node):
-            return x  # on this very grid already: its codes would come out as they are
-    key = (x.name, node.inputs[1:] if _transformed(export, node) else float(scale), int(zero_point))
-    key = (*key, format, export.traced.spec(node).rounding)
+        raise ValueError(f"the step of {path!r} is not finite: {scale}.")
+    grid, transformed = (float(scale), int(zero_point)), _transformed(export, node)
+    known = export.dequantized.get(x.name)
+    if known is not None and (known.grid, known.format) == (grid, format) and not transformed:
+        return x  # on this very grid already: its codes would come out as they are
+    parameters = node.inputs[1:] if transformed else None
+    key = (x.name, parameters, grid, format, export.traced.spec(node).rounding)
     if key not in export.grids:
         name, clipped = _before(export, node, x.name, scale, format)
         export.grids[key] = _grid(export, node, name, scale, int(zero_point), format, clipped)
-    return export.same(x, export.grids[key])
+    return dataclasses.replace(x, name=export.grids[key])
 
 
-def _write_found(export: Export, node: Node) -> Tensor:
-    """Writes a quantizer whose range is found at run time, operation by operation."""
+def _write_dynamic(export: Export, node: Node) -> Tensor:
+    """Writes a quantizer with a dynamic range, operation by operation."""
     format, axes = found_grid(export.traced, node)
     spec, path = export.traced.spec(node), node.params["path"]
-    needs_opset_21(export, path, format)
+    export.check_opset(path, format)
     if not facts(spec.quantizer).range_grid or spec.power_of_two or spec.rounding == "away":
         raise ValueError(
-            f"the {node.params['operand']} of {path!r} finds its range at run time "
-            f"({spec.label}); to_onnx writes such ranges for quantizer='uniform' with a scale of "
-            "any size, rounded half to even or down."
+            f"the {node.params['operand']} of {path!r} has a dynamic range ({spec.label}); to_onnx "
+            "writes such ranges for quantizer='uniform' with a scale of any size, rounded half to "
+            "even or down."
         )
     writer, x = export.writer, export.tensors[node.inputs[0]]
     if x.order is not None and x.order[0] in axes:
         x = writer.ordered(x, node.scope)
     add = lambda op, *inputs, **attributes: export.add(op, list(inputs), node, **attributes)
     number = lambda value: writer.constant(np.float32(value), "number")
-    summed = [i for i, axis in enumerate(x.perm) if axis not in axes]
-
-    def end(kind: str) -> str:
-        options: dict[str, Any] = {"keepdims": int(bool(axes))}
-        # The axes are an input since opset 18.
-        if writer.opset >= 18:
-            return add(f"Reduce{kind}", x.name, writer.shape_constant(summed, "axes"), **options)
-        return add(f"Reduce{kind}", x.name, axes=summed, **options)
-
-    lo, hi = add("Min", end("Min"), number(0)), add("Max", end("Max"), number(0))
+    reduced = [i for i, axis in enumerate(x.perm) if axis not in axes]
+    if writer.opset >= 18:  # the axes are an input since
+        axes_input, options = (writer.shape_constant(reduced, "axes"),), {}
+    else:
+        axes_input, options = (), {"axes": reduced}
+    ends = {}
+    for kind in ("Min", "Max"):
+        end = add(f"Reduce{kind}", x.name, *axes_input, **options, keepdims=int(bool(axes)))
+        ends[kind] = add(kind, end, number(0))
+    lo, hi = ends["Min"], ends["Max"]
     if not spec.symmetric:
         width = add("Div", add("Sub", hi, lo), number(format.qmax - format.qmin))
     elif spec.scaling != "cover":
@@ -87,29 +89,29 @@ def _write_found(export: Export, node: Node) -> Tensor:
         width = add("Div", hi, number(format.qmax))
         if format.signed:
             width = add("Max", width, add("Div", lo, number(format.qmin)))
-    still = add("Equal", width, number(0))
-    scale = add("Where", still, number(1), add("Max", width, number(MIN_SCALE)))
+    is_constant = add("Equal", width, number(0))
+    scale = add("Where", is_constant, number(1), add("Max", width, number(MIN_SCALE)))
     inverse, zero_point = add("Div", number(1), scale), ""
     if not spec.symmetric:
         lowest = add("Round", add("Sub", number(format.qmin), add("Mul", lo, inverse)))
         lowest = add("Clip", lowest, number(format.qmin), number(format.qmax))
         nearest = number(min(max(0, format.qmin), format.qmax))
-        zero_point = add("Where", still, nearest, lowest)
+        zero_point = add("Where", is_constant, nearest, lowest)
     codes = add("Floor" if spec.rounding == "floor" else "Round", add("Mul", x.name, inverse))
     codes = add("Add", codes, zero_point) if zero_point else codes
     codes = add("Clip", codes, number(format.qmin), number(format.qmax))
     centred = add("Sub", codes, zero_point) if zero_point else codes
-    stored = add("Cast", codes, to=export.element_type(np.dtype(format.storage)))
+    stored = export.cast(codes, format.storage, node)
     real = add("Mul", centred, scale)
-    export.found[real] = Found(stored, centred, scale, zero_point, axes, format)
-    export.largest[real] = format.qmax + (128 if format.signed else 0)
-    return export.same(x, real)
+    dynamic = DynamicRange(stored, centred, scale, zero_point, axes, format)
+    export.dequantized[real] = Dequantized(format, range=dynamic)
+    return dataclasses.replace(x, name=real)
 
 
 def _transformed(export: Export, node: Node) -> bool:
     spec = export.traced.spec(node)
     if spec.rounding == "floor" and hasattr(QUANTIZERS[spec.quantizer], "pre_affine"):
-        return True  # these round the magnitude, which is another thing below zero
+        return True  # these round the magnitude down, which below zero is up
     return _pre_affine(export, node) != (1.0, 0.0)
 
 
@@ -125,12 +127,13 @@ def _pre_affine(export: Export, node: Node) -> tuple[float, float]:
 def _before(
     export: Export, node: Node, name: str, scale: np.ndarray, format: IntFormat
 ) -> tuple[str, bool]:
-    """Writes what a quantizer does before its grid; returns the name and whether it has clipped."""
-    gain, offset = _pre_affine(export, node)
+    """Writes a quantizer's steps before its grid; returns the name and whether it has clipped."""
     if not _transformed(export, node):
         return _floored(export, node, name, scale), False
     writer = export.writer
-    constants = [writer.constant(np.float32(c), "quantizer_constant") for c in (gain, offset)]
+    constants = [
+        writer.constant(np.float32(c), "quantizer_constant") for c in _pre_affine(export, node)
+    ]
     magnitude = export.add("Abs", [name], node) if format.signed else name
     affine = export.add("Mul", [magnitude, constants[0]], node)
     affine = export.add("Add", [affine, constants[1]], node)
@@ -163,6 +166,7 @@ def _grid(
     format: IntFormat,
     clipped: bool,
 ) -> str:
+    """Writes a static grid; returns the name of the dequantized form."""
     writer = export.writer
     storage, stored_zero_point = np.dtype(format.storage), zero_point
     if export.activations == "uint8" and storage == np.int8:
@@ -172,11 +176,12 @@ def _grid(
     limits = np.iinfo(format.storage)
     scale32 = np.float32(scale)
     ends = [np.float32(code - zero_point) * scale32 for code in (format.qmin, format.qmax)]
-    maker = writer.maker(name)
-    if maker is not None and maker[0] == "Relu" and format.qmin == zero_point and not clipped:
-        name = maker[1][0]
+    producer = writer.producer(name)
+    if producer is not None and producer.op == "Relu":
+        if format.qmin == zero_point and not clipped:
+            name = producer.inputs[0]
     written_out = export.offset_before_rounding and stored_zero_point != np.iinfo(storage).min
-    if written_out and format.signed:  # as they are: nothing to add, and nothing to take off again
+    if written_out and format.signed:  # as they are: no offset to add and take off again
         storage, stored_zero_point = np.dtype(format.storage), zero_point
     narrow = (format.qmin, format.qmax) != (limits.min, limits.max)
     if narrow and not clipped and not written_out:
@@ -194,11 +199,9 @@ def _grid(
         )
         if stored_zero_point:
             codes = export.add("Add", [codes, number(stored_zero_point)], node)
-        codes = export.add("Cast", [codes], node, to=export.element_type(storage))
+        codes = export.cast(codes, storage, node)
     else:
         codes = export.add("QuantizeLinear", [name, *grid], node)
     real = export.add("DequantizeLinear", [codes, *grid], node)
-    export.written[real] = (float(scale32), zero_point, format)
-    # Kernels see signed codes shifted by 128; the largest of them decides about saturation.
-    export.largest[real] = format.qmax + (128 if format.signed else 0)
+    export.dequantized[real] = Dequantized(format, grid=(float(scale32), zero_point))
     return real

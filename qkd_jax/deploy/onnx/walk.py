@@ -1,56 +1,70 @@
-"""Walks a traced net and writes each of its operations in ONNX."""
+"""Walks a traced net and writes each of its operations in ONNX.
+
+A new operation is an entry of `ELEMENTWISE`, `MOVES` or `REDUCTIONS`.
+"""
 
 from __future__ import annotations
 
-from qkd_jax import graph as graphs
-from qkd_jax.deploy.onnx.context import Export, UnsupportedError, unsupported
+from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.contractions import write_product
-from qkd_jax.deploy.onnx.patterns import find
-from qkd_jax.deploy.onnx.primitives import OPERATIONS, write_pattern
+from qkd_jax.deploy.onnx.elementwise import ELEMENTWISE
+from qkd_jax.deploy.onnx.moves import MOVES
+from qkd_jax.deploy.onnx.patterns import find_patterns, write_pattern
 from qkd_jax.deploy.onnx.quantize_linear import write_quantizer
+from qkd_jax.deploy.onnx.reductions import REDUCTIONS
+from qkd_jax.deploy.onnx.values import UnsupportedError, unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
-from qkd_jax.graph import Node
+from qkd_jax.graph import MARKERS, Node
 from qkd_jax.quantize.traced import is_quantizer
 
 __all__ = ["write"]
 
+OPERATIONS = {**ELEMENTWISE, **MOVES, **REDUCTIONS}
+
 
 def write(export: Export) -> list[Tensor]:
     """Writes all nodes; returns the results, in the model's own order of axes."""
-    for value in export.graph.inputs:
-        export.tensors[value] = export.input(value)
-    patterns = {p.y: p for p in find(export)}
+    graph, tensors = export.graph, export.tensors
+    for value in graph.inputs:
+        tensors[value] = _input(export, value)
+    patterns = {p.y: p for p in find_patterns(export.values, export.writer.opset)}
     inside = {n for p in patterns.values() for n in p.nodes}
-    for node in export.graph.nodes:
-        if export.dynamic.isdisjoint(node.outputs):
+    for node in graph.nodes:
+        if export.values.dynamic.isdisjoint(node.outputs):
             continue
         if node in inside:
             if node.outputs[0] in patterns:
-                export.tensors[node.outputs[0]] = write_pattern(export, patterns[node.outputs[0]])
+                tensors[node.outputs[0]] = write_pattern(export, patterns[node.outputs[0]])
             continue
         if node in export.absorbed:
-            export.tensors[node.outputs[0]] = export.tensors[export.absorbed[node]]
+            tensors[node.outputs[0]] = tensors[export.absorbed[node]]
             continue
         try:
-            made = write_node(export, node)
+            results = _write_node(export, node)
         except UnsupportedError as error:
             supported = ", ".join(sorted(OPERATIONS))
             raise ValueError(
                 f"{error} Supported: {supported}, conv_general_dilated, dot_general."
             ) from None
-        made = made if isinstance(made, tuple) else (made,)
-        export.tensors.update(zip(node.outputs, made, strict=True))
-    results = []
-    for value in export.graph.outputs:
-        if value not in export.tensors:
-            raise ValueError("a result of the model does not depend on its input.")
-        results.append(export.writer.plain(export.tensors[value], ""))
-    return results
+        results = results if isinstance(results, tuple) else (results,)
+        tensors.update(zip(node.outputs, results, strict=True))
+    if not tensors.keys() >= set(graph.outputs):
+        raise ValueError("a result of the model does not depend on its input.")
+    return [export.writer.plain(tensors[value], "") for value in graph.outputs]
 
 
-def write_node(export: Export, node: Node) -> Tensor | tuple[Tensor, ...]:
+def _input(export: Export, value: int) -> Tensor:
+    """Declares an input; images come channels first."""
+    shape = export.values.shape(value)
+    rank = len(shape)
+    perm = (0, rank - 1, *range(1, rank - 1)) if rank >= 4 else tuple(range(rank))
+    name = "images" if len(export.graph.inputs) == 1 else f"input{len(export.tensors)}"
+    return Tensor(export.writer.unique(name), shape, perm)
+
+
+def _write_node(export: Export, node: Node) -> Tensor | tuple[Tensor, ...]:
     """Writes one node; several results come as a tuple."""
-    if node.op in graphs.MARKERS:
+    if node.op in MARKERS:
         if is_quantizer(node):
             return write_quantizer(export, node)
         return export.tensors[node.inputs[0]]
@@ -58,5 +72,4 @@ def write_node(export: Export, node: Node) -> Tensor | tuple[Tensor, ...]:
         return write_product(export, export.products[node])
     if node.op not in OPERATIONS:
         raise unsupported(node)
-    operands = [export.operand(v) for v in node.inputs]
-    return OPERATIONS[node.op](export, node, *operands)
+    return OPERATIONS[node.op](export, node, *(export.operand(v) for v in node.inputs))

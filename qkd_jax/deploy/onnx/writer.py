@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Tensor", "Writer"]
+__all__ = ["OnnxNode", "Tensor", "Writer"]
 
-OnnxNode = tuple[str, tuple[str, ...], tuple[str, ...], dict[str, Any], str]
+
+class OnnxNode(NamedTuple):
+    """A node to be written."""
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]
+    name: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +49,19 @@ class Tensor:
         """Whether axes and entries are in the model's order."""
         return self.perm == tuple(range(len(self.perm))) and self.order is None
 
+    def renumbered(self, name: str, shape: tuple[int, ...], axes: Sequence[int]) -> Tensor:
+        """Returns the tensor where axis a of the model has become axes[a]; -1 has gone."""
+        order = None
+        if self.order is not None and axes[self.order[0]] >= 0:
+            order = axes[self.order[0]], self.order[1]
+        return Tensor(name, shape, tuple(axes[a] for a in self.perm if axes[a] >= 0), order)
+
+    def without(self, name: str, axes: Sequence[int]) -> Tensor:
+        """Returns the tensor without some axes of the model."""
+        kept = [a for a in range(len(self.shape)) if a not in axes]
+        numbers = [kept.index(a) if a in kept else -1 for a in range(len(self.shape))]
+        return self.renumbered(name, tuple(self.shape[a] for a in kept), numbers)
+
 
 class Writer:
     """Nodes, constants and names of an ONNX graph being written."""
@@ -49,27 +70,27 @@ class Writer:
         self.opset = opset
         self.nodes: list[OnnxNode] = []
         self.constants: dict[str, np.ndarray] = {}
-        self._known: dict[tuple[Any, ...], str] = {}
-        self._made: dict[tuple[Any, ...], str] = {}
-        self._taken: set[str] = set()
+        self._constants: dict[tuple[Any, ...], str] = {}
+        self._nodes: dict[tuple[Any, ...], str] = {}
+        self._names: set[str] = set()
 
-    def fresh(self, hint: str) -> str:
-        """Returns a name that is not taken, made from a hint."""
+    def unique(self, hint: str) -> str:
+        """Returns a name that no tensor has, made from a hint."""
         name, count = hint, 1
-        while name in self._taken:
+        while name in self._names:
             count += 1
             name = f"{hint}_{count}"
-        self._taken.add(name)
+        self._names.add(name)
         return name
 
     def constant(self, array: Any, hint: str) -> str:
         """Adds a constant; equal ones share a name."""
         array = np.asarray(array)
         key = (array.dtype.name, array.shape, array.tobytes())
-        if key not in self._known:
-            self._known[key] = self.fresh(hint)
-            self.constants[self._known[key]] = array
-        return self._known[key]
+        if key not in self._constants:
+            self._constants[key] = self.unique(hint)
+            self.constants[self._constants[key]] = array
+        return self._constants[key]
 
     def shape_constant(self, values: Sequence[int], hint: str = "shape") -> str:
         """Adds an int64 vector, as shapes, axes and pads are given since opset 13."""
@@ -78,28 +99,26 @@ class Writer:
     def add(self, op: str, inputs: Sequence[str], scope: str, **attributes: Any) -> str:
         """Adds a node with one output and returns the output's name; equal nodes are one."""
         key = (op, tuple(inputs), repr(sorted(attributes.items())))
-        if key in self._made:
-            return self._made[key]
-        name = self.fresh(f"{scope}/{op}" if scope else op)
-        self.nodes.append((op, tuple(inputs), (f"{name}:0",), attributes, name))
-        self._made[key] = f"{name}:0"
-        return self._made[key]
+        if key in self._nodes:
+            return self._nodes[key]
+        name = self.unique(f"{scope}/{op}" if scope else op)
+        self.nodes.append(OnnxNode(op, tuple(inputs), (f"{name}:0",), attributes, name))
+        self._nodes[key] = f"{name}:0"
+        return self._nodes[key]
 
-    def maker(self, name: str) -> OnnxNode | None:
+    def producer(self, name: str) -> OnnxNode | None:
         """Returns the node that writes a tensor."""
-        return next((n for n in reversed(self.nodes) if name in n[2]), None)
+        return next((n for n in reversed(self.nodes) if name in n.outputs), None)
 
     def live(self, outputs: Sequence[str]) -> tuple[list[OnnxNode], dict[str, np.ndarray]]:
         """Returns the nodes and constants that the outputs depend on."""
         needed, kept = set(outputs), []
         for node in reversed(self.nodes):
-            if needed.intersection(node[2]):
+            if needed.intersection(node.outputs):
                 kept.append(node)
-                needed.update(node[1])
+                needed.update(node.inputs)
         kept.reverse()
         return kept, {name: a for name, a in self.constants.items() if name in needed}
-
-    # -- the order of axes ------------------------------------------------------------------
 
     def arranged(self, tensor: Tensor, perm: Sequence[int], scope: str) -> Tensor:
         """Returns the tensor with its axes in another order, transposed if it must be."""
@@ -115,9 +134,8 @@ class Writer:
         if tensor.order is None:
             return tensor
         axis, index = tensor.order
-        places = self.constant(np.argsort(index).astype(np.int64), "order")
-        where = tensor.perm.index(axis)
-        name = self.add("Gather", [tensor.name, places], scope, axis=where)
+        indices = self.constant(np.argsort(index).astype(np.int64), "order")
+        name = self.add("Gather", [tensor.name, indices], scope, axis=tensor.perm.index(axis))
         return dataclasses.replace(tensor, name=name, order=None)
 
     def plain(self, tensor: Tensor, scope: str) -> Tensor:

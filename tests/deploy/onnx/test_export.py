@@ -226,7 +226,7 @@ def test_the_batch_is_not_cut(tmp_path):
     with pytest.raises(ValueError, match="'split' in 'the root module': it cuts the batch"):
         to_onnx(net, variables, images, tmp_path / "m.onnx")
     net, variables = small_nets.float_net(Moved(lambda x: x[::-1]), images)
-    with pytest.raises(ValueError, match="'rev' in 'the root module': it turns the batch"):
+    with pytest.raises(ValueError, match="'rev' in 'the root module': it reverses the batch"):
         to_onnx(net, variables, images, tmp_path / "m.onnx")
 
 

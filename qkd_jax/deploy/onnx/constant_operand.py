@@ -1,0 +1,161 @@
+"""The constant operand of a contraction in ONNX: a weight, as codes or as floats."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from qkd_jax import graph as graphs
+from qkd_jax.deploy.onnx.context import DynamicRange, Export
+from qkd_jax.deploy.onnx.values import unsupported
+from qkd_jax.deploy.onnx.writer import Tensor
+from qkd_jax.graph import Node
+from qkd_jax.numerics import codes_of
+from qkd_jax.quantize.traced import Operand, Product, grid_of, is_found, scale_in_output
+
+__all__ = ["ConstantOperand", "constant_operand"]
+
+BYTES = (np.dtype(np.int8), np.dtype(np.uint8))
+INT16_LIMIT = 32767
+FINE_BITS = 7
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConstantOperand:
+    """A constant operand in its contraction's layout.
+
+    Attributes:
+        array: codes, or floats where there is no scale.
+        scale: per output channel, or a scalar; None for a float weight.
+        zero_point: as scale; None for 0.
+        flip: output channels whose result is to be negated, or None.
+        coarse: whether the bias must stay outside the product. ONNX Runtime rounds the bias of a
+            quantized product to the unit of its sums, s_x * s_w: harmless at 8 bits, but enough to
+            change most logits at 2.
+        dynamic: the other operand's range, where it is dynamic and both sides are codes of at most
+            8 bits: the product is then one of codes, scaled once.
+        on_codes: whether that product is one of integers. ONNX's convolutions have one zero point
+            for all examples, so those with one for each multiply codes that are held in float.
+    """
+
+    array: np.ndarray
+    scale: np.ndarray | None = None
+    zero_point: np.ndarray | None = None
+    flip: np.ndarray | None = None
+    coarse: bool = False
+    dynamic: DynamicRange | None = None
+    on_codes: bool = False
+
+    def other_input(self, export: Export, value: int) -> Tensor:
+        """Returns what the contraction reads for the other operand: its codes if it is dynamic."""
+        x = export.tensors[value]
+        if self.dynamic is None:
+            return x
+        name = self.dynamic.codes if self.on_codes else self.dynamic.centred
+        return dataclasses.replace(x, name=name)
+
+    def add_input(self, export: Export, node: Node, array: np.ndarray, axis: int) -> str:
+        """Adds the array, dequantized if it is codes; `axis` is the output channels' ONNX axis."""
+        name = f"{node.scope}/weight" if node.scope else "weight"
+        stored = export.writer.constant(array, name)
+        if self.dynamic is not None:
+            return stored if self.on_codes else export.cast(stored, np.float32, node)
+        if self.scale is None:
+            return stored
+        scale = self.scale.reshape(-1) if self.scale.size > 1 else self.scale.reshape(())
+        grid = [export.writer.constant(scale, f"{name}_scale")]
+        zero_point = np.zeros(scale.shape, array.dtype)
+        if self.zero_point is not None:
+            zero_point = np.broadcast_to(self.zero_point.reshape(-1), scale.shape).copy()
+            if not scale.ndim:
+                zero_point = zero_point.reshape(())
+        grid.append(export.writer.constant(zero_point, f"{name}_zero_point"))
+        attributes = {"axis": axis} if scale.ndim else {}
+        return export.add("DequantizeLinear", [stored, *grid], node, **attributes)
+
+    def scaled(
+        self, export: Export, node: Node, sums: str, row_scales: str, channel_scales: np.ndarray
+    ) -> str:
+        """Multiplies sums of codes by the product of the two scales, as the net does."""
+        if self.on_codes:
+            sums = export.cast(sums, np.float32, node)
+        stored = export.writer.constant(channel_scales, f"{node.scope}/weight_scale")
+        return export.add("Mul", [sums, export.add("Mul", [row_scales, stored], node)], node)
+
+
+def constant_operand(export: Export, product: Product, side: int) -> ConstantOperand:
+    """Takes a weight as codes with the output multiplier in their scale, or as floats."""
+    operand, other = product.operands[side], product.operands[1 - side]
+    if not operand.quantized:
+        return ConstantOperand(export.values.fixed(operand.value))
+    assert operand.marker is not None
+    scale, zero_point, format = grid_of(export.traced, operand.marker)
+    hat = np.asarray(export.graph.constants[operand.marker.outputs[0]], np.float32)
+    codes = (codes_of(hat, scale) + zero_point).astype(np.int32)
+    for node in operand.moves:
+        codes = np.asarray(graphs.execute(node, [codes])[0])
+    multiplier = scale_in_output(product, side, scale).astype(np.float64)
+    if product.path in export.traced.multipliers and other.quantized:
+        assert other.marker is not None
+        input_scale = grid_of(export.traced, other.marker).scale.astype(np.float64)
+        folded = export.traced.multipliers[product.path].astype(np.float64)
+        multiplier = folded.reshape((1,) * (product.rank - folded.ndim) + folded.shape)
+        multiplier = multiplier / input_scale
+    storage = export.storage(product.path, format)
+    flip = None
+    negative = np.sign(multiplier) < 0
+    if negative.any():
+        # A negative multiplier goes into the codes, as long as -code is a code.
+        in_operand = np.broadcast_to(_to_operand(negative, operand), codes.shape)
+        lowest = jnp.iinfo(storage).min
+        if zero_point.any() or not format.signed or (codes[in_operand] == lowest).any():
+            flip = np.where(negative, -1.0, 1.0).astype(np.float32)
+        else:
+            codes = np.where(in_operand, -codes, codes)
+        multiplier = np.abs(multiplier)
+    stored_zero_point = None
+    if zero_point.any():
+        stored_zero_point = scale_in_output(product, side, zero_point).astype(storage)
+    coarse, dynamic, on_codes = False, None, False
+    if is_found(export.traced, other.marker):
+        coarse = True
+        dequantized = export.dequantized.get(export.tensors[other.value].name)
+        dynamic = None if dequantized is None else dequantized.range
+        plain = storage in BYTES and stored_zero_point is None
+        if dynamic is not None and not (plain and np.dtype(dynamic.format.storage) in BYTES):
+            dynamic = None
+        if dynamic is not None:
+            if any(other.output_axes[axis] is None for axis in dynamic.axes):
+                raise unsupported(product.node, "its input's ranges vary along the sum")
+            on_codes = True
+            if product.node.op == "conv_general_dilated":
+                stretched = any(d != 1 for d in product.node.params["lhs_dilation"])
+                on_codes = not stretched and not (dynamic.zero_point and dynamic.axes)
+    elif other.quantized:
+        assert other.marker is not None
+        coarse = min(format.bits, grid_of(export.traced, other.marker).format.bits) < FINE_BITS
+    if dynamic is None or on_codes:
+        _note_saturation(export, product.path, other, codes)
+    scale32 = multiplier.astype(np.float32)
+    stored = codes.astype(storage)
+    return ConstantOperand(stored, scale32, stored_zero_point, flip, coarse, dynamic, on_codes)
+
+
+def _note_saturation(export: Export, path: str, other: Operand, codes: np.ndarray) -> None:
+    if other.value in export.tensors:
+        activation = export.dequantized.get(export.tensors[other.value].name)
+        largest = int(np.abs(codes).max(initial=0))
+        if activation is not None and 2 * activation.largest * largest > INT16_LIMIT:
+            export.saturating.append(path)
+
+
+def _to_operand(array: np.ndarray, operand: Operand) -> np.ndarray:
+    """Brings an array of the output's rank (or a scalar) to an operand's axes."""
+    if array.ndim == 0:
+        return array
+    index = [array.shape[out] if out is not None else 1 for out in operand.output_axes]
+    kept = [out for out in operand.output_axes if out is not None]
+    moved = array.transpose([*kept, *(i for i in range(array.ndim) if i not in kept)])
+    return moved.reshape(index)

@@ -1,0 +1,145 @@
+"""Elementwise operations of a traced net in ONNX.
+
+`ELEMENTWISE` maps a primitive's name to a function `(export, node, *tensors or arrays) -> Tensor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from qkd_jax.deploy.onnx.context import Export
+from qkd_jax.deploy.onnx.values import unsupported
+from qkd_jax.deploy.onnx.writer import Tensor
+from qkd_jax.graph import Node
+
+__all__ = ["ELEMENTWISE"]
+
+UNARY = {
+    "abs": "Abs",
+    "ceil": "Ceil",
+    "cos": "Cos",
+    "erf": "Erf",
+    "exp": "Exp",
+    "floor": "Floor",
+    "log": "Log",
+    "logistic": "Sigmoid",
+    "neg": "Neg",
+    "not": "Not",
+    "sign": "Sign",
+    "sin": "Sin",
+    "sqrt": "Sqrt",
+    "tanh": "Tanh",
+}
+BINARY = {
+    "add": "Add",
+    "and": "And",
+    "div": "Div",
+    "eq": "Equal",
+    "ge": "GreaterOrEqual",
+    "gt": "Greater",
+    "le": "LessOrEqual",
+    "lt": "Less",
+    "max": "Max",
+    "min": "Min",
+    "mul": "Mul",
+    "or": "Or",
+    "pow": "Pow",
+    "sub": "Sub",
+}
+
+
+def _unary(op: str) -> Callable[..., Tensor]:
+    return lambda export, node, x: export.add_like(x, op, [x.name], node)
+
+
+def _binary(op: str) -> Callable[..., Tensor]:
+    def write(export: Export, node: Node, x: Any, y: Any) -> Tensor:
+        for side, other in ((x, y), (y, x)):
+            zero = not isinstance(other, Tensor) and other.ndim == 0 and other == 0
+            if op == "Max" and isinstance(side, Tensor) and zero:
+                return export.add_like(side, "Relu", [side.name], node)
+        names, guide = export.aligned(node, x, y)
+        return export.add_result(guide, op, names, node)
+
+    return write
+
+
+def _same(export: Export, node: Node, x: Tensor) -> Tensor:
+    return x
+
+
+def _rsqrt(export: Export, node: Node, x: Tensor) -> Tensor:
+    root = export.add("Sqrt", [x.name], node)
+    return export.add_like(x, "Reciprocal", [root], node)
+
+
+def _not_equal(export: Export, node: Node, x: Any, y: Any) -> Tensor:
+    equal = _binary("Equal")(export, node, x, y)
+    return export.add_like(equal, "Not", [equal.name], node)
+
+
+def _square(export: Export, node: Node, x: Tensor) -> Tensor:
+    return export.add_like(x, "Mul", [x.name, x.name], node)
+
+
+def _integer_pow(export: Export, node: Node, x: Tensor) -> Tensor:
+    power = export.writer.constant(np.float32(node.params["y"]), "power")
+    return export.add_like(x, "Pow", [x.name, power], node)
+
+
+def _erfc(export: Export, node: Node, x: Tensor) -> Tensor:
+    one = export.writer.constant(np.float32(1), "one")
+    return export.add_like(x, "Sub", [one, export.add("Erf", [x.name], node)], node)
+
+
+def _log1p(export: Export, node: Node, x: Tensor) -> Tensor:
+    one = export.writer.constant(np.float32(1), "one")
+    return export.add_like(x, "Log", [export.add("Add", [x.name, one], node)], node)
+
+
+def _expm1(export: Export, node: Node, x: Tensor) -> Tensor:
+    one = export.writer.constant(np.float32(1), "one")
+    return export.add_like(x, "Sub", [export.add("Exp", [x.name], node), one], node)
+
+
+def _convert(export: Export, node: Node, x: Tensor) -> Tensor:
+    before, after = export.graph.dtype(node.inputs[0]), np.dtype(node.params["new_dtype"])
+    if before == after:
+        return x
+    return export.add_like(x, "Cast", [x.name], node, to=export.element_type(after))
+
+
+def _clamp(export: Export, node: Node, low: Any, x: Tensor, high: Any) -> Tensor:
+    if isinstance(low, Tensor) or isinstance(high, Tensor) or low.ndim or high.ndim:
+        raise unsupported(node, "its bounds are not two numbers")
+    bounds = [export.writer.constant(b, "bound") for b in (low, high)]
+    return export.add_like(x, "Clip", [x.name, *bounds], node)
+
+
+def _select(export: Export, node: Node, which: Any, *cases: Any) -> Tensor:
+    if len(cases) != 2:
+        raise unsupported(node, f"it chooses among {len(cases)} cases")
+    (which, no, yes), guide = export.aligned(node, which, *cases)
+    return export.add_result(guide, "Where", [which, yes, no], node)
+
+
+ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
+    **{name: _unary(op) for name, op in UNARY.items()},
+    **{name: _binary(op) for name, op in BINARY.items()},
+    "clamp": _clamp,
+    "convert_element_type": _convert,
+    "copy": _same,
+    "erfc": _erfc,
+    "expm1": _expm1,
+    "integer_pow": _integer_pow,
+    "log1p": _log1p,
+    "ne": _not_equal,
+    "optimization_barrier": _same,
+    "rsqrt": _rsqrt,
+    "select_n": _select,
+    "square": _square,
+    "stop_gradient": _same,
+}
