@@ -7,17 +7,15 @@ float32. The order of float operations is the trained net's, so activations get 
 
     y = product(codes_x - z_x, codes_w - z_w) * multiplier + bias
 
-Codes are centred before the product, so zero padding pads with the zero point. Sums are integers of
-at most `bound`, the largest sum of |codes_w| over the inputs of an output times the largest
-|codes_x|. Below 2^24 float32 holds them exactly in any order, below 2^31 int32 does. Larger ones
-are cut along what is summed into as few pieces as keep each below 2^24, and added in int32.
+Codes are centred before the product, so zero padding pads with the zero point. `sum_bounds` proves
+where sums are exact in int32 and in float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import posixpath
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,18 +27,16 @@ from qkd_jax import graph as graphs
 from qkd_jax.deploy.integer.integer_only import rewrite as integer_only_program
 from qkd_jax.deploy.integer.pack import pack, packed_bytes
 from qkd_jax.deploy.integer.program import (
-    FLOAT32_EXACT,
     IntegerModel,
     LayerSize,
     Multiply,
     Program,
     Quantize,
     Unpack,
-    cut_axes,
-    cut_ends,
     run,
     unique_name,
 )
+from qkd_jax.deploy.integer.sum_bounds import check_dynamic_scales, code_range, sum_bound
 from qkd_jax.graph import Node
 from qkd_jax.numerics import codes_of
 from qkd_jax.ptq.fold_bn import fold_bn
@@ -65,7 +61,6 @@ __all__ = ["convert", "integer_apply"]
 
 FORMULATIONS = ("auto", "int32", "float32")
 INT32_LIMIT = 2**31
-MOST_PIECES = 16  # beyond, int32
 
 
 def convert(
@@ -96,7 +91,7 @@ def convert(
     Raises:
         ValueError: the net is not calibrated; the sums of a layer could exceed int32; an operand
             has no codes, or ranges that vary along its product's sum; with `integer_only`, an
-            operation that needs floats, such as finding a range at run time.
+            operation that needs floats, such as computing a dynamic range.
     """
     if not variables.get("quant"):
         raise ValueError(
@@ -136,7 +131,7 @@ def integer_apply(
 
 
 class _Converter:
-    """Builds a program from a traced net, constants by constants as they are needed."""
+    """Builds a program from a traced net; stores constants as steps need them."""
 
     def __init__(self, traced: TracedNet):
         self.traced, self.graph = traced, traced.graph
@@ -147,7 +142,7 @@ class _Converter:
         self.numbers: dict[int, np.ndarray] = {}
         self.alias: dict[int, int] = {}  # markers that do nothing, and values already emitted
         self.codes: dict[int, int] = {}  # value on a grid -> value of its centred codes
-        self.scales: dict[int, int] = {}  # value on a grid found at run time -> its scales
+        self.scales: dict[int, int] = {}  # value on a dynamic grid -> value of its scales
         self.weights: dict[tuple[int, ...], Unpack] = {}
         self.layers: list[LayerSize] = []
         self.next = max(self.graph.avals) + 1
@@ -186,7 +181,7 @@ class _Converter:
         self.steps.append(dataclasses.replace(node, inputs=inputs))
 
     def value(self, value: int) -> int:
-        """Returns where the program finds a value; emits what it takes to compute it."""
+        """Returns the program's value for one of the graph; emits the steps that compute it."""
         if value in self.alias:
             return self.value(self.alias[value])
         if value not in self.graph.constants or value in self.keys or value in self.numbers:
@@ -210,11 +205,9 @@ class _Converter:
         return value
 
     def has_codes(self, value: int) -> bool:
-        """Whether a constant is computed from a quantized weight, which has no float copy."""
+        """Returns whether a constant depends on a quantized weight, which has no float copy."""
         node = self.graph.producer(value)
-        if node is None:
-            return False
-        return is_quantizer(node) or any(self.has_codes(v) for v in node.inputs)
+        return node is not None and (is_quantizer(node) or any(map(self.has_codes, node.inputs)))
 
     def store(self, name: str, array: np.ndarray) -> str:
         same = self.arrays.get(name)
@@ -232,19 +225,18 @@ class _Converter:
         if is_found(self.traced, node):
             _, axes = found_grid(self.traced, node)
             self.scales[hat] = scale = self.new()
-            given = self.value(node.inputs[0])
-            self.steps.append(Quantize(name, spec, (), given, hat, codes, axes, scale))
+            x = self.value(node.inputs[0])
+            self.steps.append(Quantize(name, spec, (), x, hat, codes, axes, scale))
             return
         grid_of(self.traced, node)  # raises for what has no codes
-        params = quantizer_params(self.traced, node)
         keys = tuple(
-            (name, self.store(f"{path}/{quantizer_key(operand)}/{name}", array))
-            for name, array in params.items()
+            (key, self.store(f"{path}/{quantizer_key(operand)}/{key}", array))
+            for key, array in quantizer_params(self.traced, node).items()
         )
         self.steps.append(Quantize(name, spec, keys, self.value(node.inputs[0]), hat, codes))
 
     def weight(self, node: Node, *, as_float: bool) -> Unpack:
-        """Takes a weight's codes, once; a second reader of the same weight shares them."""
+        """Packs a weight's codes once; a second reader of the same weight shares them."""
         identity = (*node.inputs, int(as_float))
         if identity in self.weights:
             return self.weights[identity]
@@ -270,31 +262,25 @@ class _Converter:
         )
         self.weights[identity] = step
         self.steps.append(step)
-        if all(layer.path != step.key.removesuffix("/weight") for layer in self.layers):
-            self.layers.append(
-                LayerSize(
-                    path=step.key.removesuffix("/weight"),
-                    format=format.name,
-                    shape=codes.shape,
-                    bytes=packed_bytes(codes.shape, format, stride),
-                    float_bytes=4 * codes.size,
-                )
-            )
+        layer = step.key.removesuffix("/weight")
+        if all(size.path != layer for size in self.layers):
+            packed_size, float_size = packed_bytes(codes.shape, format, stride), 4 * codes.size
+            self.layers.append(LayerSize(layer, format.name, codes.shape, packed_size, float_size))
         return step
 
     def multiply(self, product: Product) -> None:
         ranges, inputs = [], []
         for operand in product.operands:
             assert operand.marker is not None
-            ranges.append(self.range(operand.marker))
+            ranges.append(code_range(self.traced, operand.marker))
             inputs.append(self.operand_codes(operand))
-        bound, pieces = self.bound(product, ranges)
+        bound, pieces = sum_bound(self.traced, product, ranges)
         if bound >= INT32_LIMIT:
             raise ValueError(
                 f"the sums of layer {product.path!r} can reach {bound:,}, beyond int32; give its "
                 "weight or its input fewer bits."
             )
-        found = tuple(
+        dynamic_scales = tuple(
             (self.operand_scale(product, operand), operand.output_axes)
             for operand in product.operands
             if is_found(self.traced, operand.marker)
@@ -321,7 +307,7 @@ class _Converter:
                 multiplier=self.store(f"{product.path}/multiplier", np.asarray(multiplier)),
                 output=product.node.outputs[0],
                 dtype=self.graph.dtype(product.node.outputs[0]),
-                scales=found,
+                scales=dynamic_scales,
                 pieces=pieces,
             )
         )
@@ -335,20 +321,9 @@ class _Converter:
         return self.moved(self.codes, origin, operand)
 
     def operand_scale(self, product: Product, operand: Operand) -> int:
-        """Returns the value of an operand's scales that are found at run time, moved as it is."""
+        """Returns the value of an operand's dynamic scales, moved as its floats are."""
         assert operand.marker is not None
-        _, axes = found_grid(self.traced, operand.marker)
-        shape = [n if i in axes else 1 for i, n in enumerate(operand.marker_shape)]
-        # Numbers that all differ stand for the scales: equal ones must meet along each sum.
-        probe = np.broadcast_to(np.arange(math.prod(shape)).reshape(shape), operand.marker_shape)
-        for node in operand.moves:
-            probe = np.asarray(graphs.execute(node, [probe])[0])
-        summed = tuple(i for i, out in enumerate(operand.output_axes) if out is None)
-        if summed and np.any(probe.max(summed) != probe.min(summed)):
-            raise ValueError(
-                f"the {operand.name} of layer {product.path!r} has ranges that vary along its "
-                "product's sum; use granularity='tensor', or 'token' on the layer's own input."
-            )
+        check_dynamic_scales(self.traced, product, operand)
         return self.moved(self.scales, operand.marker.outputs[0], operand)
 
     def moved(self, known: dict[int, int], origin: int, operand: Operand) -> int:
@@ -362,66 +337,6 @@ class _Converter:
             at = known[node.outputs[0]]
         return at
 
-    def range(self, marker: Node) -> tuple[int, int]:
-        """Lowest and highest centred code of a quantizer."""
-        if is_found(self.traced, marker):
-            format, _ = found_grid(self.traced, marker)
-            widest = format.qmax - format.qmin
-            if self.traced.spec(marker).symmetric:
-                return format.qmin, format.qmax
-            return -widest, widest  # the zero point is one of the codes
-        _, zero_point, format = grid_of(self.traced, marker)
-        return int(format.qmin - zero_point.max()), int(format.qmax - zero_point.min())
-
-    def bound(self, product: Product, ranges: list[tuple[int, int]]) -> tuple[int, int]:
-        """Returns the largest magnitude that a sum can reach, and the pieces that it is cut into.
-
-        The pieces are the fewest whose own sums stay within `FLOAT32_EXACT`; 1 where none do.
-        """
-        cut = cut_axes(product.node)
-        largest = [max(-lo, hi) for lo, hi in ranges]
-        for side, operand in enumerate(product.operands):
-            if operand.value in self.graph.constants:
-                assert operand.marker is not None
-                scale = grid_of(self.traced, operand.marker).scale
-                hat = np.asarray(self.graph.constants[operand.marker.outputs[0]], np.float32)
-                codes = np.abs(codes_of(hat, scale)).astype(np.int64)
-                for node in operand.moves:
-                    codes = np.asarray(graphs.execute(node, [codes.astype(np.int32)])[0])
-                summed = tuple(i for i, out in enumerate(operand.output_axes) if out is None)
-                codes, other = codes.astype(np.int64), largest[1 - side]
-                bound = int(codes.sum(axis=summed).max(initial=0)) * other
-                if bound <= FLOAT32_EXACT or cut is None:
-                    return bound, 1
-                # The axis that is cut comes last: sums of each of its entries, by output.
-                rest = tuple(i for i in summed if i != cut[side])
-                by_entry = np.moveaxis(codes.sum(axis=rest, keepdims=True), cut[side], -1)
-                by_entry = by_entry.reshape(-1, codes.shape[cut[side]]) * other
-                return bound, _pieces(by_entry)
-        operand = product.operands[0]
-        terms = math.prod(
-            n for n, out in zip(operand.shape, operand.output_axes, strict=True) if out is None
-        )
-        bound = terms * largest[0] * largest[1]
-        if bound <= FLOAT32_EXACT or cut is None:
-            return bound, 1
-        size = operand.shape[cut[0]]
-        return bound, _pieces(np.full((1, size), bound // size, np.int64))
-
-
-def _pieces(sums: np.ndarray) -> int:
-    """The fewest pieces whose sums stay within `FLOAT32_EXACT`; 1 where up to `MOST_PIECES` do not.
-
-    Args:
-        sums: largest magnitudes, [outputs, entries of the axis that is cut].
-    """
-    size = sums.shape[1]
-    for pieces in range(2, min(size, MOST_PIECES) + 1):
-        starts = cut_ends(size, pieces)[:-1]
-        if np.add.reduceat(sums, starts, axis=1).max(initial=0) <= FLOAT32_EXACT:
-            return pieces
-    return 1
-
 
 def _name(sources: frozenset[str]) -> str:
     """Names an array after the variables that it comes from."""
@@ -429,12 +344,5 @@ def _name(sources: frozenset[str]) -> str:
     names = sorted("/".join(part for part in path if part != FOLDED) for path in parts)
     if len(names) <= 1:
         return names[0] if names else "constant"
-    return "/".join([*_common([n.split("/")[:-1] for n in names]), "constant"])
-
-
-def _common(paths: list[list[str]]) -> list[str]:
-    first = paths[0]
-    for i, part in enumerate(first):
-        if any(len(p) <= i or p[i] != part for p in paths):
-            return first[:i]
-    return first
+    common = posixpath.commonpath([name.rpartition("/")[0] for name in names])
+    return f"{common}/constant" if common else "constant"

@@ -15,8 +15,8 @@ follows a program's values in this form and writes each quantizer as
   1612.07119).
 
 What is pooled, or summed again, off the grids becomes integers first: fixed point with one unit for
-the whole tensor and `GROUND` bits, also a `Rescale`. What can't be written so (a product of two
-activations, a softmax) is refused, with the place and the rule to add.
+the whole tensor and `GROUND` bits, also a `Rescale`. Everything else (a product of two activations,
+a softmax) is refused, with the place and the rule to add.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import numpy as np
 
 from qkd_jax import graph as graphs
 from qkd_jax.deploy.integer.fixed_point import decompose
-from qkd_jax.deploy.integer.linear import Linear, compressed
+from qkd_jax.deploy.integer.linear import Linear, Raw, compressed
 from qkd_jax.deploy.integer.program import (
     Decode,
     Encode,
@@ -44,6 +44,7 @@ from qkd_jax.deploy.integer.program import (
     unique_name,
 )
 from qkd_jax.graph import Graph, Node
+from qkd_jax.numerics import codes_of
 from qkd_jax.quantize.traced import known_grid
 from qkd_jax.quantizers import QUANTIZERS
 
@@ -58,20 +59,12 @@ COARSE = ("bfloat16", "float16")
 MOVES = frozenset("reshape transpose rev squeeze slice broadcast_in_dim".split())
 
 
-@dataclasses.dataclass(frozen=True)
-class Raw:
-    """The net's own input, moved: still float."""
-
-    value: int
-    shape: tuple[int, ...]
-
-
 def rewrite(model: IntegerModel, graph: Graph) -> IntegerModel:
     """Writes a converted net without floats.
 
     Args:
-        model: what `convert` makes of the net.
-        graph: the graph that it was made from.
+        model: the converted net.
+        graph: the graph that it was converted from.
 
     Raises:
         ValueError: a float operation remains; the message names it and the spec that it lacks.
@@ -127,7 +120,7 @@ class _Rewriter:
         return IntegerModel({k: jnp.asarray(a) for k, a in self.arrays.items()}, program)
 
     def shape(self, value: int) -> tuple[int, ...]:
-        """Shape in the graph, with a batch of 1."""
+        """Returns a value's shape in the graph, with a batch of 1."""
         batch, shape = self.batch or 0, self.graph.shape(value)
         return tuple(n // batch if batch and n and n % batch == 0 else n for n in shape)
 
@@ -135,10 +128,9 @@ class _Rewriter:
         self.next += 1
         return self.next - 1
 
-    def zero(self) -> int:
-        value = self.new()
-        self.numbers[value] = np.zeros((), np.int32)
-        return value
+    def number(self, number: int) -> int:
+        self.numbers[self.next] = np.asarray(number, np.int32)
+        return self.new()
 
     def store(self, name: str, array: Any, dtype: Any = np.int32) -> str:
         name = unique_name(self.arrays, name)
@@ -240,7 +232,7 @@ class _Rewriter:
             # The float operations of the trained net, on every sum that can occur.
             real = np.clip((sums * sign).astype(np.float32) * m + b, x.low, x.high)
             hat = quantizer.fake_quant(jnp.asarray(real, jnp.float32), params, step.spec)
-            return np.rint(np.asarray(hat) * (np.float32(1) / np.float32(scale)))
+            return codes_of(np.asarray(hat), np.float32(scale))
 
         levels = np.arange(ends[0] + 1, ends[1] + 1).reshape(-1, *(1,) * len(shape))
         # Invariant: the code is below the level at `low` and at least the level at `high`. At first
@@ -305,9 +297,10 @@ class _Rewriter:
                 )
             values.append(self.env[v])
         if all(isinstance(v, np.ndarray) for v in values):
-            dtypes = [self.graph.dtype(v) for v in node.inputs]
-            given = [a.astype(d) for a, d in zip(values, dtypes, strict=True)]
-            results = graphs.execute(node, given, self.batch, 1)
+            inputs = [
+                a.astype(self.graph.dtype(v)) for v, a in zip(node.inputs, values, strict=True)
+            ]
+            results = graphs.execute(node, inputs, self.batch, 1)
             self.env.update(
                 (v, np.asarray(r, np.float64)) for v, r in zip(node.outputs, results, strict=True)
             )
@@ -346,7 +339,7 @@ class _Rewriter:
         if op == "pad" and isinstance(x, Linear) and isinstance(values[1], np.ndarray):
             inside = all(step == 0 for _, _, step in node.params["padding_config"])
             if inside and not values[1].any():
-                return self.moved(node, self.grounded(node, x), extra=(self.zero(),))
+                return self.moved(node, self.grounded(node, x), self.number(0))
             return None
         if op == "concatenate" and all(isinstance(v, Linear) for v in values):
             return self.joined(node, [self.grounded(node, v) for v in values])
@@ -360,7 +353,7 @@ class _Rewriter:
             return None
         if op == "max" and isinstance(x, Linear) and x.is_positive:
             if isinstance(values[1], np.ndarray) and not values[1].any():
-                return self.moved(node, x, extra=(self.zero(),))  # ReLU of codes: codes
+                return self.moved(node, x, self.number(0))  # ReLU of codes: codes
         if all(isinstance(v, Linear) for v in values):
             values = [self.grounded(node, v) if v.is_clipped else v for v in values]
         return self.binary(op, *values)
@@ -390,7 +383,7 @@ class _Rewriter:
         return Linear((*x.terms, *y.terms), x.bias + y.bias, shape)
 
     def grounded(self, node: Node, x: Linear) -> Linear:
-        """Integers times one positive number, without bias and clip: x itself, or fixed point."""
+        """Returns x as integers times one positive number: x itself, or in fixed point."""
         if x.is_positive:
             return x
         unit, codes = max(float(x.reach()), 1e-30) / 2.0 ** (GROUND - 1), self.new()
@@ -398,15 +391,17 @@ class _Rewriter:
         self.rescale(f"{node.scope}/fixed_point", x, unit, ends, "", codes)
         return Linear.of(codes, unit, ends[1], x.shape)
 
-    def step(self, node: Node, value: int, extra: tuple[int, ...] = ()) -> int:
-        moved = self.new()
-        self.steps.append(dataclasses.replace(node, inputs=(value, *extra), outputs=(moved,)))
-        return moved
+    def step(self, node: Node, *inputs: int) -> int:
+        """Adds an operation of the graph on integers; returns its result."""
+        out = self.new()
+        self.steps.append(dataclasses.replace(node, inputs=inputs, outputs=(out,)))
+        return out
 
-    def moved(self, node: Node, x: Linear, extra: tuple[int, ...] = ()) -> Linear:
-        """The same numbers in other places, or a choice among them: constants move along."""
+    def moved(self, node: Node, x: Linear, *others: int) -> Linear:
+        """Moves numbers, or chooses among them; constants move along."""
         terms = tuple(
-            (self.step(node, v, extra), self.constant(node, m, x), bound) for v, m, bound in x.terms
+            (self.step(node, v, *others), self.constant(node, m, x), largest)
+            for v, m, largest in x.terms
         )
         bias = self.constant(node, x.bias, x)
         return dataclasses.replace(x, terms=terms, bias=bias, shape=self.shape(node.outputs[0]))
@@ -419,32 +414,28 @@ class _Rewriter:
         return compressed(result)
 
     def summed(self, node: Node, x: Linear) -> Linear | None:
-        """A sum over places of integers that share a multiplier there."""
+        """Adds a sum of integers that share a multiplier."""
         x = self.grounded(node, x)
+        ((value, multiplier, largest),) = x.terms
         if node.op == "reduce_sum":
             axes = node.params["axes"]
-            count = math.prod(x.shape[a] for a in axes)
             if 0 in axes and self.batch:
                 return None
+            largest *= math.prod(x.shape[a] for a in axes)
         else:
-            window = node.params["window_dimensions"]
-            count = math.prod(window)
-        terms = []
-        for value, m, bound in x.terms:
-            if bound * count >= LIMIT:
-                raise ValueError(
-                    f"integer_only: a sum in {node.scope or 'the root module'!r} can reach "
-                    f"{bound * count:,}, beyond int32; pool fewer places or use fewer bits."
-                )
-            terms.append((self.step(node, value), m, bound * count))
-        return Linear(tuple(terms), np.zeros(()), self.shape(node.outputs[0]))
+            largest *= math.prod(node.params["window_dimensions"])
+        if largest >= LIMIT:
+            raise ValueError(
+                f"integer_only: a sum in {node.scope or 'the root module'!r} can reach "
+                f"{largest:,}, beyond int32; pool fewer places or use fewer bits."
+            )
+        shape = self.shape(node.outputs[0])
+        return Linear.of(self.step(node, value), multiplier, largest, shape)
 
     def joined(self, node: Node, values: list[Linear]) -> Linear | None:
-        """A concatenation of codes: their scales become one multiplier an entry of the axis."""
-        axis, out = node.params["dimension"], self.new()
-        inputs = tuple(v.terms[0][0] for v in values)
-        self.steps.append(dataclasses.replace(node, inputs=inputs, outputs=(out,)))
-        shape = self.shape(node.outputs[0])
+        """Adds a concatenation of codes, whose scales become one multiplier for each entry."""
+        axis, shape = node.params["dimension"], self.shape(node.outputs[0])
+        out = self.step(node, *(v.terms[0][0] for v in values))
         parts = [np.full(v.shape[axis], float(v.terms[0][1].reshape(()))) for v in values]
         along = [-1 if a == axis else 1 for a in range(len(shape))]
         multiplier = compressed(np.concatenate(parts).reshape(along))
@@ -453,7 +444,7 @@ class _Rewriter:
 
 
 def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
-    """Whether every number of a float type is one of another float type."""
+    """Returns whether every number of one float type is one of another."""
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (wide, narrow)):
         return False
     a, b = jnp.finfo(wide), jnp.finfo(narrow)

@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Linear", "compressed"]
+__all__ = ["Linear", "Raw", "compressed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Raw:
+    """The net's own input, moved and still float."""
+
+    value: int
+    shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

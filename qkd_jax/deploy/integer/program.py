@@ -3,7 +3,7 @@
 A program is a list of steps over numbered values. Quantizers turn activations into centred codes
 (`Quantize`), weights are unpacked (`Unpack`), products run on codes and are scaled by one
 multiplier per output channel (`Multiply`), and everything between (bias, ReLU, sums, pooling) is a
-node of the net's graph, in float32. `integers.convert` writes programs.
+node of the net's graph, in float32. `convert` writes programs.
 
 An integer-only program (`integer_only.rewrite`) has no floats inside: `Encode` makes the codes of
 the net's input, a `Multiply` without a multiplier leaves its int32 sums, `Rescale` and `Table` turn
@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -100,7 +100,7 @@ class Multiply:
     multiplier: str  # "" leaves the int32 sums
     output: int
     dtype: np.dtype  # of the net's own product
-    # Scales found at run time, as large as their operand, and the operand's axes in the output.
+    # Dynamic scales, as large as their operand, and the operand's axes in the output.
     scales: tuple[tuple[int, tuple[int | None, ...]], ...] = ()
     pieces: int = 1  # that its sums are cut into so that each stays within `FLOAT32_EXACT`
 
@@ -175,7 +175,7 @@ class LayerSize:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """What an `IntegerModel` runs. It holds no arrays; it is compared by identity."""
+    """The program of an `IntegerModel`. It holds no arrays and is compared by identity."""
 
     steps: tuple[Any, ...]
     inputs: tuple[int, ...]
@@ -232,7 +232,7 @@ class IntegerModel:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def run(integer: IntegerModel, images: Any, capture: bool, formulation: str) -> Any:
-    """Runs a program; see `integers.integer_apply`."""
+    """Runs a program; see `integer_apply`."""
     program, arrays = integer.program, integer.arrays
     env: dict[int, Any] = dict(program.numbers)
     env.update((v, arrays[key]) for v, key in program.arrays.items())
@@ -287,7 +287,7 @@ def _quantize(step: Quantize, env: dict[int, Any], arrays: Mapping[str, Any]) ->
 
 
 def _codes(step: Any, env: dict[int, Any], arrays: Mapping[str, Any]) -> jax.Array:
-    """Centred codes of an integer-only program, int32."""
+    """Computes centred codes of an integer-only program, int32."""
     if isinstance(step, Encode):
         codes = codes_of(env[step.input], arrays[step.scale])
         return jnp.clip(codes, step.lo, step.hi).astype(jnp.int32)
@@ -335,7 +335,7 @@ def _multiply(
 
 
 def _sums(step: Multiply, lhs: Any, rhs: Any, params: Mapping[str, Any]) -> jax.Array:
-    """A product, or int32 sums of the products of its pieces, each of them exact in float32."""
+    """Computes a contraction, or adds those of its pieces, each exact in float32, in int32."""
     product = functools.partial(step.node.primitive.bind, **params)
     axes = cut_axes(step.node)
     if axes is None or step.pieces == 1 or lhs.dtype != jnp.float32:
@@ -352,7 +352,7 @@ def _sums(step: Multiply, lhs: Any, rhs: Any, params: Mapping[str, Any]) -> jax.
 
 
 def cut_axes(node: Node) -> tuple[int, int] | None:
-    """Axes of both operands along which a product can be cut into a sum of products, or None."""
+    """Returns the axes of both operands along which a contraction can be cut, or None."""
     numbers, params = node.params["dimension_numbers"], node.params
     if node.op == "dot_general":
         (left, right), _ = numbers
@@ -363,12 +363,12 @@ def cut_axes(node: Node) -> tuple[int, int] | None:
 
 
 def cut_ends(size: int, pieces: int) -> list[int]:
-    """Ends of nearly equal pieces of an axis."""
+    """Returns the ends of nearly equal pieces of an axis."""
     return [size * i // pieces for i in range(pieces + 1)]
 
 
 def _in_output(scale: jax.Array, axes: tuple[int | None, ...], rank: int) -> jax.Array:
-    """One scale for each of a product's sums, from scales that are equal along what is summed."""
+    """Reshapes scales of an operand, equal along what is summed, to the contraction's output."""
     scale = scale[tuple(slice(0, 1) if out is None else slice(None) for out in axes)]
     kept = sorted((out, axis) for axis, out in enumerate(axes) if out is not None)
     shape = [1] * rank
@@ -378,9 +378,9 @@ def _in_output(scale: jax.Array, axes: tuple[int | None, ...], rank: int) -> jax
     return jnp.reshape(jnp.transpose(scale, order), shape)
 
 
-def unique_name(taken: Mapping[str, Any], name: str) -> str:
-    """Returns `name`, or `name#2` and so on where it is taken."""
+def unique_name(names: Container[str], name: str) -> str:
+    """Returns `name`, or `name#2` and so on where that exists."""
     count = 1
-    while (unique := name if count == 1 else f"{name}#{count}") in taken:
+    while (unique := name if count == 1 else f"{name}#{count}") in names:
         count += 1
     return unique

@@ -12,7 +12,7 @@ from qkd_jax.deploy.onnx.engines import import_engine
 from qkd_jax.deploy.onnx.values import Values
 from qkd_jax.deploy.onnx.writer import Tensor, Writer
 from qkd_jax.graph import Node
-from qkd_jax.numerics import IntFormat
+from qkd_jax.numerics import Grid, IntFormat
 from qkd_jax.quantize.traced import TracedNet, products
 
 __all__ = ["Dequantized", "DynamicRange", "Export"]
@@ -45,12 +45,12 @@ class Dequantized:
 
     Attributes:
         format: of the codes.
-        grid: (scale, zero point) of a static range.
+        grid: of a static range.
         range: of a dynamic range.
     """
 
     format: IntFormat
-    grid: tuple[float, int] | None = None
+    grid: Grid | None = None
     range: DynamicRange | None = None
 
     @property

@@ -17,37 +17,16 @@ from qkd_jax.graph import Node
 
 __all__ = ["ELEMENTWISE"]
 
-UNARY = {
-    "abs": "Abs",
-    "ceil": "Ceil",
-    "cos": "Cos",
-    "erf": "Erf",
-    "exp": "Exp",
-    "floor": "Floor",
-    "log": "Log",
-    "logistic": "Sigmoid",
-    "neg": "Neg",
-    "not": "Not",
-    "sign": "Sign",
-    "sin": "Sin",
-    "sqrt": "Sqrt",
-    "tanh": "Tanh",
-}
-BINARY = {
-    "add": "Add",
-    "and": "And",
-    "div": "Div",
+_UNARY = "abs ceil cos erf exp floor log neg not sign sin sqrt tanh".split()
+_BINARY = "add and div max min mul or pow sub".split()
+# Primitive -> ONNX's operation, which most often is the same word.
+UNARY = {name: name.capitalize() for name in _UNARY} | {"logistic": "Sigmoid"}
+BINARY = {name: name.capitalize() for name in _BINARY} | {
     "eq": "Equal",
     "ge": "GreaterOrEqual",
     "gt": "Greater",
     "le": "LessOrEqual",
     "lt": "Less",
-    "max": "Max",
-    "min": "Min",
-    "mul": "Mul",
-    "or": "Or",
-    "pow": "Pow",
-    "sub": "Sub",
 }
 
 

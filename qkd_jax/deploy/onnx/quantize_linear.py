@@ -17,7 +17,7 @@ import numpy as np
 from qkd_jax.deploy.onnx.context import Dequantized, DynamicRange, Export
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
-from qkd_jax.numerics import MIN_SCALE, IntFormat
+from qkd_jax.numerics import MIN_SCALE, Grid
 from qkd_jax.quantize.traced import found_grid, grid_of, is_found, quantizer_params
 from qkd_jax.quantizers import QUANTIZERS, facts
 
@@ -33,24 +33,24 @@ def write_quantizer(export: Export, node: Node) -> Tensor:
     if is_found(export.traced, node):
         return _write_dynamic(export, node)
     x, path = export.tensors[node.inputs[0]], node.params["path"]
-    scale, zero_point, format = grid_of(export.traced, node)
-    if scale.ndim or zero_point.ndim:
+    grid = grid_of(export.traced, node)
+    if grid.scale.ndim or grid.zero_point.ndim:
         raise ValueError(
             f"the {node.params['operand']} of {path!r} has a scale per channel; to_onnx writes "
             "activations per tensor."
         )
-    export.check_opset(path, format)
-    if any(not np.isfinite(a) for a in (scale, zero_point)):
-        raise ValueError(f"the step of {path!r} is not finite: {scale}.")
-    grid, transformed = (float(scale), int(zero_point)), _transformed(export, node)
-    known = export.dequantized.get(x.name)
-    if known is not None and (known.grid, known.format) == (grid, format) and not transformed:
+    export.check_opset(path, grid.format)
+    if any(not np.isfinite(a) for a in (grid.scale, grid.zero_point)):
+        raise ValueError(f"the step of {path!r} is not finite: {grid.scale}.")
+    grid = Grid(np.float32(grid.scale), int(grid.zero_point), grid.format)
+    known, transformed = export.dequantized.get(x.name), _transformed(export, node)
+    if known is not None and known.grid == grid and not transformed:
         return x  # on this very grid already: its codes would come out as they are
     parameters = node.inputs[1:] if transformed else None
-    key = (x.name, parameters, grid, format, export.traced.spec(node).rounding)
+    key = (x.name, parameters, grid, export.traced.spec(node).rounding)
     if key not in export.grids:
-        name, clipped = _before(export, node, x.name, scale, format)
-        export.grids[key] = _grid(export, node, name, scale, int(zero_point), format, clipped)
+        before = _transform if transformed else _floored
+        export.grids[key] = _write_grid(export, node, before(export, node, x.name, grid), grid)
     return dataclasses.replace(x, name=export.grids[key])
 
 
@@ -124,58 +124,44 @@ def _pre_affine(export: Export, node: Node) -> tuple[float, float]:
     return float(gain), float(offset)
 
 
-def _before(
-    export: Export, node: Node, name: str, scale: np.ndarray, format: IntFormat
-) -> tuple[str, bool]:
-    """Writes a quantizer's steps before its grid; returns the name and whether it has clipped."""
-    if not _transformed(export, node):
-        return _floored(export, node, name, scale), False
+def _transform(export: Export, node: Node, name: str, grid: Grid) -> str:
+    """Writes the affine function before a grid, with the Clip of a signed one."""
     writer = export.writer
     constants = [
         writer.constant(np.float32(c), "quantizer_constant") for c in _pre_affine(export, node)
     ]
-    magnitude = export.add("Abs", [name], node) if format.signed else name
+    magnitude = export.add("Abs", [name], node) if grid.format.signed else name
     affine = export.add("Mul", [magnitude, constants[0]], node)
     affine = export.add("Add", [affine, constants[1]], node)
-    affine = _floored(export, node, affine, scale)
-    if not format.signed:
-        return affine, False
+    affine = _floored(export, node, affine, grid)
+    if not grid.format.signed:
+        return affine
     # Signed grids treat magnitudes alike on both sides of zero.
-    ends = (np.float32(0), np.float32(format.qmax) * scale)
+    ends = (np.float32(0), np.float32(grid.format.qmax) * grid.scale)
     bounds = [writer.constant(np.float32(b), "bound") for b in ends]
     clipped = export.add("Clip", [affine, *bounds], node)
-    return export.add("Mul", [clipped, export.add("Sign", [name], node)], node), True
+    return export.add("Mul", [clipped, export.add("Sign", [name], node)], node)
 
 
-def _floored(export: Export, node: Node, name: str, scale: np.ndarray) -> str:
+def _floored(export: Export, node: Node, name: str, grid: Grid) -> str:
     """Takes values down to their codes where the spec does; QuantizeLinear takes the nearest."""
     if export.traced.spec(node).rounding != "floor":
         return name
-    steps = (np.float32(1) / np.float32(scale), np.float32(scale))
+    steps = (np.float32(1) / grid.scale, grid.scale)
     down, back = (export.writer.constant(s, "quantizer_constant") for s in steps)
     codes = export.add("Floor", [export.add("Mul", [name, down], node)], node)
     return export.add("Mul", [codes, back], node)
 
 
-def _grid(
-    export: Export,
-    node: Node,
-    name: str,
-    scale: np.ndarray,
-    zero_point: int,
-    format: IntFormat,
-    clipped: bool,
-) -> str:
+def _write_grid(export: Export, node: Node, name: str, grid: Grid) -> str:
     """Writes a static grid; returns the name of the dequantized form."""
-    writer = export.writer
+    writer, (scale, zero_point, format) = export.writer, grid
+    clipped = format.signed and _transformed(export, node)
     storage, stored_zero_point = np.dtype(format.storage), zero_point
     if export.activations == "uint8" and storage == np.int8:
         storage, stored_zero_point = np.dtype(np.uint8), zero_point + 128
     elif export.activations == "int8" and storage == np.uint8:
         storage, stored_zero_point = np.dtype(np.int8), zero_point - 128
-    limits = np.iinfo(format.storage)
-    scale32 = np.float32(scale)
-    ends = [np.float32(code - zero_point) * scale32 for code in (format.qmin, format.qmax)]
     producer = writer.producer(name)
     if producer is not None and producer.op == "Relu":
         if format.qmin == zero_point and not clipped:
@@ -183,25 +169,26 @@ def _grid(
     written_out = export.offset_before_rounding and stored_zero_point != np.iinfo(storage).min
     if written_out and format.signed:  # as they are: no offset to add and take off again
         storage, stored_zero_point = np.dtype(format.storage), zero_point
+    limits = np.iinfo(format.storage)
+    centred = (format.qmin - zero_point, format.qmax - zero_point)
     narrow = (format.qmin, format.qmax) != (limits.min, limits.max)
     if narrow and not clipped and not written_out:
-        name = export.add("Clip", [name, *(writer.constant(e, "bound") for e in ends)], node)
-    grid = [
-        writer.constant(scale32, f"{node.params['path']}/{node.params['operand']}_scale"),
+        bounds = [writer.constant(np.float32(code) * scale, "bound") for code in centred]
+        name = export.add("Clip", [name, *bounds], node)
+    constants = [
+        writer.constant(scale, f"{node.params['path']}/{node.params['operand']}_scale"),
         writer.constant(storage.type(stored_zero_point), "zero_point"),
     ]
     if written_out:
         number = lambda value: writer.constant(np.float32(value), "number")
-        centred = (format.qmin - zero_point, format.qmax - zero_point)
-        codes = export.add("Mul", [name, number(np.float32(1) / scale32)], node)
-        codes = export.add(
-            "Clip", [export.add("Round", [codes], node), *map(number, centred)], node
-        )
+        codes = export.add("Mul", [name, number(np.float32(1) / scale)], node)
+        codes = export.add("Round", [codes], node)
+        codes = export.add("Clip", [codes, *map(number, centred)], node)
         if stored_zero_point:
             codes = export.add("Add", [codes, number(stored_zero_point)], node)
         codes = export.cast(codes, storage, node)
     else:
-        codes = export.add("QuantizeLinear", [name, *grid], node)
-    real = export.add("DequantizeLinear", [codes, *grid], node)
-    export.dequantized[real] = Dequantized(format, grid=(float(scale32), zero_point))
+        codes = export.add("QuantizeLinear", [name, *constants], node)
+    real = export.add("DequantizeLinear", [codes, *constants], node)
+    export.dequantized[real] = Dequantized(format, grid=grid)
     return real

@@ -44,11 +44,6 @@ class Tensor:
     perm: tuple[int, ...]
     order: tuple[int, np.ndarray] | None = None
 
-    @property
-    def plain(self) -> bool:
-        """Whether axes and entries are in the model's order."""
-        return self.perm == tuple(range(len(self.perm))) and self.order is None
-
     def renumbered(self, name: str, shape: tuple[int, ...], axes: Sequence[int]) -> Tensor:
         """Returns the tensor where axis a of the model has become axes[a]; -1 has gone."""
         order = None
