@@ -80,8 +80,8 @@ class _Rewriter:
         self.numbers: dict[int, np.ndarray] = {}
         self.steps: list[Any] = []
         self.env: dict[int, Any] = {}
-        written = (value for step in self.source.steps for value in _written(step))
-        self.next = 1 + max(*graph.avals, *self.source.arrays, *written)
+        values = (value for step in self.source.steps for value in _written(step))
+        self.next = 1 + max(*graph.avals, *self.source.arrays, *values)
 
     def model(self) -> IntegerModel:
         for step in self.source.steps:
@@ -111,11 +111,7 @@ class _Rewriter:
                 self.node(step)
         output = self.decode(self.source.outputs[0])
         program = dataclasses.replace(
-            self.source,
-            steps=tuple(self.steps),
-            outputs=(output,),
-            arrays={},
-            numbers=self.numbers,
+            self.source, steps=tuple(self.steps), outputs=(output,), arrays={}, numbers=self.numbers
         )
         return IntegerModel({k: jnp.asarray(a) for k, a in self.arrays.items()}, program)
 
@@ -128,8 +124,8 @@ class _Rewriter:
         self.next += 1
         return self.next - 1
 
-    def number(self, number: int) -> int:
-        self.numbers[self.next] = np.asarray(number, np.int32)
+    def zero(self) -> int:
+        self.numbers[self.next] = np.zeros((), np.int32)
         return self.new()
 
     def store(self, name: str, array: Any, dtype: Any = np.int32) -> str:
@@ -137,12 +133,12 @@ class _Rewriter:
         self.arrays[name] = np.asarray(array, dtype)
         return name
 
-    def refuse(self, what: str, place: str, why: str) -> ValueError:
+    def refuse(self, node: Node, why: str) -> ValueError:
         return ValueError(
-            f"integer_only: {what} in {place or 'the root module'!r} stays in float: {why}. Give "
-            f"what it reads a grid: an `output` spec on the module that makes it, such as "
-            f"Rule({place or 'head'!r}, output=Spec(8)), or train with the preset 'w8a8:integer', "
-            "which finds these places."
+            f"integer_only: {node.describe()} stays in float: {why}. Give what it reads a grid: an "
+            "`output` spec on the module that makes it, such as "
+            f"Rule({node.scope or 'head'!r}, output=Spec(8)), or train with the preset "
+            "'w8a8:integer', which finds these places."
         )
 
     def quantize(self, step: Quantize) -> None:
@@ -286,14 +282,12 @@ class _Rewriter:
         values = []
         for v in node.inputs:
             if v not in self.env:
-                raise self.refuse(
-                    repr(node.op), node.scope, "it reads what is known at run time only"
-                )
+                raise self.refuse(node, "it reads what is known at run time only")
             if self.env[v] is None:
                 raise ValueError(
-                    f"integer_only: {node.op!r} in {node.scope or 'the root module'!r} stays in "
-                    "float: its weight has codes and its input has none. Give the layer's rule an "
-                    "`input` spec, or the module that makes its input an `output` spec."
+                    f"integer_only: {node.describe()} stays in float: its weight has codes and its "
+                    "input has none. Give the layer's rule an `input` spec, or the module that "
+                    "makes its input an `output` spec."
                 )
             values.append(self.env[v])
         if all(isinstance(v, np.ndarray) for v in values):
@@ -312,7 +306,7 @@ class _Rewriter:
             reads = "it is no sum, scaling, clipping, pooling or move of numbers on grids"
             if rounds or node.op == "convert_element_type":
                 reads = f"it rounds to {dtype.name}"
-            raise self.refuse(repr(node.op), node.scope, reads)
+            raise self.refuse(node, reads)
         self.env[node.outputs[0]] = result
 
     def applied(self, node: Node, values: list[Any]) -> Any:
@@ -339,7 +333,7 @@ class _Rewriter:
         if op == "pad" and isinstance(x, Linear) and isinstance(values[1], np.ndarray):
             inside = all(step == 0 for _, _, step in node.params["padding_config"])
             if inside and not values[1].any():
-                return self.moved(node, self.grounded(node, x), self.number(0))
+                return self.moved(node, self.grounded(node, x), self.zero())
             return None
         if op == "concatenate" and all(isinstance(v, Linear) for v in values):
             return self.joined(node, [self.grounded(node, v) for v in values])
@@ -353,7 +347,7 @@ class _Rewriter:
             return None
         if op == "max" and isinstance(x, Linear) and x.is_positive:
             if isinstance(values[1], np.ndarray) and not values[1].any():
-                return self.moved(node, x, self.number(0))  # ReLU of codes: codes
+                return self.moved(node, x, self.zero())  # ReLU of codes: codes
         if all(isinstance(v, Linear) for v in values):
             values = [self.grounded(node, v) if v.is_clipped else v for v in values]
         return self.binary(op, *values)

@@ -216,7 +216,7 @@ def test_a_table_is_read_by_its_rows(tmp_path):
     written, difference, _ = compare(net, variables, words, tmp_path / "m.onnx")
     assert difference < 1e-5 and written.operations["Gather"] == 1
     net, variables = small_nets.float_net(Words("clip"), words)
-    with pytest.raises(ValueError, match="'gather' in 'the root module': it clips places"):
+    with pytest.raises(ValueError, match="'gather' in 'the root module': it clips indices"):
         to_onnx(net, variables, words, tmp_path / "m.onnx")
 
 
