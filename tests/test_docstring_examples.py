@@ -11,7 +11,8 @@ import pytest
 import qkd_jax as qk
 
 # {kind: {name: function whose docstring has the example}}
-KINDS = {"loss": qk.LOSSES}
+METHODS = {name: getattr(qk.ptq, name) for name in qk.ptq.__all__}
+KINDS = {"loss": qk.LOSSES, "method": METHODS}
 ENTRIES = {f"{kind} {name}": f for kind, entries in KINDS.items() for name, f in entries.items()}
 NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
 

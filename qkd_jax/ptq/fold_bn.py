@@ -1,13 +1,12 @@
 """Folding BatchNorm into the product before it, on the graph and not by names.
 
-In eval mode a BatchNorm is y = k * x + c with constants k = scale / sqrt(var + eps) and
-c = bias - mean * k per channel. Behind a convolution or dense layer it disappears:
+Behind a convolution or dense layer, BatchNorm in eval mode is a gain k and a shift c per channel:
 
 - A quantized layer keeps its codes. Its output is `product(codes) * (s_x * s_w)`; folding changes
   the multiplier to s_x * s_w * k and nothing else, so no weight is rounded a second time, whatever
   the sign of k and whether scales are per tensor or per channel.
 - A layer left in float gets the kernel W * k.
-- The bias becomes b * k + c.
+- The bias b becomes b * k + c.
 
 Jacob et al., 2017 (arXiv 1712.05877, section 3.2); the multiplier form is what integer engines run.
 """
@@ -22,6 +21,7 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax.graph import MARKERS, Graph, Node
+from qkd_jax.numerics import IntFormat
 from qkd_jax.ptq.leaves import Readers, float64, module_of, readers
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import (
@@ -36,7 +36,7 @@ from qkd_jax.quantize.traced import (
 from qkd_jax.quantize.variables import folded_path
 from qkd_jax.trees import join, put
 
-__all__ = ["fold_bn"]
+__all__ = ["fold_bn", "output_scales"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -184,12 +184,8 @@ def _per_channel(constant: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | N
 def _fold(traced: TracedNet, variables: dict[str, Any], chain: _Chain) -> dict[str, Any]:
     product, path = chain.product, chain.product.path
     if all(has_codes(traced, operand) for operand in product.operands):
-        scales = []
-        for side, operand in enumerate(product.operands):
-            assert operand.marker is not None
-            scale = grid_of(traced, operand.marker).scale.astype(np.float64)
-            scales.append(scale_in_output(product, side, scale))
-        multiplier = scales[0] * scales[1] * _last(chain.gain, product.rank)
+        (left, _), (right, _) = output_scales(traced, product)
+        multiplier = left * right * _last(chain.gain, product.rank)
         if multiplier.size == multiplier.shape[-1]:
             multiplier = multiplier.reshape(-1)
         variables = put(variables, folded_path(path, "multiplier"), multiplier)
@@ -207,6 +203,17 @@ def _fold(traced: TracedNet, variables: dict[str, Any], chain: _Chain) -> dict[s
     else:
         variables = put(variables, folded_path(path, "bias"), chain.shift)
     return put(variables, folded_path(chain.norm, "identity"), 0)
+
+
+def output_scales(traced: TracedNet, product: Product) -> list[tuple[np.ndarray, IntFormat]]:
+    """Returns (scale at the output's rank, in float64; format) of both operands."""
+    pairs = []
+    for side, operand in enumerate(product.operands):
+        assert operand.marker is not None
+        grid = grid_of(traced, operand.marker)
+        scale = scale_in_output(product, side, grid.scale.astype(np.float64))
+        pairs.append((scale, grid.format))
+    return pairs
 
 
 def _last(array: np.ndarray, rank: int) -> np.ndarray:

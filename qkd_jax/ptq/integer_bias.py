@@ -12,7 +12,6 @@ runs.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import unfreeze
 
-from qkd_jax.ptq.fold_bn import fold_bn
+from qkd_jax.ptq.fold_bn import fold_bn, output_scales
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantize.traced import grid_of, has_codes, products, scale_in_output, trace_net
+from qkd_jax.quantize.traced import has_codes, products, trace_net
 from qkd_jax.quantize.variables import folded_path
 from qkd_jax.trees import get, join, put
 
@@ -63,24 +62,16 @@ def integer_bias(
     for product in products(traced.graph):
         if not all(has_codes(traced, operand) for operand in product.operands):
             continue
-        scales, bits = [], []
-        for side, operand in enumerate(product.operands):
-            assert operand.marker is not None
-            scale, _, format = grid_of(traced, operand.marker)
-            scales.append(scale_in_output(product, side, scale).astype(np.float64))
-            bits.append(format.bits)
-        if min(bits) < FINE_BITS:
+        (left, x_format), (right, w_format) = output_scales(traced, product)
+        if min(x_format.bits, w_format.bits) < FINE_BITS:
             continue
         unit = traced.multipliers.get(product.path)
         if unit is None:
-            unit = functools.reduce(np.multiply, scales)
-        for place in (
-            folded_path(product.path, "bias"),
-            join("params", product.path, "bias"),
-        ):
+            unit = left * right
+        for path in (folded_path(product.path, "bias"), join("params", product.path, "bias")):
             with contextlib.suppress(KeyError):  # a layer without a bias, or with one of the two
-                bias = np.asarray(get(result, place))
-                result = put(result, place, _rounded(bias, np.asarray(unit)))
+                bias = np.asarray(get(result, path))
+                result = put(result, path, _rounded(bias, np.asarray(unit)))
     return result
 
 

@@ -8,7 +8,7 @@ channels keep them true. Nagel et al., 2019 (arXiv 1906.04721, sections 4.2.1 an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,7 @@ def norms_by_layer(
 ) -> dict[str, str]:
     """Returns {layer: the BatchNorm that normalises its output}, folded or not."""
     traced = trace_net(net, unfolded(variables), images, **kwargs)
-    found = {}
-    for product in products(traced.graph):
-        norm = _behind(traced, product)
-        if norm is not None:
-            found[product.path] = norm[0]
-    return found
+    return {layer: norm for layer, norm, _ in _normed(traced)}
 
 
 def output_moments(variables: Mapping[str, Any], norm: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -75,18 +70,20 @@ def input_means(
 ) -> dict[str, np.ndarray]:
     """Returns {layer: mean of its input per channel}, behind a BatchNorm or its ReLU alone."""
     traced = trace_net(net, unfolded(variables), images, **kwargs)
-    graph = traced.graph
-    norms = {}
-    for product in products(graph):
-        norm = _behind(traced, product)
-        if norm is not None:
-            norms[norm[1]] = norm[0]
-    found = {}
-    for product in products(graph):
-        value, rectified = _before(graph, product.node.inputs[0])
+    norms = {value: norm for _, norm, value in _normed(traced)}
+    means = {}
+    for product in products(traced.graph):
+        value, rectified = _before(traced.graph, product.node.inputs[0])
         if value in norms and (moments := output_moments(variables, norms[value])) is not None:
-            found[product.path] = rectified_mean(*moments) if rectified else moments[0]
-    return found
+            means[product.path] = rectified_mean(*moments) if rectified else moments[0]
+    return means
+
+
+def _normed(traced: TracedNet) -> Iterator[tuple[str, str, int]]:
+    """Yields (layer, the BatchNorm right behind it, the value that the BatchNorm writes)."""
+    for product in products(traced.graph):
+        if (found := _behind(traced, product)) is not None:
+            yield product.path, *found
 
 
 def _behind(traced: TracedNet, product: Product) -> tuple[str, int] | None:

@@ -33,16 +33,7 @@ CHUNK = 100  # steps in one compiled scan: how often there is progress to report
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a unit is learned.
-
-    Attributes:
-        steps: Adam steps.
-        batch_size: examples a step.
-        lr: learning rate of V.
-        weight: weight of the penalty.
-        step_lr: learning rate of the activations' steps; 0 leaves them.
-        drop: share of activations that stay unquantized while learning.
-    """
+    """How a unit is learned; the fields are arguments of `reconstruct.qdrop`."""
 
     steps: int
     batch_size: int
