@@ -1,4 +1,4 @@
-"""One forward pass of a net: its mode, its statistics, and the features that somebody asked for."""
+"""One forward pass of a net: its mode, its batch statistics, and features at its taps."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 
 import jax
 
+from qkd_jax.quantize import QuantizedModel
+
 __all__ = ["CARRIED_NEVER", "forward", "forward_taps", "mode_arguments", "pick_taps"]
 
 # Other names for the mode: a model with one of them would run in its default mode throughout.
 FOREIGN_MODES = ("training", "is_training", "is_train", "inference", "testing")
-# What models sow, and what linen captures of a module's output: asked for, never carried.
+# Sown features and captured outputs: returned on request, never part of the variables.
 CARRIED_NEVER = ("features", "intermediates")
 
 
 @functools.lru_cache(maxsize=256)
 def _mode_argument(model_class: type) -> str | None:
-    """Name of the argument by which a model is told that it trains, or None."""
+    """Returns the name of the argument for training mode, or None."""
     names = inspect.signature(model_class.__call__).parameters
     known = next((n for n in ("train", "deterministic") if n in names), None)
     foreign = next((n for n in FOREIGN_MODES if n in names), None)
@@ -31,20 +33,20 @@ def _mode_argument(model_class: type) -> str | None:
     return known
 
 
-def mode_arguments(module: Any, train: bool) -> dict[str, bool]:
-    """Keyword arguments that put a model into training or evaluation mode.
+def mode_arguments(net: QuantizedModel, train: bool) -> dict[str, Any]:
+    """Returns the keyword arguments that put a model into training or evaluation mode.
 
     A model may take `train`, linen's `deterministic`, or neither.
 
     Raises:
         ValueError: it takes another name for the mode, such as `training`.
     """
-    name = _mode_argument(type(module.model))
+    name = _mode_argument(type(net.model))
     return {} if name is None else {name: train if name == "train" else not train}
 
 
 def forward_taps(
-    module: Any,
+    net: QuantizedModel,
     variables: Mapping[str, Any],
     images: jax.Array,
     *,
@@ -53,10 +55,10 @@ def forward_taps(
     rngs: Mapping[str, jax.Array] | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array]]:
-    """Runs one net and returns what it computes at its taps too.
+    """Runs a net and returns its features at taps beside its logits.
 
     Args:
-        module: QuantizedModel.
+        net: the net.
         variables: its variables.
         images: [batch, height, width, channels] float32.
         taps: names of sown features, or paths of modules, whose output is meant.
@@ -68,7 +70,7 @@ def forward_taps(
         (logits [batch, classes] float32, carried collections after the pass, {tap: array}).
     """
     carried = {n: tree for n, tree in variables.items() if n not in ("params", "quant")}
-    arguments: dict[str, Any] = mode_arguments(module, train)
+    arguments: dict[str, Any] = mode_arguments(net, train)
     if axis_name is not None:
         arguments["axis_name"] = axis_name
     if rngs is not None:
@@ -80,24 +82,24 @@ def forward_taps(
             method == "__call__" and "/".join(module.path) in taps
         )
     if not mutable:
-        return module.apply(variables, images, **arguments), carried, {}
-    logits, updated = module.apply(variables, images, mutable=mutable, **arguments)
-    found = pick_taps(updated, taps)
+        return net.apply(variables, images, **arguments), carried, {}
+    logits, updated = net.apply(variables, images, mutable=mutable, **arguments)
+    features = pick_taps(updated, taps)
     updated = {name: tree for name, tree in updated.items() if name not in CARRIED_NEVER}
-    return logits, {**carried, **updated}, found
+    return logits, {**carried, **updated}, features
 
 
 def forward(
-    module: Any, variables: Mapping[str, Any], images: jax.Array, **options: Any
+    net: QuantizedModel, variables: Mapping[str, Any], images: jax.Array, **options: Any
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Runs one net: (logits, carried collections after the pass); options of `forward_taps`."""
-    return forward_taps(module, variables, images, **options)[:2]
+    """Returns (logits, carried collections after the pass); options of `forward_taps`."""
+    return forward_taps(net, variables, images, **options)[:2]
 
 
 def pick_taps(
     collections: Mapping[str, Any], taps: tuple[str, ...] | None = None
 ) -> dict[str, Any]:
-    """{tap: array} out of the collections of a pass, sown features before modules' outputs.
+    """Returns {tap: array} of the collections of a pass, sown features before modules' outputs.
 
     Args:
         collections: "features" and "intermediates", as linen returns them.

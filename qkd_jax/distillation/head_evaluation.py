@@ -1,4 +1,4 @@
-"""The classifiers that a term of a loss owns, evaluated beside the net that they teach."""
+"""Evaluation of a term's classifiers beside the net that they teach."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ import jax.numpy as jnp
 from qkd_jax.distillation.forward import forward_taps
 from qkd_jax.distillation.terms import Term
 from qkd_jax.metrics import classification
+from qkd_jax.quantize import QuantizedModel
 
 __all__ = ["eval_heads"]
 
 
 @functools.lru_cache(maxsize=16)
-def eval_heads(module: Any, term: Term) -> Callable[..., tuple[tuple[Any, jax.Array], ...]]:
-    """Compiled evaluation of a term's classifiers and of their ensemble with the net.
+def eval_heads(net: QuantizedModel, term: Term) -> Callable[..., tuple[tuple[Any, jax.Array], ...]]:
+    """Returns a compiled evaluation of a term's classifiers and of their ensemble with the net.
 
     The ensemble answers with the mean of the probabilities of the net and of all classifiers or,
     where they have a gate, with the logits that it makes of theirs.
 
     Args:
-        module: QuantizedModel of the net that learns.
+        net: the net that learns.
         term: a term whose loss has `heads_logits`.
 
     Returns:
-        fn(variables, own, batch) -> (sums as from `metrics.classification`, logits) of each
-        classifier and, last, of the ensemble, with what the term owns as `own`; rows where the
-        batch's "mask" is False count nowhere.
+        fn(variables, state, batch) -> (sums as from `metrics.classification`, logits) of each
+        classifier and, last, of the ensemble; `state` is the term's, and examples whose "mask" is
+        False count nowhere.
     """
 
     @jax.jit
     def evaluate(
-        variables: Mapping[str, Any], own: Mapping[str, Any], batch: Mapping[str, jax.Array]
+        variables: Mapping[str, Any], state: Mapping[str, Any], batch: Mapping[str, jax.Array]
     ) -> tuple[tuple[Any, jax.Array], ...]:
-        logits, _, found = forward_taps(module, variables, batch["image"], taps=term.taps)
-        carried = {name: own[name] for name in ("params", "batch_stats") if name in own}
-        features = tuple(found[tap] for tap in term.taps)
+        logits, _, values = forward_taps(net, variables, batch["image"], taps=term.taps)
+        carried = {name: state[name] for name in ("params", "batch_stats") if name in state}
+        features = tuple(values[tap] for tap in term.taps)
         outputs = term.adaptor.apply(carried, features, (), train=False)
         heads = outputs["heads_logits"]
         mask = batch["mask"].astype(bool)

@@ -1,10 +1,10 @@
-"""Reads a row of the `learn` table: a term of a net's loss, its numbers, and its own state.
+"""The learn table: its rows as terms of a net's loss, with their numbers and first states.
 
 Fields of a row: `loss` (or the label), `source` (a net, or several; without one the net itself for
 losses of self-distillation), `weight`; `taps` and `teacher_taps` (see `taps`) and `adaptor`
 (options, see `adaptors`) where the loss looks at features; `start`, `end`, `warmup`, `decay` for
-the course of the weight over the stage, in steps or below 1 in fractions of it; and the loss's own
-hyper-parameters. A number, the weight too, may be a ramp over the stage:
+the schedule of the weight over the stage, in steps or below 1 in fractions of it; and the loss's
+own hyper-parameters. A number, the weight too, may be a ramp over the stage:
 `temperature=dict(begin=8.0, end=2.0, shape="cosine")`.
 """
 
@@ -21,47 +21,48 @@ import numpy as np
 
 from qkd_jax import checks, losses
 from qkd_jax.distillation.taps import DataShape
-from qkd_jax.distillation.term_state import Owned, Start
+from qkd_jax.distillation.term_state import Start, TermBuilder
 from qkd_jax.distillation.terms import Term, in_steps
+from qkd_jax.quantize import QuantizedModel
 
 __all__ = ["FIELDS", "as_sources", "hyper_parameters", "plan_terms"]
 
-COURSE = ("start", "end", "warmup", "decay")
-FIELDS = ("loss", "source", "weight", "taps", "teacher_taps", "adaptor", *COURSE)
+SCHEDULE = ("start", "end", "warmup", "decay")
+FIELDS = ("loss", "source", "weight", "taps", "teacher_taps", "adaptor", *SCHEDULE)
 STEP_KEYWORDS = ("where", "axis_name")
 SHAPES = ("linear", "cosine", "gaussian")
 
 
 def as_sources(source: Any) -> tuple[str, ...]:
-    """The nets that a row's `source` names: none, one, or several."""
+    """Returns the names in a row's `source`: none, one, or several."""
     if not source:
         return ()
     return (source,) if isinstance(source, str) else tuple(source)
 
 
 def plan_terms(
-    net: str,
+    learner: str,
     table: Mapping[str, Any],
-    modules: Mapping[str, Any],
+    nets: Mapping[str, QuantizedModel],
     slots: dict[str, str],
     *,
     data: DataShape | None = None,
     first: int = 0,
     steps: int = 1,
 ) -> tuple[tuple[Term, ...], dict[str, Any], dict[str, str], dict[str, Start]]:
-    """Terms of one net, their numbers, their labels, and how their states begin.
+    """Returns the terms of one net, their numbers, their labels, and what makes their states.
 
     Args:
-        net: the net that learns.
+        learner: name of the net that learns.
         table: {label: row}.
-        modules: {net: QuantizedModel}.
-        slots: {net: slot}; frozen sources are added.
+        nets: {name: net}.
+        slots: {name: slot}; frozen sources are added.
         data: shapes of the data; terms with features or memory need it.
         first: global step at which the stage starts.
         steps: its length.
 
     Returns:
-        (terms, {term: numbers}, {term: label}, {term: start(key, {net: variables}) -> state}).
+        (terms, {term: numbers}, {term: label}, {term: start(key, {name: variables}) -> state}).
 
     Raises:
         ValueError: as `plan.plan_step` says.
@@ -70,7 +71,7 @@ def plan_terms(
     rows = sorted((str(row.get("loss") or label), label) for label, row in table.items())
     terms, values, names, starts = [], {}, {}, {}
     for index, (loss, label) in enumerate(rows):
-        where, fields = f"learn.{net}.{label}", dict(table[label])
+        where, fields = f"learn.{learner}.{label}", dict(table[label])
         if "/" in str(label):  # metrics and checkpoints name what belongs to it by paths
             raise ValueError(
                 f"{where}: the label {label!r} has a '/'; write another sign there, such as '_'."
@@ -78,7 +79,7 @@ def plan_terms(
         if loss not in losses.LOSSES:
             raise checks.unknown(f"loss in {where}", loss, losses.LOSSES)
         inputs, arguments = losses.TABLE[loss].inputs, hyper_parameters(loss)
-        sources = _sources(where, net, loss, fields.get("source"), modules)
+        sources = _sources(where, learner, loss, fields.get("source"), nets)
         for source in sources:
             slots.setdefault(source, f"net{len(slots)}")
         for key in fields:
@@ -86,11 +87,11 @@ def plan_terms(
                 raise checks.unknown(f"argument of {where}", key, (*FIELDS, *arguments))
         traced, static = _arguments(where, arguments, fields)
         plain, numbers_of_term, ramps = _ramps(where, traced, steps)
-        course = _course(where, fields, steps)
-        if course or ramps:
+        schedule = _schedule(where, fields, steps)
+        if schedule or ramps:
             numbers_of_term["first"] = first
-        owned = Owned(where, net, loss, fields, sources, modules, data)
-        taps, teacher_taps, adaptor = owned.adaptor()
+        builder = TermBuilder(where, learner, loss, fields, sources, nets, data)
+        taps, teacher_taps, adaptor = builder.adaptor()
         name = f"term{index}"
         term = Term(
             name=name,
@@ -103,16 +104,16 @@ def plan_terms(
             teacher_taps=teacher_taps,
             adaptor=adaptor,
             ramps=ramps,
-            course=bool(course),
-            spread="axis_name" in losses.TABLE[loss].keywords,
+            has_schedule=bool(schedule),
+            takes_axis_name="axis_name" in losses.TABLE[loss].keywords,
         )
-        start = owned.start(term)
+        start = builder.start(term)
         for numbers_of_end in plain:
-            owned.attempt(term, start, {**numbers_of_end, **static})
+            builder.attempt(term, start, {**numbers_of_end, **static})
         terms.append(term)
         values[name] = {
             key: np.asarray(value, np.float32)
-            for key, value in {**numbers_of_term, **course}.items()
+            for key, value in {**numbers_of_term, **schedule}.items()
         }
         names[name] = label
         if start is not None:
@@ -135,17 +136,17 @@ def hyper_parameters(loss: str) -> dict[str, inspect.Parameter]:
 
 def _sources(
     where: str,
-    net: str,
+    learner: str,
     loss: str,
     source: Any,
-    modules: Mapping[str, Any],
+    nets: Mapping[str, QuantizedModel],
 ) -> tuple[str, ...]:
     row = losses.TABLE[loss]
-    sources = as_sources(source) or ((net,) if row.self_taught else ())
+    sources = as_sources(source) or ((learner,) if row.self_taught else ())
     if row.has_teacher and not sources:
         raise ValueError(
             f"{where}.source is missing; loss {loss!r} compares with another net's logits, so name "
-            f"that net: {', '.join(n for n in modules if n != net) or '(no other net)'}."
+            f"that net: {', '.join(n for n in nets if n != learner) or '(no other net)'}."
         )
     if sources and not row.has_teacher:
         raise ValueError(
@@ -158,15 +159,15 @@ def _sources(
             f"{where}.source names {len(sources)} nets, but loss {loss!r} takes one; give each "
             f"source a term of its own, or use a loss of several: {', '.join(several) or '(none)'}."
         )
-    for place, name in enumerate(sources):
-        if name not in modules:
-            raise checks.unknown(f"net in {where}.source", name, modules)
-        if name == net and not row.self_taught:
+    for index, name in enumerate(sources):
+        if name not in nets:
+            raise checks.unknown(f"net in {where}.source", name, nets)
+        if name == learner and not row.self_taught:
             raise ValueError(
                 f"{where}.source is the net itself: a net equals its own detached logits, so "
                 "nothing would be learned; name another net (init_from gives a copy of this one)."
             )
-        if name in sources[:place]:
+        if name in sources[:index]:
             raise ValueError(f"{where}.source names {name!r} twice; name each net once.")
     return sources
 
@@ -174,7 +175,7 @@ def _sources(
 def _arguments(
     where: str, arguments: Mapping[str, inspect.Parameter], fields: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits weight and hyper-parameters into (numbers or ramps, which are traced; all others).
+    """Splits weight and hyper-parameters into (numbers or ramps, which are traced; the others).
 
     Defaults are filled in, so that a table which spells them out shares the step of one that does
     not. A parameter is traced if its default or its annotation is a float.
@@ -197,57 +198,57 @@ def _arguments(
 def _ramps(
     where: str, traced: Mapping[str, Any], steps: int
 ) -> tuple[list[dict[str, float]], dict[str, float], tuple[tuple[str, str], ...]]:
-    """(Numbers at begin and end for checks, numbers of the step, (name, shape) of ramps)."""
-    begins, ends, given, ramps = {}, {}, {}, []
+    """Returns (numbers at begin and end, for checks; those of the step; ramps as (name, shape))."""
+    begins, ends, numbers_of_step, ramps = {}, {}, {}, []
     for name, value in traced.items():
-        place = f"{where}.{name}"
+        path = f"{where}.{name}"
         if not isinstance(value, Mapping):
-            _number(place, value)
-            begins[name] = ends[name] = given[name] = float(value)
+            _number(path, value)
+            begins[name] = ends[name] = numbers_of_step[name] = float(value)
             continue
         for key in value:
             if key not in ("begin", "end", "shape", "steps"):
-                raise checks.unknown(f"field of {place}", key, ("begin", "end", "shape", "steps"))
+                raise checks.unknown(f"field of {path}", key, ("begin", "end", "shape", "steps"))
         for key in ("begin", "end"):
             if key not in value:
                 raise ValueError(
-                    f"{place}.{key} is missing; a number that changes is a table such as "
+                    f"{path}.{key} is missing; a number that changes is a table such as "
                     "dict(begin=8.0, end=2.0, shape='cosine')."
                 )
-            _number(f"{place}.{key}", value[key])
+            _number(f"{path}.{key}", value[key])
         shape = value.get("shape", "linear")
-        checks.one_of(f"{place}.shape", shape, SHAPES)
-        checks.in_range(f"{place}.steps", value.get("steps", 0), 0, steps)
+        checks.one_of(f"{path}.shape", shape, SHAPES)
+        checks.in_range(f"{path}.steps", value.get("steps", 0), 0, steps)
         begins[name], ends[name] = float(value["begin"]), float(value["end"])
-        given[f"{name}_begin"], given[f"{name}_end"] = begins[name], ends[name]
-        given[f"{name}_steps"] = in_steps(value.get("steps", 0), steps) or steps
+        numbers_of_step[f"{name}_begin"], numbers_of_step[f"{name}_end"] = begins[name], ends[name]
+        numbers_of_step[f"{name}_steps"] = in_steps(value.get("steps", 0), steps) or steps
         ramps.append((name, shape))
     for numbers_of_end in (begins, ends):
         checks.in_range(f"{where}.weight", numbers_of_end["weight"], 0.0, math.inf)
     plain = [{k: v for k, v in n.items() if k != "weight"} for n in (begins, ends)]
-    return plain if ramps else plain[:1], given, tuple(sorted(ramps))
+    return plain if ramps else plain[:1], numbers_of_step, tuple(sorted(ramps))
 
 
-def _course(where: str, fields: Mapping[str, Any], steps: int) -> dict[str, float]:
-    """Start, end, warm-up and decay of a weight in steps; empty where none is given."""
-    given = {name: fields.get(name) or 0 for name in COURSE}
-    for name, value in given.items():
+def _schedule(where: str, fields: Mapping[str, Any], steps: int) -> dict[str, float]:
+    """Start, end, warm-up and decay of a weight in steps; empty where no length is given."""
+    lengths = {name: fields.get(name) or 0 for name in SCHEDULE}
+    for name, value in lengths.items():
         checks.in_range(f"{where}.{name}", value, 0, steps)
         if isinstance(value, float) and value == 1:
             raise ValueError(
                 f"{where}.{name} is 1.0, which may mean one step or the whole stage; write 1 for "
                 "one step, 0.0 to leave it off, or a fraction below 1."
             )
-    if not any(given.values()):
+    if not any(lengths.values()):
         return {}
-    found = {name: float(in_steps(value, steps)) for name, value in given.items()}
-    found["end"] = found["end"] or float(steps)
-    if found["start"] >= found["end"]:
+    schedule = {name: float(in_steps(value, steps)) for name, value in lengths.items()}
+    schedule["end"] = schedule["end"] or float(steps)
+    if schedule["start"] >= schedule["end"]:
         raise ValueError(
-            f"{where} starts at step {found['start']:g} and ends at {found['end']:g}; the end must "
-            "come later (numbers below 1 are fractions of the stage)."
+            f"{where} starts at step {schedule['start']:g} and ends at {schedule['end']:g}; the "
+            "end must come later (numbers below 1 are fractions of the stage)."
         )
-    return found
+    return schedule
 
 
 def _number(name: str, value: Any) -> None:

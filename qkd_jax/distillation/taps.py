@@ -1,4 +1,4 @@
-"""Taps: where losses look into a net, by name.
+"""Taps: the features of a net that losses compare, by name.
 
 A tap is a feature that the model sows ("stage2", "pooled"; see `qkd_jax.models`) or the path of one
 of its modules ("stage2_block0/conv1"), whose output is meant. Five words mean what most models
@@ -20,6 +20,7 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.distillation.forward import CARRIED_NEVER, mode_arguments, pick_taps
+from qkd_jax.quantize import QuantizedModel
 
 __all__ = ["WORDS", "DataShape", "Features", "features_of", "resolve_taps"]
 
@@ -29,7 +30,7 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 @dataclasses.dataclass(frozen=True)
 class DataShape:
-    """What plans must know of the data.
+    """Shapes of the data that plans depend on.
 
     Attributes:
         image: (height, width, channels).
@@ -58,26 +59,26 @@ class Features:
 
 
 @functools.lru_cache(maxsize=256)
-def features_of(module: Any, image: tuple[int, ...]) -> Features:
-    """The taps of a net for images [2, *image].
+def features_of(net: QuantizedModel, image: tuple[int, ...]) -> Features:
+    """Returns the taps of a net for images [2, *image].
 
     Args:
-        module: QuantizedModel.
+        net: the net.
         image: (height, width, channels).
     """
     order: dict[str, list[str]] = {}
 
     def run(images: jax.Array) -> tuple[Shapes, Shapes, Any]:
-        variables = module.init(jax.random.key(0), images)
-        logits, found = module.apply(
+        variables = net.init(jax.random.key(0), images)
+        logits, collections = net.apply(
             variables,
             images,
             mutable=list(CARRIED_NEVER),
             capture_intermediates=lambda _, method: method == "__call__",
-            **mode_arguments(module, False),
+            **mode_arguments(net, False),
         )
-        both = [pick_taps({name: found.get(name, {})}) for name in CARRIED_NEVER]
-        # What comes out of a trace is sorted by name, so the order is noted on the way.
+        both = [pick_taps({name: collections.get(name, {})}) for name in CARRIED_NEVER]
+        # A trace returns dicts sorted by name, so the order of execution is recorded here.
         order.update(zip(CARRIED_NEVER, map(list, both), strict=True))
         return both[0], both[1], logits
 
@@ -90,7 +91,7 @@ def features_of(module: Any, image: tuple[int, ...]) -> Features:
 
 
 def resolve_taps(where: str, features: Features, wanted: Any) -> tuple[str, ...]:
-    """Names of taps for what a config says: a word, a name, or several names.
+    """Returns the names of the taps that a config's words and names stand for.
 
     Args:
         where: the field, for messages.
@@ -128,8 +129,8 @@ def resolve_taps(where: str, features: Features, wanted: Any) -> tuple[str, ...]
                 f"as {_some(features.modules)}."
             )
         middle = (len(stages) - 1) // 2
-        found = {"stages": stages, "shallow": stages[:-1], "last": stages[-1:]}
-        return tuple({**found, "middle": stages[middle : middle + 1]}[wanted])
+        words = {"stages": stages, "shallow": stages[:-1], "last": stages[-1:]}
+        return tuple({**words, "middle": stages[middle : middle + 1]}[wanted])
     if wanted not in features.sown and wanted not in features.modules:
         raise ValueError(
             f"unknown tap {wanted!r} in {where}; the net sows "

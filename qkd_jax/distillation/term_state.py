@@ -1,7 +1,7 @@
-"""What a term of a loss owns: an adaptor between two nets' features, a memory, its first state.
+"""State of a loss term: adaptor parameters and memory banks.
 
-Everything here is a matter of shapes until `Start` runs: the adaptor of a term is built from the
-shapes of its taps, and the loss is tried on shapes before anything runs.
+A term is built from shapes alone: those of its taps give the adaptor, and the loss is evaluated on
+shapes before anything runs. `Start` makes the first state.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import jax.numpy as jnp
 
 from qkd_jax import losses
 from qkd_jax.distillation import adaptors
-from qkd_jax.distillation.taps import DataShape, features_of, resolve_taps
+from qkd_jax.distillation.taps import DataShape, Features, features_of, resolve_taps
 from qkd_jax.distillation.terms import Term, loss_inputs
 from qkd_jax.hierarchy import find
-from qkd_jax.quantize import quantize
+from qkd_jax.quantize import QuantizedModel, quantize
 
-__all__ = ["Owned", "Start", "check_learned"]
+__all__ = ["Start", "TermBuilder", "check_learned"]
 
 # start(key, variables of the source or None, labels [examples] of the training set or None)
 # -> {"params", "batch_stats", "teacher", "memory"}
 Start = Callable[[jax.Array, Mapping[str, Any] | None, jax.Array | None], dict[str, Any]]
-# Positional names of a loss for which the step itself has something. Any other is the adaptor's.
+# Positional names of a loss that the step itself provides. Any other is the adaptor's.
 STEP_INPUTS = (
     *("logits", "student_logits", "teacher_logits", "teachers_logits"),
     *("student_feature", "teacher_feature", "student_features", "teacher_features"),
@@ -34,9 +34,9 @@ STEP_INPUTS = (
 
 
 def check_learned(where: str, term: Term, numbers: Mapping[str, Any]) -> None:
-    """Refuses a term that starts anew and at once, with parts that would have to learn before."""
+    """Refuses a new term that starts at once, though parts of its adaptor must learn before."""
     parts = losses.TABLE[term.loss].before_start
-    if parts and not (term.course and numbers["start"]):
+    if parts and not (term.has_schedule and numbers["start"]):
         raise ValueError(
             f"{where} starts at step 0, but parts of its adaptor ({', '.join(parts)}) learn until "
             "the start and are frozen then; give it a start, such as start=0.125, or continue a "
@@ -45,42 +45,41 @@ def check_learned(where: str, term: Term, numbers: Mapping[str, Any]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Owned:
-    """A row of the table on its way to a term: what needs the nets' shapes.
+class TermBuilder:
+    """Builds what a term's state depends on from a row of the learn table and the nets' shapes.
 
     Attributes:
         where: the row, for messages.
-        net: the net that learns.
+        name: of the net that learns.
         loss: key of LOSSES.
         fields: the row.
-        sources: nets that teach.
-        modules: {net: QuantizedModel}.
+        sources: names of the nets that teach.
+        nets: {name: net}.
         data: shapes of the data, or None where the plan does not know them.
     """
 
     where: str
-    net: str
+    name: str
     loss: str
     fields: Mapping[str, Any]
     sources: tuple[str, ...]
-    modules: Mapping[str, Any]
+    nets: Mapping[str, QuantizedModel]
     data: DataShape | None
 
     @property
     def row(self) -> losses.Loss:
-        """The loss's row."""
+        """The loss's row of `losses.TABLE`."""
         return losses.TABLE[self.loss]
 
-    def adaptor(self) -> tuple[tuple[str, ...], tuple[str, ...], Any]:
-        """(taps of the net, taps of the source, QuantizedModel around the adaptor or None).
+    def adaptor(self) -> tuple[tuple[str, ...], tuple[str, ...], QuantizedModel | None]:
+        """Returns (taps of the net, taps of the source, the adaptor or None).
 
         Raises:
             ValueError: unknown taps or options, taps that a loss does not look at, or a number of
                 taps that does not fit.
         """
-        looks = self.row.has_taps
         for field in ("taps", "teacher_taps"):
-            if not looks and self.fields.get(field):
+            if not self.row.has_taps and self.fields.get(field):
                 raise ValueError(
                     f"{self.where}.{field} is {self.fields[field]!r}, but loss {self.loss!r} looks "
                     "at no feature; drop it."
@@ -90,10 +89,12 @@ class Owned:
                 f"{self.where}.teacher_taps is {self.fields['teacher_taps']!r}, but loss "
                 f"{self.loss!r} compares with no other net; drop it."
             )
-        taps, teacher_taps = self._taps() if looks else ((), ())
+        taps, teacher_taps = self._taps() if self.row.has_taps else ((), ())
         shapes = [
-            tuple(self._features(net).shape(tap).shape[1:] for tap in names)
-            for net, names in zip((self.net, *self.sources[:1]), (taps, teacher_taps), strict=False)
+            tuple(self._features(name).shape(tap).shape[1:] for tap in chosen)
+            for name, chosen in zip(
+                (self.name, *self.sources[:1]), (taps, teacher_taps), strict=False
+            )
         ]
         try:
             options = dict(self.fields.get("adaptor") or {})
@@ -105,11 +106,11 @@ class Owned:
         return taps, teacher_taps, None if module is None else quantize(module)
 
     def _classes(self) -> int:
-        """Number of logits where classifiers belong to the term, else 0: nobody asks."""
-        return self._features(self.net).logits.shape[-1] if self.row.has_heads else 0
+        """Returns the number of logits for a loss with classifiers; others do not need it."""
+        return self._features(self.name).logits.shape[-1] if self.row.has_heads else 0
 
-    def _features(self, net: str):
-        return features_of(self.modules[net], self._data().image)
+    def _features(self, name: str) -> Features:
+        return features_of(self.nets[name], self._data().image)
 
     def _data(self) -> DataShape:
         if self.data is None:
@@ -120,31 +121,31 @@ class Owned:
         return self.data
 
     def _taps(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        found = []
+        resolved = []
         single = self.row.paired and "student_features" not in self.row.inputs
-        default = self.row.default_taps
-        fields = zip(("taps", "teacher_taps"), (self.net, *self.sources), default, strict=False)
-        for field, net, usual in fields:
-            wanted = self.fields.get(field) or usual
+        defaults = self.row.default_taps
+        fields = zip(("taps", "teacher_taps"), (self.name, *self.sources), defaults, strict=False)
+        for field, name, default in fields:
+            wanted = self.fields.get(field) or default
             try:
-                taps = resolve_taps(f"{self.where}.{field}", self._features(net), wanted)
+                taps = resolve_taps(f"{self.where}.{field}", self._features(name), wanted)
             except ValueError as error:
                 if wanted != "projected":
                     raise
                 raise ValueError(
                     f"{error} A net has that tap if it ends in its teacher's classifier: "
-                    f"nets.{self.net}.head_from={self.sources[0]!r}, as in "
+                    f"nets.{self.name}.head_from={self.sources[0]!r}, as in "
                     "configs/feature_kd.py:loss=simkd."
                 ) from None
-            found.append(taps)
-            if single and len(found[-1]) > 1:
+            resolved.append(taps)
+            if single and len(taps) > 1:
                 raise ValueError(
-                    f"{self.where}.{field} is {wanted!r}: {len(found[-1])} taps, but loss "
+                    f"{self.where}.{field} is {wanted!r}: {len(taps)} taps, but loss "
                     f"{self.loss!r} compares one feature; name one, and give others a term each."
                 )
-        if len(found) == 1:
-            return found[0], ()
-        taps, teacher_taps = found
+        if len(resolved) == 1:
+            return resolved[0], ()
+        taps, teacher_taps = resolved
         if not self.row.paired or len(taps) == len(teacher_taps):
             return taps, teacher_taps
         if self.fields.get("taps") and self.fields.get("teacher_taps"):
@@ -152,13 +153,13 @@ class Owned:
                 f"{self.where} has {len(taps)} taps {taps} and {len(teacher_taps)} teacher_taps "
                 f"{teacher_taps}, which loss {self.loss!r} compares one by one; give as many."
             )
-        # Nets of unlike depth, and nobody said what belongs together: the deepest do.
+        # Nets of unlike depth, by the default taps: the deepest belong together.
         count = min(len(taps), len(teacher_taps))
         return taps[-count:], teacher_taps[-count:]
 
     def start(self, term: Term) -> Start | None:
-        """What makes the term's own state, or None where it owns nothing."""
-        if not term.owns:
+        """Returns the function that makes the term's first state, or None if it has none."""
+        if not term.has_state:
             return None
 
         def start(
@@ -170,10 +171,9 @@ class Owned:
                 state = dict(term.adaptor.init(jax.random.fold_in(key, 0), *features, train=False))
                 state.setdefault("params", {})
                 if "teacher" in state and teacher is not None:
-                    net = self.modules[self.sources[0]]
                     state["teacher"] = adaptors.teacher_margins(
                         state["teacher"],
-                        net,
+                        self.nets[self.sources[0]],
                         teacher,
                         term.teacher_taps,
                         self._data().image,
@@ -192,51 +192,51 @@ class Owned:
         return start
 
     def _zeros(self, term: Term) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """Features of the two nets for a batch of 2."""
+        """Returns features of the two nets for a batch of 2."""
 
-        def zeros(net: str, taps: tuple[str, ...]) -> tuple[jax.Array, ...]:
-            shapes = [self._features(net).shape(tap) for tap in taps]
+        def zeros(name: str, taps: tuple[str, ...]) -> tuple[jax.Array, ...]:
+            shapes = [self._features(name).shape(tap) for tap in taps]
             return tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes)
 
         teacher = zeros(self.sources[0], term.teacher_taps) if self.sources else ()
-        return zeros(self.net, term.taps), teacher
+        return zeros(self.name, term.taps), teacher
 
     def _inputs(self, term: Term, state: Mapping[str, Any], classes: int = 4) -> dict[str, Any]:
-        """What the loss is given, for a batch of 2."""
+        """Returns the loss's inputs for a batch of 2."""
         logits = jnp.zeros((2, classes))
         features = self._zeros(term)
-        given = loss_inputs(features[0], features[1], logits, (logits,) * len(self.sources))
-        given |= {"labels": jnp.zeros(2, jnp.int32), "index": jnp.zeros(2, jnp.int32)}
-        given |= {"key": jax.random.key(0), "memory": state.get("memory")}
+        inputs = loss_inputs(features[0], features[1], logits, (logits,) * len(self.sources))
+        inputs |= {"labels": jnp.zeros(2, jnp.int32), "index": jnp.zeros(2, jnp.int32)}
+        inputs |= {"key": jax.random.key(0), "memory": state.get("memory")}
         if term.adaptor is not None:
             variables = {name: tree for name, tree in state.items() if name != "memory"}
-            given |= term.adaptor.apply(variables, *features, train=False)
-        return given
+            inputs |= term.adaptor.apply(variables, *features, train=False)
+        return inputs
 
     def attempt(self, term: Term, start: Start | None, arguments: Mapping[str, Any]) -> None:
-        """Runs the loss on shapes alone with plain values: its own checks see Python numbers.
+        """Evaluates the loss on shapes, with Python numbers, so that its own checks see them.
 
         Raises:
-            ValueError: what the loss or the adaptor says, or an input that nobody gives.
+            ValueError: what the loss or the adaptor says, or an input that nothing provides.
         """
 
         def run() -> Any:
             teacher = None
             if "margins" in term.inputs:  # made from the teacher's variables
-                net, image = self.modules[self.sources[0]], self._data().image
+                net, image = self.nets[self.sources[0]], self._data().image
                 teacher = net.init(jax.random.key(0), jnp.zeros((1, *image), jnp.float32))
             state = {} if start is None else start(jax.random.key(0), teacher, None)
             tree = arguments.get("tree")
             # A class tree says how many classes it is for.
             classes = len(find(tree).classes) if tree else self._classes() or 4
-            given = self._inputs(term, state, classes)
+            inputs = self._inputs(term, state, classes)
             for name in term.inputs:
-                if name not in given:
+                if name not in inputs:
                     raise ValueError(
                         f"loss {self.loss!r} takes {name!r}, which the step cannot give and no "
                         f"adaptor yields; the step has {', '.join(STEP_INPUTS)}."
                     )
-            return losses.LOSSES[self.loss](*(given[n] for n in term.inputs), **arguments)
+            return self.row.function(*(inputs[n] for n in term.inputs), **arguments)
 
         try:
             jax.eval_shape(run)

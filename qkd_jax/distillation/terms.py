@@ -1,4 +1,4 @@
-"""One term of a net's loss: what of it is compiled, and the numbers that it gets at a step."""
+"""A term of a net's loss: its compiled part, and its weight and numbers at a step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Term", "has_started", "in_steps", "loss_inputs", "term_numbers", "unless_resting"]
+__all__ = ["Term", "gradient_if_active", "has_started", "in_steps", "loss_inputs", "term_numbers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Term:
         teacher_taps: taps of the source.
         adaptor: QuantizedModel around an adaptor, whose variables are the term's own, or None.
         ramps: (name, shape) of the numbers that change over the stage; "weight" may be one.
-        course: whether the weight has a start, an end, a warm-up or a decay.
-        spread: whether the loss takes `axis_name`.
+        has_schedule: whether the weight has a start, an end, a warm-up or a decay.
+        takes_axis_name: whether the loss does.
     """
 
     name: str
@@ -41,22 +41,22 @@ class Term:
     teacher_taps: tuple[str, ...] = ()
     adaptor: Any = None
     ramps: tuple[tuple[str, str], ...] = ()
-    course: bool = False
-    spread: bool = False
+    has_schedule: bool = False
+    takes_axis_name: bool = False
 
     @property
-    def owns(self) -> bool:
+    def has_state(self) -> bool:
         """Whether the term has a state of its own: an adaptor's variables, a memory, or both."""
         return self.adaptor is not None or "memory" in self.inputs
 
     @property
-    def rests(self) -> bool:
-        """Whether the weight is 0 in some steps of the stage, by its course."""
-        return self.course or any(name == "weight" for name, _ in self.ramps)
+    def can_be_inactive(self) -> bool:
+        """Whether the weight is 0 in some steps of the stage."""
+        return self.has_schedule or any(name == "weight" for name, _ in self.ramps)
 
 
 def term_numbers(
-    term: Term, given: Mapping[str, jax.Array], step: jax.Array
+    term: Term, numbers: Mapping[str, jax.Array], step: jax.Array
 ) -> dict[str, jax.Array]:
     """Weight and hyper-parameters of a term at a global step.
 
@@ -68,23 +68,23 @@ def term_numbers(
     ("linear"), (1 - cos(pi t)) / 2 ("cosine") or exp(-5 (1 - t)^2) ("gaussian", which starts at
     0.0067; Laine, Aila, 2016, arXiv 1610.02242).
     """
-    found = {name: given[name] for name in ("weight", *term.traced) if name in given}
-    if not term.course and not term.ramps:
-        return found
-    place = (step - given["first"]).astype(jnp.float32)
+    values = {name: numbers[name] for name in ("weight", *term.traced) if name in numbers}
+    if not term.has_schedule and not term.ramps:
+        return values
+    position = (step - numbers["first"]).astype(jnp.float32)
     for name, shape in term.ramps:
-        begin, end, steps = (given[f"{name}_{part}"] for part in ("begin", "end", "steps"))
-        t = jnp.clip(place / jnp.maximum(steps - 1.0, 1.0), 0.0, 1.0)
+        begin, end, steps = (numbers[f"{name}_{part}"] for part in ("begin", "end", "steps"))
+        t = jnp.clip(position / jnp.maximum(steps - 1.0, 1.0), 0.0, 1.0)
         if shape == "cosine":
             t = 0.5 * (1.0 - jnp.cos(jnp.pi * t))
         elif shape == "gaussian":
             t = jnp.exp(-5.0 * jnp.square(1.0 - t))
-        found[name] = begin + (end - begin) * t
-    if term.course:
-        rise = (place - given["start"] + 1.0) / jnp.maximum(given["warmup"], 1.0)
-        fall = (given["end"] - place) / jnp.maximum(given["decay"], 1.0)
-        found["weight"] = found["weight"] * jnp.clip(rise, 0.0, 1.0) * jnp.clip(fall, 0.0, 1.0)
-    return found
+        values[name] = begin + (end - begin) * t
+    if term.has_schedule:
+        rise = (position - numbers["start"] + 1.0) / jnp.maximum(numbers["warmup"], 1.0)
+        fall = (numbers["end"] - position) / jnp.maximum(numbers["decay"], 1.0)
+        values["weight"] = values["weight"] * jnp.clip(rise, 0.0, 1.0) * jnp.clip(fall, 0.0, 1.0)
+    return values
 
 
 def in_steps(value: float, horizon: int) -> float:
@@ -92,15 +92,15 @@ def in_steps(value: float, horizon: int) -> float:
     return round(value * horizon) if 0 < value < 1 else value
 
 
-def has_started(term: Term, given: Mapping[str, jax.Array], step: jax.Array) -> jax.Array:
-    """Whether the course of a term's weight has begun by a global step; without a course it has."""
-    if not term.course:
+def has_started(term: Term, numbers: Mapping[str, jax.Array], step: jax.Array) -> jax.Array:
+    """Whether a term has started by a global step; one without a schedule has."""
+    if not term.has_schedule:
         return jnp.array(True)
-    return step - given["first"] >= given["start"]
+    return step - numbers["first"] >= numbers["start"]
 
 
-def unless_resting(x: Any, weight: jax.Array) -> Any:
-    """`x`, whose gradient is exactly 0 where `weight` is 0.
+def gradient_if_active(x: Any, weight: jax.Array) -> Any:
+    """Returns `x`, whose gradient is exactly 0 where `weight` is 0.
 
     The weight itself does not do that: 0 times the slope of a loss that overflows is NaN.
     """
@@ -130,12 +130,12 @@ def loss_inputs(
     logits: jax.Array,
     teachers_logits: tuple[jax.Array, ...],
 ) -> dict[str, Any]:
-    """{positional name of a loss: what two nets have for it}; an adaptor's outputs go on top."""
-    found: dict[str, Any] = {"logits": logits, "student_logits": logits}
+    """Returns {positional name of a loss: array} of two nets; an adaptor's outputs replace them."""
+    values: dict[str, Any] = {"logits": logits, "student_logits": logits}
     if teachers_logits:
-        found |= {"teacher_logits": teachers_logits[0], "teachers_logits": teachers_logits}
+        values |= {"teacher_logits": teachers_logits[0], "teachers_logits": teachers_logits}
     if features:
-        found |= {"student_feature": features[-1], "student_features": features}
+        values |= {"student_feature": features[-1], "student_features": features}
     if teacher_features:
-        found |= {"teacher_feature": teacher_features[-1], "teacher_features": teacher_features}
-    return found
+        values |= {"teacher_feature": teacher_features[-1], "teacher_features": teacher_features}
+    return values

@@ -292,13 +292,13 @@ def _by_class(labels: Array) -> tuple[Array, Array]:
     return order.astype(jnp.int32), labels[order]
 
 
-def _span(label: Array, classes: Array) -> tuple[Array, Array]:
+def _span(label: Scalar, classes: Array) -> tuple[Array, Array]:
     """Where the examples of a class begin and end in the order of classes."""
     first = jnp.searchsorted(classes, label, side="left").astype(jnp.int32)
     return first, jnp.searchsorted(classes, label, side="right").astype(jnp.int32)
 
 
-def _draw_others(key: jax.Array, label: Array, order: Array, classes: Array, count: int) -> Array:
+def _draw_others(key: jax.Array, label: Scalar, order: Array, classes: Array, count: int) -> Array:
     """Ids of other classes, uniform, with replacement; of all if there is no other class."""
     first, last = _span(label, classes)
     same = last - first
@@ -308,7 +308,7 @@ def _draw_others(key: jax.Array, label: Array, order: Array, classes: Array, cou
     return order[jnp.where(draws < first, draws, draws + same)]
 
 
-def _draw_same(key: jax.Array, label: Array, order: Array, classes: Array) -> Array:
+def _draw_same(key: jax.Array, label: Scalar, order: Array, classes: Array) -> Array:
     """An id of the class, uniform."""
     first, last = _span(label, classes)
     key = jax.random.fold_in(key, 1)

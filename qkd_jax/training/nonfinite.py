@@ -168,7 +168,7 @@ def _bad_term(
             what = f"{leaf} of the adaptor of loss {label!r} is not finite"
             return NonFinite(name, "", what)
         numbers = state.hyper[learner.slot]["terms"][term.name]
-        is_off = term.rests and not term_numbers(term, numbers, state.step)["weight"] > 0
+        is_off = term.can_be_inactive and not term_numbers(term, numbers, state.step)["weight"] > 0
         if _bad(sums[term.name]) and not is_off:
             return NonFinite(name, "", f"loss {label!r} is not finite")
     return None

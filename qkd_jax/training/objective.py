@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax.distillation.forward import forward_taps
-from qkd_jax.distillation.terms import Term, has_started, loss_inputs, term_numbers, unless_resting
+from qkd_jax.distillation.terms import (
+    Term,
+    gradient_if_active,
+    has_started,
+    loss_inputs,
+    term_numbers,
+)
 from qkd_jax.losses import TABLE
 from qkd_jax.quantize.interception import ROUNDING
 from qkd_jax.training import hygiene
@@ -108,7 +114,7 @@ def total_loss(
             value = jnp.sum(per_example)
             sums[term.name] = value
             weighted = numbers["weight"] * value
-            if term.rests:  # 0 times an overflow is not 0
+            if term.can_be_inactive:  # 0 times an overflow is not 0
                 weighted = jnp.where(numbers["weight"] > 0, weighted, 0.0)
             sums["loss"] = sums["loss"] + weighted
             if adaptor_loss is not None:  # trains the adaptor alone, unweighted, until the start
@@ -225,14 +231,14 @@ def _term_values(
             f"loss {term.loss!r} keeps a memory by example, so the batch must have "
             "'index', [batch] integers below the number of training examples."
         )
-    if term.rests:
+    if term.can_be_inactive:
         without_gradient = ("labels", "index", "memory", "key")
         for name in (n for n in term.inputs if n not in without_gradient):
-            inputs[name] = unless_resting(inputs[name], numbers["weight"])
+            inputs[name] = gradient_if_active(inputs[name], numbers["weight"])
     arguments: dict[str, Any] = {name: numbers[name] for name in term.traced}
     if outputs.mask is not None:
         arguments["where"] = outputs.mask
-    if term.spread:
+    if term.takes_axis_name:
         arguments["axis_name"] = outputs.axis_name
     with jax.named_scope(f"loss_{term.loss}"):
         values = TABLE[term.loss].function(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.distillation.learn_table import COURSE, plan_terms
+from qkd_jax.distillation.learn_table import SCHEDULE, plan_terms
 from qkd_jax.distillation.taps import DataShape
 from qkd_jax.distillation.term_state import Start, check_learned
 from qkd_jax.distillation.terms import Term
@@ -122,8 +122,8 @@ class Plan:
                 arguments = [f"{key}={_number_text(numbers, key)}" for key in term.traced]
                 # A switch that is off is left out.
                 arguments += [f"{k}={value!r}" for k, value in term.static if value is not False]
-                if term.course:
-                    arguments += [f"{key} {float(numbers[key]):g}" for key in COURSE]
+                if term.has_schedule:
+                    arguments += [f"{key} {float(numbers[key]):g}" for key in SCHEDULE]
                 source = " and ".join(map(self.name_of, term.sources))
                 if set(term.sources) & set(self.structure.stale) - {learner.slot}:
                     every = float(self.hyper[self.structure.stale[0]]["stale"]["every"])

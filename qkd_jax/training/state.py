@@ -202,7 +202,7 @@ def _loss_state(
     for learner in plan.structure.learners:
         name = plan.name_of(learner.slot)
         for term in learner.terms:
-            if not term.owns:
+            if not term.has_state:
                 continue
             label = plan.labels[learner.slot][term.name]
             state = continued.get(name, {}).get(label)

@@ -47,7 +47,8 @@ def test_norms_have_a_finite_gradient_at_zero():
 
 
 def test_reversal():
-    value, slope = jax.value_and_grad(lambda x, s: 3 * reverse_gradient(x, s), (0, 1))(2.0, 0.5)
+    triple = lambda x, s: 3 * reverse_gradient(x, s)
+    value, slope = jax.value_and_grad(triple, (0, 1))(jnp.float32(2.0), 0.5)
     assert value == 6 and slope == (-1.5, 0)
 
 

@@ -73,7 +73,9 @@ def test_golden_file_covers_every_response_loss():
 @pytest.mark.parametrize("key", [k.removesuffix("|value") for k in GOLDEN if k.endswith("|value")])
 def test_values_and_gradients_equal_pytorch(key):
     name, hyper, inputs = key.split("|")
-    keywords = {k: float(v) for k, v in (h.split("=") for h in hyper.split(",") if h)}
+    keywords: dict = {k: float(v) for k, v in (h.split("=") for h in hyper.split(",") if h)}
+    if "standardize" in keywords:
+        keywords["standardize"] = bool(keywords["standardize"])
     student = GOLDEN[f"{inputs}|student_logits"]
     positional = list(inspect.signature(LOSSES[name]).parameters)[1:3]
     others = [GOLDEN[f"{inputs}|{p}"] for p in positional if p in ("labels", "teacher_logits")]

@@ -12,18 +12,19 @@ import numpy as np
 
 from qkd_jax.distillation.forward import CARRIED_NEVER, mode_arguments, pick_taps
 from qkd_jax.losses import ofd_margin
+from qkd_jax.quantize import QuantizedModel
 
 __all__ = ["batch_norms_into", "teacher_margins"]
 
 
 def batch_norms_into(
-    module: Any, variables: Mapping[str, Any], taps: tuple[str, ...], image: tuple[int, ...]
+    net: QuantizedModel, variables: Mapping[str, Any], taps: tuple[str, ...], image: tuple[int, ...]
 ) -> list[list[str]]:
-    """Paths of the BatchNorms whose outputs a tap is, or is the sum of; one list a tap.
+    """Returns, for each tap, the paths of the BatchNorms whose outputs it is or is the sum of.
 
-    They are found in the program of the net: from the tap back through additions alone. Of a
-    residual sum these are the last BatchNorm of the branch and that of a projection; what comes in
-    through an identity is behind an activation and counts as none.
+    The net's jaxpr is followed from the tap back through additions alone. Of a residual sum these
+    are the last BatchNorm of the branch and that of a projection; an identity's input is behind an
+    activation and counts as none.
     """
     paths: list[str] = []
 
@@ -38,16 +39,16 @@ def batch_norms_into(
             return out
 
         with nn.intercept_methods(watch):
-            _, found = module.apply(
+            _, collections = net.apply(
                 variables,
                 images,
                 mutable=list(CARRIED_NEVER),
                 capture_intermediates=lambda module, method: (
                     method == "__call__" and "/".join(module.path) in taps
                 ),
-                **mode_arguments(module, False),
+                **mode_arguments(net, False),
             )
-        return norms, [pick_taps(found, taps)[tap] for tap in taps]
+        return norms, [pick_taps(collections, taps)[tap] for tap in taps]
 
     images = jax.ShapeDtypeStruct((1, *image), np.float32)
     program = jax.make_jaxpr(run)(images).jaxpr
@@ -71,39 +72,39 @@ def batch_norms_into(
 
 
 def teacher_margins(
-    given: Mapping[str, jax.Array],
-    module: Any,
+    margins: Mapping[str, jax.Array],
+    net: QuantizedModel,
     variables: Mapping[str, Any],
     taps: tuple[str, ...],
     image: tuple[int, ...],
     *,
     fixed: bool = False,
 ) -> dict[str, jax.Array]:
-    """{"margin0": [channels], ...}: `ofd_margin` of each tap.
+    """Returns {"margin0": [channels], ...}: `ofd_margin` of each tap.
 
     The outputs of several BatchNorms that are added count as independent: means and variances add.
     The authors' code takes the one of the branch alone.
 
     Args:
-        given: margins of the same form, for taps into which no BatchNorm leads.
-        module: QuantizedModel of the teacher.
+        margins: of the same form, for taps into which no BatchNorm leads.
+        net: the teacher.
         variables: its variables.
         taps: of the teacher.
         image: (height, width, channels).
-        fixed: whether margins may be the given ones.
+        fixed: whether a tap may keep its entry of `margins`.
 
     Raises:
-        ValueError: no BatchNorm leads into a tap, and margins are not to be the given ones.
+        ValueError: no BatchNorm leads into a tap, and it may not keep its entry of `margins`.
     """
-    margins = dict(given)
-    for index, norms in enumerate(batch_norms_into(module, variables, taps, image)):
+    updated = dict(margins)
+    for index, norms in enumerate(batch_norms_into(net, variables, taps, image)):
         if not norms and not fixed:
             raise ValueError(
                 f"no BatchNorm leads into tap {taps[index]!r} of the teacher, so its channels have "
                 "no margin; name taps that BatchNorms make (teacher_taps, which may be modules), "
                 "or give one margin for all: adaptor=dict(margin=-0.5)."
             )
-        mean = variance = jnp.zeros_like(given[f"margin{index}"])
+        mean = variance = jnp.zeros_like(margins[f"margin{index}"])
         for path in norms:
             params = variables["params"]
             for part in path.split("/"):
@@ -111,5 +112,5 @@ def teacher_margins(
             mean = mean + params.get("bias", jnp.zeros_like(mean))
             variance = variance + jnp.square(params.get("scale", jnp.ones_like(mean)))
         if norms:
-            margins[f"margin{index}"] = ofd_margin(mean, jnp.sqrt(variance))
-    return margins
+            updated[f"margin{index}"] = ofd_margin(mean, jnp.sqrt(variance))
+    return updated
