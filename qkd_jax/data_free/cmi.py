@@ -386,14 +386,14 @@ def _learn(
 ) -> tuple[Any, Any]:
     """One step of SGD of the student's copy on images drawn from the pool."""
     rows, view, rngs = drawn
+    student = models.student
+    assert student is not None  # its copy is what learns here
     images = in_range(show(pool[rows], view), bounds)
     taught, _ = forward(models.net, variables, images)
     learned, carried = split(copy[0])
 
     def loss_of(learned: Any) -> tuple[jax.Array, Any]:
-        logits, updated = forward(
-            models.student, join(learned, carried), images, train=True, rngs=rngs
-        )
+        logits, updated = forward(student, join(learned, carried), images, train=True, rngs=rngs)
         return jnp.mean(kd(logits, taught, temperature=numbers["temperature"])), updated
 
     gradient, carried = jax.grad(loss_of, has_aux=True)(learned)
