@@ -7,18 +7,22 @@ write a linen module in a file of this package and give it a line in `MODELS`; t
 
 * `MODELS[name](num_classes=..., **fields)` is an unbound linen module, hashable, called as
   `model(images, train=False)` with images [batch, height, width, channels], floating, normalised
-  (`checks.images` refuses others); it returns logits [batch, classes] in float32 or wider.
+  (`checks.images` refuses others with a ValueError, as fields out of range are refused); it returns
+  logits [batch, num_classes] in float32 or wider.
 * Layers have explicit names that read well in a path ("stage1_block0/conv1"); the last product is
   "head", the first one "stem" where the architecture has one.
-* The field `dtype` is the dtype of the computation (None: that of images and parameters);
-  parameters stay float32.
-* BatchNorm uses its running statistics unless `train=True`; its collection is "batch_stats".
+* The field `dtype` is the dtype of the computation, e.g. jnp.bfloat16 (None: that of images and
+  parameters); parameters and BatchNorm's statistics stay float32.
+* With `train=True` BatchNorm uses the batch's statistics and updates its running ones, collection
+  "batch_stats", which must be mutable; the field `axis_name` is the mapped axis (pmap, shard_map)
+  over which it takes them. Blocks have the same two fields.
 * Features are sown (`features.sow_feature`) into the collection "features", which costs nothing
   unless it is mutable: `logits, aux = model.apply(variables, images, mutable="features")`, then
   `aux["features"]["stage1"][0]`. Every model names the head's input `pooled`; an activation has a
   bare name, its input the same with `_pre` (the same array where a stage ends without one).
-* Optional: `model(images, train, head=False)` returns the input of pooling and head instead of
-  logits, and makes no parameters of a head. `BorrowedClassifier` (SimKD) needs it of its body.
+* Optional: `model(images, train, head=False)` returns the last map or vector, the input of pooling
+  and head, instead of logits, and makes no parameters of a head. `BorrowedClassifier` (SimKD) needs
+  it of its body.
 
 `components.logits_of` is a head that keeps these; `components.conv_and_norm` are layers that do.
 """

@@ -34,11 +34,8 @@ class BorrowedClassifier(nn.Module):
     Attributes:
         body: a module called as `body(images, train=False, head=False)`, which then returns its
             last map [batch, height, width, channels] or vector [batch, channels].
-        num_classes: number of logits.
         features: channels of the other net's last map, the head's input.
         factor: how many times thinner the projector is inside.
-        dtype: of projector and head; parameters stay float32.
-        axis_name: mapped axis over which BatchNorm takes its statistics.
 
     Reference: Chen, Mei, Zhang, Wang, Feng, Chen, 2022, arXiv 2203.14001. The paper pools a
     student's map that is larger than the teacher's before it is projected; here the loss pools
@@ -58,14 +55,7 @@ class BorrowedClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Computes the logits of a batch of images.
-
-        Args:
-            images: what the body takes.
-            train: whether BatchNorm uses the batch's statistics and updates its running ones.
-
-        Returns:
-            [batch, num_classes], float32 or wider.
+        """Computes the logits of what the body takes; see the contract in `qkd_jax.models`.
 
         Raises:
             ValueError: for numbers below 1, or a body that cannot leave out its head.

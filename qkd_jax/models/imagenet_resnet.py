@@ -35,8 +35,6 @@ class Bottleneck(nn.Module):
     Attributes:
         width: channels of the first two convolutions; the third has `EXPANSION` times as many.
         stride: stride of the 3x3 convolution and of the shortcut.
-        dtype: of the computation; parameters stay float32.
-        axis_name: mapped axis over which BatchNorm takes its statistics.
     """
 
     width: int
@@ -84,10 +82,7 @@ class ImageNetResNet(nn.Module):
     Attributes:
         blocks: blocks of each stage, such as (2, 2, 2, 2).
         bottleneck: whether the blocks are bottlenecks.
-        num_classes: number of logits.
         width: channels of the stem and of stage 1.
-        dtype: of the computation; None takes that of images and parameters.
-        axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
     """
 
     blocks: tuple[int, ...] = (2, 2, 2, 2)
@@ -99,19 +94,7 @@ class ImageNetResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Computes the logits of a batch of images.
-
-        Args:
-            images: [batch, height, width, channels], floating, normalised; any size.
-            train: whether BatchNorm uses the batch's statistics and updates its running ones.
-
-        Returns:
-            [batch, num_classes], float32 or wider.
-
-        Raises:
-            ValueError: for images that are not floating [batch, height, width, channels], or fields
-                out of range.
-        """
+        """Computes the logits of images of any size; see the contract in `qkd_jax.models`."""
         checks.integer_in("width", self.width, 1)
         checks.at_least_one("blocks", self.blocks)
         for stage, count in enumerate(self.blocks, 1):

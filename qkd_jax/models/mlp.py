@@ -27,12 +27,9 @@ class MLP(nn.Module):
     Hidden layers start from He's normal initialisation over fan-in; the head keeps linen's default.
 
     Attributes:
-        num_classes: number of logits.
         hidden: sizes of the hidden layers; empty makes it a linear classifier.
         batch_norm: whether a BatchNorm (decay 0.9, epsilon 1e-5) stands before every ReLU; the
             dense layer before it then has no bias.
-        dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
-        axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
     """
 
     num_classes: int = 10
@@ -43,21 +40,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, head: bool = True) -> jax.Array:
-        """Computes the logits of a batch of images.
+        """Computes the logits; see the contract in `qkd_jax.models`.
 
-        Args:
-            images: [batch, height, width, channels], floating, normalised; the parameters depend on
-                height * width * channels.
-            train: whether BatchNorm uses the batch's statistics and updates its running ones, which
-                needs "batch_stats" to be mutable.
-            head: False leaves out the head.
-
-        Returns:
-            [batch, num_classes], float32 or wider; without a head its input.
-
-        Raises:
-            ValueError: for images that are not floating [batch, height, width, channels], or a size
-                below 1.
+        The parameters depend on height * width * channels of the images.
         """
         checks.images("images", images)
         _, norm = conv_and_norm(self, train)

@@ -63,8 +63,6 @@ class SeparableBlock(nn.Module):
         width: channels that come out.
         stride: stride of the depthwise convolution.
         activation: "relu" or "relu6".
-        dtype: of the computation; parameters stay float32.
-        axis_name: mapped axis over which BatchNorm takes its statistics.
     """
 
     width: int
@@ -103,8 +101,6 @@ class InvertedResidual(nn.Module):
         stride: stride of the depthwise convolution.
         expansion: hidden channels for each channel that comes in; 1 leaves out `expand`.
         activation: "relu6" or "relu".
-        dtype: of the computation; parameters stay float32.
-        axis_name: mapped axis over which BatchNorm takes its statistics.
     """
 
     width: int
@@ -141,16 +137,12 @@ class MobileNet(nn.Module):
     ones over fan-in); BatchNorm has decay 0.9 and epsilon 1e-5. The head keeps linen's default.
 
     Attributes:
-        num_classes: number of logits.
         width: channels of the stem; the stages have twice, four and eight times as many. The
             paper's net has 32 (its multiplier is width / 32) and goes on to two more stages.
         stem_stride: stride of the stem; 2, as in the paper, makes every later map a quarter as
             large.
         blocks: separable blocks of each of the three stages.
         activation: "relu", as in the paper, or "relu6".
-        dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
-            Parameters and BatchNorm's statistics stay float32.
-        axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
     """
 
     num_classes: int = 10
@@ -163,22 +155,7 @@ class MobileNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, head: bool = True) -> jax.Array:
-        """Computes the logits of a batch of images.
-
-        Args:
-            images: [batch, height, width, channels], floating, normalised; any size and number of
-                channels (the parameters depend on the channels only).
-            train: whether BatchNorm uses the batch's statistics and updates its running ones, which
-                needs "batch_stats" to be mutable.
-            head: False leaves out pooling and head.
-
-        Returns:
-            [batch, num_classes], float32 or wider; without a head the last map.
-
-        Raises:
-            ValueError: for images that are not floating [batch, height, width, channels], or fields
-                out of range.
-        """
+        """Computes the logits of images of any size; see the contract in `qkd_jax.models`."""
         x = _stem(self, images, train)
         for stage, blocks in enumerate(self.blocks, start=1):
             for block in range(blocks):
@@ -216,7 +193,6 @@ class MobileNetV2(nn.Module):
     Initialisation and BatchNorm are those of `MobileNet`.
 
     Attributes:
-        num_classes: number of logits.
         width: channels of the stem and of stage 1; stages 2 and 3 have twice and four times as
             many, `last` sixteen times.
         stem_stride: stride of the stem; 2, as in the paper, makes every later map a quarter as
@@ -225,9 +201,6 @@ class MobileNetV2(nn.Module):
         expansion: hidden channels for each channel of a bottleneck; stage 1 does not expand, as in
             the paper.
         activation: "relu6", as in the paper, or "relu".
-        dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
-            Parameters and BatchNorm's statistics stay float32.
-        axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
     """
 
     num_classes: int = 10
@@ -241,7 +214,7 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, head: bool = True) -> jax.Array:
-        """Computes the logits of a batch of images; arguments and errors as in `MobileNet`."""
+        """Computes the logits of images of any size; see the contract in `qkd_jax.models`."""
         checks.integer_in("expansion", self.expansion, 1)
         x = _stem(self, images, train)
         for stage, blocks in enumerate(self.blocks, start=1):

@@ -55,8 +55,6 @@ class BasicBlock(nn.Module):
         shortcut: "projection" (a 1x1 convolution and BatchNorm where the shape changes, option B of
             the paper) or "pad" (every stride-th pixel and zero channels at the end, without
             parameters, option A).
-        dtype: of the computation; parameters stay float32.
-        axis_name: mapped axis over which BatchNorm takes its statistics.
     """
 
     width: int
@@ -157,13 +155,9 @@ class ResNet(nn.Module):
 
     Attributes:
         depth: 6n + 2, at least 8: the number of weighted layers, projections not counted.
-        num_classes: number of logits.
         width: channels of stage 1; stages 2 and 3 have twice and four times as many.
         stem_width: channels of the stem; None means `width`.
         shortcut: "projection" (option B) or "pad" (option A, what the paper's CIFAR nets use).
-        dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
-            Parameters and BatchNorm's statistics stay float32.
-        axis_name: mapped axis (pmap, shard_map) over which BatchNorm takes its statistics.
     """
 
     depth: int = 20
@@ -176,22 +170,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, head: bool = True) -> jax.Array:
-        """Computes the logits of a batch of images.
-
-        Args:
-            images: [batch, height, width, channels], floating, normalised; any size and number of
-                channels (the parameters depend on the channels only).
-            train: whether BatchNorm uses the batch's statistics and updates its running ones, which
-                needs "batch_stats" to be mutable.
-            head: False leaves out pooling and head.
-
-        Returns:
-            [batch, num_classes], float32 or wider; without a head the last stage's map.
-
-        Raises:
-            ValueError: for images that are not floating [batch, height, width, channels], or fields
-                out of range.
-        """
+        """Computes the logits of images of any size; see the contract in `qkd_jax.models`."""
         blocks = blocks_per_stage(self.depth)
         checks.integer_in("width", self.width, 1)
         checks.images("images", images)

@@ -27,7 +27,6 @@ class TransformerBlock(nn.Module):
     Attributes:
         heads: attention heads; they divide the width.
         hidden: size of the perceptron's hidden layer.
-        dtype: of the computation; parameters stay float32.
     """
 
     heads: int
@@ -59,14 +58,12 @@ class ViT(nn.Module):
     [batch, tokens, width]; `pooled`, the head's input, [batch, width].
 
     Attributes:
-        num_classes: number of logits.
         patch: edge of a patch in pixels; images are padded with zeros to a multiple of it.
         depth: number of blocks.
         width: size of a token.
         heads: attention heads; they divide the width.
         mlp_ratio: hidden size of the perceptrons, in widths.
         pool: what goes to the head: "mean" over the tokens, or a learned "class" token.
-        dtype: of the computation, e.g. jnp.bfloat16; None takes that of images and parameters.
     """
 
     num_classes: int = 10
@@ -80,19 +77,10 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Computes the logits of a batch of images.
+        """Computes the logits; see the contract in `qkd_jax.models`.
 
-        Args:
-            images: [batch, height, width, channels], floating, normalised; the number of positions
-                depends on height and width.
-            train: changes nothing; there is no dropout and no BatchNorm.
-
-        Returns:
-            [batch, num_classes], float32 or wider.
-
-        Raises:
-            ValueError: for images that are not floating [batch, height, width, channels], or fields
-                out of range.
+        The number of positions depends on height and width; `train` changes nothing, as there is no
+        dropout and no BatchNorm.
         """
         checks.images("images", images)
         for name in ("patch", "depth", "width", "heads", "mlp_ratio"):
