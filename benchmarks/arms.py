@@ -1,4 +1,7 @@
-"""Tables of arms: one run folder each, so that a stopped table goes on where it was."""
+"""Shared by the benchmarks: the path to the project, timing side by side, tables of arms.
+
+An arm is a run in a folder of its own, so that an interrupted table resumes arm by arm.
+"""
 
 import json
 import os
@@ -10,15 +13,29 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-__all__ = ["config", "floats_of", "plot", "run_arm", "spread", "table_lines"]
+__all__ = ["config", "floats_of", "in_turns", "plot", "run_arm", "spread", "table_lines"]
 
 
-def config(module, **given):
-    """A module's config with these arguments, without deployment, diagnoses and periodic looks.
+def in_turns(runs, rounds):
+    """Times functions side by side: {name: [seconds of every round]}.
 
-    The rows alone are wanted.
+    The order alternates, so that machine drift affects all alike; two calls come before.
     """
-    config = module.get_config(",".join(f"{k}={v}" for k, v in given.items())).unlock()
+    for run in runs.values():
+        run()
+        run()
+    seconds = {name: [] for name in runs}
+    for turn in range(rounds):
+        for name in list(runs)[:: 1 if turn % 2 == 0 else -1]:
+            begin = time.perf_counter()
+            runs[name]()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def config(module, **arguments):
+    """A module's config with these arguments, without deploy and diagnose stages or curves."""
+    config = module.get_config(",".join(f"{k}={v}" for k, v in arguments.items())).unlock()
     kinds = config.stages
     config.schedule = tuple(
         s for s in config.schedule if kinds[s].kind not in ("deploy", "diagnose")
@@ -31,7 +48,7 @@ def config(module, **given):
 def run_arm(config, folder, *, dry=False):
     """Runs an arm, or reads one that is finished: (rows of results.json, timings.json) or None.
 
-    None where `dry` forbids to run it. An arm that left the finite numbers has no rows.
+    None where `dry` forbids to run it. An arm that diverged has no rows.
     """
     from qkd_jax import experiment
 
@@ -57,7 +74,7 @@ def floats_of(values):
 
 
 def spread(values, digits=2):
-    """Mean +- standard deviation; says how many seeds where it is one."""
+    """Mean +- standard deviation of the finite values, or a note that there is one seed or none."""
     values = floats_of(values)
     if not values:
         return "diverged"

@@ -1,10 +1,10 @@
-"""What distillation costs in a step: the teacher inside it, and each family of losses.
+"""The cost of distillation in a step: of the teacher inside it, and of each family of losses.
 
     python benchmarks/distill.py [--batch 128] [--rounds 9] [--losses rkd,crd] [--teacher_width 16]
 
 A ResNet-8 student of width 8 and a ResNet-20 teacher of width 16 on 28x28x1 images. The programs
-run in turn (the order alternates), so that a machine whose speed drifts slows all of them alike;
-quoted are medians and the median of the ratios round by round.
+run in turn (the order alternates), so that machine drift affects all alike; quoted are medians and
+the median of the ratios round by round.
 
 - `student step`: cross-entropy alone.
 - `teacher forward`: the teacher's pass in evaluation mode, a program of its own.
@@ -21,11 +21,10 @@ import argparse
 import functools
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
-import arms  # noqa: F401  (finds the project)
+import arms
 import jax
 import jax.numpy as jnp
 
@@ -85,21 +84,6 @@ def forward_of(net: Any, variables: Any, images: jax.Array) -> Runner:
     return lambda: jax.block_until_ready(compiled(variables, images)[0])
 
 
-def timed(runners: dict[str, Runner], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every runner, round by round."""
-    for run in runners.values():
-        run()
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    for turn in range(rounds):
-        order = list(runners) if turn % 2 == 0 else list(runners)[::-1]
-        for name in order:
-            begin = time.perf_counter()
-            runners[name]()
-            times[name].append(time.perf_counter() - begin)
-    return times
-
-
 def main() -> None:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -146,7 +130,7 @@ def main() -> None:
     for loss in filter(None, losses):
         runners[f"{loss} step"] = build(terms.learn(loss, "teacher"))
 
-    times = timed(runners, args.rounds)
+    times = arms.in_turns(runners, args.rounds)
     parts = [a + b for a, b in zip(times["student step"], times["teacher forward"], strict=True)]
     print(
         f"{platform.processor() or platform.machine()}, jax {jax.__version__}, batch {args.batch}"

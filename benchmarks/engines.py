@@ -1,4 +1,4 @@
-"""Whether engines compute what was trained: logits on ONNX Runtime and OpenVINO, step by step.
+"""Agreement of engines with the trained net: logits on ONNX Runtime and OpenVINO, in steps.
 
     python benchmarks/engines.py [--models=resnet20,vit] [--rules=w8a8:integer,w8a8:fused,w2a2]
 
@@ -17,9 +17,6 @@ import os
 import pathlib
 import sys
 import tempfile
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import arms
 import fidelity

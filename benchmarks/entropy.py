@@ -11,12 +11,10 @@ import pathlib
 import platform
 import runpy
 import statistics
-import sys
 import time
 
+import arms  # noqa: F401  (finds the project)
 import numpy as np
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from qkd_jax.observers import entropy
 

@@ -1,4 +1,4 @@
-"""What a quantizer costs, in passes over memory: every entry of QUANTIZERS, forward and backward.
+"""The cost of every quantizer in passes over memory, forward and backward.
 
     python benchmarks/fake_quant.py [--elements 4194304] [--channels 64] [--rounds 25]
 
@@ -16,16 +16,12 @@ the medians of the ratios, and in brackets their first quartiles.
 
 import argparse
 import os
-import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-
+import arms  # noqa: F401  (finds the project)
 import jax
 import jax.numpy as jnp
 import numpy as np

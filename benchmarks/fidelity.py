@@ -1,4 +1,4 @@
-"""Whether a converted net is the net that was trained: codes, logits, accuracy and bytes.
+"""Agreement of a converted net with the trained one: codes, logits, accuracy and bytes.
 
     python benchmarks/fidelity.py [--models=resnet20,vit] [--rules=w8a8:integer,w2a2]
 
@@ -20,12 +20,8 @@ import argparse
 import functools
 import os
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import arms
 import jax

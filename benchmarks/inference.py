@@ -19,11 +19,10 @@ import platform
 import sys
 import tempfile
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Calibration would otherwise fold the statistics of 16 million constant weights while it compiles.
 os.environ.setdefault("XLA_FLAGS", "--xla_disable_hlo_passes=constant_folding")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+import arms  # noqa: F401  (finds the project)
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,10 +1,10 @@
-"""How many examples a second the input makes, beside what a training step consumes.
+"""Throughput of the input pipeline, beside what a training step consumes.
 
     python benchmarks/input.py [--data_dir DIR] [--rounds 7]
 
 The consumer is the float step of ResNet-8 of width 8 on batches that are on the device already: a
 quantized student and any teacher are slower, so this is the hungriest net of the main job. Input
-and step run in turn, so that a machine whose speed drifts slows both alike; quoted are medians. The
+and step run in turn, so that machine drift affects both alike; quoted are medians. The
 bar is ten times. Fashion-MNIST is read where it is prepared; else synthetic images of its shape
 stand in.
 """
@@ -20,6 +20,7 @@ import sys
 import time
 from typing import Any
 
+import arms  # noqa: F401  (finds the project)
 import flax
 import grain
 import jax

@@ -1,4 +1,4 @@
-"""How products of codes run quickest here: on integers, or on integers held in float32.
+"""Speed of products of codes on this machine: on integers, or on integers held in float32.
 
     python benchmarks/integer.py [--rounds 15] [--models=resnet20,mlp]
 
@@ -11,12 +11,8 @@ the float net.
 import argparse
 import functools
 import os
-import pathlib
-import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-
+import arms  # noqa: F401  (finds the project)
 import jax
 import numpy as np
 

@@ -7,7 +7,7 @@
     python benchmarks/kd_table.py --teachers='runs/float/resnet20_s{seed}' --out=runs/kd
 
 Every arm is a run folder of its own under --out, the student's part of `configs/feature_kd.py`, so
-a stopped table goes on where it was; finished arms are read, not run. Seeds come one after another,
+an interrupted table resumes; finished arms are read, not run. Seeds come one after another,
 so that an unfinished table has equal seeds in most rows. Losses of several teachers are left out.
 With `--bits=w2a2` the students of --students are quantized and learn again. `QKD` (the three
 phases, the teacher learning in the second) and `QKD's terms with a fixed teacher`, its control with

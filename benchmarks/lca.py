@@ -13,19 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pathlib
 import platform
 import statistics
-import sys
 import time
 from importlib import metadata
 from typing import Any
 
+import arms  # noqa: F401  (finds the project)
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from qkd_jax.hierarchy import ClassTree
 

@@ -6,8 +6,8 @@
     done
     python benchmarks/qat_table.py --floats='runs/float/resnet8_s{seed}' --out=runs/qat
 
-Every arm is a run folder of its own under --out (`configs/qat.py` without its deploy stage), so a
-stopped table goes on where it was, arm by arm; finished arms are read, not run. Prints a markdown
+Every arm is a run folder of its own under --out (`configs/qat.py` without its deploy stage), so an
+interrupted table resumes arm by arm; finished arms are read, not run. Prints a markdown
 table, mean +- standard deviation over seeds, and writes qat_table.json and qat_table.png.
 """
 

@@ -1,13 +1,13 @@
-"""What a step of quantization-aware training costs, beside the float step and qwix.
+"""The cost of a step of quantization-aware training, beside the float step and qwix.
 
     python benchmarks/step.py [--batch 128] [--rounds 7]
 
-ResNet-20 on 32x32x3 images. The steps run in turn (the order alternates), so that a machine whose
-speed drifts slows all of them alike; quoted are medians and the median of the ratios round by
-round. "Temporary memory" is what XLA reserves for one compiled step besides its arguments and
-results. qwix 0.1.8 runs where it is installed (`pip install qwix==0.1.8`), at W8A8, since its W4A4
-convolution does not compile on CPU; its scales are dynamic maxima, not learned steps, and its
-update is plain SGD, so its row is a direction, not a like-for-like race.
+ResNet-20 on 32x32x3 images. The steps run in turn (the order alternates), so that machine drift
+affects all alike; quoted are medians and the median of the ratios round by round. "Temporary
+memory" is what XLA reserves for one compiled step besides its arguments and results. qwix 0.1.8
+runs where it is installed (`pip install qwix==0.1.8`), at W8A8, since its W4A4 convolution does not
+compile on CPU; its scales are dynamic maxima, not learned steps, and its update is plain SGD, so
+its row is a direction, not a like-for-like race.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
+import arms
 import jax
 import jax.numpy as jnp
 
@@ -119,15 +119,7 @@ def main() -> None:
     except ImportError:
         print("qwix is not installed; its row is left out (pip install qwix==0.1.8)")
 
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for run, _ in steps.values():
-        run()  # first call: buffers and caches
-    for turn in range(args.rounds):
-        for name in list(steps)[:: 1 if turn % 2 else -1]:
-            start = time.perf_counter()
-            steps[name][0]()
-            times[name].append(time.perf_counter() - start)
-
+    times = arms.in_turns({name: run for name, (run, _) in steps.items()}, args.rounds)
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {jax.devices()[0].platform}, jax {jax.__version__}")
     print(f"ResNet-20, batch {args.batch}, 32x32x3, {args.rounds} rounds in turn\n")
