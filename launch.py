@@ -34,7 +34,7 @@ flags.DEFINE_enum(
     "mode",
     "run",
     MODES,
-    "run: train, or go on with an interrupted run. inspect: print the schedule and every net's "
+    "run: train, or resume an interrupted run. inspect: print the schedule and every net's "
     "layers, computing nothing. eval, export, report: from a run folder alone.",
 )
 flags.DEFINE_string(

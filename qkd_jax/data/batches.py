@@ -1,4 +1,4 @@
-"""Batches by step: what a step sees depends on the seed and the step number, and on nothing else.
+"""Batches by step: a batch is a function of the seed and the step number, and of nothing else.
 
 The examples of a run are one long sequence: a new permutation of the train split for each epoch,
 one after another. Step k takes the k-th slice of `batch_size`, so a batch may straddle two epochs,
@@ -25,7 +25,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Lookup(Protocol):
-    """Something known beforehand of every view of every training example, as cached logits are."""
+    """Values known beforehand for every view of every training example, such as cached logits."""
 
     def rows(self, index: np.ndarray, view: np.ndarray) -> np.ndarray:
         """Returns float32 [batch, ...] for training examples in views."""
@@ -56,7 +56,7 @@ class TrainBatches:
         self.known = dict(known or {})
         if self.known and self.views is None:
             raise ValueError(
-                "views is 0, so every step draws its images anew and nothing is known of them "
+                "views is 0, so every step augments its images and nothing is known of them "
                 f"beforehand, but known has {sorted(self.known)}; give views=1 or more."
             )
         # An epoch's order serves many steps; threads that prefetch may sit in two epochs.
@@ -159,7 +159,7 @@ def train_batches(
         augment: names of `AUGMENTATIONS` with amounts, applied in order, as
             `("pad_crop:4", "flip")`. They act on the uint8 image, so pixels that come in at a
             border have the value 0 before normalisation.
-        views: 0 augments anew at every step. Above 0, the augmented images are so many views of
+        views: 0 augments at every step. Above 0, the augmented images are that many views of
             each example, drawn beforehand: epoch e shows view e modulo `views`. 1 shows the images
             as they are. See `views.Views`.
         known: {name in the batch: what is known of each example in each view}; needs `views`.

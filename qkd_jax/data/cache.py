@@ -2,7 +2,7 @@
 
 A file is written beside its place and moved there in one operation, so that a reader sees a whole
 file or none; several processes may write at once. The zip format's CRC-32 of each array is checked
-on reading: a broken file is reported, and made anew from the source.
+on reading: a broken file is reported, and made again from the source.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-# Change it when the meaning of the stored arrays changes, so that old files are not taken.
+# Change it when the meaning of the stored arrays changes, so that old files are not read.
 LAYOUT = "1"
 
 

@@ -34,7 +34,7 @@ def read(
     if content_hash(images, labels) != SHA256:
         raise ValueError(
             f"{folder} does not hold the digits of this package; remove that folder and it is made "
-            "anew."
+            "again."
         )
     return images, labels
 

@@ -80,7 +80,7 @@ class Wanted:
         return np.dtype([*fields, *top, ("rest", "<f4")])
 
 
-# What to call a difference, and in which order differences are told.
+# The name of each difference, in the order in which they are listed.
 WORDS = {
     "teacher_sha256": "another teacher",
     "fingerprint": "other data",
@@ -237,11 +237,11 @@ def read(folder: str | os.PathLike[str], wanted: Wanted) -> CachedLogits | None:
         raise DamagedError(_damaged(folder / INFO, f"it cannot be read ({error!r})")) from error
     if info.get("format") != FORMAT:
         raise StaleError(f"the cached logits in {folder} are of format {info.get('format')!r}.")
-    told = json.loads(json.dumps(dataclasses.asdict(wanted)))
+    expected = json.loads(json.dumps(dataclasses.asdict(wanted)))
     differences = [
-        f"{words} ({_short(given[name])}, not {_short(told[name])})"
+        f"{words} ({_short(given[name])}, not {_short(expected[name])})"
         for name, words in WORDS.items()
-        if given[name] != told[name]
+        if given[name] != expected[name]
     ]
     if differences:
         raise StaleError(f"the cached logits in {folder} are of {', '.join(differences)}.")
@@ -266,7 +266,7 @@ def _is_abandoned(path: pathlib.Path) -> bool:
 def _damaged(path: pathlib.Path, what: str) -> str:
     return (
         f"{path} is damaged: {what}. Remove {path.parent} and start again: the logits are computed "
-        "anew."
+        "again."
     )
 
 

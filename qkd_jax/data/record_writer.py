@@ -44,7 +44,7 @@ def write(
     """Prepares `<directory>/<name>/<version>` and returns it.
 
     It is written under a temporary name and moved in one operation: a process that is killed leaves
-    nothing half done, and of two that prepare at once one wins and both go on.
+    nothing half done, and of two that prepare at once one wins and both continue.
 
     Args:
         name: the TFDS name.
@@ -93,7 +93,7 @@ def write(
     tfds.disable_progress_bar()
     try:
         builder = Builder(data_dir=temporary, file_format=sources.RANDOM_ACCESS)
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of a download here
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS reports a download here
             builder.download_and_prepare()
         target.parent.mkdir(exist_ok=True)
         try:

@@ -48,7 +48,7 @@ class Views:
             if not entry.keeps_labels:
                 raise ValueError(
                     f"augment has {text!r}, which mixes the images of a batch: a view shows an "
-                    "image by itself, whatever batch it is in. Take it out, or draw anew at every "
+                    "image by itself, whatever batch it is in. Take it out, or augment at every "
                     "step (views=0)."
                 )
         # A batch sits in two epochs at most.

@@ -190,14 +190,14 @@ def _check_chain(
             raise ValueError(
                 f"stages.{name}.images is {fields['images']!r} and that of {before!r}, which it "
                 f"continues, {done[before].fields['images']!r}; one schedule runs over one set of "
-                f"images. Give both the same, or start anew with {where}=''."
+                f"images. Give both the same, or start a new schedule with {where}=''."
             )
         for other in done.values():
             if other.trains and _continues(other.fields, net) == before:
                 raise ValueError(
                     f"{where} is {before!r}, which stage {other.name!r} continues already; two "
                     f"stages cannot share one schedule. Continue {other.name!r} instead, or start "
-                    "anew with ''."
+                    "a new schedule with ''."
                 )
 
 
@@ -208,8 +208,8 @@ def _data_start(name: str, fields: Mapping[str, Any], starts: Mapping[str, int])
         places = ", ".join(f"{net} at step {start}" for net, start in positions.items())
         raise ValueError(
             f"stages.{name} continues schedules that stand at different places ({places}), so the "
-            "order of the data has no one place to go on from; let all but one of these nets start "
-            "anew with continues=''."
+            "order of the data has no one position to continue; let all but one of these nets start "
+            "a new schedule with continues=''."
         )
     return next(iter(positions.values()), 0)
 

@@ -89,7 +89,7 @@ class SeparableBlock(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """V2's block: 1x1 up, depthwise 3x3, 1x1 down without ReLU; the sum is taken where it is thin.
+    """V2's block: 1x1 up, depthwise 3x3, 1x1 down without ReLU; the sum joins the thin ends.
 
         y = project_bn(project(relu(depthwise_bn(depthwise(relu(expand_bn(expand(x))))))))
         y + x where the shape stays the same, else y
@@ -138,7 +138,7 @@ class MobileNet(nn.Module):
 
     Attributes:
         width: channels of the stem; the stages have twice, four and eight times as many. The
-            paper's net has 32 (its multiplier is width / 32) and goes on to two more stages.
+            paper's net has 32 (its multiplier is width / 32) and has two more stages.
         stem_stride: stride of the stem; 2, as in the paper, makes every later map a quarter as
             large.
         blocks: separable blocks of each of the three stages.

@@ -105,7 +105,7 @@ def train(
         run.variables,
         step=run.step,
         seed=run.settings["seed"],
-        term_states=_owned(run, stage, plan),  # before the optimizers are taken out
+        term_states=_owned(run, stage, plan),  # before the optimizers leave the run
         opt=_optimizers(run, stage, plan),
         labels=dataset.train_labels,
         stale=_stale(run, stage, plan),
@@ -145,7 +145,7 @@ def train(
 
 
 def _optimizers(run: Run, stage: Stage, plan: Plan) -> dict[str, Any]:
-    """Optimizer states to go on with: the stage's own if interrupted, else the continued one's."""
+    """Optimizer states to start from: the stage's own if interrupted, else the continued one's."""
     found = {}
     for net in plan.learners:
         if run.stage_step:
@@ -184,10 +184,10 @@ def _stale(run: Run, stage: Stage, plan: Plan) -> dict[str, Any]:
 
 
 def _owned(run: Run, stage: Stage, plan: Plan) -> dict[str, dict[str, Any]]:
-    """What terms own and go on with: the stage's own if interrupted, else the continued stage's.
+    """State of loss terms to start from: the stage's own if interrupted, else the continued one's.
 
-    A stage that continues another's optimizer goes on with the adaptors and memories of the terms
-    that have the same label and shapes there; all others start anew.
+    A stage that continues another's optimizer keeps the adaptors and memories of the terms that
+    have the same label and shapes there; all others are initialised.
     """
     found: dict[str, dict[str, Any]] = {}
     for learner in plan.structure.learners:
