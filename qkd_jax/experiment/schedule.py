@@ -208,8 +208,8 @@ def _data_start(name: str, fields: Mapping[str, Any], starts: Mapping[str, int])
         places = ", ".join(f"{net} at step {start}" for net, start in positions.items())
         raise ValueError(
             f"stages.{name} continues schedules that stand at different places ({places}), so the "
-            "order of the data has no one position to continue; let all but one of these nets start "
-            "a new schedule with continues=''."
+            "order of the data has no one position to continue; let all but one of these nets "
+            "start a new schedule with continues=''."
         )
     return next(iter(positions.values()), 0)
 
