@@ -1,11 +1,10 @@
 """Optimizers and schedules: optax transforms over three groups of arrays, numbers as arguments.
 
 The arrays that learn are split by path into three groups: "weights" (kernels, embeddings: with
-decay), "plain" (biases, norms' scales: no decay) and "quant" (what the quantizers learn: own
-learning rate, no decay); what `freeze` names does not learn at all. Every number (rates, decay,
-warm-up, horizon, ...) is a float32 array that enters the compiled step as an argument; only the
-names and the number of milestones are static, so two arms that differ in numbers share one
-compilation.
+decay), "plain" (biases, norms' scales: no decay) and "quant" (parameters of quantizers: own
+learning rate, no decay); layers that `freeze` names do not learn. Every number (rates, decay,
+warm-up, horizon, ...) is a float32 argument of the compiled step; only the names and the number of
+milestones are static, so two arms that differ in numbers share one compilation.
 
 Add an optimizer as a function in OPTIMIZERS, a schedule as one in SCHEDULES.
 """
@@ -27,7 +26,6 @@ from qkd_jax import checks
 from qkd_jax.distillation.terms import in_steps
 
 __all__ = [
-    "GROUPS",
     "OPTIMIZERS",
     "OPTIM_FIELDS",
     "SCHEDULES",
@@ -43,7 +41,6 @@ __all__ = [
 
 Tree = Any
 Hyper = dict[str, Any]
-GROUPS = ("weights", "plain", "quant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,19 +127,28 @@ OPTIM_FIELDS: dict[str, Any] = {
 }
 
 
+# The numbers that an optimizer or a schedule takes beside those that all take.
+_USES: dict[str, tuple[str, ...]] = {
+    "sgd": ("momentum",),
+    "adamw": ("b1", "b2", "eps"),
+    "cosine": ("final",),
+    "step": ("decay_factor",),
+}
+
+
 def plan_optimizer(
-    net: str, fields: Mapping[str, Any], horizon: int
+    name: str, fields: Mapping[str, Any], horizon: int
 ) -> tuple[OptimStructure, dict[str, np.ndarray]]:
     """Checks the fields of `optim.<net>` and splits them into structure and numbers.
 
     Args:
-        net: the net's name, for messages.
+        name: the net's name, for messages.
         fields: some of OPTIM_FIELDS. `lr` must be there; `quant_lr` defaults to `lr`. `warmup` and
             `milestones` are steps, or below 1 fractions of the horizon. `final` is the cosine's
             last factor. `freeze` lists regular expressions; a layer whose whole path matches one
-            keeps its parameters (a BatchNorm goes on with its running statistics). Fields that the
-            chosen optimizer or schedule does not use are allowed, so
-            that one override on the command line can switch it.
+            keeps its parameters (a BatchNorm still updates its running statistics). Fields that
+            the chosen optimizer or schedule does not use are allowed, so that one override on the
+            command line can switch it.
         horizon: length of the schedule in steps; the joint length where stages continue one.
 
     Returns:
@@ -151,20 +157,18 @@ def plan_optimizer(
     Raises:
         ValueError: Unknown field or name, a missing `lr`, a number out of range.
     """
-    where = f"optim.{net}"
+    where = f"optim.{name}"
     for key in fields:
         if key not in OPTIM_FIELDS:
             raise checks.unknown(f"field of {where}", key, OPTIM_FIELDS)
     given = {**OPTIM_FIELDS, **fields}
     checks.one_of(f"{where}.name", given["name"], OPTIMIZERS)
     checks.one_of(f"{where}.schedule", given["schedule"], SCHEDULES)
-    checks.integer_in(f"horizon of {net}", horizon, 1)
+    checks.integer_in(f"horizon of {name}", horizon, 1)
     if given["lr"] is None:
         raise ValueError(f"{where}.lr is missing; give the peak learning rate, such as lr=0.05.")
-    if given["quant_lr"] is None:
-        given["quant_lr"] = given["lr"]
-    if given["clip_norm"] is None:
-        given["clip_norm"] = math.inf
+    for key, default in (("quant_lr", given["lr"]), ("clip_norm", math.inf)):
+        given[key] = default if given[key] is None else given[key]
     for key in ("lr", "quant_lr", "weight_decay"):
         checks.in_range(f"{where}.{key}", given[key], 0.0, 1e6)
     checks.positive(f"{where}.lr", given["lr"])
@@ -179,14 +183,8 @@ def plan_optimizer(
         checks.positive(f"{where}.{key}", given[key])
     checks.in_range(f"{where}.warmup", given["warmup"], 0, horizon)
 
-    by_schedule: dict[str, tuple[str, ...]] = {
-        "constant": (),
-        "cosine": ("final",),
-        "step": ("decay_factor",),
-    }
-    by_optimizer: dict[str, tuple[str, ...]] = {"sgd": ("momentum",), "adamw": ("b1", "b2", "eps")}
     used = ("lr", "quant_lr", "weight_decay", "clip_norm")
-    used += by_optimizer.get(given["name"], ()) + by_schedule.get(given["schedule"], ())
+    used += _USES.get(given["name"], ()) + _USES.get(given["schedule"], ())
     numbers: dict[str, Any] = {key: np.float32(given[key]) for key in used}
     numbers["horizon"] = np.float32(horizon)
     numbers["warmup"] = np.float32(in_steps(given["warmup"], horizon))
@@ -225,7 +223,7 @@ def _patterns(where: str, given: Any) -> tuple[str, ...]:
 
 
 def schedule_factor(structure: OptimStructure, hyper: Hyper, position: jax.Array) -> jax.Array:
-    """Factor of the peak rate for the step at `position` (0 is the first), a float32 scalar.
+    """Returns the factor of the peak rate at a step (0 is the first), a float32 scalar.
 
     Warm-up is linear and gives the first step 1 / warmup of the peak, not zero:
     factor = min(1, (position + 1) / warmup) * schedule(position).
@@ -236,7 +234,7 @@ def schedule_factor(structure: OptimStructure, hyper: Hyper, position: jax.Array
 
 
 def group_of(path: tuple[str, ...], ndim: int) -> str:
-    """Group of one array by its path, whose first part is its collection.
+    """Returns the group of one array by its path, whose first part is its collection.
 
     An attention bias has two axes, so the last name decides first and the rank only for names that
     linen does not use.
@@ -251,7 +249,7 @@ def group_of(path: tuple[str, ...], ndim: int) -> str:
 
 
 def groups(trainable: Tree, freeze: tuple[str, ...] = ()) -> Tree:
-    """Tree of group names with the structure of `trainable` ({"params": ..., "quant": ...})."""
+    """Returns group names in the structure of `trainable` ({"params": ..., "quant": ...})."""
 
     def name(path: tuple[Any, ...], leaf: Any) -> str:
         parts = tuple(str(getattr(p, "key", p)) for p in path)
@@ -263,20 +261,22 @@ def groups(trainable: Tree, freeze: tuple[str, ...] = ()) -> Tree:
 
 
 def frozen_by(freeze: tuple[str, ...], path: tuple[str, ...]) -> list[str]:
-    """Patterns that match the layer of an array, or a module around it; quantizers are its own."""
+    """Returns the patterns that match the layer of an array (or of a quantizer), or a parent."""
     layers = ["/".join(path[1:end]) for end in range(2, len(path))]
     return [p for p in freeze if any(re.fullmatch(p, layer) for layer in layers)]
 
 
-def _transform(structure: OptimStructure, hyper: Hyper, labels: Tree):
+def _transform(
+    structure: OptimStructure, hyper: Hyper, labels: Tree
+) -> optax.GradientTransformation:
     decayed = jax.tree.map(lambda label: label == "weights", labels)
     return OPTIMIZERS[structure.name](structure, hyper, decayed)
 
 
 def init_optimizer(structure: OptimStructure, trainable: Tree) -> dict[str, Any]:
-    """State of an optimizer that starts: {"position": int32 scalar, "inner": optax state}.
+    """Returns an optimizer's initial state: {"position": int32 scalar, "inner": optax state}.
 
-    `position` is the place in the schedule; a stage that continues another carries it on.
+    `position` counts the steps of the schedule; a stage that continues another keeps it.
     """
     # No number of hyper is read by init, so zeros stand in for all of them.
     zeros = dict.fromkeys(("weight_decay", "momentum", "b1", "b2", "eps"), 0.0)
@@ -291,7 +291,7 @@ def update_optimizer(
     state: dict[str, Any],
     trainable: Tree,
 ) -> tuple[Tree, dict[str, Any], dict[str, jax.Array]]:
-    """One update of one net.
+    """Updates one net.
 
     Args:
         structure: static description.

@@ -169,13 +169,13 @@ class StepCache:
     """Compiled steps by structure: stages and arms that differ in numbers share one."""
 
     def __init__(self, *, mode: str = "jit", devices: Sequence[jax.Device] | None = None):
-        """All steps of a cache use one mode and one set of devices; see `compile_step`."""
+        """Takes the mode and the devices of all its steps; see `compile_step`."""
         self.mode = mode
         self.devices = devices
         self._steps: dict[StepStructure, CompiledStep] = {}
 
     def get(self, plan: Plan) -> CompiledStep:
-        """The compiled step of a plan, made at the first request for its structure."""
+        """Returns the compiled step of a plan, built at the first request for its structure."""
         if plan.structure not in self._steps:
             self._steps[plan.structure] = compile_step(
                 make_step(plan.structure), mode=self.mode, devices=self.devices
@@ -184,7 +184,7 @@ class StepCache:
 
     @property
     def traces(self) -> int:
-        """How many traces all steps of the cache have taken together."""
+        """Number of traces of all steps together."""
         return sum(compiled.traces for compiled in self._steps.values())
 
     def __len__(self) -> int:
@@ -193,7 +193,7 @@ class StepCache:
 
 
 def _machine() -> str:
-    """Name of this kind of processor: its architecture and a checksum of its features."""
+    """Returns this processor's architecture and a checksum of its features."""
     features = platform.processor()
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -205,18 +205,18 @@ def _machine() -> str:
 
 
 def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) -> str | None:
-    """Keeps XLA's compiled programs on disk, so that the next process starts warm.
+    """Keeps XLA's compiled programs on disk, for the next process.
 
-    Programs lie in a folder of their own for each kind of processor: one that was compiled for
-    another may die of an illegal instruction, and home directories are shared in clusters.
+    Each kind of processor has a folder of its own: a program that was compiled for another may stop
+    with an illegal instruction, and home directories are shared in clusters.
 
     Args:
         directory: where; by default JAX_COMPILATION_CACHE_DIR, else qkd_jax/xla under
             XDG_CACHE_HOME or ~/.cache.
 
     Returns:
-        The folder in use, or None (with a warning) where it cannot be written: a run never fails
-        for want of a cache.
+        The folder in use, or None (with a warning) if it cannot be written: a run does not fail
+        because of its cache.
 
     Note:
         jaxlib 0.10 prints an error on CPU for every program that it loads ("+prefer-no-gather is
@@ -231,13 +231,13 @@ def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) ->
     path = pathlib.Path(directory).expanduser() / _machine()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # A file is really written: permission bits say nothing about a full or read-only disk.
+        # Writing is the test: permission bits say nothing about a full or read-only disk.
         probe = path / f".writable-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
         warnings.warn(
-            f"the compilation cache {path} cannot be written ({error}); this run compiles anew.",
+            f"the compilation cache {path} cannot be written ({error}); this run compiles all.",
             stacklevel=2,
         )
         return None
