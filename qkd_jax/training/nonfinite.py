@@ -6,6 +6,7 @@ so it may be slow: nets run eagerly, layer by layer in execution order.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from qkd_jax.distillation.forward import forward
 from qkd_jax.distillation.terms import term_numbers
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.interception import ROUNDING
-from qkd_jax.training.objective import Batch, adaptor_params, total_loss
+from qkd_jax.training.objective import Batch, gradients
 from qkd_jax.training.plan import Learner, Plan
 from qkd_jax.training.state import TrainState, split, step_key
 from qkd_jax.trees import find
@@ -80,18 +81,9 @@ def locate_nonfinite(
         located, _ = _run(plan.name_of(slot), net, frozen[slot], batch["image"])
         if located:
             return located
-    parts = {slot: split(variables) for slot, variables in state.nets.items()}
-    learned = {slot: part[0] for slot, part in parts.items()}
-    carried = {slot: part[1] for slot, part in parts.items()}
-
-    def objective(learned: dict[str, Any], adaptors: dict[str, Any]) -> tuple[jax.Array, Any]:
-        loss, (_, term_states, sums) = total_loss(
-            structure, learned, carried, state, batch, frozen, adaptors=adaptors
-        )
-        return loss, (sums, term_states)
-
-    differentiate = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
-    (_, (sums, term_states)), (grads, of_adaptors) = differentiate(learned, adaptor_params(state))
+    (_, (_, term_states, sums)), (grads, of_adaptors) = jax.jit(
+        functools.partial(gradients, structure)
+    )(state, batch, frozen)
     for learner in structure.learners:
         after = term_states.get(learner.slot, {})
         if located := _bad_term(plan, learner, state, after, sums[learner.slot]):
@@ -106,7 +98,7 @@ def locate_nonfinite(
                 what = f"gradient of the adaptor of loss {plan.labels[slot][term]!r} is not finite"
                 return NonFinite(plan.name_of(slot), "", what)
     for learner in structure.learners:
-        if leaf := _bad_leaf(learned[learner.slot], ()):
+        if leaf := _bad_leaf(split(state.nets[learner.slot])[0], ()):
             layer = leaf.split("/", 1)[1]
             what = f"variable {leaf} is not finite"
             return NonFinite(plan.name_of(learner.slot), layer, what)

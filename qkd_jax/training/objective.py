@@ -24,9 +24,9 @@ from qkd_jax.losses import TABLE
 from qkd_jax.quantize.interception import ROUNDING
 from qkd_jax.training import hygiene
 from qkd_jax.training.plan import Learner, StepStructure, cached_key
-from qkd_jax.training.state import TrainState, join, step_key
+from qkd_jax.training.state import TrainState, join, split, step_key
 
-__all__ = ["Batch", "Metrics", "adaptor_params", "total_loss"]
+__all__ = ["Batch", "Metrics", "adaptor_params", "gradients", "total_loss"]
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Any]
@@ -52,6 +52,35 @@ class _Outputs(NamedTuple):
         if source in self.stale and source != learner.slot:
             outputs = self.stale[source]
         return jax.lax.stop_gradient(outputs)
+
+
+def gradients(
+    structure: StepStructure,
+    state: TrainState,
+    batch: Batch,
+    frozen: Mapping[str, Any],
+    *,
+    axis_name: str | None = None,
+) -> tuple[tuple[jax.Array, Any], tuple[dict[str, Any], dict[str, Any]]]:
+    """Returns (what `total_loss` returns, ({slot: gradient}, {slot: {term: its adaptor's}}))."""
+    parts = {slot: split(variables) for slot, variables in state.nets.items()}
+    learned = {slot: part[0] for slot, part in parts.items()}
+    carried = {slot: part[1] for slot, part in parts.items()}
+
+    def objective(learned: dict[str, Any], adaptors: dict[str, Any]) -> tuple[jax.Array, Any]:
+        return total_loss(
+            structure,
+            learned,
+            carried,
+            state,
+            batch,
+            frozen,
+            adaptors=adaptors,
+            axis_name=axis_name,
+        )
+
+    differentiate = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+    return differentiate(learned, adaptor_params(state))
 
 
 def total_loss(

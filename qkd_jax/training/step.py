@@ -30,7 +30,7 @@ from qkd_jax.losses import TABLE
 from qkd_jax.metrics import classification
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.training import hygiene, optim
-from qkd_jax.training.objective import Batch, Metrics, adaptor_params, total_loss
+from qkd_jax.training.objective import Batch, Metrics, gradients
 from qkd_jax.training.plan import Learner, Plan, StepStructure
 from qkd_jax.training.state import TrainState, join, split
 
@@ -66,25 +66,8 @@ def make_step(structure: StepStructure) -> Step:
         state = refresh_stale(structure, state)
 
         # 2. Loss and gradients.
-        parts = {slot: split(variables) for slot, variables in state.nets.items()}
-        learned = {slot: part[0] for slot, part in parts.items()}
-        carried = {slot: part[1] for slot, part in parts.items()}
-
-        def objective(learned: dict[str, Any], adaptors: dict[str, Any]) -> tuple[jax.Array, Any]:
-            return total_loss(
-                structure,
-                learned,
-                carried,
-                state,
-                batch,
-                frozen,
-                adaptors=adaptors,
-                axis_name=axis_name,
-            )
-
-        differentiate = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
-        (loss, (updated, terms, metrics)), (grads, adaptor_grads) = differentiate(
-            learned, adaptor_params(state)
+        (loss, (updated, terms, metrics)), (grads, adaptor_grads) = gradients(
+            structure, state, batch, frozen, axis_name=axis_name
         )
 
         # 3. Sums over devices.
@@ -101,7 +84,7 @@ def make_step(structure: StepStructure) -> Step:
         nets, opt = {}, {}
         for learner in structure.learners:
             slot = learner.slot
-            new, opt[slot], rates = _update_net(learner, state, grads[slot], learned[slot])
+            new, opt[slot], rates = _update_net(learner, state, grads[slot])
             nets[slot] = join(new, updated[slot])
             metrics[slot] = {**metrics[slot], **rates}
             # The norm is finite only if every gradient is: one number stands for all of them.
@@ -148,10 +131,11 @@ def refresh_stale(structure: StepStructure, state: TrainState) -> TrainState:
 
 
 def _update_net(
-    learner: Learner, state: TrainState, grads: Any, learned: Any
+    learner: Learner, state: TrainState, grads: Any
 ) -> tuple[Any, dict[str, Any], dict[str, jax.Array]]:
     """Updates a net: (what learns, state of the optimizer and of hygiene, rates and shares)."""
     hyper, opt = state.hyper[learner.slot], state.opt[learner.slot]
+    learned, _ = split(state.nets[learner.slot])
     new, new_opt, rates = optim.update_optimizer(learner.optim, hyper["optim"], grads, opt, learned)
     if learner.hygiene is None:
         return new, new_opt, rates
