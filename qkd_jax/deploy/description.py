@@ -1,4 +1,4 @@
-"""How an image becomes a model's input, and what its classes are called."""
+"""The preprocessing of a model's images, and the names of its classes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from qkd_jax import checks
 
 __all__ = ["Description"]
 
-LARGEST = 1 << 26  # numbers of an image: a damaged file is not to take all memory
+LARGEST = 1 << 26  # numbers of an image, so that a damaged file cannot exhaust the memory
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """How images become a net's input, and what its logits mean.
+    """Preprocessing of a net's images, and the meaning of its logits.
 
         input = image / 255 * gain + offset, with gain = 1 / std and offset = -mean / std
 

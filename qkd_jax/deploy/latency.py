@@ -64,8 +64,8 @@ def latency(
 
 def _call(engine: Any, images: Any) -> Callable[[], Any]:
     if hasattr(engine, "get_inputs"):
-        (wanted,) = engine.get_inputs()
-        feed = {wanted.name: channels_first(images)}
+        (given,) = engine.get_inputs()
+        feed = {given.name: channels_first(images)}
         return lambda: engine.run(None, feed)
     held = jax.numpy.asarray(images)
     return lambda: jax.block_until_ready(engine(held))

@@ -81,16 +81,16 @@ def open_predictor(
 
 
 def _net_folder(run: Path, net: str) -> Path:
-    found = sorted(p.parent.name for p in (run / "model").glob(f"*/{JSON}"))
-    if not found:
+    nets = sorted(p.parent.name for p in (run / "model").glob(f"*/{JSON}"))
+    if not nets:
         raise ValueError(
             f"{run} has no exported model; run: python launch.py --mode=export --workdir={run}"
         )
-    if not net and len(found) > 1:
-        raise ValueError(f"{run} has the nets {', '.join(found)}; name one with --net.")
-    if net and net not in found:
-        raise checks.unknown("net", net, found)
-    return run / "model" / (net or found[0])
+    if not net and len(nets) > 1:
+        raise ValueError(f"{run} has the nets {', '.join(nets)}; name one with --net.")
+    if net and net not in nets:
+        raise checks.unknown("net", net, nets)
+    return run / "model" / (net or nets[0])
 
 
 def _jax(path: Path) -> Predictor:
@@ -101,16 +101,16 @@ def _jax(path: Path) -> Predictor:
             "qkd_jax.deploy.save(..., description=qkd_jax.deploy.Description(...))."
         )
     shape = (1, *description.image_shape)
-    given = [(0, *a.shape[1:]) for a in integer.program.signature]
-    if given != [(0, *shape[1:])]:
-        raise ValueError(f"{path / JSON} has images {shape[1:]} for a model of {given}.")
+    inputs = [(0, *a.shape[1:]) for a in integer.program.signature]
+    if inputs != [(0, *shape[1:])]:
+        raise ValueError(f"{path / JSON} has images {shape[1:]} for a model of {inputs}.")
     return Predictor(
         path, "jax", description, lambda images: np.asarray(_single(integer_apply(integer, images)))
     )
 
 
 def _single(output: Any) -> Any:
-    """The one array that a model returns."""
+    """Returns the one array that a model returns."""
     leaves = jax.tree.leaves(output)
     if len(leaves) != 1:
         raise ValueError(f"the model returns {len(leaves)} arrays; a classifier returns one.")
@@ -162,10 +162,10 @@ def predict(
     """
     checks.integer_in("top", top, 1)
     description, names = predictor.description, predictor.description.classes
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for start in range(0, len(paths), BATCH):
-        given = [os.fspath(path) for path in paths[start : start + BATCH]]
-        batch = np.stack([description.read_image(path) for path in given])
+        files = [os.fspath(path) for path in paths[start : start + BATCH]]
+        batch = np.stack([description.read_image(path) for path in files])
         logits = np.asarray(predictor.logits(description.normalize(batch)), np.float64)
         if logits.ndim != 2 or len(logits) != len(batch):
             raise ValueError(
@@ -176,7 +176,7 @@ def predict(
             raise ValueError(
                 f"{predictor.path} has {logits.shape[1]} logits and {len(names)} names of classes."
             )
-        for path, row in zip(given, logits, strict=True):
+        for path, row in zip(files, logits, strict=True):
             if not np.isfinite(row).all():
                 raise ValueError(
                     f"{predictor.path} gives logits that are not finite for {path}: {row}; the "
@@ -184,7 +184,7 @@ def predict(
                 )
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
-        for path, row in zip(given, shares, strict=True):
+        for path, row in zip(files, shares, strict=True):
             best = np.argsort(-row, kind="stable")[:top]
             predictions = [
                 {
@@ -194,8 +194,8 @@ def predict(
                 }
                 for i in best
             ]
-            found.append({"image": path, "predictions": predictions})
-    return found
+            results.append({"image": path, "predictions": predictions})
+    return results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -214,18 +214,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         predictor = open_predictor(given.model, engine=given.engine, net=given.net)
-        found = predict(predictor, given.images, top=given.top)
+        results = predict(predictor, given.images, top=given.top)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if given.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(results, indent=1))
         return 0
-    for entry in found:
-        said = ", ".join(
+    for entry in results:
+        classes = ", ".join(
             f"{p['class']} {100 * p['probability']:.2f} %" for p in entry["predictions"]
         )
-        print(f"{entry['image']}: {said}")
+        print(f"{entry['image']}: {classes}")
     return 0
 
 

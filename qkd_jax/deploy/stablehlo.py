@@ -126,7 +126,7 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., Any]:
         raise damaged(path, f"its SHA-256 is not that of {_card(path).name}", REPAIR)
     try:
         return export.deserialize(bytearray(data)).call
-    except Exception as error:  # flatbuffers and MLIR have no common word for it
+    except Exception as error:  # flatbuffers and MLIR share no exception type
         raise ValueError(
             f"{path} was written by jax {writer} and cannot be read by jax {jax.__version__}; "
             f"{REPAIR} with this one, or use model.safetensors."

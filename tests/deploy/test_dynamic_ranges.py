@@ -1,4 +1,4 @@
-"""Ranges that are found at run time: the integer net has the codes of the fake-quantized one."""
+"""Dynamic ranges: the integer net has the codes of the fake-quantized one."""
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ WEIGHT = Spec(8, granularity="channel")
 
 
 def found(granularity, bits=8, **more):
-    """A spec whose range is found at run time."""
+    """Returns a spec with a dynamic range."""
     return Spec(bits, dynamic=True, granularity=granularity, **more)
 
 

@@ -22,7 +22,7 @@ MAX_SHIFT = 30
 def decompose(factor: Any) -> tuple[np.ndarray, np.ndarray]:
     """Returns (m0, exponent), int32, with factor = m0 * 2^(exponent - 31) to 31 bits.
 
-    |m0| lies in [2^30, 2^31), or is 0 where the factor is 0 or would be shifted out of sight.
+    |m0| lies in [2^30, 2^31), or is 0 where the factor is 0 or the shift leaves no bit of it.
     """
     mantissa, exponent = np.frexp(np.asarray(factor, np.float64))
     m0 = np.rint(mantissa * 2.0**31).astype(np.int64)
@@ -68,7 +68,7 @@ def rescale(x: jax.Array, m0: jax.Array, exponent: jax.Array) -> jax.Array:
 
 
 def table(x: jax.Array, thresholds: jax.Array, sign: jax.Array | None) -> jax.Array:
-    """How many thresholds x has reached, int32.
+    """Counts the thresholds that x has reached, int32.
 
     Args:
         x: int32.

@@ -10,13 +10,13 @@ follows a program's values in this form and writes each quantizer as
 - `Rescale`: fixed-point factors multiplier_i / scale to `shift` fraction bits, their sum, and one
   rounding shift. It differs from float arithmetic where a value lies within about 2^-shift steps of
   the boundary between two codes; or
-- `Table`: the integers at which the code rises, by channel, found with the quantizer itself. Exact
-  for any monotone quantizer; small for grids of few codes (Umuroglu et al., 2016, arXiv
+- `Table`: the integers at which the code rises, by channel, searched with the quantizer itself.
+  Exact for any monotone quantizer; small for grids of few codes (Umuroglu et al., 2016, arXiv
   1612.07119).
 
 What is pooled, or summed again, off the grids becomes integers first: fixed point with one unit for
 the whole tensor and `GROUND` bits, also a `Rescale`. Everything else (a product of two activations,
-a softmax) is refused, with the place and the rule to add.
+a softmax) is refused, with the module and the rule to add.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class _Rewriter:
             f"integer_only: {node.describe()} stays in float: {why}. Give what it reads a grid: an "
             "`output` spec on the module that makes it, such as "
             f"Rule({node.scope or 'head'!r}, output=Spec(8)), or train with the preset "
-            "'w8a8:integer', which finds these places."
+            "'w8a8:integer', which puts grids there."
         )
 
     def quantize(self, step: Quantize) -> None:
@@ -232,7 +232,7 @@ class _Rewriter:
 
         levels = np.arange(ends[0] + 1, ends[1] + 1).reshape(-1, *(1,) * len(shape))
         # Invariant: the code is below the level at `low` and at least the level at `high`. At first
-        # these lie one beyond the sums that occur, on either side: no code is taken there.
+        # these lie one beyond the sums that occur, on either side, where no code is computed.
         low = np.full((len(levels), *shape), -bound - 1, np.int64)
         high = np.full((len(levels), *shape), bound + 1, np.int64)
         while np.any(high - low > 1):
@@ -421,7 +421,7 @@ class _Rewriter:
         if largest >= LIMIT:
             raise ValueError(
                 f"integer_only: a sum in {node.scope or 'the root module'!r} can reach "
-                f"{largest:,}, beyond int32; pool fewer places or use fewer bits."
+                f"{largest:,}, beyond int32; pool fewer values or use fewer bits."
             )
         shape = self.shape(node.outputs[0])
         return Linear.of(self.step(node, value), multiplier, largest, shape)

@@ -1,6 +1,6 @@
 """Storing codes of 1 to 16 bits: several to a byte below 5 bits, one to an int8 or int16 above.
 
-A code is stored as its place among the codes that can occur: field = (code - qmin) / stride, never
+A code is stored as its index among the codes that can occur: field = (code - qmin) / stride, never
 negative. The stride is 2 where only every other code is used (binary weights are -1 and 1, DoReFa's
 are odd), so that b bits of information take b bits. Fields lie one after another, in the low bits
 first; three bits fill three bytes with eight codes.
@@ -73,16 +73,16 @@ def pack(codes: np.ndarray, format: IntFormat, stride: int = 1) -> np.ndarray:
 def unpack(
     packed: jax.Array, shape: tuple[int, ...], format: IntFormat, stride: int = 1
 ) -> jax.Array:
-    """Returns codes as `pack` got them: int8, or the format's own type above 4 bits."""
+    """Inverts `pack`; returns codes as int8, or the format's own type above 4 bits."""
     field, size = field_bits(format, stride), math.prod(shape)
     if field >= 8:
         return jnp.reshape(packed, shape)
     if field == 3:
-        places = jnp.arange(8, dtype=jnp.uint8)[None, :]
-        bits = ((packed[:, None] >> places) & jnp.uint8(1)).reshape(-1)[: 3 * size].reshape(-1, 3)
+        shifts = jnp.arange(8, dtype=jnp.uint8)[None, :]
+        bits = ((packed[:, None] >> shifts) & jnp.uint8(1)).reshape(-1)[: 3 * size].reshape(-1, 3)
         fields = bits[:, 0] | (bits[:, 1] << jnp.uint8(1)) | (bits[:, 2] << jnp.uint8(2))
     else:
-        places = jnp.arange(8 // field, dtype=jnp.uint8)[None, :] * jnp.uint8(field)
-        fields = ((packed[:, None] >> places) & jnp.uint8(2**field - 1)).reshape(-1)[:size]
+        shifts = jnp.arange(8 // field, dtype=jnp.uint8)[None, :] * jnp.uint8(field)
+        fields = ((packed[:, None] >> shifts) & jnp.uint8(2**field - 1)).reshape(-1)[:size]
     codes = fields.astype(jnp.int8) * jnp.int8(stride)
     return (codes + jnp.int8(format.qmin)).reshape(shape)

@@ -14,13 +14,23 @@ from typing import Any
 
 import numpy as np
 
+from qkd_jax.deploy.integer.program import (
+    Decode,
+    Encode,
+    Multiply,
+    Program,
+    Rescale,
+    Table,
+    Unpack,
+    unique_name,
+)
 from qkd_jax.graph import NUMPY
 
 __all__ = ["convolve", "dot", "high_multiply", "rescale", "rounding_shift", "run", "unpack"]
 
 
 def run(
-    program: Any, arrays: Mapping[str, Any], images: Any
+    program: Program, arrays: Mapping[str, Any], images: Any
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Runs an integer-only program.
 
@@ -32,59 +42,50 @@ def run(
     Returns:
         (the net's output, codes of every quantized activation by name, int32).
     """
-    given: dict[str, np.ndarray] = {k: np.asarray(a) for k, a in arrays.items()}
+    stored: dict[str, np.ndarray] = {k: np.asarray(a) for k, a in arrays.items()}
     (entry,) = program.inputs
     env: dict[int, np.ndarray] = dict(program.numbers)
-    env.update((v, given[key]) for v, key in program.arrays.items())
+    env.update((v, stored[key]) for v, key in program.arrays.items())
     env[entry] = np.asarray(images)
     batch = len(env[entry])
     captured: dict[str, np.ndarray] = {}
     for step in program.steps:
-        kind = type(step).__name__
-        if kind == "Encode":
-            scale, zero_point = given[step.scale], given[step.zero_point]
-            codes = np.rint(env[step.input] * (np.float32(1) / scale))
-            codes = np.clip(codes, step.lo, step.hi).astype(np.int32)
-            _keep(captured, step.name, codes + zero_point.astype(np.int32))
-            env[step.codes] = codes
-        elif kind == "Unpack":
-            codes = unpack(given[step.key], step.shape, step.format, step.stride)
+        if isinstance(step, Unpack):
+            codes = unpack(stored[step.key], step.shape, step.format, step.stride)
             if step.zero_point is not None:
-                codes = codes - given[step.zero_point].astype(np.int32)
+                codes = codes - stored[step.zero_point].astype(np.int32)
             env[step.codes] = codes
-        elif kind == "Multiply":
+        elif isinstance(step, Multiply):
             lhs, rhs = (env[v] for v in step.inputs)
-            product = convolve if step.node.op == "conv_general_dilated" else dot
-            env[step.output] = product(lhs, rhs, step.node.params)
-        elif kind == "Rescale":
-            total = given[step.bias]
-            for value, m0, exponent in step.terms:
-                total = total + rescale(env[value], given[m0], given[exponent])
-            codes = np.clip(rounding_shift(total, step.shift), step.lo, step.hi)
+            contract = convolve if step.node.op == "conv_general_dilated" else dot
+            env[step.output] = contract(lhs, rhs, step.node.params)
+        elif isinstance(step, Encode | Rescale | Table):
+            env[step.codes] = _codes(step, env, stored)
             if step.zero_point:
-                _keep(captured, step.name, codes + given[step.zero_point].astype(np.int32))
-            env[step.codes] = codes
-        elif kind == "Table":
-            x = env[step.input] if step.sign is None else env[step.input] * given[step.sign]
-            codes = sum((x >= t).astype(np.int32) for t in given[step.thresholds]) + step.lo
-            _keep(captured, step.name, codes + given[step.zero_point].astype(np.int32))
-            env[step.codes] = codes
-        elif kind == "Decode":
-            env[step.output] = env[step.codes].astype(np.float32) * given[step.scale]
+                codes = env[step.codes] + stored[step.zero_point].astype(np.int32)
+                captured[unique_name(captured, step.name)] = codes.astype(np.int32)
+        elif isinstance(step, Decode):
+            env[step.output] = env[step.codes].astype(np.float32) * stored[step.scale]
         else:
             values = [env[v] for v in step.inputs]
             params = {k: _sized(v, program.batch, batch) for k, v in step.params.items()}
-            results = MOVES[step.op](params, *values)
-            env[step.outputs[0]] = np.asarray(results)
+            env[step.outputs[0]] = np.asarray(MOVES[step.op](params, *values))
     return env[program.outputs[0]], captured
 
 
-def _keep(captured: dict[str, np.ndarray], name: str, codes: np.ndarray) -> None:
-    count, unique = 1, name
-    while unique in captured:
-        count += 1
-        unique = f"{name}#{count}"
-    captured[unique] = codes.astype(np.int32)
+def _codes(
+    step: Encode | Rescale | Table, env: Mapping[int, np.ndarray], stored: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    if isinstance(step, Encode):
+        codes = np.rint(env[step.input] * (np.float32(1) / stored[step.scale]))
+        return np.clip(codes, step.lo, step.hi).astype(np.int32)
+    if isinstance(step, Table):
+        x = env[step.input] if step.sign is None else env[step.input] * stored[step.sign]
+        return np.asarray(sum((x >= t).astype(np.int32) for t in stored[step.thresholds])) + step.lo
+    total = stored[step.bias]
+    for value, m0, exponent in step.terms:
+        total = total + rescale(env[value], stored[m0], stored[exponent])
+    return np.clip(rounding_shift(total, step.shift), step.lo, step.hi)
 
 
 def high_multiply(x: np.ndarray, m0: np.ndarray) -> np.ndarray:
@@ -151,8 +152,8 @@ def convolve(lhs: np.ndarray, rhs: np.ndarray, params: Mapping[str, Any]) -> np.
     x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
     w = w.reshape(groups, -1, *w.shape[1:])
     out = np.zeros((x.shape[0], groups, w.shape[1], *sizes), np.int32)
-    for at, places in slices.items():
-        out += np.einsum("ngi...,goi->ngo...", x[(..., *places)], w[(slice(None),) * 3 + at])
+    for at, window in slices.items():
+        out += np.einsum("ngi...,goi->ngo...", x[(..., *window)], w[(slice(None),) * 3 + at])
     out = out.reshape(out.shape[0], -1, *sizes)
     return out.transpose(np.argsort(numbers.out_spec))
 
@@ -160,7 +161,7 @@ def convolve(lhs: np.ndarray, rhs: np.ndarray, params: Mapping[str, Any]) -> np.
 def _windows(
     shape: Sequence[int], window: Sequence[int], strides: Sequence[int], dilation: Sequence[int]
 ) -> tuple[list[int], dict[tuple[int, ...], tuple[slice, ...]]]:
-    """Returns the sizes of the output, and what each place of the window reads for all of it."""
+    """Returns the output's sizes, and for each tap of the window the slices that it reads."""
     axes = list(zip(shape, window, strides, dilation, strict=True))
     sizes = [(n - (k - 1) * d - 1) // s + 1 for n, k, s, d in axes]
     slices = {
@@ -196,8 +197,8 @@ def _pool(params: Mapping[str, Any], x: np.ndarray, fill: int, combine: Any) -> 
     window, strides = params["window_dimensions"], params["window_strides"]
     sizes, slices = _windows(x.shape, window, strides, params["window_dilation"])
     out = np.full(sizes, fill, x.dtype)
-    for places in slices.values():
-        out = combine(out, x[places])
+    for reads in slices.values():
+        out = combine(out, x[reads])
     return out
 
 

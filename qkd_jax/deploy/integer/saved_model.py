@@ -1,8 +1,8 @@
 """An integer model as two files: `model.safetensors` (arrays) and `model.json` (everything else).
 
 `model.json` holds the version of the format, the program as an explicit list of steps (`serial`),
-names, shapes and places of the arrays, and, if given, preprocessing and class names. Nothing in it
-is code, and neither file needs the model's Python source. Arrays below `ALONE` bytes travel
+names, shapes and positions of the arrays, and, if given, preprocessing and class names. Nothing in
+it is code, and neither file needs the model's Python source. Arrays below `ALONE` bytes travel
 together, one tensor for each dtype, since a tensor's entry in the header takes more room than a
 quantizer's step.
 
@@ -56,7 +56,7 @@ def save(
 
     Args:
         integer: from `convert`.
-        folder: made if it is not there; files of an earlier export are replaced.
+        folder: created if it does not exist; files of an earlier export are replaced.
         description: preprocessing and class names, for `deploy.predict`.
 
     Returns:
@@ -66,14 +66,14 @@ def save(
         ValueError: the program has an operation or a value that a file cannot hold.
     """
     arrays = {name: np.asarray(a) for name, a in integer.arrays.items()}
-    tensors, places = _join(arrays)
+    tensors, entries = _join(arrays)
     body = {
         "format": FORMAT,
         "version": VERSION,
         "written_by": {name: importlib.metadata.version(name) for name in ("jax", "numpy")},
         "description": None if description is None else description.to_json(),
         "outputs": [_signature(a) for a in _shapes(integer.program, arrays)],
-        "arrays": places,
+        "arrays": entries,
         "program": encode(integer.program),
     }
     data = safetensors_bytes(tensors, {"json": _digest(body)})
@@ -122,9 +122,9 @@ def describe(folder: str | os.PathLike[str]) -> Description | None:
     Raises:
         ValueError: there is no `model.json`, or it is damaged.
     """
-    given = _read(Path(folder))["description"]
+    data = _read(Path(folder))["description"]
     try:
-        return None if given is None else Description.from_json(given)
+        return None if data is None else Description.from_json(data)
     except ValueError as error:
         raise damaged(Path(folder) / JSON, str(error).rstrip("."), REPAIR) from error
 
@@ -178,46 +178,46 @@ def _join(
     arrays: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
     """Returns (tensors, {array: {"dtype", "shape", "tensor", "start"}})."""
-    tensors, places = {}, {}
+    tensors, entries = {}, {}
     small: dict[str, list[np.ndarray]] = {}
     for name, array in sorted(arrays.items()):
-        place: dict[str, Any] = {"dtype": array.dtype.name, "shape": list(array.shape)}
+        entry: dict[str, Any] = {"dtype": array.dtype.name, "shape": list(array.shape)}
         if array.nbytes >= ALONE:
             tensors[f"array:{name}"] = array
-            place["tensor"] = f"array:{name}"
+            entry["tensor"] = f"array:{name}"
         else:
             joined = small.setdefault(array.dtype.name, [])
-            place |= {"tensor": array.dtype.name, "start": sum(a.size for a in joined)}
+            entry |= {"tensor": array.dtype.name, "start": sum(a.size for a in joined)}
             joined.append(array.reshape(-1))
-        places[name] = place
-    return {**tensors, **{name: np.concatenate(parts) for name, parts in small.items()}}, places
+        entries[name] = entry
+    return {**tensors, **{name: np.concatenate(parts) for name, parts in small.items()}}, entries
 
 
-def _split(tensors: Mapping[str, np.ndarray], places: Any) -> dict[str, np.ndarray]:
+def _split(tensors: Mapping[str, np.ndarray], entries: Any) -> dict[str, np.ndarray]:
     """Inverts `_join`; every element must belong to exactly one array."""
-    if not isinstance(places, dict):
-        raise ValueError(f"arrays is {places!r:.80}")
-    arrays, taken = {}, dict.fromkeys(tensors, 0)
-    for name, place in places.items():
-        if not isinstance(place, dict) or set(place) - {"start"} != {"dtype", "shape", "tensor"}:
-            raise ValueError(f"the place of array {name!r} is {place!r:.80}")
-        tensor, start, shape = place["tensor"], place.get("start", 0), place["shape"]
+    if not isinstance(entries, dict):
+        raise ValueError(f"arrays is {entries!r:.80}")
+    arrays, used = {}, dict.fromkeys(tensors, 0)
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or set(entry) - {"start"} != {"dtype", "shape", "tensor"}:
+            raise ValueError(f"the entry of array {name!r} is {entry!r:.80}")
+        tensor, start, shape = entry["tensor"], entry.get("start", 0), entry["shape"]
         if not isinstance(tensor, str) or tensor not in tensors:
             raise ValueError(f"array {name!r} lies in {tensor!r:.80}, which is not there")
         sizes = shape if isinstance(shape, list) else [None]
         if not all(isinstance(n, int) and not isinstance(n, bool) for n in [start, *sizes]):
             raise ValueError(f"array {name!r} has shape {shape!r:.80} from {start!r:.80}")
         whole, size = tensors[tensor], math.prod(sizes)
-        fits = whole.dtype == dtype_of(place["dtype"]) and min([0, *sizes]) >= 0
-        fits = fits and start == taken[tensor] and start + size <= whole.size
-        if not fits or ("start" not in place and list(whole.shape) != sizes):
+        fits = whole.dtype == dtype_of(entry["dtype"]) and min([0, *sizes]) >= 0
+        fits = fits and start == used[tensor] and start + size <= whole.size
+        if not fits or ("start" not in entry and list(whole.shape) != sizes):
             raise ValueError(
-                f"array {name!r} is {place['dtype']} {sizes} from {start}, and tensor {tensor!r} "
+                f"array {name!r} is {entry['dtype']} {sizes} from {start}, and tensor {tensor!r} "
                 f"is {whole.dtype} {list(whole.shape)}"
             )
         arrays[name] = whole.reshape(-1)[start : start + size].reshape(sizes)
-        taken[tensor] += size
-    left = [name for name, tensor in tensors.items() if taken[name] != tensor.size]
+        used[tensor] += size
+    left = [name for name, tensor in tensors.items() if used[name] != tensor.size]
     if left:
         raise ValueError(f"tensor {left[0]!r} has elements of no array")
     return arrays
@@ -236,13 +236,13 @@ def _shapes(program: Program, arrays: Mapping[str, np.ndarray]) -> list[Any]:
     """
     for step in program.steps:
         if isinstance(step, Unpack) and step.key in arrays:
-            array, wanted = arrays[step.key], packed_bytes(step.shape, step.format, step.stride)
-            packed = array.dtype == np.uint8 and array.shape == (wanted,)
+            array, size = arrays[step.key], packed_bytes(step.shape, step.format, step.stride)
+            packed = array.dtype == np.uint8 and array.shape == (size,)
             plain = array.dtype == step.format.storage and array.shape == step.shape
-            if not (packed or plain) or array.nbytes != wanted:
+            if not (packed or plain) or array.nbytes != size:
                 raise ValueError(
                     f"the weight {step.key!r} is {array.dtype} {array.shape}, and "
-                    f"{step.format.name} {step.shape} takes {wanted:,} bytes"
+                    f"{step.format.name} {step.shape} takes {size:,} bytes"
                 )
     # Numbers go in as arguments, so that nothing is computed from them here.
     numbers = {f"number {v}": number for v, number in program.numbers.items()}
@@ -254,11 +254,11 @@ def _shapes(program: Program, arrays: Mapping[str, np.ndarray]) -> list[Any]:
     ]
     try:
         closed = jax.make_jaxpr(
-            lambda given, images: inspect.unwrap(run)(
-                IntegerModel(given, traced), images, False, "int32"
+            lambda arrays, images: inspect.unwrap(run)(
+                IntegerModel(arrays, traced), images, False, "int32"
             )
         )({**arrays, **numbers}, inputs)
-    except Exception as error:  # JAX has many words for a program that does not fit together
+    except Exception as error:  # of many types
         lines = str(error).splitlines()
         raise ValueError(
             f"its program does not fit together: {lines[0] if lines else type(error).__name__}"

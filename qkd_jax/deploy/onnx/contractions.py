@@ -1,4 +1,4 @@
-"""Convolutions and matrix products in ONNX, with biases and BatchNorm's constants drawn in."""
+"""Convolutions and matrix products in ONNX, with the biases and BatchNorm constants fused in."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ def _conv(
         attributes["pads"] = [pair[i] for i in (0, 1) for pair in params["padding"]]
     inputs = [x.name, weight.add_input(export, node, kernel, 1 if stretched else 0)]
     op = "ConvTranspose" if stretched else "ConvInteger" if weight.on_codes else "Conv"
-    drawn_in = bias is not None and weight.flip is None and not weight.coarse
-    if drawn_in:
+    fused = bias is not None and weight.flip is None and not weight.coarse
+    if fused:
         channels = kernel.shape[1] if stretched else len(kernel)
         vector = np.broadcast_to(bias.reshape(-1), (channels,)).astype(np.float32)
         inputs.append(export.writer.constant(vector, f"{node.scope}/bias"))
@@ -128,7 +128,7 @@ def _conv(
     if weight.flip is not None:
         signs = export.writer.constant(export.writer.like(weight.flip, out), "signs")
         name = export.add("Mul", [name, signs], node)
-    if bias is not None and not drawn_in:
+    if bias is not None and not fused:
         added = export.writer.constant(export.writer.like(bias, out), f"{node.scope}/bias")
         name = export.add("Add", [name, added], node)
     return dataclasses.replace(out, name=name)
@@ -234,7 +234,7 @@ def _matmul(
             signs = export.writer.constant(flat(weight.flip), "signs")
             name = export.add("Mul", [name, signs], node)
         if vector is not None:
-            # ONNX Runtime draws an Add back into a Gemm, and then rounds it; not a Sub.
+            # ONNX Runtime fuses an Add back into a Gemm, and then rounds it; not a Sub.
             op, sign = ("Sub", -1) if weight.coarse else ("Add", 1)
             stored = export.writer.constant(sign * vector.astype(np.float32), f"{node.scope}/bias")
             name = export.add(op, [name, stored], node)

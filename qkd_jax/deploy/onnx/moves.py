@@ -79,11 +79,11 @@ def _broadcast(export: Export, node: Node, x: Tensor) -> Tensor:
             perm.insert(perm.index(axis - 1) + 1 if axis else 0, axis)
         at = sorted(perm.index(a) for a in new)
         name = export.add("Unsqueeze", [name, export.writer.shape_constant(at, "axes")], node)
-    wanted = [shape[a] if old.get(a, 1) != shape[a] else 1 for a in perm]
-    if any(n != 1 for n in wanted):
-        if -1 in wanted:
+    repeats = [shape[a] if old.get(a, 1) != shape[a] else 1 for a in perm]
+    if any(n != 1 for n in repeats):
+        if -1 in repeats:
             raise unsupported(node, "it repeats a tensor along the batch")
-        name = export.add("Expand", [name, export.writer.shape_constant(wanted)], node)
+        name = export.add("Expand", [name, export.writer.shape_constant(repeats)], node)
     return Tensor(name, shape, tuple(perm), order)
 
 

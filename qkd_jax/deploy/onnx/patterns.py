@@ -1,7 +1,7 @@
 """Softmax, LayerNorm and GELU recognised in a graph, however the model spelled them, and written.
 
 ONNX has each of them as one operation, and engines have one kernel for each; written out, LayerNorm
-alone is a dozen passes over memory. A part of the graph between one value and another is taken for
+alone is a dozen passes over memory. A part of the graph between one value and another counts as
 such an operation when it computes the same numbers on random input, so no spelling needs to be
 listed: variance as E[x^2] - E[x]^2 or of the centred values, GELU by erf or erfc.
 """
@@ -73,8 +73,8 @@ def _gelu(values: Values, seed: Node) -> Pattern | None:
     for x, y, nodes in _parts(values, seed):
         if len(nodes) < 4:
             continue
-        given = _random(values, x)
-        if _close(_run(values, nodes, x, y, given), jax.nn.gelu(given, approximate=tanh)):
+        probe = _random(values, x)
+        if _close(_run(values, nodes, x, y, probe), jax.nn.gelu(probe, approximate=tanh)):
             return Pattern("Gelu", x, y, nodes, attributes={"tanh": tanh})
     return None
 
@@ -87,8 +87,8 @@ def _softmax(values: Values, seed: Node) -> Pattern | None:
         axes = {n.params["axes"] for n in nodes if n.op == "reduce_sum"}
         if len(axes) != 1 or len(axis := next(iter(axes))) != 1:
             continue
-        given = 4 * _random(values, x)
-        if _close(_run(values, nodes, x, y, given), jax.nn.softmax(given, axis[0])):
+        probe = 4 * _random(values, x)
+        if _close(_run(values, nodes, x, y, probe), jax.nn.softmax(probe, axis[0])):
             best = Pattern("Softmax", x, y, nodes, axis[0])
     return best
 
@@ -103,11 +103,11 @@ def _layer_norm(values: Values, seed: Node) -> Pattern | None:
         axes = {n.params["axes"] for n in nodes if n.op == "reduce_sum"}
         if axes != {(last,)} or (best is not None and len(nodes) <= len(best.nodes)):
             continue
-        given = 2 * _random(values, x)
-        centred = given - given.mean(-1, keepdims=True, dtype=np.float64)
+        probe = 2 * _random(values, x)
+        centred = probe - probe.mean(-1, keepdims=True, dtype=np.float64)
         normal = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + epsilon)
-        result = _run(values, nodes, x, y, given)
-        bias = _run(values, nodes, x, y, np.zeros_like(given))
+        result = _run(values, nodes, x, y, probe)
+        bias = _run(values, nodes, x, y, np.zeros_like(probe))
         normal, result, bias = (np.reshape(a, (-1, a.shape[-1])) for a in (normal, result, bias))
         bias = bias[0]
         rows = np.abs(normal).argmax(0)
@@ -235,9 +235,9 @@ def _random(values: Values, value: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def _run(values: Values, nodes: frozenset[Node], x: int, y: int, given: np.ndarray) -> np.ndarray:
+def _run(values: Values, nodes: frozenset[Node], x: int, y: int, probe: np.ndarray) -> np.ndarray:
     """Executes a part of the graph at a batch of 2."""
-    env = {x: given}
+    env = {x: probe}
     for node in values.graph.nodes:
         if node in nodes:
             inputs = [env[v] if v in env else values.fixed(v, 2) for v in node.inputs]
