@@ -176,9 +176,9 @@ def hierarchical(
     batch, classes = logits.shape
     for k in ks:
         checks.integer_in("k in ks", k, 1)
-    found = find(tree, classes)
-    heights = jnp.asarray(found.heights, jnp.float32)
-    bits = jnp.asarray(found.information, jnp.float32)[labels]
+    tree = find(tree, classes)
+    heights = jnp.asarray(tree.heights, jnp.float32)
+    bits = jnp.asarray(tree.information, jnp.float32)[labels]
 
     ordered = ~jnp.any(jnp.isnan(logits), axis=-1)
     # top_k puts -0 below 0; for everyone else they are a tie.
@@ -194,9 +194,9 @@ def hierarchical(
         "lca_distance": _total(jnp.where(wrong, jnp.where(ordered, of_first, jnp.nan), 0), mask),
         "elca": _total(elca, mask),
     }
-    largest = max(int(found.heights.max()), 1)
+    largest = max(int(tree.heights.max()), 1)
     # The k nearest classes of each label: what a net that knew the tree would answer.
-    nearest = jnp.asarray(np.sort(1 - found.heights / largest, axis=1)[:, ::-1], jnp.float32)
+    nearest = jnp.asarray(np.sort(1 - tree.heights / largest, axis=1)[:, ::-1], jnp.float32)
     for k in dict.fromkeys(ks):
         first = d[:, : min(k, classes)]
         ideal = jnp.sum(nearest[:, : min(k, classes)], axis=1)[labels]

@@ -105,7 +105,7 @@ def pick_taps(
         collections: "features" and "intermediates", as linen returns them.
         taps: which; None gives all that are arrays, in the order of execution.
     """
-    found: dict[str, Any] = {}
+    features: dict[str, Any] = {}
 
     def walk(tree: Mapping[str, Any], prefix: str, last: str) -> None:
         for name, value in tree.items():
@@ -115,8 +115,8 @@ def pick_taps(
             elif hasattr(value[0], "shape"):  # linen appends at every call: the first is taken
                 key = path.removesuffix("__call__").rstrip("/") if last else path
                 if key:  # the net as a whole is no tap
-                    found.setdefault(key, value[0])
+                    features.setdefault(key, value[0])
 
     walk(collections.get("features", {}), "", "")
     walk(collections.get("intermediates", {}), "", "__call__")
-    return found if taps is None else {name: found[name] for name in taps}
+    return features if taps is None else {name: features[name] for name in taps}

@@ -124,14 +124,14 @@ def plan_terms(
 @functools.cache
 def hyper_parameters(loss: str) -> dict[str, inspect.Parameter]:
     """Returns the keyword-only arguments of a loss that a row of the table may set."""
-    found = {n: p for n, p in losses.TABLE[loss].keywords.items() if n not in STEP_KEYWORDS}
-    for name in found:
+    parameters = {n: p for n, p in losses.TABLE[loss].keywords.items() if n not in STEP_KEYWORDS}
+    for name in parameters:
         if name in FIELDS:
             raise ValueError(
                 f"loss {loss!r} has a hyper-parameter {name!r}, which is a field of every term "
                 f"of a loss ({', '.join(FIELDS)}); rename it."
             )
-    return found
+    return parameters
 
 
 def _sources(

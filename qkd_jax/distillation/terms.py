@@ -46,12 +46,12 @@ class Term:
 
     @property
     def has_state(self) -> bool:
-        """Whether the term has a state of its own: an adaptor's variables, a memory, or both."""
+        """True if it has a state: an adaptor's variables, a memory, or both."""
         return self.adaptor is not None or "memory" in self.inputs
 
     @property
     def can_be_inactive(self) -> bool:
-        """Whether the weight is 0 in some steps of the stage."""
+        """True if the weight is 0 in some steps of the stage."""
         return self.has_schedule or any(name == "weight" for name, _ in self.ramps)
 
 
@@ -93,7 +93,7 @@ def in_steps(value: float, horizon: int) -> float:
 
 
 def has_started(term: Term, numbers: Mapping[str, jax.Array], step: jax.Array) -> jax.Array:
-    """Whether a term has started by a global step; one without a schedule has."""
+    """Returns whether a term has started by a global step; one without a schedule has."""
     if not term.has_schedule:
         return jnp.array(True)
     return step - numbers["first"] >= numbers["start"]

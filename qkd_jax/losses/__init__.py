@@ -18,7 +18,7 @@ Signature rules that the training step relies on. Positional names say what it p
 * `student_feature` and `teacher_feature` are one array each: a map [batch, height, width, channels]
   or a vector [batch, channels]. `student_features` and `teacher_features` are tuples of such
   arrays, shallow to deep (`semckd`: the student's is a tuple of tuples). They arrive as they are to
-  be compared: learned regressors and connectors belong to the training step. Maps of unlike size
+  be compared: learned regressors and connectors are adaptors. Maps of unlike size
   are pooled inside the loss, the larger to the size of the smaller (`adaptive_avg_pool`).
 * `student_embedding` and `teacher_embedding`, [batch, dim], are features behind a learned embedding
   of either net. The gradient flows into both: what is detached is the teacher's feature, before
@@ -38,11 +38,12 @@ The others:
   traced scalars, so that runs which differ in numbers share one compiled step; Python numbers are
   validated.
 * A loss that relates the examples of a batch takes `axis_name`: the mapped axis over whose devices
-  the batch is spread, or None. The values are then those of this device's rows in the global batch.
+  the batch is distributed, or None. The values are then those of this device's examples in the
+  global batch.
 * `where` comes last: a [batch] mask. An example that it leaves out contributes 0 and no gradient,
   whatever its inputs hold; the others get what they would get in a batch without it.
 * The result has shape [batch], at least float32; the step reduces once, as sum over count. Where a
-  loss is published as a mean over pairs or triples, the mean of the rows is that value.
+  loss is published as a mean over pairs or triples, the mean over examples is that value.
 * `stop_gradient` on `teacher_logits`, `teachers_logits`, `teacher_feature` and `teacher_features`
   happens inside the loss.
 """
@@ -135,29 +136,29 @@ class Loss:
 
     @property
     def has_taps(self) -> bool:
-        """Whether it looks at features."""
+        """True if it compares features."""
         return self.taps is not None or any(
             "feature" in name or "embedding" in name for name in self.inputs
         )
 
     @property
     def has_teacher(self) -> bool:
-        """Whether it compares with a teacher; else it is a loss of the labels."""
+        """True if it compares with a teacher; otherwise it is a loss of the labels."""
         return any(name.startswith("teacher") for name in self.inputs)
 
     @property
     def has_several_teachers(self) -> bool:
-        """Whether it takes the logits of several teachers at once."""
+        """True if it takes the logits of several teachers at once."""
         return "teachers_logits" in self.inputs
 
     @property
     def has_heads(self) -> bool:
-        """Whether its adaptor is a set of classifiers on the student's hidden features."""
+        """True if its adaptor is a set of classifiers on the student's hidden features."""
         return "heads_logits" in self.inputs
 
     @property
     def borrows_classifier(self) -> bool:
-        """Whether the student must end in its teacher's classifier."""
+        """True if the student must end in its teacher's classifier."""
         return self.taps is not None and "projected" in self.taps
 
 

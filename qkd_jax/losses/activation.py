@@ -149,9 +149,9 @@ def ofd_margin(mean: Array, std: Array) -> Array:
     mass = jax.scipy.stats.norm.cdf(-ratio)
     density = jnp.exp(-0.5 * jnp.square(ratio)) / math.sqrt(2 * math.pi)
     usual = mass > 1e-3
-    found = jnp.where(usual, mean - std * density / jnp.where(usual, mass, 1), -3 * std)
+    margin = jnp.where(usual, mean - std * density / jnp.where(usual, mass, 1), -3 * std)
     # A channel without spread is constant: its negative part is itself.
-    return jnp.where(std > 0, found, jnp.minimum(mean, 0))
+    return jnp.where(std > 0, margin, jnp.minimum(mean, 0))
 
 
 def _sums(x: Array) -> Array:

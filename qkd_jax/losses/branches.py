@@ -1,7 +1,7 @@
 """Losses of a net with further classifiers on its hidden features, which training alone needs.
 
-The classifiers are adaptors (`training/adaptors/heads.py`): they learn beside the net, are no part
-of it, and are left behind where it is evaluated and deployed.
+The classifiers are adaptors (`distillation/adaptors/heads.py`): they learn beside the net, are no
+part of it, and are left behind where it is evaluated and deployed.
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ def crd(
         mode: "exact" or "relax".
         temperature: T, above 0.
         momentum: of the banks, in [0, 1].
-        axis_name: mapped axis over whose devices the batch is spread; all devices then hold and
-            return the same memory.
+        axis_name: mapped axis over whose devices the batch is distributed; all devices then hold
+            and return the same memory.
         where: [batch] mask; examples where it is 0 or False give 0 and leave the banks alone.
 
     Returns:
@@ -203,7 +203,7 @@ def crd_in_batch(
         teacher_embedding: [batch, dim]; the gradient flows into both embeddings.
         labels: [batch], integers.
         temperature: T, above 0.
-        axis_name: mapped axis over whose devices the batch is spread: negatives come from all.
+        axis_name: mapped axis over whose devices the batch is distributed: negatives come from all.
         where: [batch] mask; examples where it is 0 or False are no negatives and give 0.
 
     Returns:
@@ -293,7 +293,7 @@ def _by_class(labels: Array) -> tuple[Array, Array]:
 
 
 def _span(label: Scalar, classes: Array) -> tuple[Array, Array]:
-    """Where the examples of a class begin and end in the order of classes."""
+    """Returns where the examples of a class begin and end in the order of classes."""
     first = jnp.searchsorted(classes, label, side="left").astype(jnp.int32)
     return first, jnp.searchsorted(classes, label, side="right").astype(jnp.int32)
 

@@ -66,7 +66,7 @@ def simkd(student_feature: Feature, teacher_feature: Array, *, where: Mask = Non
 
     of the teacher's last map and the student's, projected. It is the only loss: there is no
     cross-entropy, and the student predicts by the teacher's classifier on its own pooled,
-    projected map.
+    projected map (`models/borrowed.py`), at evaluation and export too.
 
     Args:
         student_feature: map or vector, adapted; the net that learns.
@@ -84,11 +84,6 @@ def simkd(student_feature: Feature, teacher_feature: Array, *, where: Mask = Non
         >>> student, teacher = jnp.ones((2, 4, 4, 3)), jnp.zeros((2, 4, 4, 3))
         >>> print(qk.losses.simkd(student, teacher))
         [1. 1.]
-
-    Adaptor:
-        1x1 convolution to channels / 2 of the teacher, BatchNorm, ReLU; 3x3 convolution, BatchNorm,
-        ReLU; 1x1 convolution to the teacher's channels, BatchNorm, ReLU; the larger of the two maps
-        pooled to the other's size before. It stays part of the student at evaluation and export.
 
     Reference:
         Chen et al., 2022, arXiv 2203.14001.

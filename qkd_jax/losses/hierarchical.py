@@ -74,15 +74,15 @@ def hxe(
     logits, mask = prepare_logits("logits", logits, where)
     labels = jnp.asarray(labels)
     checks.class_labels("labels", labels, logits)
-    found = find(tree, logits.shape[1])
-    path, above, depth = (jnp.asarray(table)[labels] for table in _paths(found))
-    sums = _log_sums(found, keep(logits, mask))
+    tree = find(tree, logits.shape[1])
+    path, above, depth = (jnp.asarray(table)[labels] for table in _paths(tree))
+    sums = _log_sums(tree, keep(logits, mask))
     take = functools.partial(jnp.take_along_axis, sums, axis=1)
     factors = take(above) - take(path)
     rate = jnp.asarray(alpha, logits.dtype)
     weight = jnp.where(depth > 0, jnp.exp(-rate * depth), 0.0)
     if normalize:
-        weight = weight / jnp.sum(jnp.exp(-rate * found.depth))
+        weight = weight / jnp.sum(jnp.exp(-rate * tree.depth))
     return _kept(jnp.sum(weight * factors, axis=-1), labels, logits, mask)
 
 

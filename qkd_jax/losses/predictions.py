@@ -45,7 +45,7 @@ def dist(
         beta: weight of the relations between classes, >= 0.
         gamma: weight of the relations within a class, >= 0.
         temperature: T, above 0; 4 on CIFAR-100.
-        axis_name: mapped axis over whose devices the batch is spread.
+        axis_name: mapped axis over whose devices the batch is distributed.
         where: [batch] mask; examples where it is 0 or False are in no column and give 0.
 
     Returns:
@@ -130,7 +130,7 @@ def mlkd(
         temperature: the base temperature, above 0.
         standardize: take the logits' z-scores in the first term (`lskd`).
         compat: as the authors' code computes it: a and b are replaced by their means.
-        axis_name: mapped axis over whose devices the batch is spread.
+        axis_name: mapped axis over whose devices the batch is distributed.
         where: [batch] mask; examples where it is 0 or False are in no product and give 0.
 
     Returns:

@@ -58,7 +58,7 @@ def rkd(
         teacher_feature: [batch, ...], any size; no gradient flows into it.
         distance: weight of the first term, >= 0.
         angle: weight of the second term, >= 0.
-        axis_name: mapped axis over whose devices the batch is spread.
+        axis_name: mapped axis over whose devices the batch is distributed.
         where: [batch] mask; examples where it is 0 or False are in no pair and no mean, and give 0.
 
     Returns:
@@ -119,7 +119,7 @@ def sp(
     Args:
         student_feature: [batch, ...]; the net that learns. The paper takes the last feature map.
         teacher_feature: [batch, ...], any size; no gradient flows into it.
-        axis_name: mapped axis over whose devices the batch is spread.
+        axis_name: mapped axis over whose devices the batch is distributed.
         where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
 
     Returns:
@@ -165,7 +165,7 @@ def pkt(
     Args:
         student_feature: f, [batch, ...]; the net that learns.
         teacher_feature: [batch, ...], any size; no gradient flows into it.
-        axis_name: mapped axis over whose devices the batch is spread.
+        axis_name: mapped axis over whose devices the batch is distributed.
         where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
 
     Returns:
@@ -225,7 +225,7 @@ def cc(
         teacher_feature: [batch, ...], any size; no gradient flows into it.
         gamma: width of the kernel, >= 0.
         order: P, degree of the polynomial, at least 1.
-        axis_name: mapped axis over whose devices the batch is spread.
+        axis_name: mapped axis over whose devices the batch is distributed.
         where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
 
     Returns:
@@ -279,7 +279,7 @@ def cc_adjacent(
     Args:
         student_embedding: e, [batch, dim].
         teacher_embedding: [batch, dim]; the gradient flows into both embeddings.
-        axis_name: mapped axis over whose devices the batch is spread.
+        axis_name: mapped axis over whose devices the batch is distributed.
         where: [batch] mask; examples where it is 0 or False are skipped and give 0.
 
     Returns:
@@ -312,8 +312,9 @@ def cc_adjacent(
     position = jnp.where(batch.all_kept, jnp.arange(size), size)
     # following[i]: where the first kept example behind i stands; `size` if there is none.
     following = jnp.append(jax.lax.cummin(position, reverse=True)[1:], size)[batch.position]
-    found = jnp.take(everyone, following, axis=0, mode="fill", fill_value=0)
-    return keep(jnp.sum(gap * found, axis=-1) * batch.count / jnp.maximum(batch.count - 1, 1), mask)
+    neighbour = jnp.take(everyone, following, axis=0, mode="fill", fill_value=0)
+    share = jnp.sum(gap * neighbour, axis=-1) * batch.count / jnp.maximum(batch.count - 1, 1)
+    return keep(share, mask)
 
 
 def irg(
@@ -347,7 +348,7 @@ def irg(
         vertex: weight of the first term, >= 0.
         edge: weight of the second term, >= 0.
         transformation: weight of the third term, >= 0.
-        axis_name: mapped axis over whose devices the batch is spread.
+        axis_name: mapped axis over whose devices the batch is distributed.
         where: [batch] mask; examples where it is 0 or False are in no pair and give 0.
 
     Returns:

@@ -3,9 +3,6 @@
 Each function takes arrays of shape [batch, classes] and returns one value per example. Softmax
 and sums are computed in float32 or wider, whatever the dtype of the logits, from log-probabilities,
 so that logits of +-1e4 or probabilities that underflow give finite values and gradients.
-
-To add a sibling: positional arrays first (`student_logits`, `teacher_logits`, `labels`), then `*`,
-hyper-parameters with defaults, `where=None` last; put its name into `LOSSES` in `__init__.py`.
 """
 
 from __future__ import annotations
@@ -405,9 +402,9 @@ def apprentice(
 
     Note:
         The paper's third term, the teacher's own cross-entropy, is `ce` in the teacher's table. Its
-        schemes are stages: A trains both nets at once, B has a trained, frozen teacher, C goes on
-        with B from a trained full-precision student at a low learning rate. A label outside [0,
-        classes) gives NaN.
+        schemes are stages: A trains both nets at once, B has a trained, frozen teacher, C continues
+        B from a trained full-precision student at a low learning rate. A label outside [0, classes)
+        gives NaN.
 
     Reference:
         Mishra, Marr, 2017, arXiv 1711.05852.

@@ -72,7 +72,7 @@ def review(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, middle: in
 
 
 class Calibration(nn.Module):
-    """SemCKD's adaptor: every student layer brought to every teacher layer, and whom it listens to.
+    """SemCKD's adaptor: each student layer adapted to each teacher layer, and attention.
 
     f_ij is 1x1 - BatchNorm - ReLU - 3x3 - BatchNorm - ReLU - 1x1 of the student's map, pooled to
     the teacher's size where it is larger, with twice the teacher's channels inside. The attention
@@ -97,11 +97,13 @@ class Calibration(nn.Module):
         """See `adaptors`."""
         students, teachers = tuple(map(as_map, students)), tuple(map(as_map, teachers))
         rows = tuple(
-            tuple(self._brought(x, *to, train, f"f{i}_{j}") for j, to in enumerate(self.teachers))
+            tuple(self._adapted(x, *to, train, f"f{i}_{j}") for j, to in enumerate(self.teachers))
             for i, x in enumerate(students)
         )
-        queries = jnp.stack([self._asked(x, f"query{i}") for i, x in enumerate(students)], axis=1)
-        keys = jnp.stack([self._asked(x, f"key{j}") for j, x in enumerate(teachers)], axis=1)
+        queries = jnp.stack(
+            [self._embedded(x, f"query{i}") for i, x in enumerate(students)], axis=1
+        )
+        keys = jnp.stack([self._embedded(x, f"key{j}") for j, x in enumerate(teachers)], axis=1)
         products = jnp.einsum("bnd,bmd->bnm", queries, keys)
         return {
             "student_features": rows,
@@ -109,13 +111,15 @@ class Calibration(nn.Module):
             "attention": jax.nn.softmax(products, axis=-1),
         }
 
-    def _brought(self, x, height, width, channels, train, name):
+    def _adapted(
+        self, x: jax.Array, height: int, width: int, channels: int, train: bool, name: str
+    ) -> jax.Array:
         x = adaptive_avg_pool(x, min(height, x.shape[1]), min(width, x.shape[2]))
         x = nn.relu(batch_norm(train, f"{name}_bn1")(conv(2 * channels, name=f"{name}_1")(x)))
         x = nn.relu(batch_norm(train, f"{name}_bn2")(conv(2 * channels, 3, name=f"{name}_2")(x)))
         return conv(channels, name=f"{name}_3")(x)
 
-    def _asked(self, x, name):
+    def _embedded(self, x: jax.Array, name: str) -> jax.Array:
         x = nn.relu(nn.Dense(self.dim, name=f"{name}_1")(jnp.mean(x, axis=(1, 2))))
         return unit(nn.Dense(self.dim, name=f"{name}_2")(x))
 
@@ -143,11 +147,11 @@ class Embeddings(nn.Module):
     def __call__(self, students: Features, teachers: Features, train: bool = False):
         """See `adaptors`."""
         del train
-        found = {}
+        adapted = {}
         for name, feature in (("student", students[-1]), ("teacher", teachers[-1])):
             vector = jnp.mean(as_map(feature), axis=(1, 2))
-            found[f"{name}_embedding"] = nn.Dense(self.dim, name=name)(vector)
-        return found
+            adapted[f"{name}_embedding"] = nn.Dense(self.dim, name=name)(vector)
+        return adapted
 
 
 def embeddings(student: tuple[Shape, ...], teacher: tuple[Shape, ...], *, dim: int = 128):

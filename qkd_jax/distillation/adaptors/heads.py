@@ -55,13 +55,13 @@ class ShallowHeads(nn.Module):
                 x = nn.relu(batch_norm(train, f"head{index}_bn{place}")(x))
             features.append(jnp.mean(x, axis=(1, 2)))
             logits.append(nn.Dense(self.classes, name=f"head{index}")(features[-1]))
-        found: dict[str, Any] = {
+        adapted: dict[str, Any] = {
             "heads_logits": tuple(logits),
             "student_features": tuple(features),
         }
         if teachers:
-            found["teacher_feature"] = jnp.mean(as_map(teachers[-1]), axis=(1, 2))
-        return found
+            adapted["teacher_feature"] = jnp.mean(as_map(teachers[-1]), axis=(1, 2))
+        return adapted
 
 
 def shallow_heads(student: tuple[Shape, ...], teacher: tuple[Shape, ...], classes: int):

@@ -91,7 +91,7 @@ def nearest(x: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def outputs(students: Features, teachers: Features, **more: Any) -> dict[str, Any]:
-    """What an adaptor gives: both names of the features, and arrays under names of their own."""
+    """Returns an adaptor's outputs: features by both names, and arrays by names of their own."""
     return {
         "student_features": students,
         "teacher_features": teachers,

@@ -69,7 +69,7 @@ class Regressors(nn.Module):
 
     @nn.compact
     def __call__(self, students: Features, teachers: Features, train: bool = False):
-        """See the module's text."""
+        """See `adaptors`."""
         adapted = []
         for index, (x, wanted) in enumerate(zip(students, self.teachers, strict=True)):
             x = self._resized(as_map(x), wanted, f"regressor{index}")
@@ -116,7 +116,7 @@ class Connectors(nn.Module):
 
     @nn.compact
     def __call__(self, students: Features, teachers: Features, train: bool = False):
-        """See the module's text."""
+        """See `adaptors`."""
         adapted = []
         for index, (x, channels) in enumerate(zip(students, self.channels, strict=True)):
             x = conv(channels, name=f"connector{index}")(as_map(x))
@@ -152,7 +152,7 @@ class Gaussians(nn.Module):
 
     @nn.compact
     def __call__(self, students: Features, teachers: Features, train: bool = False):
-        """See the module's text."""
+        """See `adaptors`."""
         del train
         start = nn.initializers.constant(math.log(math.expm1(self.initial - 1e-5)))
         means, variances = [], []
@@ -188,14 +188,14 @@ class MarginConnectors(nn.Module):
 
     @nn.compact
     def __call__(self, students: Features, teachers: Features, train: bool = False):
-        """See the module's text."""
-        found = Connectors(self.channels, name="connectors")(students, teachers, train)
+        """See `adaptors`."""
+        adapted = Connectors(self.channels, name="connectors")(students, teachers, train)
         start = jnp.float32(self.margin or 0.0)
         margins = tuple(
             self.variable("teacher", f"margin{index}", jnp.full, (channels,), start).value
             for index, channels in enumerate(self.channels)
         )
-        return {**found, "margins": margins, "margin": margins[-1]}
+        return {**adapted, "margins": margins, "margin": margins[-1]}
 
 
 def margin_connectors(
@@ -244,7 +244,7 @@ class FactorTransfer(nn.Module):
 
     @nn.compact
     def __call__(self, students: Features, teachers: Features, train: bool = False):
-        """See the module's text."""
+        """See `adaptors`."""
         size = min(self.student[0], self.teacher[0]), min(self.student[1], self.teacher[1])
         student = adaptive_avg_pool(as_map(students[-1]), *size)
         teacher = adaptive_avg_pool(as_map(teachers[-1]), *size)

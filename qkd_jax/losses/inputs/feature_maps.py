@@ -226,11 +226,11 @@ class GatheredBatch(NamedTuple):
     position: Int[Array, " batch"]  # of this device's examples in the global batch
 
     def pairs(self) -> Bool[Array, "batch all"]:
-        """Whether both examples are kept."""
+        """Returns the pairs of which both examples are kept."""
         return self.kept[:, None] & self.all_kept[None, :]
 
     def itself(self) -> Bool[Array, "batch all"]:
-        """Whether both are the same example."""
+        """Returns the pairs of an example with itself."""
         return self.position[:, None] == jnp.arange(self.all_kept.shape[0])[None, :]
 
 
