@@ -33,7 +33,7 @@ from qkd_jax.data_free.windows import View, random_crops, random_shifts, show
 from qkd_jax.distillation.forward import forward
 from qkd_jax.losses import kd
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantize.interception import ROUNDING
+from qkd_jax.quantize.operands import ROUNDING
 from qkd_jax.training.state import jit_once, join, split
 
 __all__ = ["check_cmi", "cmi", "cmi_steps"]

@@ -20,6 +20,7 @@ from qkd_jax.numerics import Spec
 from qkd_jax.quantize import QuantizedModel, Rule, inspection, quantize
 from qkd_jax.quantize.calibration import calibrate
 from qkd_jax.quantize.interception import Frame
+from qkd_jax.quantize.operands import OperandHook, OperandUse
 from qkd_jax.quantize.variables import without_quantizers
 
 __all__ = ["METRICS", "sensitivity"]
@@ -108,7 +109,7 @@ def sensitivity(
         )
     rules = {choice: {path: _rule(net, path, choice) for path in infos} for choice in choices}
 
-    logits_of = lambda v, x: _one_array(net._apply(Frame(net.spec_of), v, x, **kwargs))
+    logits_of = lambda v, x: _one_array(net.apply(v, x, **kwargs))
     references = [jax.jit(logits_of)(floats, x) for x in images]
     if not all(np.isfinite(reference).all() for reference in references):
         raise ValueError(
@@ -240,17 +241,15 @@ def _unpacked(batch: Any) -> tuple[Any, Any]:
     return image, labels
 
 
-class _Switched(Frame):
-    """An application in which each layer's quantizers are on or off, by a traced flag."""
+def _switching(on: Mapping[str, jax.Array]) -> OperandHook:
+    """Returns a hook under which each layer's quantizers are on or off, by a traced flag."""
 
-    def __init__(self, spec_of, on: Mapping[str, jax.Array]):
-        super().__init__(spec_of)
-        self.on = on
+    def hook(use: OperandUse) -> tuple[jax.Array, None]:
+        x_hat = use.quantize().x_hat
+        # Without a grid the layer computes on these values, and is the float one where they are x.
+        return jnp.where(on[use.path], x_hat, use.x) if use.path in on else x_hat, None
 
-    def _operand(self, module, sub, path, operand, x, place, *, batch_axes=()):
-        x_hat, _ = super()._operand(module, sub, path, operand, x, place, batch_axes=batch_axes)
-        # Without a view the product runs on these values, and is the float one where they are x.
-        return jnp.where(self.on[path], x_hat, x) if path in self.on else x_hat, None
+    return hook
 
 
 def _losses(chosen, quantized, images, references, metric, paths, kwargs) -> dict[str, float]:
@@ -258,8 +257,8 @@ def _losses(chosen, quantized, images, references, metric, paths, kwargs) -> dic
 
     @jax.jit
     def run(on, variables, x, reference):
-        frame = _Switched(chosen.spec_of, dict(zip(paths, on, strict=True)))
-        out = _one_array(chosen._apply(frame, variables, x, **kwargs))
+        frame = Frame(chosen.spec_of, _switching(dict(zip(paths, on, strict=True))))
+        out = _one_array(chosen.apply_in(frame, variables, x, **kwargs))
         return jnp.sum(_distance(metric, reference, out))
 
     count = sum(r.size if metric == "mse" else r.size // r.shape[-1] for r in references)

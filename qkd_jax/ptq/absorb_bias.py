@@ -13,10 +13,9 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax import checks
-from qkd_jax.graph import MARKERS, Graph, Node
+from qkd_jax.graph import IDENTITY, MARKERS, Graph, Node
 from qkd_jax.ptq.channel_links import Link, links
 from qkd_jax.ptq.leaves import (
-    IDENTITY,
     BiasSite,
     add_to_output,
     bias_site,

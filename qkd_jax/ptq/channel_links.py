@@ -17,10 +17,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from qkd_jax.graph import MARKERS, Graph, Node
+from qkd_jax.graph import IDENTITY, MARKERS, Graph, Node
 from qkd_jax.ptq.kernels import Kernel, kernel
-from qkd_jax.ptq.leaves import BROADCAST, IDENTITY, Readers, is_zero, leaf, norms_of, readers
-from qkd_jax.quantize.traced import Product, TracedNet, products
+from qkd_jax.ptq.leaves import BROADCAST, Readers, is_zero, leaf, norms_of, readers
+from qkd_jax.quantize.traced import TracedContraction, TracedNet, contractions
 
 __all__ = ["Link", "links"]
 
@@ -61,7 +61,7 @@ class Link:
 def links(traced: TracedNet) -> list[Link]:
     """Lists the values whose channels can be rescaled, in the order of the graph."""
     graph, variable_readers = traced.graph, readers(traced.graph)
-    by_node = {p.node: p for p in products(graph)}
+    by_node = {p.node: p for p in contractions(graph)}
     found = []
     for node in graph.nodes:
         value, source, gain = node.outputs[0], None, None
@@ -84,7 +84,7 @@ def links(traced: TracedNet) -> list[Link]:
 
 def _follow(
     traced: TracedNet,
-    by_node: Mapping[Node, Product],
+    by_node: Mapping[Node, TracedContraction],
     readers: Readers,
     root: int,
     channels: int,

@@ -20,7 +20,7 @@ from qkd_jax.ptq.moments import input_means
 from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.stored_weights import quantized_weights, rounded
-from qkd_jax.quantize.traced import Product, TracedNet, products, trace_net
+from qkd_jax.quantize.traced import TracedContraction, TracedNet, contractions, trace_net
 from qkd_jax.quantize.variables import (
     folded_entries,
     is_calibrated,
@@ -123,7 +123,9 @@ def _empirical(
     quantized, floats = (Stream(t.graph, images) for t in (traced, reference))
     variable_readers, reference_readers = readers(traced.graph), readers(reference.graph)
     layers = []
-    for product, twin in zip(products(traced.graph), products(reference.graph), strict=True):
+    for product, twin in zip(
+        contractions(traced.graph), contractions(reference.graph), strict=True
+    ):
         if product.operands[1].name == "weight":
             site = bias_site(traced, product, variable_readers)
             twin_site = bias_site(reference, twin, reference_readers)
@@ -147,7 +149,7 @@ def _analytic(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     graph, variable_readers = traced.graph, readers(traced.graph)
-    for product in products(graph):
+    for product in contractions(graph):
         weight = product.weight
         if weight is None or weight.marker is None or not weight.quantized:
             continue
@@ -168,19 +170,19 @@ def _analytic(
     return result
 
 
-def _features(product: Product) -> tuple[int, ...]:
+def _features(product: TracedContraction) -> tuple[int, ...]:
     """The output's axes that come from the weight."""
     return tuple(sorted(o for o in product.operands[1].output_axes if o is not None))
 
 
-def _mean(product: Product, values: list[Any]) -> np.ndarray:
+def _mean(product: TracedContraction, values: list[Any]) -> np.ndarray:
     """Mean per output channel over all batches."""
     axes = tuple(i for i in range(product.rank) if i not in _features(product))
     sums = [np.asarray(v, np.float64).sum(axis=axes) for v in values]
     return sum(sums) * (sums[0].size / sum(v.size for v in values))
 
 
-def _in_output(product: Product, error: np.ndarray) -> np.ndarray:
+def _in_output(product: TracedContraction, error: np.ndarray) -> np.ndarray:
     """Reshapes a number per output channel to the output's rank."""
     shape = [1] * product.rank
     for axis, size in zip(_features(product), error.shape, strict=True):
@@ -188,7 +190,7 @@ def _in_output(product: Product, error: np.ndarray) -> np.ndarray:
     return error.reshape(shape)
 
 
-def _corrected(product: Product, site: BiasSite, error: np.ndarray) -> str:
+def _corrected(product: TracedContraction, site: BiasSite, error: np.ndarray) -> str:
     where = "its BatchNorm's mean" if site.sign < 0 else site.path
     return f"corrected {product.path}: largest shift {np.abs(error).max():.3g} in {where}"
 

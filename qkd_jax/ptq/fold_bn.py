@@ -25,11 +25,11 @@ from qkd_jax.numerics import IntFormat
 from qkd_jax.ptq.leaves import Readers, float64, module_of, readers
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import (
-    Product,
+    TracedContraction,
     TracedNet,
+    contractions,
     grid_of,
     has_codes,
-    products,
     scale_in_output,
     trace_net,
 )
@@ -43,7 +43,7 @@ __all__ = ["fold_bn", "output_scales"]
 class _Chain:
     """A product followed by a BatchNorm: y = gain * (product + bias) + shift, per channel."""
 
-    product: Product
+    product: TracedContraction
     norm: str
     bias: str | None  # path of the layer's own bias
     gain: np.ndarray
@@ -92,7 +92,7 @@ def fold_bn(
 
 def _chains(traced: TracedNet) -> list[_Chain]:
     graph = traced.graph
-    found = products(graph)
+    found = contractions(graph)
     paths = [p.path for p in found]
     variable_readers = readers(graph)
     chains = []
@@ -112,7 +112,7 @@ def _chains(traced: TracedNet) -> list[_Chain]:
     return chains
 
 
-def _walk(traced: TracedNet, product: Product, readers: Readers) -> _Chain | None:
+def _walk(traced: TracedNet, product: TracedContraction, readers: Readers) -> _Chain | None:
     """Follows the product's output through its bias and the BatchNorm behind it."""
     graph, bias, norm = traced.graph, None, None
     gain, shift = np.float64(1), np.float64(0)
@@ -205,7 +205,9 @@ def _fold(traced: TracedNet, variables: dict[str, Any], chain: _Chain) -> dict[s
     return put(variables, folded_path(chain.norm, "identity"), 0)
 
 
-def output_scales(traced: TracedNet, product: Product) -> list[tuple[np.ndarray, IntFormat]]:
+def output_scales(
+    traced: TracedNet, product: TracedContraction
+) -> list[tuple[np.ndarray, IntFormat]]:
     """Returns (scale at the output's rank, in float64; format) of both operands."""
     pairs = []
     for side, operand in enumerate(product.operands):

@@ -22,7 +22,7 @@ from qkd_jax.ptq.kernels import kernel
 from qkd_jax.ptq.leaves import readers
 from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantize.traced import products, quantizer_params, trace_net
+from qkd_jax.quantize.traced import contractions, quantizer_params, trace_net
 from qkd_jax.quantize.variables import quantizer_path, quantizers, refuse_folded, without_quantizers
 from qkd_jax.quantizers import QUANTIZERS
 from qkd_jax.trees import get, put
@@ -93,7 +93,7 @@ def gptq(
         source = trace_net(net, without_quantizers(variables), images[0], **kwargs)
     stream, variable_readers = Stream(source.graph, images), readers(traced.graph)
     result = unfreeze(dict(variables))
-    for product, twin in zip(products(traced.graph), products(source.graph), strict=True):
+    for product, twin in zip(contractions(traced.graph), contractions(source.graph), strict=True):
         weight = product.weight
         if weight is None or weight.marker is None or not weight.quantized:
             continue

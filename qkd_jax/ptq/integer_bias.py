@@ -21,7 +21,7 @@ from flax.core import unfreeze
 
 from qkd_jax.ptq.fold_bn import fold_bn, output_scales
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantize.traced import has_codes, products, trace_net
+from qkd_jax.quantize.traced import contractions, has_codes, trace_net
 from qkd_jax.quantize.variables import folded_path
 from qkd_jax.trees import get, join, put
 
@@ -59,7 +59,7 @@ def integer_bias(
     """
     result = unfreeze(dict(fold_bn(net, variables, images, **kwargs)))
     traced = trace_net(net, result, images, **kwargs)
-    for product in products(traced.graph):
+    for product in contractions(traced.graph):
         if not all(has_codes(traced, operand) for operand in product.operands):
             continue
         (left, x_format), (right, w_format) = output_scales(traced, product)

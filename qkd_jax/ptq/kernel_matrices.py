@@ -17,7 +17,7 @@ import numpy as np
 
 from qkd_jax.numerics import Spec
 from qkd_jax.ptq.kernels import Kernel
-from qkd_jax.quantize.traced import Product
+from qkd_jax.quantize.traced import TracedContraction
 
 __all__ = ["KernelMatrices", "hessian", "kernel_matrices"]
 
@@ -120,7 +120,7 @@ def kernel_matrices(kernel: Kernel, spec: Spec) -> KernelMatrices | None:
     return KernelMatrices(kernel.path, weight.shape, outs, ins, kernel.groups, width, cut)
 
 
-def hessian(product: Product, x: Any) -> np.ndarray:
+def hessian(product: TracedContraction, x: Any) -> np.ndarray:
     """Returns x x^T, summed over examples and positions: [matrices, columns, columns]."""
     node = product.node
     if node.op == "conv_general_dilated":

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from qkd_jax.ptq.leaves import IDENTITY, Readers, leaf
-from qkd_jax.quantize.traced import Product, TracedNet
+from qkd_jax.quantize.traced import TracedContraction, TracedNet
 
 __all__ = ["Kernel", "kernel"]
 
@@ -24,7 +24,7 @@ class Kernel:
         groups: of a grouped convolution; input channel g * n + i is entry i of group g.
     """
 
-    product: Product
+    product: TracedContraction
     path: str
     out_axis: int | None
     in_axis: int | None
@@ -101,7 +101,7 @@ def _along(rank: int, factor: np.ndarray, axis: int) -> np.ndarray:
     return factor.reshape(shape)
 
 
-def kernel(traced: TracedNet, product: Product, readers: Readers) -> Kernel | None:
+def kernel(traced: TracedNet, product: TracedContraction, readers: Readers) -> Kernel | None:
     """Returns a product's weight; None where it is shared, rearranged, or no layer's weight."""
     weight = product.operands[1]
     if weight.name != "weight" or weight.marker is None or weight.moves:

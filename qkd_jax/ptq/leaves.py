@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from qkd_jax.graph import MARKERS, Graph, Node
-from qkd_jax.quantize.traced import LAYOUT, Product, TracedNet, products
+from qkd_jax.graph import IDENTITY, LAYOUT, MARKERS, Graph, Node
+from qkd_jax.quantize.traced import TracedContraction, TracedNet, contractions
 from qkd_jax.quantize.variables import Tree, folded_path
 from qkd_jax.trees import get, put
 
 __all__ = [
     "BROADCAST",
-    "IDENTITY",
     "BiasSite",
     "Readers",
     "add_to_output",
@@ -33,7 +32,6 @@ __all__ = [
     "readers",
 ]
 
-IDENTITY = frozenset({"copy", "convert_element_type", "stop_gradient", "optimization_barrier"})
 BROADCAST = LAYOUT | IDENTITY | {"broadcast_in_dim"}
 Readers = Mapping[str, list[Node]]
 """Path of a variable -> the live nodes that read it, directly or through constants."""
@@ -109,7 +107,7 @@ class BiasSite:
         return self.node.outputs[0]
 
 
-def bias_site(traced: TracedNet, product: Product, readers: Readers) -> BiasSite | None:
+def bias_site(traced: TracedNet, product: TracedContraction, readers: Readers) -> BiasSite | None:
     """Returns where to correct a product's output: its bias, its BatchNorm's mean, or a new bias.
 
     A new one, for a layer without either, lies at `quant/<layer>/folded/bias`. None where a layer
@@ -129,7 +127,7 @@ def bias_site(traced: TracedNet, product: Product, readers: Readers) -> BiasSite
         if path is None or readers[path] != [node]:
             break
         return BiasSite(path, 1 if node.op == "add" else -1, node)
-    alone = sum(p.path == product.path for p in products(graph)) == 1
+    alone = sum(p.path == product.path for p in contractions(graph)) == 1
     features = [out for out in product.operands[1].output_axes if out is not None]
     if not alone or product.path not in traced.layers or features != [product.rank - 1]:
         return None

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import scipy.special
 
-from qkd_jax.graph import Graph
-from qkd_jax.ptq.leaves import IDENTITY, float64, is_relu, norms_of
+from qkd_jax.graph import IDENTITY, MARKERS, Graph
+from qkd_jax.ptq.leaves import float64, is_relu, norms_of
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantize.traced import Product, TracedNet, products, trace_net
+from qkd_jax.quantize.traced import TracedContraction, TracedNet, contractions, trace_net
 from qkd_jax.quantize.variables import unfolded
 from qkd_jax.trees import get, join, put
 
@@ -72,7 +72,7 @@ def input_means(
     traced = trace_net(net, unfolded(variables), images, **kwargs)
     norms = {value: norm for _, norm, value in _normed(traced)}
     means = {}
-    for product in products(traced.graph):
+    for product in contractions(traced.graph):
         value, rectified = _before(traced.graph, product.node.inputs[0])
         if value in norms and (moments := output_moments(variables, norms[value])) is not None:
             means[product.path] = rectified_mean(*moments) if rectified else moments[0]
@@ -81,12 +81,12 @@ def input_means(
 
 def _normed(traced: TracedNet) -> Iterator[tuple[str, str, int]]:
     """Yields (layer, the BatchNorm right behind it, the value that the BatchNorm writes)."""
-    for product in products(traced.graph):
+    for product in contractions(traced.graph):
         if (found := _behind(traced, product)) is not None:
             yield product.path, *found
 
 
-def _behind(traced: TracedNet, product: Product) -> tuple[str, int] | None:
+def _behind(traced: TracedNet, product: TracedContraction) -> tuple[str, int] | None:
     """Returns the last BatchNorm right behind a product, and the value that it writes."""
     graph, value, found = traced.graph, product.node.outputs[0], None
     while (node := graph.sole_consumer(value)) is not None:
@@ -107,7 +107,7 @@ def _before(graph: Graph, value: int) -> tuple[int, bool]:
     """Follows a product's input back over its quantizer and a ReLU; (value, whether rectified)."""
     rectified = False
     while (node := graph.producer(value)) is not None:
-        if node.op in ("quantizer", "skipped") or node.op in IDENTITY:
+        if node.op in MARKERS or node.op in IDENTITY:
             value = node.inputs[0]
         elif is_relu(graph, node) and not rectified:
             value = next(v for v in node.inputs if v not in graph.constants)

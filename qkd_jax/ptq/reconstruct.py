@@ -28,7 +28,7 @@ from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.ptq.unit_learner import Report, Settings, UnitLearner, step_value
 from qkd_jax.ptq.units import Unit, block_units, layer_units
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantize.traced import TracedNet, grid_of, products, trace_net
+from qkd_jax.quantize.traced import TracedNet, contractions, grid_of, trace_net
 from qkd_jax.quantize.variables import is_calibrated, quantizer_path, refuse_folded
 from qkd_jax.quantizers import QUANTIZERS, facts
 from qkd_jax.trees import put
@@ -243,7 +243,7 @@ def _reconstruct(
 
 def _check_weights(name: str, traced: TracedNet) -> None:
     """Raises ValueError for weights whose rounding cannot be learned."""
-    for product in products(traced.graph):
+    for product in contractions(traced.graph):
         weight = product.weight
         if weight is None or weight.marker is None or not weight.quantized:
             continue

@@ -18,7 +18,7 @@ from qkd_jax.ptq.leaves import float64
 from qkd_jax.ptq.moments import norms_by_layer, rescale_folded
 from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantize.traced import products, trace_net
+from qkd_jax.quantize.traced import contractions, trace_net
 from qkd_jax.quantize.variables import refuse_folded, refuse_quantized
 from qkd_jax.trees import put
 
@@ -130,7 +130,7 @@ def smooth(
             )
     if report is not None:
         done = {t.layer for link in chosen for t in link.targets}
-        for product in products(traced.graph):
+        for product in contractions(traced.graph):
             if product.weight is not None and product.path not in done:
                 if net.spec_of(product.path, "input") is not None:
                     report(f"left {product.path}: nothing before its input can take a factor")

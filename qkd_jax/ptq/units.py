@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax.graph import MARKERS, Graph, Node, execute
-from qkd_jax.quantize.traced import Product, TracedNet, is_quantizer, products
+from qkd_jax.quantize.traced import TracedContraction, TracedNet, contractions, is_quantizer
 
 __all__ = ["ELEMENTWISE", "Unit", "block_units", "layer_units", "run_unit"]
 
@@ -53,7 +53,7 @@ class Unit:
 def layer_units(traced: TracedNet) -> list[Unit]:
     """Returns one unit for each product with a quantized weight, in order."""
     graph, units = traced.graph, []
-    for product in products(graph):
+    for product in contractions(graph):
         if not _has_quantized_weight(product):
             continue
         side = next(o for o in product.operands if o is not product.weight)
@@ -75,7 +75,7 @@ def block_units(traced: TracedNet) -> list[Unit]:
     forgotten. Points within one chain of element-wise operations count once, at its end.
     """
     graph = traced.graph
-    waiting = [p for p in products(graph) if _has_quantized_weight(p)]
+    waiting = [p for p in contractions(graph) if _has_quantized_weight(p)]
     order = {node: i for i, node in enumerate(graph.nodes)}
     points = _articulations(graph)
     units, entry = [], graph.inputs[0]
@@ -116,12 +116,12 @@ def _articulations(graph: Graph) -> list[tuple[int, int]]:
     return found
 
 
-def _has_quantized_weight(product: Product) -> bool:
+def _has_quantized_weight(product: TracedContraction) -> bool:
     weight = product.weight
     return weight is not None and weight.quantized
 
 
-def _unit(graph: Graph, inside: Sequence[Product], entry: int, exit: int) -> Unit:
+def _unit(graph: Graph, inside: Sequence[TracedContraction], entry: int, exit: int) -> Unit:
     nodes, seen, stack = [], {entry}, [exit]
     while stack:
         value = stack.pop()

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from flax.errors import ModifyScopeVariableError
@@ -19,11 +18,12 @@ from flax.errors import ModifyScopeVariableError
 from qkd_jax import checks
 from qkd_jax.numerics import Spec, stats
 from qkd_jax.observers import OBSERVERS
+from qkd_jax.quantize.contraction import OperandGrid
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.model import QuantizedModel
+from qkd_jax.quantize.operands import OperandHook, OperandUse
 from qkd_jax.quantize.variables import (
     OPERANDS,
-    join_quant,
     quantizer_path,
     split_multipliers,
     split_states,
@@ -37,6 +37,7 @@ from qkd_jax.trees import insert, join, merged
 __all__ = ["calibrate", "check_observer", "model_arguments"]
 
 Tree = dict[str, Any]
+Key = tuple[str, str]  # (layer path, operand)
 _KIND = "observed"
 
 
@@ -101,7 +102,7 @@ def calibrate(
         )
     measured = {key: _named(key, stats.finish, found["sums"]) for key, found in first.items()}
     searching = {key for key in first if OBSERVERS[specs.observer(*key)].NEEDS_STATS}
-    second: dict[tuple[str, str], Tree] = {}
+    second: dict[Key, Tree] = {}
     if searching:
         known = {key: measured[key] for key in searching}
         second = _observe(net, start, inputs, kwargs, specs, chosen, _Search(searching), known)
@@ -225,51 +226,79 @@ def model_arguments(batch: Any) -> tuple[Any, ...]:
 class _Moments:
     """First pass: sums of every operand, and the state of observers that need no more."""
 
-    def start(self, key, shape, spec, observer) -> Tree:
-        found: Tree = {"sums": stats.empty(shape)}
+    def start(self, key: Key, shape: tuple[int, ...], spec: Spec, observer: Any) -> Tree:
+        state: Tree = {"sums": stats.empty(shape)}
         if not observer.NEEDS_STATS:
-            found["observer"] = observer.init(shape, spec)
-        return found
+            state["observer"] = observer.init(shape, spec)
+        return state
 
-    def update(self, found, x, spec, axes, observer) -> Tree:
-        new = {"sums": stats.merge(found["sums"], stats.measure(x, channel_axes=axes))}
-        if "observer" in found:
-            new["observer"] = observer.update(found["observer"], x, spec, channel_axes=axes)
+    def update(
+        self, state: Tree, x: jax.Array, spec: Spec, axes: tuple[int, ...], observer: Any
+    ) -> Tree:
+        new = {"sums": stats.merge(state["sums"], stats.measure(x, channel_axes=axes))}
+        if "observer" in state:
+            new["observer"] = observer.update(state["observer"], x, spec, channel_axes=axes)
         return new
 
 
 class _Search:
-    """Second pass: observers that search within the moments that the first one found."""
+    """Second pass: observers that search within the moments that the first pass measured."""
 
-    def __init__(self, keys: set[tuple[str, str]]):
+    def __init__(self, keys: set[Key]):
         self.keys = keys
 
-    def start(self, key, shape, spec, observer) -> Tree:
+    def start(self, key: Key, shape: tuple[int, ...], spec: Spec, observer: Any) -> Tree:
         return {"observer": observer.init(shape, spec)} if key in self.keys else {}
 
-    def update(self, found, x, spec, axes, observer) -> Tree:
-        if not found:
-            return found
-        new = observer.update(found["observer"], x, spec, channel_axes=axes, stats=found["stats"])
+    def update(
+        self, state: Tree, x: jax.Array, spec: Spec, axes: tuple[int, ...], observer: Any
+    ) -> Tree:
+        if not state:
+            return state
+        new = observer.update(state["observer"], x, spec, channel_axes=axes, stats=state["stats"])
         # The moments lie beside the state, so that a scanned layer sees its own slice of them.
-        return {"observer": new, "stats": found["stats"]}
+        return {"observer": new, "stats": state["stats"]}
+
+
+def _observing(
+    observed: Sequence[str], record: Callable[[Tree | None, OperandUse, tuple[int, ...]], Tree]
+) -> OperandHook:
+    """Returns a hook that records some operands in float; others are quantized if calibrated."""
+
+    def hook(use: OperandUse) -> tuple[jax.Array, OperandGrid | None]:
+        if use.operand not in observed:
+            x_hat, grid, _ = use.quantize()
+            # Layers that read a module's output without a spec of their own read it as a float.
+            return x_hat, None if use.operand == "output" else grid
+        key = state_key(use.operand, _KIND)
+        # Of a dynamic operand nothing is kept but that it is quantized.
+        use.write(key, record(use.read(key), use, () if use.spec.dynamic else use.axes))
+        return use.x, None
+
+    return hook
 
 
 def _observe(
-    net, variables, inputs, kwargs, specs, chosen, task, known=None, frames=None
-) -> dict[tuple[str, str], Tree]:
-    """Runs the net over all inputs; each operand's state lies at its quantizer's place.
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    inputs: Sequence[tuple[Any, ...]],
+    kwargs: Mapping[str, Any],
+    specs: _Specs,
+    chosen: Sequence[str],
+    task: _Moments | _Search,
+    known: Mapping[Key, Any] | None = None,
+    frames: list[Frame] | None = None,
+) -> dict[Key, Tree]:
+    """Runs the net over all inputs and returns each operand's state.
 
     Adds the frames in which it was traced to `frames`.
     """
-    variables = join_quant(variables)
 
-    def run(floats, before, arguments, record):
-        frame = Frame(specs, mode="observe", observe=record, observed=chosen)
+    def run(floats: Any, before: Tree, arguments: tuple[Any, ...], record: Any) -> Tree:
+        frame = Frame(specs, _observing(chosen, record))
         given = {**floats, "params": merged(floats.get("params", {}), before)}
         try:
-            with nn.intercept_methods(frame):
-                _, out = net.model.apply(given, *arguments, mutable=["params"], **kwargs)
+            _, out = net.apply_in(frame, given, *arguments, mutable=["params"], **kwargs)
         except ValueError as error:
             if not any(word in str(error) for word in ("broadcasted variable", "out_axes")):
                 raise
@@ -288,14 +317,17 @@ def _observe(
             frames.append(frame)
         return split_states(out["params"], _KIND)
 
-    def start(found, path, operand, x, spec, axes):
+    def start(_: Tree | None, use: OperandUse, axes: tuple[int, ...]) -> Tree:
+        x = use.cut(use.x)
         shape = tuple(n if i in axes else 1 for i, n in enumerate(x.shape)) if axes else ()
-        observer = OBSERVERS[specs.observer(path, operand)]
-        return task.start((path, operand), shape, spec, observer)
+        observer = OBSERVERS[specs.observer(use.path, use.operand)]
+        return task.start((use.path, use.operand), shape, use.spec, observer)
 
-    def update(found, path, operand, x, spec, axes):
-        observer = OBSERVERS[specs.observer(path, operand)]
-        return task.update(found, jax.lax.stop_gradient(x), spec, axes, observer)
+    def update(state: Tree | None, use: OperandUse, axes: tuple[int, ...]) -> Tree:
+        assert state is not None
+        observer = OBSERVERS[specs.observer(use.path, use.operand)]
+        x = jax.lax.stop_gradient(use.cut(use.x))
+        return task.update(state, x, use.spec, axes, observer)
 
     # The states' tree comes from a run of which nothing but the empty states is computed.
     observed = jax.jit(lambda v, a: run(v, {}, a, start))(variables, inputs[0])
@@ -308,7 +340,7 @@ def _observe(
     return {(path, operand): state for path, operand, state in states(observed, _KIND) if state}
 
 
-def _named(key: tuple[str, str], function: Callable[..., Any], *args: Any) -> Any:
+def _named(key: Key, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except ValueError as error:

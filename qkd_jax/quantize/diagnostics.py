@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax.numerics import Spec, codes_of, compute_dtype
 from qkd_jax.quantize.calibration import model_arguments
-from qkd_jax.quantize.interception import Frame, split_groups
+from qkd_jax.quantize.contraction import OperandGrid
+from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.model import QuantizedModel
-from qkd_jax.quantize.variables import join_quant, split_states, state_key, states
+from qkd_jax.quantize.operands import OperandUse
+from qkd_jax.quantize.variables import split_states, state_key, states
 from qkd_jax.quantizers import QUANTIZERS, in_use, learns_bits
 
 __all__ = ["Diagnosed", "Diagnosis", "diagnose"]
@@ -151,7 +152,6 @@ def diagnose(
     """
     if hasattr(batches, "shape") or isinstance(batches, Mapping):
         raise ValueError("batches is one batch; give a list of batches, such as [images].")
-    joined = join_quant(variables)
     run, order = _runner(net, kwargs)
     total: dict[tuple[str, str, int | None], dict[str, Any]] = {}
     number = -1
@@ -159,7 +159,7 @@ def diagnose(
         arguments = model_arguments(batch)
         if any(np.shape(a)[:1] == (0,) for a in arguments):
             raise ValueError(f"batch {number} of batches is empty; leave it out.")
-        for key, found in _separate(jax.device_get(run(joined, arguments)), order):
+        for key, found in _separate(jax.device_get(run(variables, arguments)), order):
             if key not in total:
                 total[key] = found
             elif key[1] != "weight":  # the same in every batch
@@ -177,13 +177,29 @@ def diagnose(
     )
 
 
-def _runner(net: QuantizedModel, kwargs: Mapping[str, Any]):
+def _runner(
+    net: QuantizedModel, kwargs: Mapping[str, Any]
+) -> tuple[Callable[..., Tree], dict[tuple[str, str], None]]:
     """Returns (compiled function of variables and arguments, the operands in running order)."""
     order: dict[tuple[str, str], None] = {}
 
-    def run(joined, arguments):
-        with nn.intercept_methods(_Watching(net, order)):
-            _, out = net.model.apply(joined, *arguments, mutable=["params"], **kwargs)
+    def hook(use: OperandUse) -> tuple[jax.Array, OperandGrid | None]:
+        """Quantizes an operand and adds what it does to the sums next to its quantizer."""
+        x_hat, grid, params = use.quantize()
+        if params is not None:
+            key = state_key(use.operand, _KIND)
+            sums = _sums(use.cut(use.x), use.cut(x_hat), use.spec, params, use.operand)
+            before = use.read(key)  # a layer that the net calls again
+            if before is None:
+                use.write(key, sums)
+            elif use.operand != "weight":
+                use.write(key, _added(before, sums))
+            order[use.path, use.operand] = None
+        return x_hat, grid
+
+    def run(variables: Mapping[str, Any], arguments: tuple[Any, ...]) -> Tree:
+        frame = Frame(net.spec_of, hook)
+        _, out = net.apply_in(frame, variables, *arguments, mutable=["params"], **kwargs)
         return split_states(out["params"], _KIND)
 
     return jax.jit(run), order
@@ -199,40 +215,6 @@ def _separate(summed: Tree, order: Iterable[tuple[str, str]]):
         for step, place in enumerate(np.ndindex(*shape)):
             key = (path, operand, step if shape else None)
             yield key, {name: value[place] for name, value in sums.items()}
-
-
-class _Watching(Frame):
-    """A quantized application that leaves the sums of each operand beside its quantizer.
-
-    Written into the layer's own scope they come out of `nn.scan`, `nn.vmap` and `nn.remat` as the
-    layer's parameters do; handed to a callback they would leak from there.
-    """
-
-    def __init__(self, net: QuantizedModel, order: dict[tuple[str, str], None]):
-        super().__init__(net.spec_of, watch=self._look)
-        self.order = order
-        self.looked: tuple[Any, ...] | None = None
-
-    def _look(self, path, operand, x, x_hat, spec, params):
-        self.looked = (x, x_hat, spec, params)
-
-    def _operand(self, module, sub, path, operand, x, place, *, batch_axes=()):
-        self.looked = None
-        out = super()._operand(module, sub, path, operand, x, place, batch_axes=batch_axes)
-        if self.looked is not None:
-            x, x_hat, spec, params = self.looked
-            if isinstance(spec.granularity, int):
-                axis = self.seen[path].group_axis
-                x, x_hat = (split_groups(a, axis, spec.granularity) for a in (x, x_hat))
-            name = state_key(operand, _KIND)
-            sums = _sums(x, x_hat, spec, params, operand)
-            before = self._variables(module, sub, name)  # a layer that the net calls again
-            if before is None:
-                self._write(module, sub, name, sums)
-            elif operand != "weight":
-                self._write(module, sub, name, _added(before, sums))
-            self.order[path, operand] = None
-        return out
 
 
 def _sums(x: Any, x_hat: Any, spec: Spec, params: Any, operand: str) -> Tree:

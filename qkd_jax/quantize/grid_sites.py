@@ -22,16 +22,14 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax import graph as graphs
-from qkd_jax.graph import Graph, Node
+from qkd_jax.graph import CONTRACTIONS, IDENTITY, LAYOUT, MARKERS, Graph, Node
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.model import quantize
 
 __all__ = ["Layer", "Placement", "Site", "placement"]
 
-MOVES = frozenset(
-    "reshape transpose rev squeeze expand_dims broadcast_in_dim slice convert_element_type copy "
-    "stop_gradient optimization_barrier gather dynamic_slice".split()
-)
+# Each number of the result is one of the operand.
+MOVES = LAYOUT | IDENTITY | {"broadcast_in_dim", "slice", "gather", "dynamic_slice"}
 # Keeps a tensor on its grid, beside `MOVES`: a choice among its values, or among them and zero.
 CHOICES = frozenset({"reduce_window_max", "reduce_max", "max"})
 # Of values that are not negative these make others that are not.
@@ -41,7 +39,6 @@ KEEP_SIGN = MOVES | frozenset(
     "sort".split()
 )
 NEVER_NEGATIVE = frozenset({"exp", "exp2", "abs", "logistic", "square", "iota"})
-PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +143,7 @@ class _Search:
         layers: dict[str, Layer] = {}
         readers: dict[str, list[str]] = {}  # origin of a tensor -> layers that read it unchanged
         for node in self.graph.nodes:
-            operand = node.params.get("operand") if node.op in graphs.MARKERS else None
+            operand = node.params.get("operand") if node.op in MARKERS else None
             if operand not in ("input", "other"):
                 continue
             path, value = node.params["path"], node.inputs[0]
@@ -176,7 +173,7 @@ class _Search:
                 unsigned[path] = unsigned.get(path, True) and sign
 
         for node in self.graph.nodes:
-            if node.op in graphs.MARKERS:
+            if node.op in MARKERS:
                 if node.params["operand"] == "input":
                     source = layers[node.params["path"]].source
                     if source and len(set(readers[source])) > 1:
@@ -214,7 +211,7 @@ class _Search:
         found, pending = {value}, [value]
         while pending:
             node = self.graph.producer(pending.pop())
-            if node is not None and node.op not in PRODUCTS:
+            if node is not None and node.op not in CONTRACTIONS:
                 pending += [v for v in node.inputs if v not in found]
                 found.update(node.inputs)
         return found - {value}
@@ -228,7 +225,7 @@ class _Search:
     def output_marker(self, value: int) -> Node | None:
         """The innermost mark of a module's output that a value is, unchanged."""
         found = None
-        while (node := self.graph.producer(value)) is not None and node.op in graphs.MARKERS:
+        while (node := self.graph.producer(value)) is not None and node.op in MARKERS:
             if node.params["operand"] == "output":
                 found = node
             value = node.inputs[0]
@@ -239,7 +236,7 @@ class _Search:
         while (node := self.graph.producer(value)) is not None:
             if (marker := self.output_marker(value)) is not None:
                 return marker
-            if node.op in MOVES or node.op in graphs.MARKERS:
+            if node.op in MOVES or node.op in MARKERS:
                 value = node.inputs[0]
             elif node.op in CHOICES:
                 moving = [v for v in node.inputs if not self.fixed(v)]
@@ -269,7 +266,7 @@ class _Search:
             return node.op == "mul" or self.known(node.inputs[0])
         if node.op == "integer_pow" and node.params["y"] % 2 == 0:
             return True
-        if node.op in graphs.MARKERS or node.op in KEEP_SIGN:
-            moved = node.inputs[:1] if node.op in MOVES or node.op in graphs.MARKERS else None
+        if node.op in MARKERS or node.op in KEEP_SIGN:
+            moved = node.inputs[:1] if node.op in MOVES or node.op in MARKERS else None
             return all(map(self.known, moved if moved is not None else node.inputs))
         return False

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from qkd_jax import graph
+from qkd_jax.graph import CONTRACTIONS, LAYOUT, MARKERS, Graph, Node, bodies, trace
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize.interception import Frame, LayerUse
 from qkd_jax.quantize.model import QuantizedModel
@@ -72,7 +72,7 @@ class Size:
 
 def _seen(net: QuantizedModel, variables: Any, images: Any, **kwargs: Any) -> Frame:
     frame = Frame(net.spec_of)
-    jax.eval_shape(lambda v, x: net._apply(frame, v, x, **kwargs), variables, images)
+    jax.eval_shape(lambda v, x: net.apply_in(frame, v, x, **kwargs), variables, images)
     return frame
 
 
@@ -89,8 +89,8 @@ def _spec(net: QuantizedModel, path: str, operand: str, quant: Any) -> Spec | No
 def _scales(spec: Spec, params: Any, use: LayerUse) -> int:
     """How many float32 numbers a weight's scales (and zero points) are, measured or planned."""
     if params is not None and not spec.dynamic:
-        view = QUANTIZERS[spec.quantizer].integer_view
-        scale = jax.eval_shape(lambda p: (view(p, spec) or (None,))[0], params)
+        grid_of = QUANTIZERS[spec.quantizer].integer_view
+        scale = jax.eval_shape(lambda p: (grid_of(p, spec) or (None,))[0], params)
         if scale is None:
             return _count(params)
         count = math.prod(scale.shape)
@@ -98,7 +98,7 @@ def _scales(spec: Spec, params: Any, use: LayerUse) -> int:
         count = 1
     else:
         shape = use.shapes["weight"]
-        count = math.prod(shape[axis] for axis in use.channels["weight"])
+        count = math.prod(shape[axis] for axis in use.weight_channels)
         if isinstance(spec.granularity, int):
             count *= shape[use.group_axis] // spec.granularity
     return count if spec.symmetric else 2 * count
@@ -206,19 +206,8 @@ class Coverage:
         return "\n".join(lines)
 
 
-_LAYOUT = frozenset(
-    (
-        "reshape",
-        "transpose",
-        "rev",
-        "squeeze",
-        "expand_dims",
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "reduce_sum",
-    )
-)
+# What may lie between a marker and its contraction: a reduction here sums over an axis of size 1.
+_BETWEEN = LAYOUT | {"broadcast_in_dim", "convert_element_type", "reduce_sum"}
 
 
 def coverage(
@@ -240,9 +229,7 @@ def coverage(
     Returns:
       A `Coverage`; `print` it, or ask for `.missed`.
     """
-    traced = graph.trace(
-        lambda v, x: net.trace_apply(v, x, **kwargs), variables, images, evaluate=False
-    )
+    traced = trace(lambda v, x: net.trace_apply(v, x, **kwargs), variables, images, evaluate=False)
     examples = jax.tree.leaves(images)[0].shape[0]
     quant = variables.get("quant", {})
     found = [
@@ -254,21 +241,21 @@ def coverage(
     return Coverage(tuple(found), bool(variables.get("quant")))
 
 
-def _products(traced: graph.Graph) -> Iterator[tuple[graph.Graph, graph.Node]]:
+def _products(traced: Graph) -> Iterator[tuple[Graph, Node]]:
     for node in traced.nodes:
-        if node.op in ("dot_general", "conv_general_dilated"):
+        if node.op in CONTRACTIONS:
             yield traced, node
         else:
-            for inside in graph.bodies(node):
+            for inside in bodies(node):
                 yield from _products(inside)
 
 
-def _mark(traced: graph.Graph, value: int) -> graph.Node | None:
+def _mark(traced: Graph, value: int) -> Node | None:
     """The quantizer (or mark of a skipped one) an operand comes from, behind layout ops."""
     while (node := traced.producer(value)) is not None:
-        if node.op in ("quantizer", "skipped"):
+        if node.op in MARKERS:
             return node
-        if node.op not in _LAYOUT:
+        if node.op not in _BETWEEN:
             return None
         value = node.inputs[0]
     return None
@@ -297,7 +284,7 @@ def _covered(net, quant, traced, node, marks, examples) -> Covered:
     )
 
 
-def _macs(traced: graph.Graph, node: graph.Node, examples: int) -> int:
+def _macs(traced: Graph, node: Node, examples: int) -> int:
     out = math.prod(traced.shape(node.outputs[0]))
     lhs, rhs = (traced.shape(v) for v in node.inputs[:2])
     if node.op == "dot_general":

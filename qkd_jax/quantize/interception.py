@@ -1,8 +1,8 @@
 """How quantization reaches a model: an interceptor around the calls of its layers.
 
 The model's own code is not touched and nothing global is patched. While a net runs, a method
-interceptor sets a public field of each bound layer for the length of one call, and takes it back:
-`Conv` and `Dense` receive our product through `conv_general_dilated_cls` / `dot_general_cls`,
+interceptor sets a public field of each bound layer for the length of one call, and restores it:
+`Conv` and `Dense` receive our contraction through `conv_general_dilated_cls` / `dot_general_cls`,
 attention through its two einsum fields, `Einsum`, `ConvTranspose` and `Embed` through
 `promote_dtype`, which hands over the operands.
 
@@ -10,17 +10,14 @@ The quantizers' variables lie under their layer (`conv1/weight_quantizer/step`) 
 the `params` collection while the model runs, since `nn.scan` and `nn.vmap` lift no collection that
 they have not heard of.
 
-A `Frame` is one application: its mode says what an operand meets.
-  apply    fake quantization where the layer has been calibrated, float elsewhere
-  observe  statistics only, written next to the quantizer's place
-  trace    one named equation per quantizer, for `graph.py`
+A `Frame` is one application of a net. To do something else with its operands, give it another hook
+(see `operands`); there is nothing in it to override.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -30,14 +27,40 @@ from flax.linen.linear import _Conv
 from jax import lax
 
 from qkd_jax.numerics import Spec, codes_of
-from qkd_jax.quantize import contraction as products
-from qkd_jax.quantize.variables import FOLDED, OPERANDS, quantizer_key, state_key
-from qkd_jax.quantizers import QUANTIZERS, found_params, live
+from qkd_jax.quantize.contraction import (
+    Contraction,
+    OperandGrid,
+    conv_contraction,
+    dot_contraction,
+    einsum_contraction,
+    quantized_contraction,
+    sum_dtype,
+)
+from qkd_jax.quantize.layer_fields import (
+    ContractionFactory,
+    Promotion,
+    bias_in_output,
+    describe,
+    injected,
+    set_fields,
+)
+from qkd_jax.quantize.operands import (
+    ROUNDING,
+    OperandAxes,
+    OperandHook,
+    OperandUse,
+    batch_axes_of,
+    left_axes,
+    mark_skipped,
+    parameter_axes,
+    quantize_operand,
+    read_variable,
+    right_axes,
+)
+from qkd_jax.quantize.variables import FOLDED
+from qkd_jax.quantizers import QUANTIZERS
 
-__all__ = ["ROUNDING", "Frame", "LayerUse", "marker", "split_groups"]
-
-ROUNDING = "rounding"
-"""Name of the random stream of stochastic rounding, in the `rngs` of `apply`."""
+__all__ = ["Frame", "LayerUse"]
 
 
 @dataclasses.dataclass
@@ -46,38 +69,8 @@ class LayerUse:
 
     kind: str
     shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    channels: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    weight_channels: tuple[int, ...] = ()
     group_axis: int = -1  # of the weight
-
-
-def marker(name: str, function: Callable[..., Any], x: jax.Array, *params: jax.Array) -> jax.Array:
-    """Runs `function` as one jaxpr equation that carries `name`."""
-
-    def call(x, *params):
-        return function(x, *params)
-
-    call.__name__ = call.__qualname__ = name
-    return jax.jit(call)(x, *params)
-
-
-def _unchanged(x: jax.Array, *_: jax.Array) -> jax.Array:
-    # A bare identity would be forwarded around its equation, and the marker lost.
-    return lax.optimization_barrier(x)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where an operand lies in its product, as far as its quantizer must know.
-
-    Attributes:
-        channels: axes with a scale of their own under granularity "channel".
-        rows: the same under "token".
-        group_axis: the axis that groups cut, or None where there are none.
-    """
-
-    channels: tuple[int, ...] = ()
-    rows: tuple[int, ...] = ()
-    group_axis: int | None = None
 
 
 class Frame:
@@ -85,13 +78,11 @@ class Frame:
 
     Args:
         spec_of: (path, operand) -> Spec or None.
-        mode: "apply", "observe" or "trace".
+        hook: what happens to every operand with a spec; fake quantization by default.
         axis_name: the mapped axis over which batch normalization reduces.
-        observe: in mode "observe", (found, path, operand, x, spec, channel axes) -> new state.
-        watch: in mode "apply", called as watch(path, operand, x, x_hat, spec, params) for every
-            quantized operand, where it is quantized (so inside the trace).
-        observed: in mode "observe", the operands to observe; others are quantized if calibrated.
-        mark_outputs: in mode "trace", mark what every module returns, with a spec or without.
+        traced: whether the application is traced for a graph (with the hook `mark_operand`):
+            operands without a spec are marked too.
+        mark_outputs: with `traced`, mark what every module returns, with a spec or without.
 
     A layer whose rule gives its input no spec, but whose input is, unchanged, what a module with an
     `output` spec returned, reads that module's codes.
@@ -100,23 +91,19 @@ class Frame:
     def __init__(
         self,
         spec_of: Callable[[str, str], Spec | None],
+        hook: OperandHook = quantize_operand,
         *,
-        mode: str = "apply",
         axis_name: str | None = None,
-        observe: Callable[..., dict[str, Any]] | None = None,
-        observed: tuple[str, ...] = OPERANDS,
-        watch: Callable[..., None] | None = None,
+        traced: bool = False,
         mark_outputs: bool = False,
     ):
         self.spec_of = spec_of
-        self.mode = mode
+        self.hook = hook
         self.axis_name = axis_name
-        self.observe = observe
-        self.observed = observed
-        self.watch = watch
+        self.traced = traced
         self.mark_outputs = mark_outputs
-        # id of a module's quantized output -> (the output, which keeps the id its own, its view)
-        self._on_grid: dict[int, tuple[jax.Array, Any]] = {}
+        # id of a module's quantized output -> (the output, which keeps the id its own, its grid)
+        self._on_grid: dict[int, tuple[jax.Array, OperandGrid | None]] = {}
         self.seen: dict[str, LayerUse] = {}
         self.modules: set[str] = set()
         self._active: dict[object, tuple[int, str]] = {}
@@ -124,14 +111,15 @@ class Frame:
 
     # -- the interceptor ---------------------------------------------------------------------
 
-    def __call__(self, next_fun, args, kwargs, context):
+    def __call__(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         """Intercepts one method call of one module; see `flax.linen.intercept_methods`."""
         module, method = context.module, context.method_name
         if method not in ("__call__", "attend") or (id(module), method) in self._active.values():
-            return next_fun(*args, **kwargs)  # `super().__call__` of a subclass comes by twice
+            # `super().__call__` of a subclass is intercepted a second time.
+            return next_fun(*args, **kwargs)
         path, key = "/".join(module.path), object()
-        # A lifted layer (`nn.remat(nn.Dense)`) comes by twice too, as two objects at one path: its
-        # operands belong to the inner one, whose scope is the live one, its output to the outer.
+        # So is a lifted layer (`nn.remat(nn.Dense)`), as two objects at one path: its operands
+        # belong to the inner one, whose scope is the live one, its output to the outer.
         outermost = path not in self._paths
         self._active[key] = (id(module), method)
         self._paths.append(path)
@@ -142,75 +130,85 @@ class Frame:
             self._paths.pop()
             del self._active[key]
 
-    def _run(self, module, path, method, next_fun, args, kwargs):
+    def _run(
+        self,
+        module: nn.Module,
+        path: str,
+        method: str,
+        next_fun: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
         self.modules.add(path)
+        fields: dict[str, Any] = {}
         if isinstance(module, nn.BatchNorm):
-            if self._variables(module, None, FOLDED) is not None:
-                out = args[0] if args else kwargs["x"]
-            else:
-                with _fields(module, axis_name=module.axis_name or self.axis_name):
-                    out = next_fun(*args, **kwargs)
+            if read_variable(module, "", FOLDED) is not None:
+                return args[0] if args else kwargs["x"]
+            fields = {"axis_name": module.axis_name or self.axis_name}
         elif isinstance(module, _Conv) and module.shared_weights:
-            base = _own(module.conv_general_dilated_cls, module.conv_general_dilated)
-            hook = self._hook(
-                module, path, "conv", products.conv_product, base or lax.conv_general_dilated
+            base = injected(module.conv_general_dilated_cls, module.conv_general_dilated)
+            function = self._contraction(
+                module, path, "conv", conv_contraction, base or lax.conv_general_dilated
             )
-            with _fields(module, conv_general_dilated_cls=_Factory(hook, base)):
-                out = next_fun(*args, **kwargs)
+            fields = {"conv_general_dilated_cls": ContractionFactory(function, base)}
         elif isinstance(module, nn.Dense | nn.DenseGeneral):
-            base = _own(module.dot_general_cls, module.dot_general)
-            hook = self._hook(module, path, "dense", products.dot_product, base or lax.dot_general)
-            with _fields(module, dot_general_cls=_Factory(hook, base)):
-                out = next_fun(*args, **kwargs)
+            base = injected(module.dot_general_cls, module.dot_general)
+            function = self._contraction(
+                module, path, "dense", dot_contraction, base or lax.dot_general
+            )
+            fields = {"dot_general_cls": ContractionFactory(function, base)}
         elif isinstance(module, nn.MultiHeadDotProductAttention):
-            with _fields(module, **self._attention(module, path)):
-                out = next_fun(*args, **kwargs)
+            fields = self._attention(module, path)
         elif isinstance(module, nn.Einsum | nn.ConvTranspose | nn.Embed):
-            out = self._operands(module, path, method, next_fun, args, kwargs)
-        else:
-            out = next_fun(*args, **kwargs)
-        return out
+            return self._promoted(module, path, method, next_fun, args, kwargs)
+        with set_fields(module, **fields):
+            return next_fun(*args, **kwargs)
 
     # -- layers ------------------------------------------------------------------------------
 
-    def _hook(self, module, path, kind, describe, base):
-        """A drop-in for a lax product, with the operands quantized and the scales taken out."""
+    def _contraction(
+        self,
+        module: nn.Module,
+        path: str,
+        kind: str,
+        described: Callable[..., Contraction],
+        base: Callable[..., Any],
+    ) -> Callable[..., jax.Array]:
+        """A drop-in for a lax contraction that quantizes its operands and scales its sums once."""
 
-        def product(lhs, rhs, *args, **kwargs):
-            described = describe(lhs, rhs, *args, base=base, **kwargs)
-            use = self._use(path, kind)
-            use.channels["weight"] = described.weight_channels
-            use.group_axis = -1 if described.group_axis is None else described.group_axis
-            x_hat, x_view = self._operand(
-                module, None, path, "input", lhs, _left(described), batch_axes=_batch(lhs)
+        def contract(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+            contraction = described(lhs, rhs, *args, base=base, **kwargs)
+            self._use(path, kind, contraction)
+            x_hat, x_grid = self._operand(
+                module, path, "input", lhs, left_axes(contraction), batch_axes=batch_axes_of(lhs)
             )
-            w_hat, w_view = self._operand(module, None, path, "weight", rhs, _right(described))
-            folded = self._variables(module, None, FOLDED) or {}
-            if x_view is None or w_view is None or self.mode == "trace":
-                out = described.fn(x_hat, w_hat)
-                if "multiplier" in folded and self.mode == "trace":
-                    raise ValueError(f"layer {path!r} is folded already; trace it unfolded.")
+            w_hat, w_grid = self._operand(module, path, "weight", rhs, right_axes(contraction))
+            folded = read_variable(module, "", FOLDED) or {}
+            if self.traced and "multiplier" in folded:
+                raise ValueError(f"layer {path!r} is folded already; trace it unfolded.")
+            if x_grid is None or w_grid is None:
+                out = contraction.fn(x_hat, w_hat)
             else:
-                out = products.quantized_product(
-                    described, x_hat, w_hat, x_view, w_view, folded.get("multiplier")
+                out = quantized_contraction(
+                    contraction, x_hat, w_hat, x_grid, w_grid, folded.get("multiplier")
                 )
             if "bias" in folded:
                 out = out + jnp.reshape(folded["bias"], (1,) * (out.ndim - 1) + (-1,))
             return self._output_gradient(module, path, out)
 
-        return product
+        return contract
 
-    def _attention(self, module, path):
-        """The two einsum fields of attention, for the products that a rule quantizes."""
-        subs = {
+    def _attention(self, module: nn.MultiHeadDotProductAttention, path: str) -> dict[str, Any]:
+        """The two einsum fields of attention, for the contractions that a rule quantizes."""
+        parts = {
             "qk_attn_weights_einsum_cls": "query_key",
             "attn_weights_value_einsum_cls": "weights_value",
         }
-        named = {field: f"{path}/{sub}" if path else sub for field, sub in subs.items()}
+        named = {field: f"{path}/{part}" if path else part for field, part in parts.items()}
         self.modules.update(named.values())
         wanted = any(self.spec_of(layer, "input") is not None for layer in named.values())
-        own = any(_own(getattr(module, field), None) is not None for field in subs)
-        if self.mode != "trace" and not wanted:
+        own = any(injected(getattr(module, field), None) is not None for field in parts)
+        if not self.traced and not wanted:
             return {}
         if module.precision is not None or own:
             if wanted:
@@ -222,62 +220,75 @@ class Frame:
                 )
             return {}
         return {
-            field: _Factory(self._einsum(module, sub, named[field]), None)
-            for field, sub in subs.items()
+            field: ContractionFactory(self._einsum(module, part, named[field]), None)
+            for field, part in parts.items()
         }
 
-    def _einsum(self, module, sub, layer):
-        def einsum(equation, lhs, rhs):
-            described = products.einsum_product(equation, lhs, rhs)
+    def _einsum(self, module: nn.Module, part: str, layer: str) -> Callable[..., jax.Array]:
+        def einsum(equation: str, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+            contraction = einsum_contraction(equation, lhs, rhs)
             self._use(layer, "attention")
-            x_hat, x_view = self._operand(
-                module, sub, layer, "input", lhs, _left(described), batch_axes=_batch(lhs)
+            x_hat, x_grid = self._operand(
+                module,
+                layer,
+                "input",
+                lhs,
+                left_axes(contraction),
+                part=part,
+                batch_axes=batch_axes_of(lhs),
             )
-            # "token" means a row of either operand: what the product sums over shares a scale.
-            other = _Place(rows=described.weight_channels)
-            y_hat, y_view = self._operand(
-                module, sub, layer, "other", rhs, other, batch_axes=_batch(rhs)
+            # "token" means a row of either operand: what is summed over shares a scale.
+            other = OperandAxes(rows=contraction.weight_channels)
+            y_hat, y_grid = self._operand(
+                module, layer, "other", rhs, other, part=part, batch_axes=batch_axes_of(rhs)
             )
-            if x_view is None or y_view is None or self.mode == "trace":
-                return described.fn(x_hat, y_hat)
-            out = products.quantized_product(described, x_hat, y_hat, x_view, y_view)
+            if x_grid is None or y_grid is None:
+                return contraction.fn(x_hat, y_hat)
+            out = quantized_contraction(contraction, x_hat, y_hat, x_grid, y_grid)
             return self._output_gradient(module, layer, out)
 
         return einsum
 
-    def _operands(self, module, path, method, next_fun, args, kwargs):
-        """Layers that show their operands through `promote_dtype` but keep the product.
+    def _promoted(
+        self,
+        module: nn.Einsum | nn.ConvTranspose | nn.Embed,
+        path: str,
+        method: str,
+        next_fun: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+    ) -> jax.Array:
+        """Runs a layer that shows its operands through `promote_dtype` but keeps the contraction.
 
         In place of the operands the layer is given their codes; the output is scaled, and the bias
         added, here.
         """
         promote = module.promote_dtype
-        if isinstance(promote, _Promote):
+        if isinstance(promote, Promotion):
             promote = promote.base
         scaling: dict[str, Any] = {}
 
-        def quantized(*arrays, **options):
-            arrays = list(promote(*arrays, **options))
+        def quantized(*arrays: Any, **options: Any) -> tuple[Any, ...]:
+            arrays = tuple(promote(*arrays, **options))
             if isinstance(module, nn.Embed):
                 w, bias = arrays[-1], None
                 x = arrays[0] if method == "attend" else None  # a lookup has no second operand
             else:
                 x, w, bias = arrays
-            described, kind = _describe(module, args, kwargs, x, w)
-            use = self._use(path, kind)
-            use.channels["weight"] = described.weight_channels
-            use.group_axis = -1 if described.group_axis is None else described.group_axis
-            w_hat, w_view = self._operand(module, None, path, "weight", w, _right(described))
+            assert w is not None
+            contraction, kind = describe(module, args, kwargs, x, w)
+            self._use(path, kind, contraction)
+            w_hat, w_grid = self._operand(module, path, "weight", w, right_axes(contraction))
             if x is None:
                 return (w_hat,)
-            x_hat, x_view = self._operand(
-                module, None, path, "input", x, _left(described), batch_axes=_batch(x)
+            x_hat, x_grid = self._operand(
+                module, path, "input", x, left_axes(contraction), batch_axes=batch_axes_of(x)
             )
-            if x_view is None or w_view is None or self.mode == "trace":
+            if x_grid is None or w_grid is None:
                 return (x_hat, w_hat) if isinstance(module, nn.Embed) else (x_hat, w_hat, bias)
-            x_scale, w_scale = (lax.stop_gradient(view[0]) for view in (x_view, w_view))
-            scaling["multiplier"] = described.scales_in_output(x_scale, w_scale)
-            sums = products.sum_dtype(x_hat.dtype, x_view[1], w_view[1])
+            x_scale, w_scale = (lax.stop_gradient(grid.scale) for grid in (x_grid, w_grid))
+            scaling["multiplier"] = contraction.scales_in_output(x_scale, w_scale)
+            sums = sum_dtype(x_hat.dtype, x_grid.format, w_grid.format)
             scaling["dtype"] = x_hat.dtype
             codes = (
                 _straight_codes(x_hat.astype(sums), x_scale),
@@ -286,11 +297,11 @@ class Frame:
             if isinstance(module, nn.Embed):
                 return codes
             if bias is not None:
-                scaling["bias"] = _bias_in_output(module, described, bias)
+                scaling["bias"] = bias_in_output(module, contraction, bias)
                 bias = jnp.zeros_like(bias)
             return (*codes, bias)
 
-        with _fields(module, promote_dtype=_Promote(quantized, promote)):
+        with set_fields(module, promote_dtype=Promotion(quantized, promote)):
             out = next_fun(*args, **kwargs)
         if "multiplier" in scaling:
             out = (out * _fit(scaling["multiplier"], out)).astype(scaling["dtype"])
@@ -298,166 +309,80 @@ class Frame:
             out = out + _fit(scaling["bias"], out)
         return self._output_gradient(module, path, out)
 
-    def _output_gradient(self, module, path, out):
+    def _output_gradient(self, module: nn.Module, path: str, out: jax.Array) -> jax.Array:
         """A layer's output, whose gradient the quantizer of its input may round."""
         spec = self.spec_of(path, "input")
-        if spec is None or self.mode != "apply":
+        if spec is None or self.traced:
             return out
         function = getattr(QUANTIZERS[spec.quantizer], "output_gradient", None)
         if function is None:
             return out
+        assert module.scope is not None
         key = module.make_rng(ROUNDING) if module.scope.has_rng(ROUNDING) else None
-        return function(out, spec, batch_axes=_batch(out), key=key)
+        return function(out, spec, batch_axes=batch_axes_of(out), key=key)
 
-    def _output(self, module, path, out):
+    def _output(self, module: nn.Module, path: str, out: Any) -> Any:
         if self.spec_of(path, "output") is None:
             if self.mark_outputs and isinstance(out, jax.Array):
-                return marker(f"skipped:{path}:output", _unchanged, out)
+                return mark_skipped(path, "output", out)
             return out
         if not isinstance(out, jax.Array) or not jnp.issubdtype(out.dtype, jnp.floating):
             raise ValueError(
                 f"a rule gives module {path!r} an `output` spec, but it returns "
                 f"{type(out).__name__}; `output` needs a module that returns one float array."
             )
-        # A module's output has no product here: its rows are what its last axis is a vector of.
-        place = _Place(rows=tuple(range(out.ndim - 1)))
-        out, view = self._operand(module, None, path, "output", out, place, batch_axes=_batch(out))
-        if self.mode != "observe":
-            self._on_grid[id(out)] = (out, view)
+        # A module's output has no contraction here: its rows are what its last axis is a vector of.
+        axes = OperandAxes(rows=tuple(range(out.ndim - 1)))
+        out, grid = self._operand(module, path, "output", out, axes, batch_axes=batch_axes_of(out))
+        self._on_grid[id(out)] = (out, grid)
         return out
 
     # -- one operand -------------------------------------------------------------------------
 
-    def _use(self, path: str, kind: str) -> LayerUse:
+    def _use(self, path: str, kind: str, contraction: Contraction | None = None) -> None:
+        """Notes a layer, with the axes of its weight."""
         self.modules.add(path)
-        return self.seen.setdefault(path, LayerUse(kind))
+        use = self.seen.setdefault(path, LayerUse(kind))
+        if contraction is not None:
+            use.weight_channels = contraction.weight_channels
+            use.group_axis = -1 if contraction.group_axis is None else contraction.group_axis
 
-    def _variables(self, module, sub, name) -> Any:
-        """A quantizer's variables under a layer (or under a product named inside it), or None."""
-        if module.scope is None:
-            return None
-        if sub is None:
-            return module.scope.get_variable("params", name)
-        return (module.scope.get_variable("params", sub) or {}).get(name)
-
-    def _operand(self, module, sub, path, operand, x, place, *, batch_axes=()):
-        """Returns (x_hat, view): view is (scale, format, has a zero point), or None.
-
-        None means that the product runs on x_hat: the operand is float, its grid is not uniform, or
-        its scale varies along an axis that is summed over.
-        """
+    def _operand(
+        self,
+        module: nn.Module,
+        path: str,
+        operand: str,
+        x: jax.Array,
+        axes: OperandAxes,
+        *,
+        part: str = "",
+        batch_axes: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, OperandGrid | None]:
+        """Returns (x_hat, grid) of an operand, as the hook or the grid it lies on already says."""
         if path in self.seen:
             self.seen[path].shapes[operand] = tuple(x.shape)
         spec = self.spec_of(path, operand)
         if spec is None:
             if id(x) in self._on_grid:
                 return self._on_grid[id(x)]
-            if self.mode == "trace" and operand != "output":
-                x = marker(f"skipped:{path}:{operand}", _unchanged, x)
-            return x, None
-        name = quantizer_key(operand)
-        axes, group = _sharing(spec, place, path, operand, x)
-        if self.mode == "observe" and operand in self.observed:
-            state = state_key(operand, "observed")
-            found = self._variables(module, sub, state)
-            assert self.observe is not None
-            seen = x if group is None else split_groups(x, *group)
-            # Of a dynamic operand nothing is kept but that it is quantized.
-            kept = () if spec.dynamic else axes
-            observed = self.observe(found, path, operand, seen, spec, kept)
-            self._write(module, sub, state, observed)
-            return x, None
-        params = self._variables(module, sub, name)
-        if self.mode == "trace":
-            label = f"quantizer:{path}:{operand}"
-            if spec.dynamic:  # no parameter shows which axes have a range of their own
-                label += "@" + "".join("01"[axis in axes] for axis in range(x.ndim))
-            if params is None:
-                return marker(label, _unchanged, x), None
-            keys = sorted(params)
-
-            def fake_quant(x, *leaves):
-                given = dict(zip(keys, leaves, strict=True))
-                return _quantized(x, given, spec, axes, group)[0]
-
-            return marker(label, fake_quant, x, *(params[k] for k in keys)), None
-        if params is None:
-            return x, None
-        key = None
-        if spec.rounding == "stochastic" and module.scope.has_rng(ROUNDING):
-            key = module.make_rng(ROUNDING)
+            return (mark_skipped(path, operand, x) if self.traced else x), None
+        own, group = parameter_axes(spec, axes, path, operand, x)
         # A range over all examples is one over all devices; other ranges lie within an example.
         shared = operand != "weight" and spec.granularity == "tensor"
-        x_hat, params = _quantized(
-            x,
-            params,
-            spec,
-            axes,
-            group,
-            batch_axes=batch_axes,
-            key=key,
-            axis_name=self.axis_name if shared else None,
+        return self.hook(
+            OperandUse(
+                path=path,
+                operand=operand,
+                x=x,
+                spec=spec,
+                axes=own,
+                group=group,
+                module=module,
+                part=part,
+                batch_axes=batch_axes,
+                axis_name=self.axis_name if shared else None,
+            )
         )
-        if self.watch is not None:
-            self.watch(path, operand, x, x_hat, spec, params)
-        view = None if group else QUANTIZERS[spec.quantizer].integer_view(params, spec)
-        if view is None:
-            return x_hat, None
-        scale, _, format = view
-        return x_hat, (scale, format, not spec.symmetric)
-
-    def _write(self, module, sub, name, value) -> None:
-        if sub is not None:
-            name, value = sub, {**(module.scope.get_variable("params", sub) or {}), name: value}
-        module.scope.put_variable("params", name, value)
-
-
-def split_groups(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """Cuts an axis into [..., groups, size, ...]."""
-    return jnp.reshape(x, (*x.shape[:axis], -1, size, *x.shape[axis + 1 :]))
-
-
-def _sharing(spec, place, path, operand, x):
-    """Returns (axes with parameters of their own, (axis, size) of groups or None)."""
-    if spec.granularity in ("tensor", "channel", "token", "example"):
-        axes = dict(tensor=(), channel=place.channels, token=place.rows, example=_batch(x))
-        return axes[spec.granularity], None
-    size, axis = int(spec.granularity), place.group_axis
-    if axis is None:
-        raise ValueError(
-            f"{operand} of layer {path!r} has granularity={size}, but nothing of it is summed over "
-            "(a table that is looked up). Use granularity='channel'."
-        )
-    if x.shape[axis] % size:
-        fitting = [n for n in range(1, x.shape[axis] + 1) if x.shape[axis] % n == 0]
-        raise ValueError(
-            f"{operand} of layer {path!r} has granularity={size}, which does not divide its "
-            f"contraction axis of {x.shape[axis]} (axis {axis} of {tuple(x.shape)}). Use one of "
-            f"{', '.join(map(str, fitting))}, or 'channel'."
-        )
-    kept = [a if a < axis else a + 1 for a in place.channels]
-    return tuple(sorted([*kept, axis])), (axis, size)
-
-
-def _quantized(x, params, spec, axes, group, *, batch_axes=(), key=None, axis_name=None):
-    """Returns (x_hat, the parameters as they are for x); groups are cut and joined again."""
-    quantizer, cut = QUANTIZERS[spec.quantizer], x
-    if group is not None:
-        cut = split_groups(x, *group)
-    if spec.dynamic:
-        params = found_params(cut, spec, axes, axis_name=axis_name)
-    params = live(cut, params, spec)
-    x_hat = quantizer.fake_quant(cut, params, spec, batch_axes=batch_axes, key=key)
-    return jnp.reshape(x_hat, x.shape), params
-
-
-def _left(described: products.Product) -> _Place:
-    return _Place(rows=described.rows)
-
-
-def _right(described: products.Product) -> _Place:
-    channels = described.weight_channels
-    return _Place(channels=channels, rows=channels, group_axis=described.group_axis)
 
 
 @jax.custom_jvp
@@ -467,84 +392,13 @@ def _straight_codes(x_hat: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 @_straight_codes.defjvp
-def _straight_codes_jvp(primals, tangents):
+def _straight_codes_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     x_hat, scale = primals
     return _straight_codes(x_hat, scale), (tangents[0] * (1 / scale)).astype(x_hat.dtype)
 
 
-def _batch(x: jax.Array) -> tuple[int, ...]:
-    """Axes that count examples: the first, unless the layer is called on one example's features."""
-    return (0,) if x.ndim > 1 else ()
-
-
 def _fit(a: jax.Array, out: jax.Array) -> jax.Array:
-    """Takes off leading axes of size 1 that a layer's unbatched output does not have."""
+    """Drops leading axes of size 1 that a layer's unbatched output does not have."""
     return jnp.reshape(a, a.shape[a.ndim - out.ndim :]) if jnp.ndim(a) > out.ndim else a
-
-
-def _none(lhs, rhs):
-    raise NotImplementedError("this product is computed by its layer")
-
-
-def _describe(module, args, kwargs, x, w) -> tuple[products.Product, str]:
-    if isinstance(module, nn.Embed):  # attend: query [..., F] with table [V, F] to [..., V]
-        ndim = 1 if x is None else x.ndim
-        return products.Product(_none, (*range(ndim - 1), None), (ndim - 1, None), ndim), "embed"
-    if isinstance(module, nn.Einsum):
-        equation = module.einsum_str or (args[1] if len(args) > 1 else kwargs["einsum_str"])
-        return products.einsum_product(equation, x, w), "einsum"
-    # ConvTranspose: NHWC; the kernel is [..., in, out], or [..., out, in] when transposed.
-    out_axis = w.ndim - 2 if module.transpose_kernel else w.ndim - 1
-    rhs_out = tuple(x.ndim - 1 if i == out_axis else None for i in range(w.ndim))
-    lhs_out = (0,) + (None,) * (x.ndim - 1)
-    return products.Product(_none, lhs_out, rhs_out, x.ndim), "conv_transpose"
-
-
-def _bias_in_output(module, described, bias):
-    if isinstance(module, nn.ConvTranspose):
-        return jnp.reshape(bias, (1,) * (described.ndim - 1) + (-1,))
-    # Einsum: the bias has the weight's free axes, in the order of the output.
-    shape, sizes = [1] * described.ndim, iter(bias.shape)
-    for place in sorted(out for out in described.rhs_out if out is not None):
-        shape[place] = next(sizes)
-    return jnp.reshape(bias, shape)
-
-
-class _Factory:
-    """The zero-argument factory that a layer's `*_cls` field wants; remembers what it replaces."""
-
-    def __init__(self, product: Callable[..., Any], base: Any):
-        self.product, self.base = product, base
-
-    def __call__(self) -> Callable[..., Any]:
-        return self.product
-
-
-class _Promote:
-    """A `promote_dtype` of ours; remembers what it replaces."""
-
-    def __init__(self, function: Callable[..., Any], base: Callable[..., Any]):
-        self.function, self.base = function, base
-
-    def __call__(self, *arrays: Any, **options: Any) -> Any:
-        return self.function(*arrays, **options)
-
-
-def _own(factory: Any, function: Any) -> Any:
-    """The product that the model itself injected into a layer, or None."""
-    if isinstance(factory, _Factory):
-        return factory.base
-    return factory() if factory is not None else function
-
-
-@contextlib.contextmanager
-def _fields(module: nn.Module, **fields: Any) -> Iterator[None]:
-    """Sets fields of a bound layer for one call; the bound module is a clone of this apply's."""
-    before = {name: getattr(module, name) for name in fields}
-    try:
-        for name, value in fields.items():
-            object.__setattr__(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            object.__setattr__(module, name, value)

@@ -23,6 +23,7 @@ from flax.core import unfreeze
 from qkd_jax import checks
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize.interception import Frame
+from qkd_jax.quantize.operands import mark_operand, quantize_operand, watching
 from qkd_jax.quantize.rules import Rule, first_match
 from qkd_jax.quantize.variables import is_own_key, join_quant, split_quant
 
@@ -77,8 +78,9 @@ class QuantizedModel:
         Returns:
           The module's output, or (output, mutated collections) where `mutable` is given.
         """
-        frame = Frame(self.spec_of, axis_name=axis_name, watch=watch)
-        return self._apply(frame, variables, *args, mutable=mutable, **kwargs)
+        hook = quantize_operand if watch is None else watching(watch)
+        frame = Frame(self.spec_of, hook, axis_name=axis_name)
+        return self.apply_in(frame, variables, *args, mutable=mutable, **kwargs)
 
     def trace_apply(
         self,
@@ -88,10 +90,18 @@ class QuantizedModel:
         **kwargs: Any,
     ) -> Any:
         """Applies with every quantizer as one named jaxpr equation: what `graph.trace` reads."""
-        frame = Frame(self.spec_of, mode="trace", mark_outputs=mark_outputs)
-        return self._apply(frame, variables, *args, **kwargs)
+        frame = Frame(self.spec_of, mark_operand, traced=True, mark_outputs=mark_outputs)
+        return self.apply_in(frame, variables, *args, **kwargs)
 
-    def _apply(self, frame: Frame, variables, *args, mutable=False, **kwargs):
+    def apply_in(
+        self,
+        frame: Frame,
+        variables: Mapping[str, Any],
+        *args: Any,
+        mutable: Any = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Applies the model in a frame, whose hook says what happens to each operand."""
         with nn.intercept_methods(frame):
             out = self.model.apply(join_quant(variables), *args, mutable=mutable, **kwargs)
         if mutable is False:

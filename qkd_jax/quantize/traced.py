@@ -1,4 +1,4 @@
-"""The products of a traced net: which layer they belong to and what their operands are.
+"""The contractions of a traced net: the layers they belong to, and their operands.
 
 Folding, conversion and export all start from this list. An operand is followed back through
 operations that only move numbers (`LAYOUT`) to the marker that the net's trace mode put on it.
@@ -16,7 +16,7 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax import graph as graphs
-from qkd_jax.graph import Graph, Node
+from qkd_jax.graph import CONTRACTIONS, LAYOUT, Axes, Graph, Node, output_axes
 from qkd_jax.numerics import Grid, IntFormat, Spec, check_scale
 from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.variables import quantizer_path, split_multipliers
@@ -25,19 +25,19 @@ from qkd_jax.trees import get
 
 __all__ = [
     "Operand",
-    "Product",
+    "TracedContraction",
     "TracedNet",
-    "found_grid",
+    "contractions",
+    "dynamic_grid",
     "grid_of",
-    "is_found",
+    "has_codes",
+    "is_dynamic",
+    "is_quantizer",
     "known_grid",
-    "products",
     "quantizer_params",
+    "scale_in_output",
     "trace_net",
 ]
-
-LAYOUT = frozenset({"reshape", "transpose", "rev", "squeeze", "expand_dims", "copy"})
-PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,10 +69,10 @@ class TracedNet:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operand:
-    """One side of a product.
+    """One side of a contraction.
 
     Attributes:
-        value: what the product reads.
+        value: what the contraction reads.
         shape: its shape.
         output_axes: per axis, the output axis it becomes, or None where it is summed over.
         marker: the quantizer (or the mark of a skipped one) it comes from, or None.
@@ -82,7 +82,7 @@ class Operand:
 
     value: int
     shape: tuple[int, ...]
-    output_axes: tuple[int | None, ...]
+    output_axes: Axes
     marker: Node | None = None
     marker_shape: tuple[int, ...] = ()
     moves: tuple[Node, ...] = ()
@@ -99,12 +99,12 @@ class Operand:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Product:
-    """A convolution or `dot_general`.
+class TracedContraction:
+    """A convolution or `dot_general` of the graph.
 
     Attributes:
-        node: the product.
-        path: path of its layer; the scope, for a product in a model's own code.
+        node: the operation.
+        path: path of its layer; the scope, for a contraction in a model's own code.
         operands: left and right.
         rank: of the output.
     """
@@ -121,7 +121,7 @@ class Product:
 
     @property
     def quantized(self) -> bool:
-        """Whether both operands are on a grid, so that the product is one of integers."""
+        """Whether both operands are on a grid, so that the contraction is one of integers."""
         return all(o.quantized for o in self.operands)
 
 
@@ -154,17 +154,19 @@ def is_quantizer(node: Node | None) -> bool:
     return node is not None and node.op == "quantizer" and len(node.inputs) > 1
 
 
-def products(graph: Graph) -> list[Product]:
-    """Lists the products of a graph, in order."""
+def contractions(graph: Graph) -> list[TracedContraction]:
+    """Returns the contractions of a graph, in order."""
     found = []
     for node in graph.nodes:
-        if node.op not in PRODUCTS:
+        if node.op not in CONTRACTIONS:
             continue
-        axes = _output_axes(graph, node)
+        ranks = [len(graph.shape(value)) for value in node.inputs[:2]]
+        axes = output_axes(node.op, node.params["dimension_numbers"], ranks)
         left, right = (_operand(graph, node.inputs[i], axes[i]) for i in (0, 1))
         paths = [o.marker.params["path"] for o in (right, left) if o.marker is not None]
         path = paths[0] if paths else node.scope
-        found.append(Product(node, path, (left, right), len(graph.shape(node.outputs[0]))))
+        rank = len(graph.shape(node.outputs[0]))
+        found.append(TracedContraction(node, path, (left, right), rank))
     return found
 
 
@@ -177,10 +179,10 @@ def quantizer_params(traced: TracedNet, marker: Node) -> dict[str, np.ndarray]:
 
 
 def has_codes(traced: TracedNet, operand: Operand) -> bool:
-    """Whether an operand is integer codes times a scale that can be taken out of its product.
+    """Whether an operand is integer codes times a scale that can be taken out of its contraction.
 
     False for float operands, for grids that are not uniform (floating point, code books), for
-    groups, whose scale varies along the sum, and for ranges that are found at run time.
+    groups, whose scale varies along the sum, and for dynamic ranges.
     """
     if not operand.quantized or operand.marker is None:
         return False
@@ -212,23 +214,23 @@ def grid_of(traced: TracedNet, marker: Node) -> Grid:
     return Grid(np.asarray(grid.scale), np.asarray(grid.zero_point), grid.format)
 
 
-def is_found(traced: TracedNet, marker: Node | None) -> bool:
-    """Whether a marker is a quantizer of an activation whose range is found at run time."""
+def is_dynamic(traced: TracedNet, marker: Node | None) -> bool:
+    """Whether a marker is a quantizer of an activation with a dynamic range."""
     if marker is None or not is_quantizer(marker) or not traced.spec(marker).dynamic:
         return False
     return marker.inputs[0] not in traced.graph.constants
 
 
-def found_grid(traced: TracedNet, marker: Node) -> tuple[IntFormat, tuple[int, ...]]:
-    """Returns (format, axes with ranges of their own) of a range that is found at run time.
+def dynamic_grid(traced: TracedNet, marker: Node) -> tuple[IntFormat, tuple[int, ...]]:
+    """Returns (format, axes with ranges of their own) of a quantizer with a dynamic range.
 
     Raises:
-        ValueError: its values are not integer codes times one scale for each of the product's
-            sums, or their zero points have no bound.
+        ValueError: its values are not integer codes times one scale for each of the
+            contraction's sums, or their zero points have no bound.
     """
     spec, where = traced.spec(marker), _named(traced, marker)
     _check_granularity(where, spec)
-    own = marker.params["own"]
+    own = marker.params["dynamic_axes"]
     if len(own) != len(traced.graph.shape(marker.inputs[0])):
         raise ValueError(
             f"{where} finds its range at run time under a transformation such as nn.vmap, which "
@@ -270,7 +272,7 @@ def _known_grid_of(traced: TracedNet, marker: Node) -> Grid | None:
         if marker.inputs[0] in traced.graph.constants:
             params = quantizer.live(traced.graph.constants[marker.inputs[0]], params, spec)
         elif quantizer.live(np.zeros((1,), np.float32), params, spec) is not params:
-            return None  # parameters that depend on activations are known at run time only
+            return None  # parameters that depend on activations are computed at run time only
     stated = facts(spec.quantizer)
     if stated.step and stated.step not in stated.size:
         # Nothing learns it, so one that is 0 or below is no step that shrank but a mistake.
@@ -293,18 +295,18 @@ def _named(traced: TracedNet, marker: Node) -> str:
     return f"{marker.params['operand']} of layer {marker.params['path']!r} ({label})"
 
 
-def scale_in_output(product: Product, side: int, scale: np.ndarray) -> np.ndarray:
-    """Reshapes an operand's scale, in the operand's own layout, to the product's output.
+def scale_in_output(contraction: TracedContraction, side: int, scale: np.ndarray) -> np.ndarray:
+    """Reshapes an operand's scale, in the operand's own layout, to the contraction's output.
 
     Args:
-        product: the product.
+        contraction: the contraction.
         side: 0 for the left operand, 1 for the right one.
         scale: a scalar, or one value per entry of the axes that reach the output.
 
     Raises:
         ValueError: the scale varies along an axis that is summed over.
     """
-    operand = product.operands[side]
+    operand = contraction.operands[side]
     if scale.ndim == 0 or scale.size == 1:
         return scale.reshape(())
     if operand.marker is not None and operand.moves:
@@ -312,24 +314,12 @@ def scale_in_output(product: Product, side: int, scale: np.ndarray) -> np.ndarra
         # A scale per channel moves with the weight: move it whole and keep one entry an axis.
         for node in operand.moves:
             (whole,) = graphs.execute(node, [whole])
-        whole = np.asarray(whole)
-        summed = [i for i, out in enumerate(operand.output_axes) if out is None]
-        scale = whole[tuple(slice(0, 1) if i in summed else slice(None) for i in range(whole.ndim))]
-    shape = [1] * product.rank
-    kept = []
-    for axis, out in enumerate(operand.output_axes):
-        if out is None:
-            if scale.shape[axis] != 1:
-                raise ValueError(
-                    f"the scale of {product.path!r} varies along an axis that its product sums "
-                    "over; use granularity='tensor', or 'channel' on output channels."
-                )
-        else:
-            shape[out] = scale.shape[axis]
-            kept.append((out, axis))
-    order = [axis for _, axis in sorted(kept)]
-    order += [axis for axis, out in enumerate(operand.output_axes) if out is None]
-    return scale.transpose(order).reshape(shape)
+        first = (slice(0, 1) if out is None else slice(None) for out in operand.output_axes)
+        scale = np.asarray(whole)[tuple(first)]
+    try:
+        return graphs.scale_in_output(scale, operand.output_axes, contraction.rank)
+    except ValueError as error:
+        raise ValueError(f"layer {contraction.path!r}: {error}") from None
 
 
 def _operand(graph: Graph, value: int, axes: tuple[int | None, ...]) -> Operand:
@@ -344,24 +334,3 @@ def _operand(graph: Graph, value: int, axes: tuple[int | None, ...]) -> Operand:
         moves.append(node)
         at = node.inputs[0]
     return Operand(value, graph.shape(value), axes)
-
-
-def _output_axes(graph: Graph, node: Node) -> tuple[tuple[int | None, ...], ...]:
-    """Per operand and axis, the output axis it becomes."""
-    ranks = [len(graph.shape(v)) for v in node.inputs[:2]]
-    numbers = node.params["dimension_numbers"]
-    axes: list[list[int | None]] = [[None] * r for r in ranks]
-    if node.op == "conv_general_dilated":
-        axes[0][numbers.lhs_spec[0]] = numbers.out_spec[0]
-        axes[1][numbers.rhs_spec[0]] = numbers.out_spec[1]
-        return tuple(map(tuple, axes))
-    contracted, batch = numbers
-    place = len(batch[0])
-    for side in (0, 1):
-        for out, axis in enumerate(batch[side]):
-            axes[side][axis] = out
-        for axis in range(ranks[side]):
-            if axis not in contracted[side] and axis not in batch[side]:
-                axes[side][axis] = place
-                place += 1
-    return tuple(map(tuple, axes))

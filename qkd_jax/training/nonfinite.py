@@ -17,7 +17,7 @@ import numpy as np
 from qkd_jax.distillation.forward import forward
 from qkd_jax.distillation.terms import term_numbers
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantize.interception import ROUNDING
+from qkd_jax.quantize.operands import ROUNDING
 from qkd_jax.training.objective import Batch, gradients
 from qkd_jax.training.plan import Learner, Plan
 from qkd_jax.training.state import TrainState, split, step_key

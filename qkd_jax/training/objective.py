@@ -21,7 +21,7 @@ from qkd_jax.distillation.terms import (
     term_numbers,
 )
 from qkd_jax.losses import TABLE
-from qkd_jax.quantize.interception import ROUNDING
+from qkd_jax.quantize.operands import ROUNDING
 from qkd_jax.training import hygiene
 from qkd_jax.training.plan import Learner, StepStructure, cached_key
 from qkd_jax.training.state import TrainState, join, split, step_key

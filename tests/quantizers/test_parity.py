@@ -11,7 +11,7 @@ import pytest
 
 from qkd_jax import numerics
 from qkd_jax.numerics import Spec
-from qkd_jax.quantize.interception import split_groups
+from qkd_jax.quantize.operands import split_groups
 from qkd_jax.quantizers import lsq_plus, pact, uniform
 
 GOLDEN = dict(np.load(pathlib.Path(__file__).parents[1] / "golden" / "parity.npz"))

@@ -43,13 +43,13 @@ from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import (
     Operand,
-    Product,
+    TracedContraction,
     TracedNet,
-    found_grid,
+    contractions,
+    dynamic_grid,
     grid_of,
-    is_found,
+    is_dynamic,
     is_quantizer,
-    products,
     quantizer_params,
     scale_in_output,
     trace_net,
@@ -135,7 +135,7 @@ class _Converter:
 
     def __init__(self, traced: TracedNet):
         self.traced, self.graph = traced, traced.graph
-        self.products = {p.node: p for p in products(traced.graph)}
+        self.products = {p.node: p for p in contractions(traced.graph)}
         self.steps: list[Any] = []
         self.arrays: dict[str, np.ndarray] = {}
         self.keys: dict[int, str] = {}
@@ -222,8 +222,8 @@ class _Converter:
         (hat,), codes = node.outputs, self.new()
         self.codes[hat] = codes
         spec, name = self.traced.spec(node), f"{path}/{operand}"
-        if is_found(self.traced, node):
-            _, axes = found_grid(self.traced, node)
+        if is_dynamic(self.traced, node):
+            _, axes = dynamic_grid(self.traced, node)
             self.scales[hat] = scale = self.new()
             x = self.value(node.inputs[0])
             self.steps.append(Quantize(name, spec, (), x, hat, codes, axes, scale))
@@ -268,7 +268,7 @@ class _Converter:
             self.layers.append(LayerSize(layer, format.name, codes.shape, packed_size, float_size))
         return step
 
-    def multiply(self, product: Product) -> None:
+    def multiply(self, product: TracedContraction) -> None:
         ranges, inputs = [], []
         for operand in product.operands:
             assert operand.marker is not None
@@ -283,7 +283,7 @@ class _Converter:
         dynamic_scales = tuple(
             (self.operand_scale(product, operand), operand.output_axes)
             for operand in product.operands
-            if is_found(self.traced, operand.marker)
+            if is_dynamic(self.traced, operand.marker)
         )
         if product.path in self.traced.multipliers:
             multiplier = self.traced.multipliers[product.path]
@@ -292,7 +292,7 @@ class _Converter:
             scales += (
                 scale_in_output(product, side, grid_of(self.traced, operand.marker).scale)
                 for side, operand in enumerate(product.operands)
-                if operand.marker is not None and not is_found(self.traced, operand.marker)
+                if operand.marker is not None and not is_dynamic(self.traced, operand.marker)
             )
             multiplier = functools.reduce(np.multiply, scales)
         if multiplier.ndim not in (0, product.rank):
@@ -320,7 +320,7 @@ class _Converter:
             self.codes[origin] = self.weight(operand.marker, as_float=False).codes
         return self.moved(self.codes, origin, operand)
 
-    def operand_scale(self, product: Product, operand: Operand) -> int:
+    def operand_scale(self, product: TracedContraction, operand: Operand) -> int:
         """Returns the value of an operand's dynamic scales, moved as its floats are."""
         assert operand.marker is not None
         check_dynamic_scales(self.traced, product, operand)

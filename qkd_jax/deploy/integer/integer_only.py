@@ -43,7 +43,7 @@ from qkd_jax.deploy.integer.program import (
     Unpack,
     unique_name,
 )
-from qkd_jax.graph import Graph, Node
+from qkd_jax.graph import IDENTITY, Graph, Node
 from qkd_jax.numerics import codes_of
 from qkd_jax.quantize.traced import known_grid
 from qkd_jax.quantizers import QUANTIZERS
@@ -54,7 +54,6 @@ TABLE_CODES = 16  # up to this many codes a quantizer becomes a table
 HEADROOM = 30  # bits that a rescaled sum may take
 GROUND = 20  # bits of a tensor in fixed point, so that 1,024 of its numbers can be added
 LIMIT = 2**31
-SAME = frozenset({"copy", "stop_gradient", "optimization_barrier", "convert_element_type"})
 COARSE = ("bfloat16", "float16")
 MOVES = frozenset("reshape transpose rev squeeze slice broadcast_in_dim".split())
 
@@ -311,7 +310,7 @@ class _Rewriter:
 
     def applied(self, node: Node, values: list[Any]) -> Any:
         op, x = node.op, values[0]
-        if op in SAME:
+        if op in IDENTITY:
             before, after = (self.graph.dtype(v) for v in (node.inputs[0], node.outputs[0]))
             wider = not isinstance(x, Raw) and _holds(after, before)
             return x if before == after or wider else None

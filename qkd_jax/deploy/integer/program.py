@@ -30,7 +30,7 @@ import numpy as np
 from qkd_jax import graph as graphs
 from qkd_jax.deploy.integer import fixed_point
 from qkd_jax.deploy.integer.pack import unpack
-from qkd_jax.graph import Node
+from qkd_jax.graph import Axes, Node, scale_in_output
 from qkd_jax.numerics import IntFormat, Spec, codes_of
 from qkd_jax.quantizers import QUANTIZERS, found_params, live
 
@@ -367,15 +367,10 @@ def cut_ends(size: int, pieces: int) -> list[int]:
     return [size * i // pieces for i in range(pieces + 1)]
 
 
-def _in_output(scale: jax.Array, axes: tuple[int | None, ...], rank: int) -> jax.Array:
-    """Reshapes scales of an operand, equal along what is summed, to the contraction's output."""
-    scale = scale[tuple(slice(0, 1) if out is None else slice(None) for out in axes)]
-    kept = sorted((out, axis) for axis, out in enumerate(axes) if out is not None)
-    shape = [1] * rank
-    for out, axis in kept:
-        shape[out] = scale.shape[axis]
-    order = [axis for _, axis in kept] + [axis for axis, out in enumerate(axes) if out is None]
-    return jnp.reshape(jnp.transpose(scale, order), shape)
+def _in_output(scale: jax.Array, axes: Axes, rank: int) -> jax.Array:
+    """One scale for each of a contraction's sums, from scales that are equal along each sum."""
+    first = tuple(slice(0, 1) if out is None else slice(None) for out in axes)
+    return scale_in_output(scale[first], axes, rank)
 
 
 def unique_name(names: Container[str], name: str) -> str:

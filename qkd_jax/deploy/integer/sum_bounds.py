@@ -16,7 +16,14 @@ from qkd_jax import graph as graphs
 from qkd_jax.deploy.integer.program import FLOAT32_EXACT, cut_axes, cut_ends
 from qkd_jax.graph import Node
 from qkd_jax.numerics import codes_of
-from qkd_jax.quantize.traced import Operand, Product, TracedNet, found_grid, grid_of, is_found
+from qkd_jax.quantize.traced import (
+    Operand,
+    TracedContraction,
+    TracedNet,
+    dynamic_grid,
+    grid_of,
+    is_dynamic,
+)
 
 __all__ = ["check_dynamic_scales", "code_range", "sum_bound"]
 
@@ -25,8 +32,8 @@ MOST_PIECES = 16  # beyond, int32
 
 def code_range(traced: TracedNet, marker: Node) -> tuple[int, int]:
     """Returns the lowest and the highest centred code of a quantizer."""
-    if is_found(traced, marker):
-        format, _ = found_grid(traced, marker)
+    if is_dynamic(traced, marker):
+        format, _ = dynamic_grid(traced, marker)
         if traced.spec(marker).symmetric:
             return format.qmin, format.qmax
         widest = format.qmax - format.qmin  # the zero point is one of the codes
@@ -36,7 +43,7 @@ def code_range(traced: TracedNet, marker: Node) -> tuple[int, int]:
 
 
 def sum_bound(
-    traced: TracedNet, product: Product, ranges: list[tuple[int, int]]
+    traced: TracedNet, product: TracedContraction, ranges: list[tuple[int, int]]
 ) -> tuple[int, int]:
     """Returns the largest magnitude that a sum can reach, and the pieces that it is cut into.
 
@@ -72,10 +79,10 @@ def sum_bound(
     return bound, _pieces(np.full((1, size), bound // size, np.int64))
 
 
-def check_dynamic_scales(traced: TracedNet, product: Product, operand: Operand) -> None:
+def check_dynamic_scales(traced: TracedNet, product: TracedContraction, operand: Operand) -> None:
     """Raises ValueError for an operand whose dynamic scales vary along its product's sum."""
     assert operand.marker is not None
-    _, axes = found_grid(traced, operand.marker)
+    _, axes = dynamic_grid(traced, operand.marker)
     shape = [n if i in axes else 1 for i, n in enumerate(operand.marker_shape)]
     # Numbers that all differ stand for the scales: equal ones must meet along each sum.
     probe = np.broadcast_to(np.arange(math.prod(shape)).reshape(shape), operand.marker_shape)

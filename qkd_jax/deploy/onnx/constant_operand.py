@@ -13,7 +13,7 @@ from qkd_jax.deploy.onnx.values import unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
 from qkd_jax.numerics import codes_of
-from qkd_jax.quantize.traced import Operand, Product, grid_of, is_found, scale_in_output
+from qkd_jax.quantize.traced import Operand, TracedContraction, grid_of, is_dynamic, scale_in_output
 
 __all__ = ["ConstantOperand", "constant_operand"]
 
@@ -85,7 +85,7 @@ class ConstantOperand:
         return export.add("Mul", [sums, export.add("Mul", [row_scales, stored], node)], node)
 
 
-def constant_operand(export: Export, product: Product, side: int) -> ConstantOperand:
+def constant_operand(export: Export, product: TracedContraction, side: int) -> ConstantOperand:
     """Takes a weight as codes with the output multiplier in their scale, or as floats."""
     operand, other = product.operands[side], product.operands[1 - side]
     if not operand.quantized:
@@ -119,7 +119,7 @@ def constant_operand(export: Export, product: Product, side: int) -> ConstantOpe
     if zero_point.any():
         stored_zero_point = scale_in_output(product, side, zero_point).astype(storage)
     coarse, dynamic, on_codes = False, None, False
-    if is_found(export.traced, other.marker):
+    if is_dynamic(export.traced, other.marker):
         coarse = True
         dequantized = export.dequantized.get(export.tensors[other.value].name)
         dynamic = None if dequantized is None else dequantized.range

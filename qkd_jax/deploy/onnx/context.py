@@ -13,7 +13,7 @@ from qkd_jax.deploy.onnx.values import Values
 from qkd_jax.deploy.onnx.writer import Tensor, Writer
 from qkd_jax.graph import Node
 from qkd_jax.numerics import Grid, IntFormat
-from qkd_jax.quantize.traced import TracedNet, products
+from qkd_jax.quantize.traced import TracedNet, contractions
 
 __all__ = ["Dequantized", "DynamicRange", "Export"]
 
@@ -90,7 +90,7 @@ class Export:
         self.int4, self.activations = int4, activations
         self.offset_before_rounding = offset_before_rounding
         self.writer = Writer(opset)
-        self.products = {p.node: p for p in products(traced.graph)}
+        self.products = {p.node: p for p in contractions(traced.graph)}
         self.tensors: dict[int, Tensor] = {}
         self.absorbed: dict[Node, int] = {}
         self.grids: dict[Any, str] = {}

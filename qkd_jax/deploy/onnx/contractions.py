@@ -14,12 +14,12 @@ from qkd_jax.deploy.onnx.context import DynamicRange, Export
 from qkd_jax.deploy.onnx.values import unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
-from qkd_jax.quantize.traced import Product
+from qkd_jax.quantize.traced import TracedContraction
 
 __all__ = ["write_product"]
 
 
-def write_product(export: Export, product: Product) -> Tensor:
+def write_product(export: Export, product: TracedContraction) -> Tensor:
     """Writes a contraction, its bias, and constants per channel that follow it."""
     node = product.node
     fixed = [o.value not in export.values.dynamic for o in product.operands]
@@ -38,7 +38,7 @@ def write_product(export: Export, product: Product) -> Tensor:
     return _affine(export, node, out)
 
 
-def _bias(export: Export, product: Product, channels: list[int]) -> np.ndarray | None:
+def _bias(export: Export, product: TracedContraction, channels: list[int]) -> np.ndarray | None:
     """Sums the constants per channel that are added to the product, and absorbs the additions."""
     total, value = None, product.node.outputs[0]
     shape = export.graph.shape(value)
@@ -84,7 +84,7 @@ def _affine(export: Export, node: Node, out: Tensor) -> Tensor:
 
 
 def _conv(
-    export: Export, product: Product, weight: ConstantOperand, bias: np.ndarray | None
+    export: Export, product: TracedContraction, weight: ConstantOperand, bias: np.ndarray | None
 ) -> Tensor:
     node, params = product.node, product.node.params
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
@@ -178,7 +178,11 @@ def _rows(
 
 
 def _matmul(
-    export: Export, product: Product, side: int, weight: ConstantOperand, bias: np.ndarray | None
+    export: Export,
+    product: TracedContraction,
+    side: int,
+    weight: ConstantOperand,
+    bias: np.ndarray | None,
 ) -> Tensor:
     """Writes a product with a constant matrix: Gemm for [batch, features], else MatMul."""
     node = product.node
@@ -244,7 +248,7 @@ def _matmul(
     return Tensor(name, shape, tuple(range(len(shape))))
 
 
-def _dynamic_operands(export: Export, product: Product) -> Tensor:
+def _dynamic_operands(export: Export, product: TracedContraction) -> Tensor:
     """Writes a product of two activations as MatMul over [batch axes, rows, columns]."""
     node = product.node
     if node.op != "dot_general":

@@ -19,8 +19,7 @@ import numpy as np
 from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.values import Values
 from qkd_jax.deploy.onnx.writer import Tensor
-from qkd_jax.graph import MARKERS, Node, execute
-from qkd_jax.quantize.traced import PRODUCTS
+from qkd_jax.graph import CONTRACTIONS, MARKERS, Node, execute
 
 __all__ = ["Pattern", "find_patterns", "write_pattern"]
 
@@ -226,7 +225,7 @@ def _between(values: Values, x: int, y: int) -> frozenset[Node] | None:
 
 
 def _plain(node: Node) -> bool:
-    return node.op not in PRODUCTS and node.op not in MARKERS and len(node.outputs) == 1
+    return node.op not in CONTRACTIONS and node.op not in MARKERS and len(node.outputs) == 1
 
 
 def _random(values: Values, value: int) -> np.ndarray:

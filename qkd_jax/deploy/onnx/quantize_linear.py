@@ -18,7 +18,7 @@ from qkd_jax.deploy.onnx.context import Dequantized, DynamicRange, Export
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
 from qkd_jax.numerics import MIN_SCALE, Grid
-from qkd_jax.quantize.traced import found_grid, grid_of, is_found, quantizer_params
+from qkd_jax.quantize.traced import dynamic_grid, grid_of, is_dynamic, quantizer_params
 from qkd_jax.quantizers import QUANTIZERS, facts
 
 __all__ = ["write_quantizer"]
@@ -30,7 +30,7 @@ def write_quantizer(export: Export, node: Node) -> Tensor:
     The grid's own range is narrower than the type's below 8 bits and for narrow ranges, so a Clip
     to its ends comes first. A ReLU in front of a Clip at 0 does nothing and is left out.
     """
-    if is_found(export.traced, node):
+    if is_dynamic(export.traced, node):
         return _write_dynamic(export, node)
     x, path = export.tensors[node.inputs[0]], node.params["path"]
     grid = grid_of(export.traced, node)
@@ -56,7 +56,7 @@ def write_quantizer(export: Export, node: Node) -> Tensor:
 
 def _write_dynamic(export: Export, node: Node) -> Tensor:
     """Writes a quantizer with a dynamic range, operation by operation."""
-    format, axes = found_grid(export.traced, node)
+    format, axes = dynamic_grid(export.traced, node)
     spec, path = export.traced.spec(node), node.params["path"]
     export.check_opset(path, format)
     if not facts(spec.quantizer).range_grid or spec.power_of_two or spec.rounding == "away":

@@ -1,194 +1,23 @@
-"""A model's forward pass as a small labelled graph, read from its jaxpr.
-
-Coverage, BatchNorm folding, conversion to integers and the ONNX export all read this graph, so they
-see what a model computes and not how its code is written: calls (jit, remat, custom derivatives)
-are inlined, a `scan` of known length is unrolled, leaves carry their path in the variables, and
-everything that depends on the variables alone is a constant. An evaluated BatchNorm is therefore
-"subtract, multiply, add" by constants however the model spelled it.
-
-Two kinds of call stay whole, because a pass wants to see them as one thing: a jitted call named
-`quantizer:<layer path>:<operand>` becomes a node with op "quantizer", and one named
-`skipped:<layer path>:<operand>` (a layer that a rule leaves in float) one with op "skipped".
-
-To support another call-like primitive, add its name to `INLINED`.
-"""
+"""Traces a function into a `Graph`."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core
 
-__all__ = ["Graph", "Node", "bodies", "execute", "path_name", "trace"]
+from qkd_jax.graph.dataflow import Constants, Graph
+from qkd_jax.graph.execution import INLINED, Node, called_jaxpr, literal
+from qkd_jax.graph.families import MARKERS, parse_marker
 
-INLINED = frozenset(
-    "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call "
-    "custom_vjp_call_jaxpr custom_lin".split()
-)
-MARKERS = ("quantizer", "skipped")
+__all__ = ["bodies", "path_name", "trace"]
+
 _JAXPRS = (core.ClosedJaxpr, core.Jaxpr)
 # Candidates for the batch size to trace with: primes that no ordinary dimension is a multiple of.
 PRIMES = (1009, 1013, 2003, 2011, 4001, 4003, 8009, 8011)
-
-
-def _broadcast_in_dim(params: Mapping[str, Any], x: np.ndarray) -> np.ndarray:
-    shape = [1] * len(params["shape"])
-    for axis, size in zip(params["broadcast_dimensions"], x.shape, strict=True):
-        shape[axis] = size
-    return np.broadcast_to(x.reshape(shape), params["shape"])
-
-
-# Constants are many and small: these operations give the same bits in NumPy, without a compilation
-# for each shape.
-NUMPY: dict[str, Callable[..., Any]] = {
-    "abs": lambda _, x: np.abs(x),
-    "add": lambda _, x, y: x + y,
-    "broadcast_in_dim": _broadcast_in_dim,
-    "convert_element_type": lambda p, x: x.astype(p["new_dtype"]),
-    "copy": lambda _, x: x,
-    "div": lambda _, x, y: x / y if x.dtype.kind == "f" else jax.lax.div(x, y),
-    "max": lambda _, x, y: np.maximum(x, y),
-    "min": lambda _, x, y: np.minimum(x, y),
-    "mul": lambda _, x, y: x * y,
-    "neg": lambda _, x: -x,
-    "reshape": lambda p, x: x.reshape(p["new_sizes"]),
-    "round": lambda p, x: np.rint(x) if int(p["rounding_method"]) else jax.lax.round(x),
-    "rev": lambda p, x: np.flip(x, p["dimensions"]),
-    "squeeze": lambda p, x: np.squeeze(x, p["dimensions"]),
-    "stop_gradient": lambda _, x: x,
-    "sub": lambda _, x, y: x - y,
-    "transpose": lambda p, x: x.transpose(p["permutation"]),
-}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Node:
-    """One operation.
-
-    Attributes:
-        op: name of the JAX primitive, or "quantizer" / "skipped" for a marker.
-        inputs: values read, in the primitive's order. For a quantizer: the tensor, then its
-            parameters sorted by key.
-        outputs: values written.
-        params: the primitive's parameters; for a marker {"path", "operand", "jaxpr"}, and "own"
-            for one whose range is found at run time: a "1" for each axis with ranges of its own.
-        scope: path of the module that ran the operation, without the root's name ("" at the root).
-        primitive: what `execute` binds; None for a marker.
-    """
-
-    op: str
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    params: Mapping[str, Any]
-    scope: str
-    primitive: Any = None
-
-    def describe(self) -> str:
-        """Returns "op at scope" for messages."""
-        return f"{self.op!r} in {self.scope or 'the root module'!r}"
-
-
-@dataclasses.dataclass(eq=False)
-class Graph:
-    """A traced function: values are integers, nodes are in topological order.
-
-    Attributes:
-        nodes: live operations whose result depends on the inputs, and all live markers.
-        inputs: one value per array among the traced arguments (`jax.tree.leaves` order).
-        outputs: one value per array among the results.
-        leaves: value -> path of a variable, e.g. "params/conv/kernel".
-        constants: value -> array, for leaves, literals and all that is computed from variables
-            alone (evaluated when first read). Without concrete variables: literals only.
-        sources: value -> paths of the leaves it depends on, for values fixed by the variables.
-        avals: value -> shape and dtype.
-        batch: the size of the traced batch axis if the graph serves any batch size, else None.
-        out_tree: structure of the results.
-    """
-
-    nodes: tuple[Node, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    leaves: dict[int, str]
-    constants: Mapping[int, np.ndarray]
-    sources: dict[int, frozenset[str]]
-    avals: dict[int, jax.ShapeDtypeStruct]
-    batch: int | None
-    out_tree: Any
-
-    def __post_init__(self) -> None:
-        self._producer = {v: node for node in self.nodes for v in node.outputs}
-        self._consumers: dict[int, list[Node]] = {}
-        for node in self.nodes:
-            for v in dict.fromkeys(node.inputs):
-                self._consumers.setdefault(v, []).append(node)
-
-    def shape(self, value: int) -> tuple[int, ...]:
-        """Returns a value's shape (the batch axis as it was traced, see `batch`)."""
-        return tuple(self.avals[value].shape)
-
-    def dtype(self, value: int) -> np.dtype:
-        """Returns a value's dtype."""
-        return self.avals[value].dtype
-
-    def producer(self, value: int) -> Node | None:
-        """Returns the node that writes a value, a constant's too; None for inputs and leaves."""
-        pending = getattr(self.constants, "pending", {})
-        return self._producer.get(value) or pending.get(value)
-
-    def consumers(self, value: int) -> list[Node]:
-        """Returns the nodes that read a value; being a result of the graph does not show here."""
-        return self._consumers.get(value, [])
-
-    def sole_consumer(self, value: int) -> Node | None:
-        """Returns the only reader of a value, or None if there are several or it is a result."""
-        readers = self.consumers(value)
-        return readers[0] if len(readers) == 1 and value not in self.outputs else None
-
-    def run(self, *args: Any) -> Any:
-        """Executes the graph as it was traced, at any batch size if it was traced so."""
-        flat = jax.tree.leaves(args)
-        env: dict[int, Any] = dict(zip(self.inputs, flat, strict=True))
-        batch = flat[0].shape[0] if self.batch else None
-        for node in self.nodes:
-            if all(v in self.constants for v in node.outputs):
-                continue
-            values = [env[v] if v in env else self.constants[v] for v in node.inputs]
-            results = execute(node, values, self.batch, batch)
-            env.update(zip(node.outputs, results, strict=True))
-        results = [env[v] if v in env else self.constants[v] for v in self.outputs]
-        return jax.tree.unflatten(self.out_tree, results)
-
-
-class Constants(Mapping[int, np.ndarray]):
-    """Arrays known before the inputs are; computed when first read, then kept."""
-
-    def __init__(self, known: dict[int, Any], nodes: Sequence[Node]):
-        self.known = known
-        self.pending = {v: node for node in nodes for v in node.outputs}
-
-    def __getitem__(self, value: int) -> np.ndarray:
-        if value not in self.known:
-            node = self.pending[value]
-            # Also when first read while something else is traced.
-            with jax.ensure_compile_time_eval():
-                results = execute(node, [self[v] for v in node.inputs])
-            self.known.update(
-                (v, np.asarray(r)) for v, r in zip(node.outputs, results, strict=True)
-            )
-        return self.known[value]
-
-    def __contains__(self, value: object) -> bool:
-        return value in self.known or value in self.pending
-
-    def __iter__(self) -> Iterator[int]:
-        return iter({**self.known, **self.pending})
-
-    def __len__(self) -> int:
-        return len({**self.known, **self.pending})
 
 
 def trace(
@@ -219,16 +48,16 @@ def trace(
     """
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), (variables, args))
     make = jax.make_jaxpr(lambda v, a: fn(v, *a), return_shape=True)
-    marker: int | None = None
+    batch: int | None = None
     if any_batch:
-        marker, other = _markers(abstract)
-        closed, out_shape = make(abstract[0], _with_batch(abstract[1], marker))
+        batch, other = _batch_sizes(abstract)
+        closed, out_shape = make(abstract[0], _with_batch(abstract[1], batch))
         again, _ = make(abstract[0], _with_batch(abstract[1], other))
         _same_numbers(closed.jaxpr, again.jaxpr)
     else:
         closed, out_shape = make(*abstract)
 
-    builder = _Builder(marker)
+    builder = _Builder(batch)
     paths = jax.tree_util.tree_flatten_with_path(variables)[0]
     values = [builder.new(v.aval) for v in closed.jaxpr.invars]
     leaves = {v: path_name(path) for v, (path, _) in zip(values, paths, strict=False)}
@@ -264,19 +93,9 @@ def trace(
         constants=Constants({v: builder.known[v] for v in builder.known if v in needed}, pending),
         sources={v: s for v, s in builder.sources.items() if v in needed or v in read},
         avals=builder.avals,
-        batch=marker,
+        batch=batch,
         out_tree=jax.tree.structure(out_shape),
     )
-
-
-def execute(
-    node: Node, inputs: Sequence[Any], traced: int | None = None, batch: int | None = None
-) -> list[Any]:
-    """Runs one node on arrays; sizes that are multiples of `traced` become those of `batch`."""
-    if node.op in MARKERS:
-        jaxpr = node.params["jaxpr"]
-        return _interpret(jaxpr.jaxpr, jaxpr.consts, inputs, traced, batch)
-    return _bind(node.primitive, inputs, node.params, traced, batch)
 
 
 def bodies(node: Node) -> list[Graph]:
@@ -323,9 +142,9 @@ def _with_batch(args: Any, batch: int) -> Any:
 def _same_numbers(first: Any, second: Any) -> None:
     """Raises ValueError where two traces at different batch sizes hold different numbers."""
     for one, two in zip(first.eqns, second.eqns, strict=False):
-        kind, _, rest = str(one.params.get("name", "")).partition(":")
-        if kind in MARKERS and "@" in rest.rpartition(":")[2]:
-            continue  # a range found at run time counts its elements, and reads no such number
+        marker = parse_marker(one.params.get("name", ""))
+        if marker is not None and marker.dynamic_axes:
+            continue  # a dynamic range counts its elements, and reads no such number
         pairs = zip(one.invars, two.invars, strict=False)
         numbers = [
             (a.val, b.val)
@@ -353,7 +172,7 @@ def _bodies(equation: Any) -> list[Any]:
     return closed + [v for v in values if isinstance(v, core.Jaxpr)]
 
 
-def _markers(abstract: Any) -> tuple[int, int]:
+def _batch_sizes(abstract: Any) -> tuple[int, int]:
     """Returns two prime batch sizes that no dimension of variables or arguments divides by."""
     sizes = [a.shape[:1] for a in jax.tree.leaves(abstract[1])]
     if not sizes or len(set(sizes)) != 1 or not sizes[0]:
@@ -368,72 +187,11 @@ def _markers(abstract: Any) -> tuple[int, int]:
     return free[0], free[1]
 
 
-def _rebatched(value: Any, traced: int | None, batch: int | None) -> Any:
-    """Replaces sizes that are multiples of the traced batch in an operation's parameters."""
-    if traced is None or batch is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int | np.integer):
-        return value // traced * batch if value and value % traced == 0 else value
-    if type(value) in (tuple, list):
-        return type(value)(_rebatched(v, traced, batch) for v in value)
-    if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
-        raise ValueError("control flow cannot run at another batch size than it was traced with.")
-    return value
-
-
-def _bind(
-    primitive: Any, inputs: Sequence[Any], params: Mapping[str, Any], traced: Any, batch: Any
-) -> list[Any]:
-    params = {k: _rebatched(v, traced, batch) for k, v in params.items()}
-    if primitive.name in NUMPY and all(isinstance(a, np.ndarray | np.generic) for a in inputs):
-        with np.errstate(all="ignore"):
-            return [np.asarray(NUMPY[primitive.name](params, *inputs))]
-    bound = primitive.get_bind_params(params)
-    # Some versions of JAX return the functions among the parameters apart.
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    results = primitive.bind(*functions, *inputs, **params)
-    return list(results) if primitive.multiple_results else [results]
-
-
-def _interpret(
-    jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], traced: Any, batch: Any
-) -> list[Any]:
-    """Evaluates a jaxpr equation by equation, with batch sizes replaced."""
-    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
-
-    def read(v: Any) -> Any:
-        return _literal(v) if isinstance(v, core.Literal) else env[v]
-
-    for eqn in jaxpr.eqns:
-        values = [read(v) for v in eqn.invars]
-        if eqn.primitive.name in INLINED:
-            inner = _inner(eqn.params)
-            results = _interpret(inner.jaxpr, inner.consts, values, traced, batch)
-        else:
-            results = _bind(eqn.primitive, values, eqn.params, traced, batch)
-        env.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _literal(v: Any) -> np.ndarray:
-    return np.asarray(v.val, v.aval.dtype)
-
-
-def _inner(params: Mapping[str, Any]) -> core.ClosedJaxpr:
-    """Returns the jaxpr that a call-like equation runs."""
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if isinstance(params.get(key), core.ClosedJaxpr):
-            return params[key]
-        if isinstance(params.get(key), core.Jaxpr):
-            return core.ClosedJaxpr(params[key], ())
-    raise ValueError(f"a call has no jaxpr among its parameters {sorted(params)}.")
-
-
 class _Builder:
     """Collects nodes while jaxprs are inlined into each other."""
 
-    def __init__(self, marker: int | None):
-        self.marker = marker
+    def __init__(self, batch: int | None):
+        self.batch = batch
         self.nodes: list[Node] = []
         self.avals: dict[int, jax.ShapeDtypeStruct] = {}
         self.known: dict[int, Any] = {}  # literals and closed-over arrays
@@ -447,8 +205,8 @@ class _Builder:
         if jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
             raise ValueError(f"{scope or 'the root'!r} draws random numbers; trace eval mode.")
         array = np.asarray(array)
-        if self.marker and array.ndim == 0 and array.dtype.kind in "iuf":
-            if array != 0 and np.isfinite(array) and array % self.marker == 0:
+        if self.batch and array.ndim == 0 and array.dtype.kind in "iuf":
+            if array != 0 and np.isfinite(array) and array % self.batch == 0:
                 raise ValueError(
                     f"a number in {scope or 'the root module'!r} depends on the batch size; such a "
                     "model cannot serve any batch size: compute it from the data instead."
@@ -463,8 +221,8 @@ class _Builder:
     ) -> list[int]:
         outputs = [self.new(a) for a in avals]
         fixed = all(v in self.sources for v in inputs)
-        if self.marker:
-            fixed = fixed and not any(d and d % self.marker == 0 for a in avals for d in a.shape)
+        if self.batch:
+            fixed = fixed and not any(d and d % self.batch == 0 for a in avals for d in a.shape)
         if fixed:
             sources = frozenset().union(*(self.sources[v] for v in inputs))
             self.sources.update((v, sources) for v in outputs)
@@ -481,7 +239,7 @@ class _Builder:
 
         def read(v: Any) -> int:
             if isinstance(v, core.Literal):
-                return self.constant(_literal(v), scope)
+                return self.constant(literal(v), scope)
             return env[v]
 
         for eqn in jaxpr.eqns:
@@ -494,16 +252,12 @@ class _Builder:
     def equation(self, eqn: Any, values: list[int], stack: tuple[str, ...]) -> list[int]:
         op, params, scope = eqn.primitive.name, eqn.params, "/".join(stack[1:])
         avals = [v.aval for v in eqn.outvars]
-        name = str(params.get("name", "")) if op in ("jit", "pjit") else ""
-        kind, _, rest = name.partition(":")
-        if kind in MARKERS and rest:
-            path, _, operand = rest.rpartition(":")
-            operand, _, own = operand.partition("@")
-            marked = {"path": path, "operand": operand, "jaxpr": _inner(params)}
-            marked |= {"own": own} if own else {}
-            return self.add(kind, values, avals, marked, scope)
+        marker = parse_marker(params.get("name", "")) if op in ("jit", "pjit") else None
+        if marker is not None:
+            marked = {**marker._asdict(), "jaxpr": called_jaxpr(params)}
+            return self.add(marker.kind, values, avals, marked, scope)
         if op in INLINED:
-            inner = _inner(params)
+            inner = called_jaxpr(params)
             return self.inline(inner.jaxpr, inner.consts, values, stack)
         if op == "scan":
             return self.unroll(eqn, values, stack)
@@ -513,7 +267,7 @@ class _Builder:
         """Writes a scan out; refuses one over the batch axis, whose length is not known."""
         params, scope = eqn.params, "/".join(stack[1:])
         length, inner = params["length"], params["jaxpr"]
-        if self.marker and length % self.marker == 0:
+        if self.batch and length % self.batch == 0:
             raise ValueError(
                 f"a scan over the batch in {scope or 'the root module'!r} has no fixed length; "
                 "write it with jax.vmap instead."

@@ -1,0 +1,149 @@
+"""One operation of a graph, and running it on arrays at any batch size."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from qkd_jax.graph.families import MARKERS
+
+__all__ = ["INLINED", "NUMPY", "Node", "called_jaxpr", "execute", "literal"]
+
+INLINED = frozenset(
+    "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call "
+    "custom_vjp_call_jaxpr custom_lin".split()
+)
+
+
+def _broadcast_in_dim(params: Mapping[str, Any], x: np.ndarray) -> np.ndarray:
+    shape = [1] * len(params["shape"])
+    for axis, size in zip(params["broadcast_dimensions"], x.shape, strict=True):
+        shape[axis] = size
+    return np.broadcast_to(x.reshape(shape), params["shape"])
+
+
+# Constants are many and small: these operations give the same bits in NumPy, without a compilation
+# for each shape.
+NUMPY: dict[str, Callable[..., Any]] = {
+    "abs": lambda _, x: np.abs(x),
+    "add": lambda _, x, y: x + y,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "convert_element_type": lambda p, x: x.astype(p["new_dtype"]),
+    "copy": lambda _, x: x,
+    "div": lambda _, x, y: x / y if x.dtype.kind == "f" else jax.lax.div(x, y),
+    "max": lambda _, x, y: np.maximum(x, y),
+    "min": lambda _, x, y: np.minimum(x, y),
+    "mul": lambda _, x, y: x * y,
+    "neg": lambda _, x: -x,
+    "reshape": lambda p, x: x.reshape(p["new_sizes"]),
+    "round": lambda p, x: np.rint(x) if int(p["rounding_method"]) else jax.lax.round(x),
+    "rev": lambda p, x: np.flip(x, p["dimensions"]),
+    "squeeze": lambda p, x: np.squeeze(x, p["dimensions"]),
+    "stop_gradient": lambda _, x: x,
+    "sub": lambda _, x, y: x - y,
+    "transpose": lambda p, x: x.transpose(p["permutation"]),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Node:
+    """One operation.
+
+    Attributes:
+        op: name of the JAX primitive, or "quantizer" / "skipped" for a marker.
+        inputs: values read, in the primitive's order. For a quantizer: the tensor, then its
+            parameters sorted by key.
+        outputs: values written.
+        params: the primitive's parameters; for a marker {"path", "operand", "dynamic_axes",
+            "jaxpr"}, as `families` describes them.
+        scope: path of the module that ran the operation, without the root's name ("" at the root).
+        primitive: what `execute` binds; None for a marker.
+    """
+
+    op: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    params: Mapping[str, Any]
+    scope: str
+    primitive: Any = None
+
+    def describe(self) -> str:
+        """Returns "op at scope" for messages."""
+        return f"{self.op!r} in {self.scope or 'the root module'!r}"
+
+
+def execute(
+    node: Node, inputs: Sequence[Any], traced: int | None = None, batch: int | None = None
+) -> list[Any]:
+    """Runs one node on arrays; sizes that are multiples of `traced` become those of `batch`."""
+    if node.op in MARKERS:
+        jaxpr = node.params["jaxpr"]
+        return _interpret(jaxpr.jaxpr, jaxpr.consts, inputs, traced, batch)
+    return _bind(node.primitive, inputs, node.params, traced, batch)
+
+
+def _rebatched(value: Any, traced: int | None, batch: int | None) -> Any:
+    """Replaces sizes that are multiples of the traced batch in an operation's parameters."""
+    if traced is None or batch is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | np.integer):
+        return value // traced * batch if value and value % traced == 0 else value
+    if type(value) in (tuple, list):
+        return type(value)(_rebatched(v, traced, batch) for v in value)
+    if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
+        raise ValueError("control flow cannot run at another batch size than it was traced with.")
+    return value
+
+
+def _bind(
+    primitive: Any, inputs: Sequence[Any], params: Mapping[str, Any], traced: Any, batch: Any
+) -> list[Any]:
+    params = {k: _rebatched(v, traced, batch) for k, v in params.items()}
+    if primitive.name in NUMPY and all(isinstance(a, np.ndarray | np.generic) for a in inputs):
+        with np.errstate(all="ignore"):
+            return [np.asarray(NUMPY[primitive.name](params, *inputs))]
+    bound = primitive.get_bind_params(params)
+    # Some versions of JAX return the functions among the parameters apart.
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    results = primitive.bind(*functions, *inputs, **params)
+    return list(results) if primitive.multiple_results else [results]
+
+
+def _interpret(
+    jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], traced: Any, batch: Any
+) -> list[Any]:
+    """Evaluates a jaxpr equation by equation, with batch sizes replaced."""
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+
+    def read(v: Any) -> Any:
+        return literal(v) if isinstance(v, core.Literal) else env[v]
+
+    for eqn in jaxpr.eqns:
+        values = [read(v) for v in eqn.invars]
+        if eqn.primitive.name in INLINED:
+            inner = called_jaxpr(eqn.params)
+            results = _interpret(inner.jaxpr, inner.consts, values, traced, batch)
+        else:
+            results = _bind(eqn.primitive, values, eqn.params, traced, batch)
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def literal(v: Any) -> np.ndarray:
+    """Returns the value of a jaxpr's literal."""
+    return np.asarray(v.val, v.aval.dtype)
+
+
+def called_jaxpr(params: Mapping[str, Any]) -> core.ClosedJaxpr:
+    """Returns the jaxpr that a call-like equation runs."""
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if isinstance(params.get(key), core.ClosedJaxpr):
+            return params[key]
+        if isinstance(params.get(key), core.Jaxpr):
+            return core.ClosedJaxpr(params[key], ())
+    raise ValueError(f"a call has no jaxpr among its parameters {sorted(params)}.")

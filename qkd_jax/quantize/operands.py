@@ -1,0 +1,274 @@
+"""One operand of a layer while a net runs: what a hook of `Frame` is given, and the usual hooks.
+
+A hook is a function `hook(use: OperandUse) -> (x_hat, grid)`; it is called for every operand that
+has a spec, inside the trace. `grid` is an `OperandGrid`, or None where the contraction has to run
+on `x_hat`: the operand is float, its grid is not uniform, or its scale
+varies along an axis that is summed over. `quantize_operand` is the hook of an ordinary application.
+Write another one to observe operands, to switch quantizers or to look at them; state that a hook
+writes next to a quantizer comes out of `nn.scan`, `nn.vmap` and `nn.remat` as the layer's
+parameters do, where values handed to a callback would leak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qkd_jax.graph import marker_name
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize.contraction import Contraction, OperandGrid
+from qkd_jax.quantize.variables import quantizer_key
+from qkd_jax.quantizers import QUANTIZERS, found_params, live
+
+__all__ = [
+    "ROUNDING",
+    "OperandAxes",
+    "OperandHook",
+    "OperandUse",
+    "QuantizedOperand",
+    "batch_axes_of",
+    "left_axes",
+    "mark_operand",
+    "mark_skipped",
+    "quantize_operand",
+    "read_variable",
+    "right_axes",
+    "split_groups",
+    "watching",
+]
+
+ROUNDING = "rounding"
+"""Name of the random stream of stochastic rounding, in the `rngs` of `apply`."""
+
+
+class OperandAxes(NamedTuple):
+    """The axes of an operand that its quantizer must know.
+
+    Attributes:
+        channels: axes with a scale of their own under granularity "channel".
+        rows: the same under "token".
+        group_axis: the axis that groups cut, or None where there are none.
+    """
+
+    channels: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+    group_axis: int | None = None
+
+
+class QuantizedOperand(NamedTuple):
+    """An operand on its grid.
+
+    Attributes:
+        x_hat: the operand as its layer reads it; x itself where it is not calibrated.
+        grid: of its codes, or None; see the module's docstring.
+        params: the quantizer's parameters as they are for x, or None where it is not calibrated.
+    """
+
+    x_hat: jax.Array
+    grid: OperandGrid | None
+    params: Mapping[str, jax.Array] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OperandUse:
+    """One use of an operand with a spec.
+
+    Attributes:
+        path: the layer's path.
+        operand: "weight", "input", "other" or "output".
+        x: the operand, in float.
+        spec: its spec.
+        axes: axes of x, its groups cut, that have parameters of their own.
+        group: (axis, size) of the groups that x is cut into, or None.
+        module: the bound module whose scope holds the variables.
+        part: name of the contraction inside the module (attention has two), or "".
+        batch_axes: axes of x that count examples.
+        axis_name: the mapped axis over which a dynamic range is shared, or None.
+    """
+
+    path: str
+    operand: str
+    x: jax.Array
+    spec: Spec
+    axes: tuple[int, ...]
+    group: tuple[int, int] | None
+    module: nn.Module
+    part: str = ""
+    batch_axes: tuple[int, ...] = ()
+    axis_name: str | None = None
+
+    @property
+    def params(self) -> Mapping[str, jax.Array] | None:
+        """The quantizer's parameters, or None before calibration."""
+        return self.read(quantizer_key(self.operand))
+
+    def read(self, key: str) -> Any:
+        """Returns a variable next to the quantizer, or None."""
+        return read_variable(self.module, self.part, key)
+
+    def write(self, key: str, value: Any) -> None:
+        """Sets a variable next to the quantizer; the collection "params" must be mutable."""
+        scope = self.module.scope
+        assert scope is not None
+        if self.part:
+            key, value = self.part, {**(scope.get_variable("params", self.part) or {}), key: value}
+        scope.put_variable("params", key, value)
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """Returns an array of x's shape with its groups cut."""
+        return x if self.group is None else split_groups(x, *self.group)
+
+    def fake_quant(
+        self, x: jax.Array, params: Mapping[str, jax.Array], **options: Any
+    ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        """Returns (x on the grid of `params`, the parameters as they are for x)."""
+        axis_name = options.pop("axis_name", None)
+        cut = self.cut(x)
+        if self.spec.dynamic:
+            params = found_params(cut, self.spec, self.axes, axis_name=axis_name)
+        params = live(cut, params, self.spec)
+        x_hat = QUANTIZERS[self.spec.quantizer].fake_quant(cut, params, self.spec, **options)
+        return jnp.reshape(x_hat, x.shape), params
+
+    def quantize(self) -> QuantizedOperand:
+        """Quantizes x where its quantizer is calibrated."""
+        params, spec = self.params, self.spec
+        if params is None:
+            return QuantizedOperand(self.x, None, None)
+        key = None
+        assert self.module.scope is not None
+        if spec.rounding == "stochastic" and self.module.scope.has_rng(ROUNDING):
+            key = self.module.make_rng(ROUNDING)
+        x_hat, params = self.fake_quant(
+            self.x, params, batch_axes=self.batch_axes, key=key, axis_name=self.axis_name
+        )
+        grid = None
+        if self.group is None:
+            grid = QUANTIZERS[spec.quantizer].integer_view(params, spec)
+        if grid is None:
+            return QuantizedOperand(x_hat, None, params)
+        scale, _, format = grid
+        return QuantizedOperand(x_hat, OperandGrid(scale, format, not spec.symmetric), params)
+
+
+OperandHook = Callable[[OperandUse], tuple[jax.Array, OperandGrid | None]]
+
+
+def quantize_operand(use: OperandUse) -> tuple[jax.Array, OperandGrid | None]:
+    """Hook of an ordinary application: fake quantization where the operand is calibrated."""
+    return use.quantize()[:2]
+
+
+def watching(watch: Callable[..., None]) -> OperandHook:
+    """Returns a hook that quantizes and calls watch(path, operand, x, x_hat, spec, params)."""
+
+    def hook(use: OperandUse) -> tuple[jax.Array, OperandGrid | None]:
+        x_hat, grid, params = use.quantize()
+        if params is not None:
+            watch(use.path, use.operand, use.x, x_hat, use.spec, params)
+        return x_hat, grid
+
+    return hook
+
+
+def mark_operand(use: OperandUse) -> tuple[jax.Array, None]:
+    """Hook of a traced application: each quantizer is one named equation, for `graph`."""
+    dynamic_axes = ""
+    if use.spec.dynamic:  # no parameter shows which axes have a range of their own
+        dynamic_axes = "".join("01"[axis in use.axes] for axis in range(use.x.ndim))
+    name, params = marker_name("quantizer", use.path, use.operand, dynamic_axes), use.params
+    if params is None:
+        return _marked(name, _unchanged, use.x), None
+    keys = sorted(params)
+
+    def fake_quant(x: jax.Array, *leaves: jax.Array) -> jax.Array:
+        given = dict(zip(keys, leaves, strict=True))
+        return use.fake_quant(x, given, batch_axes=(), key=None)[0]
+
+    return _marked(name, fake_quant, use.x, *(params[k] for k in keys)), None
+
+
+def mark_skipped(path: str, operand: str, x: jax.Array) -> jax.Array:
+    """Returns x behind an equation that says that it stays in float."""
+    return _marked(marker_name("skipped", path, operand), _unchanged, x)
+
+
+def _marked(
+    name: str, function: Callable[..., jax.Array], x: jax.Array, *params: jax.Array
+) -> jax.Array:
+    """Runs `function` as one jaxpr equation that carries `name`."""
+
+    def call(x: jax.Array, *params: jax.Array) -> jax.Array:
+        return function(x, *params)
+
+    call.__name__ = call.__qualname__ = name
+    return jax.jit(call)(x, *params)
+
+
+def _unchanged(x: jax.Array) -> jax.Array:
+    # A bare identity would be forwarded around its equation, and the marker lost.
+    return lax.optimization_barrier(x)
+
+
+def read_variable(module: nn.Module, part: str, key: str) -> Any:
+    """Returns a variable of ours under a bound layer (or under a part of it), or None."""
+    if module.scope is None:
+        return None
+    if not part:
+        return module.scope.get_variable("params", key)
+    return (module.scope.get_variable("params", part) or {}).get(key)
+
+
+def split_groups(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Cuts an axis into [..., groups, size, ...]."""
+    return jnp.reshape(x, (*x.shape[:axis], -1, size, *x.shape[axis + 1 :]))
+
+
+def parameter_axes(
+    spec: Spec, axes: OperandAxes, path: str, operand: str, x: jax.Array
+) -> tuple[tuple[int, ...], tuple[int, int] | None]:
+    """Returns (axes with parameters of their own, (axis, size) of the groups or None).
+
+    Raises:
+        ValueError: groups where nothing is summed over, or that do not divide the axis.
+    """
+    if spec.granularity in ("tensor", "channel", "token", "example"):
+        own = dict(tensor=(), channel=axes.channels, token=axes.rows, example=batch_axes_of(x))
+        return own[spec.granularity], None
+    size, axis = int(spec.granularity), axes.group_axis
+    if axis is None:
+        raise ValueError(
+            f"{operand} of layer {path!r} has granularity={size}, but nothing of it is summed over "
+            "(a table that is looked up). Use granularity='channel'."
+        )
+    if x.shape[axis] % size:
+        fitting = [n for n in range(1, x.shape[axis] + 1) if x.shape[axis] % n == 0]
+        raise ValueError(
+            f"{operand} of layer {path!r} has granularity={size}, which does not divide its "
+            f"contraction axis of {x.shape[axis]} (axis {axis} of {tuple(x.shape)}). Use one of "
+            f"{', '.join(map(str, fitting))}, or 'channel'."
+        )
+    kept = [a if a < axis else a + 1 for a in axes.channels]
+    return tuple(sorted([*kept, axis])), (axis, size)
+
+
+def left_axes(contraction: Contraction) -> OperandAxes:
+    """Returns the axes of a contraction's left operand."""
+    return OperandAxes(rows=contraction.rows)
+
+
+def right_axes(contraction: Contraction) -> OperandAxes:
+    """Returns the axes of a contraction's right operand, a weight."""
+    channels = contraction.weight_channels
+    return OperandAxes(channels, channels, contraction.group_axis)
+
+
+def batch_axes_of(x: jax.Array) -> tuple[int, ...]:
+    """Axes that count examples: the first, unless the layer is called on one example's features."""
+    return (0,) if x.ndim > 1 else ()
