@@ -19,6 +19,8 @@ __all__ = [
     "images",
     "in_range",
     "integer_in",
+    "list_of_batches",
+    "named_numbers",
     "nearest",
     "number",
     "one_of",
@@ -100,6 +102,12 @@ def at_least_one(name: str, values: Any) -> None:
     """Raises ValueError for an empty sequence or mapping."""
     if len(values) == 0:
         raise ValueError(f"{name} is empty; give at least one.")
+
+
+def list_of_batches(batches: Any) -> None:
+    """Raises ValueError for one batch (an array or a dict) where a list of them is wanted."""
+    if hasattr(batches, "shape") or isinstance(batches, Mapping):
+        raise ValueError("batches is one batch; give a list of batches, such as [images].")
 
 
 def number(

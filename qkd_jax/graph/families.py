@@ -40,7 +40,7 @@ Axes = tuple[int | None, ...]
 
 
 class Marker(NamedTuple):
-    """What a marker's name says."""
+    """The parts of a marker's name."""
 
     kind: str
     path: str

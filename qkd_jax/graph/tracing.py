@@ -179,9 +179,9 @@ def _batch_sizes(abstract: Any) -> tuple[int, int]:
         raise ValueError(
             f"the arguments' first axes are {sizes}; they must be one batch axis of one size."
         )
-    taken = {d for a in jax.tree.leaves(abstract[0]) for d in a.shape}
-    taken |= {d for a in jax.tree.leaves(abstract[1]) for d in a.shape[1:]}
-    free = [p for p in PRIMES if all(d % p or not d for d in taken)]
+    sizes_used = {d for a in jax.tree.leaves(abstract[0]) for d in a.shape}
+    sizes_used |= {d for a in jax.tree.leaves(abstract[1]) for d in a.shape[1:]}
+    free = [p for p in PRIMES if all(d % p or not d for d in sizes_used)]
     if len(free) < 2:
         raise ValueError(f"most of {PRIMES} divide a dimension; trace without any_batch.")
     return free[0], free[1]

@@ -17,11 +17,11 @@ class Candidate:
     """One layer at one choice of bits.
 
     Attributes:
-      loss: what the net loses when this layer alone is quantized so, in the table's metric.
-      bits: storage of the layer's parameters in bits, as `inspection.layers` counts them.
-      bops: bit operations for one example: multiply-accumulates * weight bits * input bits, with 32
-        for float (van Baalen et al., 2020, arXiv 2005.07093).
-      rule: the rule that makes it so.
+        loss: of the net with this layer alone quantized, in the table's metric.
+        bits: storage of the layer's parameters in bits, as `inspection.layers` counts them.
+        bops: bit operations for one example: multiply-accumulates * weight bits * input bits, with
+            32 for float (van Baalen et al., 2020, arXiv 2005.07093).
+        rule: the rule that quantizes the layer so.
     """
 
     loss: float
@@ -32,15 +32,15 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """What each layer costs and saves at each choice of bits; prints as a table.
+    """Loss and cost of each layer at each choice of bits; prints as a table.
 
     Attributes:
-      metric: "mse", "kl" or "hessian".
-      bits: the choices, the columns: weight bits, or (weight bits, input bits).
-      layers: path -> one candidate for each choice, in the order in which the layers run.
-      other_bits: storage in bits of all parameters outside these layers.
-      other_bops: bit operations of all other products.
-      rules: the rules of the net, which go on to hold for everything else.
+        metric: "mse", "kl" or "hessian".
+        bits: the choices, the columns: weight bits, or (weight bits, input bits).
+        layers: path -> one candidate for each choice, in the order in which the layers run.
+        other_bits: storage in bits of all parameters outside these layers.
+        other_bops: bit operations of all other products.
+        rules: the rules of the net, which hold for everything else.
     """
 
     metric: str

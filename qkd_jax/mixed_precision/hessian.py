@@ -16,12 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qkd_jax.numerics import Spec
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.trees import get, insert, join
 
 __all__ = ["mean_curvatures", "weight_errors"]
 
 Tree = Mapping[str, Any]
+Kernels = dict[str, jax.Array]  # by layer path
 
 
 def mean_curvatures(
@@ -36,15 +38,16 @@ def mean_curvatures(
     """tr(H_i) / n_i of the mean cross-entropy over all examples, for each layer's weight.
 
     Args:
-      logits_of: (float variables, images) -> [..., classes].
-      floats: float variables.
-      batches: (images, labels); without labels, the net's own predictions are the target.
-      shapes: path -> shape of the weight as its layer sees it.
-      probes: number of sign vectors a batch.
-      seed: of these vectors.
+        logits_of: (float variables, images) -> [..., classes].
+        floats: float variables.
+        batches: (images, labels); without labels, the net's own predictions are the target.
+        shapes: path -> shape of the weight as its layer sees it.
+        probes: number of sign vectors a batch.
+        seed: of these vectors.
 
     Raises:
-      ValueError: a layer inside `nn.scan` or `nn.vmap`, whose weights lie in one array with others.
+        ValueError: a layer inside `nn.scan` or `nn.vmap`, whose weights lie in one array with
+            others.
     """
     arrays = {path: _array_path(floats["params"], path) for path in shapes}
     kernels = {path: get(floats["params"], array) for path, array in arrays.items()}
@@ -55,7 +58,7 @@ def mean_curvatures(
                 "weights lie in one array. Use metric='mse' or 'kl'."
             )
 
-    def loss(kernels, images, labels):
+    def loss(kernels: Kernels, images: jax.Array, labels: jax.Array | None) -> jax.Array:
         params = floats["params"]
         for path, array in arrays.items():
             params = insert(params, array, kernels[path])
@@ -67,12 +70,14 @@ def mean_curvatures(
         return -jnp.sum(target * logits) / (logits.size // logits.shape[-1])
 
     @jax.jit
-    def estimate(key, kernels, images, labels):
-        def slope(kernels, v):
+    def estimate(
+        key: jax.Array, kernels: Kernels, images: jax.Array, labels: jax.Array | None
+    ) -> Kernels:
+        def slope(kernels: Kernels, v: Kernels) -> jax.Array | int:
             grads = jax.grad(loss)(kernels, images, labels)
             return sum(jnp.vdot(grads[path], v[path]) for path in v)
 
-        def one(key):
+        def one(key: jax.Array) -> Kernels:
             keys = dict(zip(kernels, jax.random.split(key, len(kernels)), strict=True))
             v = {p: jax.random.rademacher(keys[p], k.shape, k.dtype) for p, k in kernels.items()}
             # Reverse over reverse: a model with a custom_vjp of its own has no forward mode.
@@ -97,10 +102,12 @@ def weight_errors(
     """||W_q - W||^2 of each quantized weight, by path."""
 
     @jax.jit
-    def run(variables, images):
+    def run(variables: Tree, images: jax.Array) -> dict[str, jax.Array]:
         found = {}
 
-        def watch(path, operand, x, x_hat, spec, params):
+        def watch(
+            path: str, operand: str, x: jax.Array, x_hat: jax.Array, spec: Spec, params: Any
+        ) -> None:
             if operand == "weight":
                 found[path] = jnp.sum(jnp.square(x_hat - x))
 

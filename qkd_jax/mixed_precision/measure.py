@@ -1,4 +1,4 @@
-"""What a net loses when one of its layers alone is quantized."""
+"""Sensitivity: the loss of a net with one of its layers quantized alone."""
 
 from __future__ import annotations
 
@@ -58,29 +58,29 @@ def sensitivity(
     quantized is an argument of it. "hessian" compiles one double backward pass of the float net.
 
     Args:
-      model: a quantized model, whose rules say how each layer is quantized but for its bits; or a
-        linen module, for which `base` says so.
-      variables: its float variables; quantizers are left out, what `fold_bn` left is kept.
-      batches: images [batch, ...], dicts with "image" (and "label", "mask"), or tuples of one
-        array; they calibrate and measure.
-      bits: choices. A number: bits of the weight, inputs stay in float while this is measured. A
-        pair: bits of the weight and of the input, both quantized.
-      metric: "mse", "kl" or "hessian".
-      base: spec of all weights (and inputs, made per tensor, if choices are pairs) of a linen
-        module; None takes `Spec(8, granularity="channel")`.
-      observer: a key of `OBSERVERS`, or None for what each spec says. The rules that `allocate`
-        returns keep the specs' own.
-      probes: number of Hutchinson's vectors a batch, for "hessian".
-      seed: of these vectors.
-      **kwargs: further arguments of the model's call.
+        model: a quantized model, whose rules say how each layer is quantized but for its bits; or a
+            linen module, for which `base` says so.
+        variables: its float variables; quantizers are left out, what `fold_bn` left is kept.
+        batches: images [batch, ...], dicts with "image" (and "label", "mask"), or tuples of one
+            array; they calibrate and measure.
+        bits: choices. A number: bits of the weight, inputs stay in float while this is measured. A
+            pair: bits of the weight and of the input, both quantized.
+        metric: "mse", "kl" or "hessian".
+        base: spec of all weights (and inputs, made per tensor, if choices are pairs) of a linen
+            module; None takes `Spec(8, granularity="channel")`.
+        observer: a key of `OBSERVERS`, or None for what each spec says. The rules that `allocate`
+            returns keep the specs' own.
+        probes: number of Hutchinson's vectors a batch, for "hessian".
+        seed: of these vectors.
+        **kwargs: further arguments of the model's call.
 
     Returns:
-      The table.
+        The table.
 
     Raises:
-      ValueError: no batch, an unknown metric, a choice that a layer's quantizer refuses, no layer
-        with a weight spec, a pair for a layer without an input spec, a float net whose outputs are
-        not finite, or "hessian" with pairs or with layers inside `nn.scan`.
+        ValueError: no batch, an unknown metric, a choice that a layer's quantizer refuses, no layer
+            with a weight spec, a pair for a layer without an input spec, a float net whose outputs
+            are not finite, or "hessian" with pairs or with layers inside `nn.scan`.
     """
     checks.one_of("metric", metric, METRICS)
     checks.integer_in("probes", probes, 1)
@@ -92,8 +92,7 @@ def sensitivity(
             "numbers of weight bits, or use metric='mse' or 'kl'."
         )
     net = _net(model, base, pairs)
-    if hasattr(batches, "shape") or isinstance(batches, Mapping):
-        raise ValueError("batches is one batch; give a list of batches, such as [images].")
+    checks.list_of_batches(batches)
     given = [_unpacked(batch) for batch in batches]
     given = [(x, labels) for x, labels in given if x.shape[0]]
     if not given:
@@ -121,7 +120,7 @@ def sensitivity(
         shapes = {path: info.weight_shape for path, info in infos.items()}
         curvatures = mean_curvatures(logits_of, floats, given, shapes, probes=probes, seed=seed)
 
-    macs, other_bops = _products(net, floats, images[0], infos, kwargs)
+    macs, other_bops = _operations(net, floats, images[0], infos, kwargs)
     columns: list[dict[str, Candidate]] = []
     for choice in choices:
         chosen = quantize(net.model, [_measured(r, choice) for r in rules[choice].values()])
@@ -158,12 +157,12 @@ def _choices(bits: Sequence[Bits]) -> tuple[Bits, ...]:
     if isinstance(bits, int) or not bits:
         raise ValueError(f"bits is {bits!r}; give a list of choices, such as (2, 4, 8).")
     choices = tuple(tuple(b) if isinstance(b, list | tuple) else b for b in bits)
-    for place, choice in enumerate(choices):
+    for index, choice in enumerate(choices):
         pair = choice if isinstance(choice, tuple) else (choice,)
         if isinstance(choice, tuple) and len(pair) != 2:
-            raise ValueError(f"bits[{place}] is {choice!r}; a pair is (weight bits, input bits).")
+            raise ValueError(f"bits[{index}] is {choice!r}; a pair is (weight bits, input bits).")
         for number in pair:
-            checks.integer_in(f"bits[{place}]", number, 1, 16)
+            checks.integer_in(f"bits[{index}]", number, 1, 16)
     if len(set(choices)) < len(choices):
         raise ValueError(f"bits is {bits!r}, which has a choice twice; drop one of them.")
     return choices
@@ -207,8 +206,14 @@ def _width(spec: Spec | None) -> int:
     return 32 if spec is None else spec.bits
 
 
-def _products(net, floats, images, paths, kwargs) -> tuple[dict[str, int], int]:
-    """Multiply-accumulates of each layer, and the bit operations of all other products."""
+def _operations(
+    net: QuantizedModel,
+    floats: Tree,
+    images: Any,
+    paths: Iterable[str],
+    kwargs: Mapping[str, Any],
+) -> tuple[dict[str, int], int]:
+    """Returns (multiply-accumulates of each layer, bit operations of all other products)."""
     macs, other = dict.fromkeys(paths, 0), 0
     for p in inspection.coverage(net, floats, images, **kwargs).products:
         if p.path in macs and p.status != "MISSED":
@@ -252,20 +257,28 @@ def _switching(on: Mapping[str, jax.Array]) -> OperandHook:
     return hook
 
 
-def _losses(chosen, quantized, images, references, metric, paths, kwargs) -> dict[str, float]:
-    """The loss of each layer quantized alone; one compilation serves them all."""
+def _losses(
+    net: QuantizedModel,
+    variables: Tree,
+    images: Sequence[Any],
+    references: Sequence[jax.Array],
+    metric: str,
+    paths: Sequence[str],
+    kwargs: Mapping[str, Any],
+) -> dict[str, float]:
+    """Returns the loss with each layer quantized alone; one compilation serves them all."""
 
     @jax.jit
-    def run(on, variables, x, reference):
-        frame = Frame(chosen.spec_of, _switching(dict(zip(paths, on, strict=True))))
-        out = _one_array(chosen.apply_in(frame, variables, x, **kwargs))
+    def run(on: jax.Array, variables: Tree, x: jax.Array, reference: jax.Array) -> jax.Array:
+        frame = Frame(net.spec_of, _switching(dict(zip(paths, on, strict=True))))
+        out = _one_array(net.apply_in(frame, variables, x, **kwargs))
         return jnp.sum(_distance(metric, reference, out))
 
     count = sum(r.size if metric == "mse" else r.size // r.shape[-1] for r in references)
     found = {}
     for path, on in zip(paths, np.eye(len(paths), dtype=bool), strict=True):
         parts = [
-            run(on, quantized, x, reference)
+            run(on, variables, x, reference)
             for x, reference in zip(images, references, strict=True)
         ]
         found[path] = math.fsum(map(float, parts)) / count

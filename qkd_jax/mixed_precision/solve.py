@@ -33,18 +33,18 @@ def allocate(
     `scipy.optimize.milp`.
 
     Args:
-      table: of `sensitivity`.
-      budget_bytes: the most that `inspection.size(...).bytes` of the whole net may be, or None.
-      budget_bops: the most bit operations for one example, or None.
-      pin: pattern -> choice of the layers whose whole path matches it; the first pattern wins.
+        table: of `sensitivity`.
+        budget_bytes: the most that `inspection.size(...).bytes` of the whole net may be, or None.
+        budget_bops: the most bit operations for one example, or None.
+        pin: pattern -> choice of the layers whose whole path matches it; the first pattern wins.
 
     Returns:
-      One rule for each layer, its path escaped, and then those of the net's own rules that still
-      have something to say: an argument of `quantize`.
+        One rule for each layer, its path escaped, and then those of the net's own rules that still
+        have something to say: an argument of `quantize`.
 
     Raises:
-      ValueError: no budget, one that no choice meets (the least that can be met is named), or a pin
-        that matches no layer or names bits that were not measured.
+        ValueError: no budget, one that no choice meets (the least that can be met is named), or a
+            pin that matches no layer or names bits that were not measured.
     """
     budgets: dict[str, tuple[str, float]] = {}  # what of a candidate -> (argument, room)
     for name, budget, kind, room in (
@@ -124,7 +124,11 @@ def _solve(
         )
 
 
-def _too_small(table, rows, budgets) -> str:
+def _too_small(
+    table: Sensitivity,
+    rows: Sequence[Sequence[Candidate]],
+    budgets: Mapping[str, tuple[str, float]],
+) -> str:
     units = {"bits": (8, table.other_bits), "bops": (1, table.other_bops)}
     lines = []
     for kind, (name, room) in budgets.items():

@@ -89,8 +89,7 @@ def image_batches(batches: Iterable[Any]) -> list[np.ndarray]:
     Raises:
         ValueError: no batch, one batch in place of a list, an empty one, or more arguments.
     """
-    if hasattr(batches, "shape") or isinstance(batches, Mapping):
-        raise ValueError("batches is one batch; give a list of batches, such as [images].")
+    checks.list_of_batches(batches)
     arrays = []
     for batch in batches:
         arguments = tuple(batch) if isinstance(batch, list) else model_arguments(batch)

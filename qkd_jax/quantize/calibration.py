@@ -1,7 +1,7 @@
-"""Calibration: the float net sees data, and every quantizer gets its first parameters.
+"""Calibration: initial parameters of every quantizer from statistics of the float net on data.
 
 One pass over the batches takes sums and counts of each operand (and the observer's own state); a
-second follows only for observers that search a grid whose width the first pass found. All layers
+second follows only for observers that search a grid whose width the first pass measured. All layers
 are observed at once, on float activations.
 """
 
@@ -54,35 +54,34 @@ def calibrate(
     """Gives a net the `quant` collection: from then on it is quantized.
 
     Args:
-      net: the net; its rules say what is quantized, by which quantizer.
-      variables: its float variables. Old quantizers are replaced; what `fold_bn` left for float
-        layers stays.
-      batches: an iterable of model inputs: arrays [batch, ...], dicts with the key "image" (and
-        "mask", which leaves out padding), or tuples of positional arguments. Batches of one shape
-        compile once. A second pass is made for observers that need one, so all batches are held
-        in memory.
-      observer: a key of `OBSERVERS` for every quantizer, or None: what each spec says, else each
-        quantizer's own initialisation (LSQ's from the mean magnitude, the others' from the range).
-        Dynamic operands need none and are left out.
-      observer_options: the observer's own numbers, such as `{"power": 2.4}` of "mse" or
-        `{"percentile": 99.9}`, in place of those that specs have (`Spec.options`).
-      operands: which of "weight", "input", "other" and "output" to calibrate; None means all. With
-        some of them, the quantizers of the others stay as they are and act while these are
-        observed: weights first and inputs later, say, or inputs anew on quantized weights.
-      **kwargs: further arguments of the model's call, such as `train=False`.
+        net: the net; its rules say what is quantized, by which quantizer.
+        variables: its float variables. Old quantizers are replaced; what `fold_bn` left for float
+            layers stays.
+        batches: an iterable of model inputs: arrays [batch, ...], dicts with the key "image" (and
+            "mask", which leaves out padding), or tuples of positional arguments. Batches of one
+            shape compile once. A second pass is made for observers that need one, so all batches
+            are held in memory.
+        observer: a key of `OBSERVERS` for every quantizer, or None: what each spec says, else each
+            quantizer's own initialisation (LSQ's from the mean magnitude, the others' from the
+            range). Dynamic operands need none and are left out.
+        observer_options: the observer's own numbers, such as `{"power": 2.4}` of "mse" or
+            `{"percentile": 99.9}`, in place of those that specs have (`Spec.options`).
+        operands: which of "weight", "input", "other" and "output" to calibrate; None means all.
+            With some of them, the quantizers of the others stay as they are and act while these are
+            observed: weights first and inputs later, say, or inputs again, on quantized weights.
+        **kwargs: further arguments of the model's call, such as `train=False`.
 
     Returns:
-      The variables with `quant` added; everything else is as it was.
+        The variables with `quant` added; everything else is as it was.
 
     Raises:
-      ValueError: no batch; a rule that matches nothing; no layer quantized; non-finite data; an
-        input that is 0 throughout; an operand with negative values under an unsigned symmetric
-        spec; an unknown observer, option or operand; variables whose BatchNorms were folded into
-        quantized layers. The message names the layer.
+        ValueError: no batch; a rule that matches nothing; no layer quantized; non-finite data; an
+            input that is 0 throughout; an operand with negative values under an unsigned symmetric
+            spec; an unknown observer, option or operand; variables whose BatchNorms were folded
+            into quantized layers. The message names the layer.
     """
     check_observer("", observer, observer_options)
-    if hasattr(batches, "shape") or isinstance(batches, Mapping):
-        raise ValueError("batches is one batch; give a list of batches, such as [images].")
+    checks.list_of_batches(batches)
     inputs = [model_arguments(batch) for batch in batches]
     if not inputs:
         raise ValueError("batches is empty; give at least one batch of real inputs.")
@@ -130,9 +129,9 @@ def check_observer(where: str, observer: str | None, options: Mapping[str, Any] 
     """Raises ValueError for an unknown observer, or options that are not its own.
 
     Args:
-      where: what stands before the arguments' names in messages, such as "stages.calibrate.".
-      observer: a key of `OBSERVERS`, or None.
-      options: its options, or None.
+        where: what stands before the arguments' names in messages, such as "stages.calibrate.".
+        observer: a key of `OBSERVERS`, or None.
+        options: its options, or None.
     """
     if observer is not None and observer not in OBSERVERS:
         raise checks.unknown(f"{where}observer", observer, OBSERVERS)
@@ -210,7 +209,7 @@ def _refuse_multipliers(variables: Mapping[str, Any]) -> None:
 
 
 def model_arguments(batch: Any) -> tuple[Any, ...]:
-    """What a model is called with for one batch as `calibrate` takes it, padding left out."""
+    """Returns the arguments of a model's call for one batch, without its padding."""
     if isinstance(batch, Mapping):
         if "image" not in batch:
             raise ValueError(

@@ -234,15 +234,15 @@ def quantized_contraction(
     flows here.
 
     Args:
-      contraction: its `fn` is computed.
-      x_hat: left operand on its grid, `scale * centred codes`.
-      w_hat: right operand on its grid.
-      x_grid: grid of the left operand.
-      w_grid: grid of the right operand.
-      multiplier: replaces `s_x * s_w` in the output (batch normalization folded in), or None.
+        contraction: its `fn` is computed.
+        x_hat: left operand on its grid, `scale * centred codes`.
+        w_hat: right operand on its grid.
+        x_grid: grid of the left operand.
+        w_grid: grid of the right operand.
+        multiplier: replaces `s_x * s_w` in the output (batch normalization folded in), or None.
 
     Returns:
-      The output, in the dtype that `fn` gives the operands.
+        The output, in the dtype that `fn` gives the operands.
     """
     (x_scale, x_format, x_affine), (w_scale, w_format, w_affine) = x_grid, w_grid
     folded = multiplier is not None

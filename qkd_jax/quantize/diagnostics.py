@@ -1,4 +1,4 @@
-"""What each quantizer of a calibrated net does to data, operand by operand.
+"""Diagnostics of a calibrated net: range, clipping and noise of each quantized operand on data.
 
     print(diagnose(net, variables, batches))
 
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qkd_jax import checks
 from qkd_jax.numerics import Spec, codes_of, compute_dtype
 from qkd_jax.quantize.calibration import model_arguments
 from qkd_jax.quantize.contraction import OperandGrid
@@ -40,24 +41,25 @@ class Diagnosed:
     """One quantized operand of a layer, over all the data that it was shown.
 
     Attributes:
-      path: the layer's path; a step of a scanned layer has its number behind, "block/dense[2]".
-      operand: "weight", "input", "other" (of an attention product) or "output".
-      bits: bits of its spec, or those in use where they are learned.
-      label: its format and quantizer, such as "int4 lsq per channel".
-      count: number of elements.
-      lo: smallest value.
-      hi: largest value.
-      grid_lo: smallest value that the quantizer can give, over channels (rows, if it is dynamic).
-      grid_hi: largest one.
-      clipped: share of the elements beyond the grid's ends by more than half a step (by anything,
-        for a grid that is not uniform, or where the quantizer clips before it scales).
-      zeros: share of the elements that become 0.
-      used: how many codes occur, all channels taken together; of a weight whose grid is not uniform
-        the distinct values of the channel that has most; None for other operands on such a grid.
-      levels: how many codes there are.
-      sqnr: signal-to-quantization-noise ratio 10 log10(sum x^2 / sum (x - x_hat)^2) in dB; inf if
-        the operand lies on its grid already, NaN if it is 0 throughout.
-      oscillating: share of a weight's codes that oscillate in training, where that was tracked.
+        path: the layer's path; a step of a scanned layer has its number behind, "block/dense[2]".
+        operand: "weight", "input", "other" (of an attention product) or "output".
+        bits: bits of its spec, or those in use where they are learned.
+        label: its format and quantizer, such as "int4 lsq per channel".
+        count: number of elements.
+        lo: smallest value.
+        hi: largest value.
+        grid_lo: smallest value that the quantizer can give, over channels (rows, if it is dynamic).
+        grid_hi: largest one.
+        clipped: share of the elements beyond the grid's ends by more than half a step (by anything,
+            for a grid that is not uniform, or where the quantizer clips before it scales).
+        zeros: share of the elements that become 0.
+        used: how many codes occur, all channels taken together; of a weight whose grid is not
+            uniform the distinct values of the channel that has most; None for other operands on
+            such a grid.
+        levels: how many codes there are.
+        sqnr: signal-to-quantization-noise ratio 10 log10(sum x^2 / sum (x - x_hat)^2) in dB; inf if
+            the operand lies on its grid already, NaN if it is 0 throughout.
+        oscillating: share of a weight's codes that oscillate in training, where that was tracked.
     """
 
     path: str
@@ -98,8 +100,8 @@ class Diagnosis:
         widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
         return "\n".join(
             "  ".join(
-                text.ljust(width) if place < 3 else text.rjust(width)
-                for place, (text, width) in enumerate(zip(row, widths, strict=True))
+                text.ljust(width) if column < 3 else text.rjust(width)
+                for column, (text, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
             for row in [headings, *rows]
         )
@@ -138,20 +140,19 @@ def diagnose(
     add up to what one batch of all of them gives.
 
     Args:
-      net: the net.
-      variables: its calibrated variables, before or after training.
-      batches: an iterable of model inputs, as `calibrate` takes them.
-      oscillating: {layer path: share of its weights that oscillate}, where training tracked it.
-      **kwargs: further arguments of the model's call, such as `train=False`.
+        net: the net.
+        variables: its calibrated variables, before or after training.
+        batches: an iterable of model inputs, as `calibrate` takes them.
+        oscillating: {layer path: share of its weights that oscillate}, where training tracked it.
+        **kwargs: further arguments of the model's call, such as `train=False`.
 
     Returns:
-      A `Diagnosis`; print it, or ask for `.operands` or `.records()`.
+        A `Diagnosis`; print it, or ask for `.operands` or `.records()`.
 
     Raises:
-      ValueError: no batch, an empty one, or a net of which nothing is quantized yet.
+        ValueError: no batch, an empty one, or a net of which nothing is quantized yet.
     """
-    if hasattr(batches, "shape") or isinstance(batches, Mapping):
-        raise ValueError("batches is one batch; give a list of batches, such as [images].")
+    checks.list_of_batches(batches)
     run, order = _runner(net, kwargs)
     total: dict[tuple[str, str, int | None], dict[str, Any]] = {}
     number = -1
@@ -212,13 +213,13 @@ def _separate(summed: Tree, order: Iterable[tuple[str, str]]):
         sums = found[path, operand]
         shape = np.shape(sums["count"])
         # The steps of a scanned or vmapped layer are layers, each with quantizers of its own.
-        for step, place in enumerate(np.ndindex(*shape)):
+        for step, index in enumerate(np.ndindex(*shape)):
             key = (path, operand, step if shape else None)
-            yield key, {name: value[place] for name, value in sums.items()}
+            yield key, {name: value[index] for name, value in sums.items()}
 
 
 def _sums(x: Any, x_hat: Any, spec: Spec, params: Any, operand: str) -> Tree:
-    """What is kept of one operand: sums, counts and extremes, that batches can be added to."""
+    """Returns sums, counts and extremes of one operand, to which other batches can be added."""
     module = QUANTIZERS[spec.quantizer]
     learned = learns_bits(spec)
     x, x_hat = (jax.lax.stop_gradient(a.astype(compute_dtype(a))) for a in (x, x_hat))

@@ -1,11 +1,11 @@
-"""Where a model can be quantized: the signs of operands, and the places that want a grid.
+"""The signs of a model's operands, and its grid sites: outputs that need a grid of their own.
 
 Read from the graph of the float model, before any data: an operand is unsigned where its values are
 proven not to be negative (they follow a ReLU, a softmax, a sum of such ...), and signed elsewhere.
 
 An engine that computes on integers needs a grid on both inputs and the output of a residual sum, on
-what is pooled, and on the logits; and one grid, made where the tensor is made, for a tensor that
-several layers read. These places are outputs of modules: `Site`s that a rule's `output` reaches.
+what is pooled, and on the logits; and one grid, at its source, for a tensor that several
+layers read. These sites are outputs of modules, which a rule's `output` reaches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qkd_jax.graph import CONTRACTIONS, IDENTITY, LAYOUT, MARKERS, Graph, Node
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.model import quantize
 
-__all__ = ["Layer", "Placement", "Site", "placement"]
+__all__ = ["GridSites", "LayerInputs", "Site", "find_grid_sites"]
 
 # Each number of the result is one of the operand.
 MOVES = LAYOUT | IDENTITY | {"broadcast_in_dim", "slice", "gather", "dynamic_slice"}
@@ -42,8 +42,8 @@ NEVER_NEGATIVE = frozenset({"exp", "exp2", "abs", "logistic", "square", "iota"})
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
-    """One layer with a product.
+class LayerInputs:
+    """The inputs of one layer with a contraction.
 
     Attributes:
         path: its path.
@@ -58,7 +58,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A module's output that wants a grid.
+    """A module's output that needs a grid.
 
     Attributes:
         path: the module's path.
@@ -74,23 +74,23 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
-    """What a preset must know of a model.
+class GridSites:
+    """The layers and grid sites of a model, as presets need them.
 
     Attributes:
-        layers: those with a product, in the order in which they run.
-        sites: outputs between them that want a grid.
+        layers: those with a contraction, in the order in which they run.
+        sites: outputs between them that need a grid.
         summed: {path: length of the axis that the layer's weight is summed over}, which groups must
             divide; 0 where nothing is summed (a table that is looked up).
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerInputs, ...]
     sites: tuple[Site, ...]
     summed: Mapping[str, int]
 
 
-def placement(model: nn.Module, images: Any, **kwargs: Any) -> Placement:
-    """Finds a model's layers and sites; nothing is computed.
+def find_grid_sites(model: nn.Module, images: Any, **kwargs: Any) -> GridSites:
+    """Finds a model's layers and grid sites; nothing is computed.
 
     Args:
         model: a linen module.
@@ -99,11 +99,11 @@ def placement(model: nn.Module, images: Any, **kwargs: Any) -> Placement:
     """
     shapes = jax.tree.map(lambda a: (tuple(a.shape), np.dtype(a.dtype)), images)
     leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
-    return _placement(model, tuple(leaves), tree, tuple(sorted(kwargs.items())))
+    return _cached_sites(model, tuple(leaves), tree, tuple(sorted(kwargs.items())))
 
 
 @functools.lru_cache(maxsize=64)
-def _placement(model: nn.Module, leaves: Any, tree: Any, kwargs: Any) -> Placement:
+def _cached_sites(model: nn.Module, leaves: Any, tree: Any, kwargs: Any) -> GridSites:
     images = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
     net, options = quantize(model), dict(kwargs)
     frame = Frame(net.spec_of)
@@ -124,14 +124,16 @@ def _placement(model: nn.Module, leaves: Any, tree: Any, kwargs: Any) -> Placeme
         images,
         evaluate=False,
     )
-    return _Search(traced).placement(summed)
+    return _SiteSearch(traced).run(summed)
 
 
 def _zeros(images: Any) -> Any:
     return jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), images)
 
 
-class _Search:
+class _SiteSearch:
+    """Signs of values and grid sites of one graph."""
+
     def __init__(self, graph: Graph):
         self.graph = graph
         self.unsigned: dict[int, bool] = {}
@@ -139,8 +141,8 @@ class _Search:
             for value in node.outputs:
                 self.unsigned[value] = self.sign(node)
 
-    def placement(self, summed: Mapping[str, int]) -> Placement:
-        layers: dict[str, Layer] = {}
+    def run(self, summed: Mapping[str, int]) -> GridSites:
+        layers: dict[str, LayerInputs] = {}
         readers: dict[str, list[str]] = {}  # origin of a tensor -> layers that read it unchanged
         for node in self.graph.nodes:
             operand = node.params.get("operand") if node.op in MARKERS else None
@@ -154,13 +156,13 @@ class _Search:
             unsigned[operand] = unsigned.get(operand, True) and self.known(value)
             if operand == "input":
                 same = source if known is None or known.source == source else ""
-                layers[path] = Layer(path, unsigned, same)
+                layers[path] = LayerInputs(path, unsigned, same)
                 readers.setdefault(source, []).append(path)
             else:
                 layers[path] = dataclasses.replace(layers[path], unsigned=unsigned)
-        return Placement(tuple(layers.values()), tuple(self.sites(layers, readers)), summed)
+        return GridSites(tuple(layers.values()), tuple(self.sites(layers, readers)), summed)
 
-    def sites(self, layers: dict[str, Layer], readers: dict[str, list[str]]) -> list[Site]:
+    def sites(self, layers: dict[str, LayerInputs], readers: dict[str, list[str]]) -> list[Site]:
         wanted: dict[str, str] = {}
         unsigned: dict[str, bool] = {}
 
@@ -207,7 +209,7 @@ class _Search:
         return same and a not in self.elementwise(b) and b not in self.elementwise(a)
 
     def elementwise(self, value: int) -> set[int]:
-        """What a value is computed from, back to the nearest products."""
+        """Returns the values that one is computed from, back to the nearest contractions."""
         found, pending = {value}, [value]
         while pending:
             node = self.graph.producer(pending.pop())
@@ -217,7 +219,7 @@ class _Search:
         return found - {value}
 
     def pools(self, node: Node) -> bool:
-        """Whether a reduction averages over places and not over the features of one."""
+        """Whether a reduction averages over positions and not over the features of one."""
         if node.op == "reduce_window_sum":
             return True
         return len(self.graph.shape(node.inputs[0])) - 1 not in node.params["axes"]

@@ -1,6 +1,6 @@
-"""What quantization does to a net, said before anything is trained: layers, sizes, coverage.
+"""Layers, sizes and coverage of a quantized net, before anything is trained.
 
-Nothing here computes: shapes come from `jax.eval_shape`, products from the traced graph.
+Nothing here computes: shapes come from `jax.eval_shape`, contractions from the traced graph.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ class LayerInfo:
     """One layer of a net.
 
     Attributes:
-      path: "stage1_block0/conv1".
-      kind: "conv", "dense", "einsum", "embed", "conv_transpose" or "attention".
-      weight_shape: shape of the kernel or table as the layer sees it; () for attention's products.
-      params: number of parameters of the layer, bias included.
-      weight: spec of the weight, or None for float; its bits, if they are learned, are those in
-        use. Likewise the others.
-      input: spec of the input, or None.
-      output: spec of the output, or None.
-      bits: storage of the layer's parameters in bits (kernel at its width, the rest float32).
-      calibrated: whether the layer's quantizers have their variables.
+        path: "stage1_block0/conv1".
+        kind: "conv", "dense", "einsum", "embed", "conv_transpose" or "attention".
+        weight_shape: shape of the kernel or table as the layer sees it; () for attention's
+            products.
+        params: number of parameters of the layer, bias included.
+        weight: spec of the weight, or None for float; its bits, if they are learned, are those in
+            use. Likewise the others.
+        input: spec of the input, or None.
+        output: spec of the output, or None.
+        bits: storage of the layer's parameters in bits (kernel at its width, the rest float32).
+        calibrated: whether the layer's quantizers have their variables.
     """
 
     path: str
@@ -58,11 +59,11 @@ class Size:
     """Storage of a net's parameters.
 
     Attributes:
-      params: number of parameters.
-      float_bytes: bytes of all parameters in float32.
-      bytes: bytes with every quantized kernel at its width; biases, batch normalization's scale and
-        offset and the weights' own scales in float32. Running statistics are not counted: an
-        exported net has folded them away.
+        params: number of parameters.
+        float_bytes: bytes of all parameters in float32.
+        bytes: bytes with every quantized kernel at its width; biases, batch normalization's scale
+            and offset and the weights' own scales in float32. Running statistics are not counted:
+            an exported net has folded them away.
     """
 
     params: int
@@ -87,7 +88,7 @@ def _spec(net: QuantizedModel, path: str, operand: str, quant: Any) -> Spec | No
 
 
 def _scales(spec: Spec, params: Any, use: LayerUse) -> int:
-    """How many float32 numbers a weight's scales (and zero points) are, measured or planned."""
+    """Counts a weight's scales and zero points (float32 numbers), as stored or as planned."""
     if params is not None and not spec.dynamic:
         grid_of = QUANTIZERS[spec.quantizer].integer_view
         scale = jax.eval_shape(lambda p: (grid_of(p, spec) or (None,))[0], params)
@@ -110,13 +111,13 @@ def layers(
     """Lists the layers that quantization can reach, in the order in which they run.
 
     Args:
-      net: the net.
-      variables: its variables, or their shapes.
-      images: example input, or its shape.
-      **kwargs: further arguments of the model's call.
+        net: the net.
+        variables: its variables, or their shapes.
+        images: example input, or its shape.
+        **kwargs: further arguments of the model's call.
 
     Returns:
-      One `LayerInfo` a layer. An uncalibrated net lists what its rules plan.
+        One `LayerInfo` a layer. An uncalibrated net lists what its rules plan.
     """
     found = []
     for path, use in _seen(net, variables, images, **kwargs).seen.items():
@@ -160,13 +161,13 @@ class Covered:
     """One product of the forward pass.
 
     Attributes:
-      path: the layer's path; for a product of no known layer the scope in which it stands (a
-        module's path, the equation of an einsum).
-      op: the jaxpr's operation, "dot_general" or "conv_general_dilated".
-      macs: multiply-accumulates for one example.
-      status: "quantized", "weight only", "input only", "skipped" (a rule leaves it in float, or no
-        rule speaks of the layer) or "MISSED" (a product that no rule can reach).
-      bits: (weight bits, input bits); 32 is float, and learned bits are those in use.
+        path: the layer's path; for a product of no known layer the scope in which it stands (a
+            module's path, the equation of an einsum).
+        op: the jaxpr's operation, "dot_general" or "conv_general_dilated".
+        macs: multiply-accumulates for one example.
+        status: "quantized", "weight only", "input only", "skipped" (a rule leaves it in float, or
+            no rule speaks of the layer) or "MISSED" (a product that no rule can reach).
+        bits: (weight bits, input bits); 32 is float, and learned bits are those in use.
     """
 
     path: str
@@ -221,33 +222,30 @@ def coverage(
     of its rounds is not known).
 
     Args:
-      net: the net.
-      variables: its variables, or their shapes.
-      images: example input, or its shape.
-      **kwargs: further arguments of the model's call.
+        net: the net.
+        variables: its variables, or their shapes.
+        images: example input, or its shape.
+        **kwargs: further arguments of the model's call.
 
     Returns:
-      A `Coverage`; `print` it, or ask for `.missed`.
+        A `Coverage`; `print` it, or ask for `.missed`.
     """
     traced = trace(lambda v, x: net.trace_apply(v, x, **kwargs), variables, images, evaluate=False)
     examples = jax.tree.leaves(images)[0].shape[0]
     quant = variables.get("quant", {})
-    found = [
-        _covered(
-            net, quant, inside, node, [_mark(inside, value) for value in node.inputs[:2]], examples
-        )
-        for inside, node in _products(traced)
-    ]
-    return Coverage(tuple(found), bool(variables.get("quant")))
+    covered = (
+        _covered(net, quant, inside, node, examples) for inside, node in _contractions(traced)
+    )
+    return Coverage(tuple(covered), bool(variables.get("quant")))
 
 
-def _products(traced: Graph) -> Iterator[tuple[Graph, Node]]:
+def _contractions(traced: Graph) -> Iterator[tuple[Graph, Node]]:
     for node in traced.nodes:
         if node.op in CONTRACTIONS:
             yield traced, node
         else:
             for inside in bodies(node):
-                yield from _products(inside)
+                yield from _contractions(inside)
 
 
 def _mark(traced: Graph, value: int) -> Node | None:
@@ -261,9 +259,16 @@ def _mark(traced: Graph, value: int) -> Node | None:
     return None
 
 
-def _covered(net, quant, traced, node, marks, examples) -> Covered:
+def _covered(
+    net: QuantizedModel,
+    quant: Mapping[str, Any],
+    traced: Graph,
+    node: Node,
+    examples: int,
+) -> Covered:
     bits = {"input": 32, "weight": 32}
     path = node.scope
+    marks = [_mark(traced, value) for value in node.inputs[:2]]
     for mark in marks:
         if mark is None:
             continue

@@ -1,4 +1,4 @@
-"""How quantization reaches a model: an interceptor around the calls of its layers.
+"""An interceptor around the calls of a model's layers, which quantizes their operands.
 
 The model's own code is not touched and nothing global is patched. While a net runs, a method
 interceptor sets a public field of each bound layer for the length of one call, and restores it:
@@ -65,7 +65,7 @@ __all__ = ["Frame", "LayerUse"]
 
 @dataclasses.dataclass
 class LayerUse:
-    """What one application saw of a layer: its kind and the shapes of its operands."""
+    """A layer as one application used it: its kind and the shapes of its operands."""
 
     kind: str
     shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -358,7 +358,7 @@ class Frame:
         part: str = "",
         batch_axes: tuple[int, ...] = (),
     ) -> tuple[jax.Array, OperandGrid | None]:
-        """Returns (x_hat, grid) of an operand, as the hook or the grid it lies on already says."""
+        """Returns (x_hat, grid) of an operand, of the hook or of the module whose output it is."""
         if path in self.seen:
             self.seen[path].shapes[operand] = tuple(x.shape)
         spec = self.spec_of(path, operand)

@@ -1,4 +1,4 @@
-"""How each kind of linen layer lets its contraction, or the operands of it, be replaced.
+"""The fields of linen layers through which a contraction, or its operands, can be replaced.
 
 `Conv`, `Dense` and attention build their contraction from a field that holds a zero-argument
 factory; `Einsum`, `ConvTranspose` and `Embed` keep theirs, but pass the operands through

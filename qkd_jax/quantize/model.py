@@ -1,4 +1,4 @@
-"""Rules, and the quantized model that they make of any linen module.
+"""The quantized model: a linen module, and rules for its layers.
 
     student = quantize(model, [Rule("stem", weight=Spec(bits=8)), Rule(".*", weight=Spec(bits=2))])
     variables = student.init(key, images)                 # float
@@ -47,7 +47,7 @@ class QuantizedModel:
         """Initialises float variables, and checks that every rule matches a layer.
 
         Raises:
-          ValueError: a rule matches nothing; the message names the nearest path.
+            ValueError: a rule matches nothing; the message names the nearest path.
         """
         frame = Frame(self.spec_of)
         with nn.intercept_methods(frame):
@@ -67,16 +67,17 @@ class QuantizedModel:
         """Applies the model, its calibrated layers quantized.
 
         Args:
-          variables: as `init` or `calibrate` gave them.
-          *args: what the module takes.
-          mutable: collections to return, as in linen.
-          axis_name: the axis of `pmap` or `shard_map` over which batch normalization reduces.
-          watch: called as watch(path, operand, x, x_hat, spec, params) for each quantized operand.
-          **kwargs: `rngs` (the stream "rounding" feeds stochastic rounding), `method`,
-            `capture_intermediates`, and what the module takes.
+            variables: as `init` or `calibrate` gave them.
+            *args: what the module takes.
+            mutable: collections to return, as in linen.
+            axis_name: the axis of `pmap` or `shard_map` over which batch normalization reduces.
+            watch: called as watch(path, operand, x, x_hat, spec, params) for each quantized
+                operand.
+            **kwargs: `rngs` (the stream "rounding" feeds stochastic rounding), `method`,
+                `capture_intermediates`, and what the module takes.
 
         Returns:
-          The module's output, or (output, mutated collections) where `mutable` is given.
+            The module's output, or (output, mutated collections) where `mutable` is given.
         """
         hook = quantize_operand if watch is None else watching(watch)
         frame = Frame(self.spec_of, hook, axis_name=axis_name)
@@ -101,7 +102,7 @@ class QuantizedModel:
         mutable: Any = False,
         **kwargs: Any,
     ) -> Any:
-        """Applies the model in a frame, whose hook says what happens to each operand."""
+        """Applies the model in a frame, whose hook receives each operand that has a spec."""
         with nn.intercept_methods(frame):
             out = self.model.apply(join_quant(variables), *args, mutable=mutable, **kwargs)
         if mutable is False:
@@ -120,29 +121,29 @@ class QuantizedModel:
         """Raises ValueError for a rule that changes nothing.
 
         Args:
-          paths: of all modules.
-          layers: those of them that have operands.
+            paths: of all modules.
+            layers: those of them that have operands.
         """
         paths = sorted(paths)
         for path in paths:
-            taken = [name for name in path.split("/") if is_own_key(name)]
-            if taken:
+            ours = [name for name in path.split("/") if is_own_key(name)]
+            if ours:
                 raise ValueError(
-                    f"the model names a module {taken[0]!r} (at {path!r}); quantizers keep their "
+                    f"the model names a module {ours[0]!r} (at {path!r}); quantizers keep their "
                     "variables under that name. Rename the module."
                 )
-        for place, rule in enumerate(self.rules):
+        for index, rule in enumerate(self.rules):
             if not any(re.fullmatch(rule.pattern, path) for path in paths):
                 shown = ", ".join(repr(p) for p in paths if p)
                 preset = " (A preset fits itself to a model: presets.rules(name, model=, images=).)"
                 raise ValueError(
-                    f"rules[{place}] {rule.pattern!r} matches no layer. A pattern must match a "
+                    f"rules[{index}] {rule.pattern!r} matches no layer. A pattern must match a "
                     f"whole path. Paths: {shown}.{checks.nearest(rule.pattern, paths)}"
                     f"{preset if rule.pattern in ('stem|dense1', 'head') else ''}"
                 )
             if rule.pattern == ".*":  # the rest, of which there may be none
                 continue
-            before = self.rules[:place]
+            before = self.rules[:index]
             reached = [
                 path
                 for path in paths
@@ -150,7 +151,7 @@ class QuantizedModel:
             ]
             if not reached:
                 raise ValueError(
-                    f"rules[{place}] {rule.pattern!r} is never reached: the first rule that "
+                    f"rules[{index}] {rule.pattern!r} is never reached: the first rule that "
                     "matches a path decides, and rules before it match all of its paths. Move it "
                     "to the front, or drop it."
                 )
@@ -158,7 +159,7 @@ class QuantizedModel:
                 inside = f"{rule.pattern}/.*"
                 fits = any(re.fullmatch(inside, path) for path in layers)
                 raise ValueError(
-                    f"rules[{place}] {rule.pattern!r} matches "
+                    f"rules[{index}] {rule.pattern!r} matches "
                     f"{', '.join(map(repr, reached[:3]))}, with no weight and no input to "
                     f"quantize. A pattern must match the path of a layer"
                     f"{f', such as {inside!r}' if fits else ''}: {', '.join(sorted(layers))}."
@@ -169,22 +170,22 @@ def quantize(model: nn.Module, rules: Iterable[Rule] = ()) -> QuantizedModel:
     """Makes a quantized model of any linen module; the module's own code is not touched.
 
     Args:
-      model: an unbound linen module. A `QuantizedModel` is refused.
-      rules: the first that matches a layer's path decides; none at all gives the float model.
+        model: an unbound linen module. A `QuantizedModel` is refused.
+        rules: the first that matches a layer's path decides; none at all gives the float model.
 
     Returns:
-      The quantized model.
+        The quantized model.
 
     Raises:
-      ValueError: `model` is no linen module, or a rule is no `Rule`.
+        ValueError: `model` is no linen module, or a rule is no `Rule`.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"model is {type(model).__name__}; it must be a flax.linen module"
-            + (" (quantize its `.model` anew)." if isinstance(model, QuantizedModel) else ".")
+            + (" (quantize its `.model`)." if isinstance(model, QuantizedModel) else ".")
         )
     rules = tuple(rules)
-    for place, rule in enumerate(rules):
+    for index, rule in enumerate(rules):
         if not isinstance(rule, Rule):
-            raise ValueError(f"rules[{place}] is {rule!r}; it must be a Rule.")
+            raise ValueError(f"rules[{index}] is {rule!r}; it must be a Rule.")
     return QuantizedModel(model, rules)

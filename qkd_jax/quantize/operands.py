@@ -195,7 +195,7 @@ def mark_operand(use: OperandUse) -> tuple[jax.Array, None]:
 
 
 def mark_skipped(path: str, operand: str, x: jax.Array) -> jax.Array:
-    """Returns x behind an equation that says that it stays in float."""
+    """Returns x behind a marker: it stays in float."""
     return _marked(marker_name("skipped", path, operand), _unchanged, x)
 
 

@@ -29,7 +29,7 @@ import flax.linen as nn
 
 from qkd_jax import checks
 from qkd_jax.numerics import Spec
-from qkd_jax.quantize.grid_sites import Layer, Placement, placement
+from qkd_jax.quantize.grid_sites import GridSites, LayerInputs, find_grid_sites
 from qkd_jax.quantize.rules import Rule
 from qkd_jax.quantizers import QUANTIZERS, facts
 
@@ -70,10 +70,10 @@ def low_bit(
     every other input follows a ReLU and is unsigned. Steps are per tensor, as in the recipe.
 
     Args:
-      weight_bits: bits of the inner layers' weights.
-      input_bits: bits of the inner layers' inputs.
-      quantizer: a key of QUANTIZERS.
-      ternary: weights in {-1, 0, 1} times the step: 2 bits, narrow range.
+        weight_bits: bits of the inner layers' weights.
+        input_bits: bits of the inner layers' inputs.
+        quantizer: a key of QUANTIZERS.
+        ternary: weights in {-1, 0, 1} times the step: 2 bits, narrow range.
     """
     weight, inputs = pair(quantizer, weight_bits, input_bits)
     inner = dict(bits=weight_bits, **weight)
@@ -95,14 +95,14 @@ def post_training(
     """Rules of quantization after training: uniform grids, inputs affine, the ends at 8 bits.
 
     Ranges come from `calibrate` and its observer ("static"), or, `dynamic`, those of the inputs
-    from each row of the input at run time, so that no calibration data are needed and the weights
+    from each row of the input as it comes, so that no calibration data are needed and the weights
     alone are prepared ahead of time.
 
     Args:
-      weight_bits: bits of the inner layers' weights.
-      input_bits: bits of the inner layers' inputs.
-      granularity: of the weights: "channel", "tensor", or a group size.
-      dynamic: input ranges at run time, one a token (a row; for a convolution an example).
+        weight_bits: bits of the inner layers' weights.
+        input_bits: bits of the inner layers' inputs.
+        granularity: of the weights: "channel", "tensor", or a group size.
+        dynamic: dynamic input ranges, one a token (a row; for a convolution an example).
     """
     where = dict(dynamic=True, granularity="token") if dynamic else {}
 
@@ -126,10 +126,10 @@ def weight_only(bits: int, *, granularity: str | int = "channel") -> RuleDicts:
     """Rules that quantize weights and leave every product in float: smaller, not faster.
 
     Args:
-      bits: bits of the weights.
-      granularity: "channel", "tensor", or a group size; int4 weights of language models have groups
-        of 32 to 128. Fitted to a model, layers whose contraction axis it does not divide have one
-        scale a channel.
+        bits: bits of the weights.
+        granularity: "channel", "tensor", or a group size; int4 weights of language models have
+            groups of 32 to 128. Fitted to a model, layers whose contraction axis it does not divide
+            have one scale a channel.
     """
     return (dict(pattern=".*", weight=dict(bits=bits, granularity=granularity)),)
 
@@ -165,33 +165,33 @@ def rules(
     """Builds rules from a preset's name or from rule dicts.
 
     Args:
-      given: a name in PRESETS, "w<k>a<k>", or dicts with the fields of `Rule`, whose `weight`,
-        `input` and `output` are dicts with the fields of `Spec`.
-      reduce_range: give 8-bit weights 7 bits. x86 engines without VNNI add pairs of products in
-        16 bits, which saturate with 8-bit weights: a wrong result without a warning.
-      model: the model that a preset is for; rule dicts are taken as they are.
-      images: example input of the model, or its shape.
+        given: a name in PRESETS, "w<k>a<k>", or dicts with the fields of `Rule`, whose `weight`,
+            `input` and `output` are dicts with the fields of `Spec`.
+        reduce_range: give 8-bit weights 7 bits. x86 engines without VNNI add pairs of products in
+            16 bits, which saturate with 8-bit weights: a wrong result without a warning.
+        model: the model that a preset is for; rule dicts are taken as they are.
+        images: example input of the model, or its shape.
 
     Returns:
-      The rules, in order.
+        The rules, in order.
 
     Raises:
-      ValueError: an unknown preset, field or value; ":integer" or ":fused" without a model.
+        ValueError: an unknown preset, field or value; ":integer" or ":fused" without a model.
     """
     if isinstance(given, str):
         name, given = given, _preset(given)
         ending = name.rpartition(":")[2]
-        placed = ending if ending in (INTEGER, FUSED) else ""
+        sited = ending if ending in (INTEGER, FUSED) else ""
         if model is not None and images is None:
             raise ValueError("model came without images; give an example batch, or its shape.")
         if model is not None and given:
-            given = _fitted(given, placement(model, images), placed)
-        elif placed:
+            given = _fitted(given, find_grid_sites(model, images), sited)
+        elif sited:
             raise ValueError(
                 f"rules preset {name!r} depends on the model's sums and pools; give model=<the "
                 "linen module> and images=<an example batch>."
             )
-    return tuple(_rule(place, fields, reduce_range) for place, fields in enumerate(given))
+    return tuple(_rule(index, fields, reduce_range) for index, fields in enumerate(given))
 
 
 def _preset(name: str) -> RuleDicts:
@@ -217,18 +217,18 @@ def _preset(name: str) -> RuleDicts:
     return low_bit(*bits, quantizer="lsq" if kind in (INTEGER, FUSED) else kind)
 
 
-def _fitted(dicts: RuleDicts, found: Placement, placed: str) -> RuleDicts:
+def _fitted(dicts: RuleDicts, found: GridSites, sited: str) -> RuleDicts:
     """Fits a preset to a model: rules for the layers that differ stand before the general ones.
 
-    `placed`: INTEGER gives every site a grid, FUSED those that a layer reads or a pool, "" none.
+    `sited`: INTEGER gives every site a grid, FUSED those that a layer reads or a pool, "" none.
     """
     if not found.layers:
         return dicts
-    dicts = tuple(_ends_by_place(fields, found) for fields in dicts)
+    dicts = tuple(_ends_by_order(fields, found) for fields in dicts)
     sites = {
         site.path: site
         for site in found.sites
-        if placed == INTEGER or (placed == FUSED and (site.readers or site.why == "pool"))
+        if sited == INTEGER or (sited == FUSED and (site.readers or site.why == "pool"))
     }
     special: list[dict[tuple, list[str]]] = [{} for _ in dicts]
     fields_of: dict[tuple, dict[str, Any]] = {}
@@ -236,22 +236,22 @@ def _fitted(dicts: RuleDicts, found: Placement, placed: str) -> RuleDicts:
     planned: dict[str, dict[str, Any]] = {}
     bits: dict[str, int] = {}  # of each layer's input
     layers = {layer.path: layer for layer in found.layers}
-    for path in dict.fromkeys([*layers, *found.summed]):  # tables have no product: no `Layer`
-        place = next((i for i, d in enumerate(dicts) if re.fullmatch(d["pattern"], path)), -1)
-        if place < 0:
+    for path in dict.fromkeys([*layers, *found.summed]):  # tables have no product: no `LayerInputs`
+        index = next((i for i, d in enumerate(dicts) if re.fullmatch(d["pattern"], path)), -1)
+        if index < 0:
             continue
-        layer, plain = layers.get(path), {k: v for k, v in dicts[place].items() if k != "pattern"}
-        fields = plain if layer is None else _signed(dicts[place], layer)
+        layer, plain = layers.get(path), {k: v for k, v in dicts[index].items() if k != "pattern"}
+        fields = plain if layer is None else _signed(dicts[index], layer)
         planned[path] = fields = _grouped(fields, found.summed.get(path))
         if layer is not None:
-            bits[path] = (dicts[place].get("input") or {}).get("bits", 8)
+            bits[path] = (dicts[index].get("input") or {}).get("bits", 8)
             if layer.source in sites and path in sites[layer.source].readers:
                 fields["input"] = None
             if path in sites:
                 fields["output"] = _output(sites[path].unsigned, 8)
         if fields != plain:
-            key = (place, repr(sorted(fields.items())))
-            special[place].setdefault(key, []).append(path)
+            key = (index, repr(sorted(fields.items())))
+            special[index].setdefault(key, []).append(path)
             fields_of[key] = fields
     for site in sites.values():
         if site.path not in planned:
@@ -278,7 +278,7 @@ def _output(unsigned: bool, bits: int) -> dict[str, Any]:
     return dict(bits=bits, quantizer="lsq", signed=not unsigned, narrow_range=False)
 
 
-def _ends_by_place(fields: Mapping[str, Any], found: Placement) -> Mapping[str, Any]:
+def _ends_by_order(fields: Mapping[str, Any], found: GridSites) -> Mapping[str, Any]:
     """A rule for the net's ends that matches no layer takes the first or the last one instead."""
     paths = [layer.path for layer in found.layers]
     pattern = fields["pattern"]
@@ -288,7 +288,7 @@ def _ends_by_place(fields: Mapping[str, Any], found: Placement) -> Mapping[str, 
     return {**fields, "pattern": _any(ends[p] for p in pattern.split("|") if p in ends)}
 
 
-def _signed(fields: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
+def _signed(fields: Mapping[str, Any], layer: LayerInputs) -> dict[str, Any]:
     """A rule's fields for one layer, its inputs signed where they may be negative."""
     out = {k: v for k, v in fields.items() if k != "pattern"}
     spec = out.get("input")
@@ -320,8 +320,8 @@ def _granularity(name: str, text: str) -> str | int:
     return text
 
 
-def _rule(place: int, fields: Mapping[str, Any], reduce_range: bool) -> Rule:
-    where = f"rules[{place}]"
+def _rule(index: int, fields: Mapping[str, Any], reduce_range: bool) -> Rule:
+    where = f"rules[{index}]"
     if not isinstance(fields, Mapping):
         raise ValueError(
             f"{where} is {fields!r}; it must be a dict such as "

@@ -19,12 +19,14 @@ class Rule:
     """Which layers' weight, input and output get which spec.
 
     Attributes:
-      pattern: a regular expression; it must match a layer's whole path.
-      weight: spec of the kernel or embedding table; None leaves it in float.
-      input: spec of the layer's input (of both operands of an attention product). A layer without
-        one whose input is the very tensor that a module with an `output` spec returns reads that.
-      output: spec of what the module returns; it may sit on any module, the net included (path "").
-      other: spec of the second operand of an attention product; None takes `input`.
+        pattern: a regular expression; it must match a layer's whole path.
+        weight: spec of the kernel or embedding table; None leaves it in float.
+        input: spec of the layer's input (of both operands of an attention product). A layer without
+            one whose input is the very tensor that a module with an `output` spec returns reads
+            that.
+        output: spec of what the module returns; it may sit on any module, the net included (path
+            "").
+        other: spec of the second operand of an attention product; None takes `input`.
     """
 
     pattern: str

@@ -10,19 +10,20 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax.numerics import Spec, codes_of
+from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.variables import quantizer_params, quantizers
 from qkd_jax.quantizers import QUANTIZERS, live
 from qkd_jax.trees import get, join, put
 
-__all__ = ["Rounded", "Weight", "quantized_weights", "rounded", "with_weight"]
+__all__ = ["Rounded", "StoredWeight", "quantized_weights", "rounded", "with_weight"]
 
 Tree = Mapping[str, Any]
 NAMES = ("kernel", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
-    """Where a quantized weight lies: its layer's path, and the name of its array in `params`."""
+class StoredWeight:
+    """A quantized weight of a net: the path of its layer, and the name of its array in `params`."""
 
     path: str
     name: str
@@ -39,12 +40,12 @@ class Rounded:
     """A weight on its grid, all in the array's own shape but for the groups that are cut.
 
     Attributes:
-        values: The float weights, in float32 or wider.
-        on_grid: The values that the quantizer gives.
-        codes: Centred codes, whole numbers as floats.
-        scale: Broadcasts against `codes`; `on_grid` is codes * scale.
-        low: Lowest value of the grid, like `scale`.
-        high: Highest one.
+        values: the float weights, in float32 or wider.
+        on_grid: the values that the quantizer gives.
+        codes: centred codes, whole numbers as floats.
+        scale: broadcasts against `codes`; `on_grid` is codes * scale.
+        low: lowest value of the grid, like `scale`.
+        high: highest one.
     """
 
     values: jax.Array
@@ -55,29 +56,29 @@ class Rounded:
     high: jax.Array
 
 
-def quantized_weights(module: Any, learned: Tree) -> Iterator[Weight]:
+def quantized_weights(net: QuantizedModel, learned: Tree) -> Iterator[StoredWeight]:
     """Yields the weights with a quantizer and codes of integers, in the order of "quant".
 
     Those of dynamic specs are left out: their grid is another one at every call.
 
     Args:
-        module: QuantizedModel.
+        net: the net.
         learned: {"params", "quant"} of a net.
     """
     for path, operand, params in quantizers(learned):
         if operand != "weight":
             continue
-        spec = module.spec_of(path, "weight")
+        spec = net.spec_of(path, "weight")
         layer = get(learned["params"], path)
         name = next((n for n in NAMES if n in layer), None)
         if spec is None or name is None or spec.dynamic:
             continue
-        weight = Weight(path, name, spec)
+        weight = StoredWeight(path, name, spec)
         if QUANTIZERS[spec.quantizer].integer_view(params, spec) is not None:
             yield weight
 
 
-def rounded(learned: Tree, weight: Weight) -> Rounded:
+def rounded(learned: Tree, weight: StoredWeight) -> Rounded:
     """Puts a weight on its grid; nothing of it has a gradient."""
     array = jax.lax.stop_gradient(get(learned, weight.array))
     wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
@@ -102,7 +103,7 @@ def rounded(learned: Tree, weight: Weight) -> Rounded:
     return Rounded(wide, on_grid, codes_of(on_grid, scale), scale, low, high)
 
 
-def with_weight(learned: Tree, weight: Weight, values: jax.Array) -> dict[str, Any]:
+def with_weight(learned: Tree, weight: StoredWeight, values: jax.Array) -> dict[str, Any]:
     """Returns the tree with other values of a weight, of its shape up to groups that are cut."""
     return put(learned, weight.array, jnp.reshape(values, get(learned, weight.array).shape))
 

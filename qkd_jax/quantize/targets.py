@@ -1,4 +1,4 @@
-"""What each engine takes, in one table, and a check of rules against it before training starts.
+"""The inference engines: a table of what each accepts, and a check of rules against it.
 
     rules = fit(rules, "onnxruntime-x86")    # 8-bit weights get 7 bits, for there they saturate
     check(rules, "onnxruntime-x86")          # an error that names the rule and the repair
@@ -28,7 +28,7 @@ __all__ = ["TARGETS", "Target", "check", "fit"]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What an engine takes.
+    """The abilities of an inference engine.
 
     Attributes:
         file: "onnx" or "stablehlo".
@@ -41,7 +41,7 @@ class Target:
         symmetric_inputs: those of activations too, and their codes are signed.
         weight_granularity: "channel" (one scale per output channel), "tensor".
         reduce_range: 8-bit weights are given 7 bits, because full-range ones saturate.
-        dynamic: whether ranges of activations may be found at run time.
+        dynamic: whether ranges of activations may be dynamic.
         keeps_sum_grids: whether both sides of a sum are rounded to grids of their own. Where not,
             the sum is added inside a convolution's kernel before anything is rounded: rules
             "w8a8:fused" train nets for that. A net with such grids is written so that its sums
@@ -213,12 +213,12 @@ def check(rules: Iterable[Rule], target: str) -> None:
     takes, rules = lookup(target), tuple(rules)
     if not _on_codes(rules):
         takes = dataclasses.replace(takes, reduce_range=False)
-    for place, rule in enumerate(rules):
+    for index, rule in enumerate(rules):
         for operand in OPERANDS:
             spec = getattr(rule, operand)
             if spec is None:
                 continue
-            where = f"rules[{place}] ({rule.pattern!r}).{operand}"
+            where = f"rules[{index}] ({rule.pattern!r}).{operand}"
             _check_spec(where, operand, spec, takes, target)
 
 

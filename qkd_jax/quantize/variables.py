@@ -216,14 +216,14 @@ def load_float(variables: Mapping[str, Any], pretrained: Mapping[str, Any]) -> T
     The result has no `quant` collection: ranges that were measured on other weights do not hold.
 
     Args:
-      variables: what the net's `init` gave.
-      pretrained: a tree with "params" and, where the net has it, "batch_stats".
+        variables: what the net's `init` gave.
+        pretrained: a tree with "params" and, where the net has it, "batch_stats".
 
     Returns:
-      Float variables with the pretrained values.
+        Float variables with the pretrained values.
 
     Raises:
-      ValueError: a collection, a path or a shape differs; all differing paths are listed.
+        ValueError: a collection, a path or a shape differs; all differing paths are listed.
     """
     if "params" not in pretrained:
         raise ValueError(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantize.stored_weights import Weight, quantized_weights
+from qkd_jax.quantize.stored_weights import StoredWeight, quantized_weights
 from qkd_jax.quantize.variables import quantizer_key, quantizer_params
 from qkd_jax.quantizers import fewest_bits, learns_bits, used_bits
 from qkd_jax.trees import get, join
@@ -40,10 +40,10 @@ def bounded_bits(
     return values
 
 
-def _with_learned_bits(net: QuantizedModel, learned: Mapping[str, Any]) -> Iterator[Weight]:
+def _with_learned_bits(net: QuantizedModel, learned: Mapping[str, Any]) -> Iterator[StoredWeight]:
     return (weight for weight in quantized_weights(net, learned) if learns_bits(weight.spec))
 
 
-def _bytes(learned: Mapping[str, Any], weight: Weight) -> jax.Array:
+def _bytes(learned: Mapping[str, Any], weight: StoredWeight) -> jax.Array:
     bits = used_bits(quantizer_params(learned, weight.path, "weight"), weight.spec)
     return jnp.sum(bits) * (get(learned, weight.array).size / max(bits.size, 1)) / 8

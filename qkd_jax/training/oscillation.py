@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantize.stored_weights import Weight, quantized_weights, rounded, with_weight
+from qkd_jax.quantize.stored_weights import StoredWeight, quantized_weights, rounded, with_weight
 from qkd_jax.trees import get
 
 __all__ = ["OSCILLATES", "cosine", "dampening", "init_weight", "oscillating", "update_weight"]
@@ -36,7 +36,7 @@ def cosine(start: jax.Array, end: jax.Array, done: jax.Array) -> jax.Array:
     return end + (start - end) * 0.5 * (1 + jnp.cos(math.pi * done))
 
 
-def init_weight(learned: Mapping[str, Any], weight: Weight, *, freeze: bool) -> Tree:
+def init_weight(learned: Mapping[str, Any], weight: StoredWeight, *, freeze: bool) -> Tree:
     """Returns what is kept of a weight, arrays of its shape, at the start of a stage."""
     codes = rounded(learned, weight).codes.astype(jnp.float32)
     state = {
@@ -51,7 +51,7 @@ def init_weight(learned: Mapping[str, Any], weight: Weight, *, freeze: bool) -> 
 
 def update_weight(
     learned: Tree,
-    weight: Weight,
+    weight: StoredWeight,
     state: Mapping[str, jax.Array],
     *,
     momentum: jax.Array,

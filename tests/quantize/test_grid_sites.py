@@ -10,7 +10,7 @@ import small_nets
 import qkd_jax as qk
 from qkd_jax.models import create
 from qkd_jax.quantize import presets
-from qkd_jax.quantize.grid_sites import placement
+from qkd_jax.quantize.grid_sites import find_grid_sites
 
 IMAGES = np.random.default_rng(0).normal(0, 1, (8, 8, 8, 1)).astype(np.float32)
 
@@ -35,7 +35,7 @@ class Signs(nn.Module):
 
 
 def test_signs_are_proven():
-    layers = placement(Signs(), jax.ShapeDtypeStruct((8, 4), np.float32)).layers
+    layers = find_grid_sites(Signs(), jax.ShapeDtypeStruct((8, 4), np.float32)).layers
     assert len(layers) == 19
     for layer in layers:
         assert layer.unsigned["input"] == (not layer.path.startswith("signed")), layer.path
@@ -51,7 +51,7 @@ def test_signs_are_proven():
 
 
 def test_sites_of_a_resnet():
-    sites = {s.path: s for s in placement(create("resnet14", 10, width=4), IMAGES).sites}
+    sites = {s.path: s for s in find_grid_sites(create("resnet14", 10, width=4), IMAGES).sites}
     blocks = [f"stage{s}_block{b}" for s in (1, 2, 3) for b in (0, 1)]
     norms = {f"{b}/bn2" for b in blocks} | {f"stage{s}_block0/shortcut_bn" for s in (2, 3)}
     assert set(sites) == {"stem_relu", "head", *blocks, *norms}
