@@ -8,7 +8,7 @@ import pytest
 
 import qkd_jax as qk
 from qkd_jax import weights
-from qkd_jax.data_free import inversion
+from qkd_jax.data_free.batch_norm import batch_norm_inputs
 from qkd_jax.quantize.variables import (
     OPERANDS,
     folded_entries,
@@ -95,7 +95,7 @@ def test_readers_of_a_net_with_a_layer_called_unfolded(net, calibrated):
         weights.to_torch(calibrated)
     assert "folded into multipliers" not in str(refused.value)
     measures = {"mean": lambda x, mean, var, axes: jnp.mean(x, axes)}
-    _, found = inversion.batch_norm_inputs(net, calibrated, jnp.ones((4, 3)), measures)
+    _, found = batch_norm_inputs(net, calibrated, jnp.ones((4, 3)), measures)
     assert [value.shape for value in found["mean"]] == [(4,)]
 
 
