@@ -163,10 +163,7 @@ def kd(source: str, weight: float = 1.0, *, temperature: float = 2.0) -> dict[st
 
 
 def distil(source: str, args: ConfigDict) -> dict[str, Any]:
-    """Returns the rows of a net that learns by (1 - w) CE + w KD, with w = `args.kd_weight`.
-
-    The temperature is `args.temperature`.
-    """
+    """Returns the rows of (1 - w) CE + w KD: w = `args.kd_weight`, T = `args.temperature`."""
     kd_row = kd(source, args.kd_weight, temperature=args.temperature)
     return dict(ce=ce(1.0 - args.kd_weight), kd=kd_row)
 
@@ -442,11 +439,7 @@ def evaluate(reference: str = "", **methods: str) -> dict[str, Any]:
     """
     # A ConfigDict sorts its keys; `nets` holds the order of the rows.
     return dict(
-        kind="evaluate",
-        nets=tuple(methods),
-        methods=methods,
-        reference=reference,
-        ensembles={},
+        kind="evaluate", nets=tuple(methods), methods=methods, reference=reference, ensembles={}
     )
 
 

@@ -192,7 +192,7 @@ def test_phases_share_one_schedule():
         "student": found["self_study"].steps,
         "teacher": 0,
     }
-    assert found["self_study"].keeps == ("student",) and found["tutor"].keeps == ()
+    assert found["self_study"].continued == ("student",) and found["tutor"].continued == ()
     assert found["co_study"].horizons["teacher"] == found["co_study"].steps
 
 
