@@ -9,10 +9,16 @@ import re
 import pytest
 
 import qkd_jax as qk
+from qkd_jax.observers import OBSERVERS
 
 # {kind: {name: function whose docstring has the example}}
 METHODS = {name: getattr(qk.ptq, name) for name in qk.ptq.__all__}
-KINDS = {"loss": qk.LOSSES, "method": METHODS}
+KINDS = {
+    "loss": qk.LOSSES,
+    "method": METHODS,
+    "quantizer": {name: module.fake_quant for name, module in qk.QUANTIZERS.items()},
+    "observer": {name: module.range for name, module in OBSERVERS.items()},
+}
 ENTRIES = {f"{kind} {name}": f for kind, entries in KINDS.items() for name, f in entries.items()}
 NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
 

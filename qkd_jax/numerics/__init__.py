@@ -5,6 +5,7 @@ values, `mapping` turns ranges into scales and numbers into codes, `rounding` ho
 building blocks. Pure functions of arrays; nothing here knows of models.
 """
 
+from qkd_jax.numerics.arrays import Array, Axes, AxisName, Key, OnGrid, Params, State, Values
 from qkd_jax.numerics.backward import cotangents, mean_of, partial_sums
 from qkd_jax.numerics.fixed import FixedPointFormat
 from qkd_jax.numerics.floats import FLOAT_FORMATS, FloatFormat
@@ -28,7 +29,6 @@ from qkd_jax.numerics.mapping import (
     symmetric_scale,
 )
 from qkd_jax.numerics.rounding import (
-    STRENGTHS,
     at_least,
     compute_dtype,
     gradient_scale,
@@ -40,11 +40,7 @@ from qkd_jax.numerics.rounding import (
     within,
 )
 from qkd_jax.numerics.spec import (
-    BACKWARDS,
-    GRANULARITIES,
     MASKS,
-    ROUNDINGS,
-    SCALINGS,
     Spec,
     check_option,
     refuse_fields,
@@ -52,7 +48,7 @@ from qkd_jax.numerics.spec import (
     refuse_odd_codes_of_16_bits,
     refuse_one_bit,
 )
-from qkd_jax.numerics.staircase import snapped_zero_point, staircase
+from qkd_jax.numerics.staircase import snapped_zero_point, staircase, step_grid
 from qkd_jax.numerics.stats import (
     Stats,
     Sums,
@@ -65,23 +61,26 @@ from qkd_jax.numerics.stats import (
 )
 
 __all__ = [
-    "BACKWARDS",
     "BINS",
     "FLOAT_FORMATS",
-    "GRANULARITIES",
     "MASKS",
     "MAX_BITS",
     "MIN_SCALE",
-    "ROUNDINGS",
-    "SCALINGS",
-    "STRENGTHS",
+    "Array",
+    "Axes",
+    "AxisName",
     "FixedPointFormat",
     "FloatFormat",
     "Grid",
     "IntFormat",
+    "Key",
+    "OnGrid",
+    "Params",
     "Spec",
+    "State",
     "Stats",
     "Sums",
+    "Values",
     "add_to_histogram",
     "affine_parameters",
     "at_least",
@@ -119,6 +118,7 @@ __all__ = [
     "shared_axes",
     "snapped_zero_point",
     "staircase",
+    "step_grid",
     "sum_to",
     "symmetric_scale",
     "through_rounding",

@@ -1,4 +1,4 @@
-"""What the backward passes of quantizers share: a gradient of the input, and sums for parameters.
+"""Backward passes of quantizers: the gradient of the input, and sums for the parameters.
 
 XLA:CPU fuses the sums of one `lax.reduce` with what makes their terms, vectorised, where the summed
 axis is short and the axis behind it is long and contiguous. Activations of a net have other shapes,
@@ -20,7 +20,7 @@ from qkd_jax.numerics.rounding import match_cotangent, sum_to
 
 __all__ = ["cotangents", "mean_of", "partial_sums"]
 
-# Smaller tensors cost less to sum than to discuss.
+# Smaller tensors cost less to sum than to view in another shape.
 _LEAST = 4096
 
 
@@ -89,11 +89,10 @@ def partial_sums(
     factor: float | jax.Array = 1.0,
     apart: bool = False,
 ) -> Sequence[jax.Array]:
-    """What `terms(*arrays)` gives, element by element, summed over some of the axes.
+    """Sums `terms(*arrays)`, computed element by element, over some of the axes.
 
-    `terms` may use scalars, and nothing else of a shape.
-
-    The sums over everything are those of the result, which is smaller where the shape allows it.
+    `terms` may use scalars, and nothing else of a shape. The result is smaller where the shape
+    allows it, and its sums over everything are those of the terms.
     """
     view = _view(arrays[0].shape)
     if view is None:

@@ -76,8 +76,7 @@ class FixedPointFormat:
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Real numbers to codes, int32. NaN becomes 0."""
-        codes = jnp.clip(jnp.round(x * 2.0**self.fraction_bits), self.codes.qmin, self.codes.qmax)
-        return jnp.where(jnp.isnan(codes), 0, codes).astype(jnp.int32)
+        return self.codes.encode(x * 2.0**self.fraction_bits)
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Codes to real numbers, float32."""
@@ -85,5 +84,4 @@ class FixedPointFormat:
 
     def fake_cast(self, x: jax.Array) -> jax.Array:
         """The nearest value of the format, float32; NaN stays."""
-        codes = jnp.clip(jnp.round(x * 2.0**self.fraction_bits), self.codes.qmin, self.codes.qmax)
-        return codes.astype(jnp.float32) * self.smallest
+        return self.codes.fake_cast(x * 2.0**self.fraction_bits) * self.smallest

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qkd_jax.numerics.arrays import Axes, AxisName, State
 from qkd_jax.numerics.rounding import compute_dtype
 from qkd_jax.numerics.stats import reduced_axes
 
@@ -24,8 +25,6 @@ __all__ = ["BINS", "add_to_histogram", "empty_histogram", "magnitudes"]
 BINS = 4096  # half of them on each side of zero
 # Exponent of the width before any data: below it every float32 is 0 or denormal.
 SMALLEST = -126
-
-State = dict[str, jax.Array]
 
 
 def empty_histogram(shape: Sequence[int]) -> State:
@@ -40,8 +39,8 @@ def add_to_histogram(
     state: State,
     x: jax.Array,
     *,
-    channel_axes: Sequence[int] = (),
-    axis_name: str | tuple[str, ...] | None = None,
+    channel_axes: Axes = (),
+    axis_name: AxisName = None,
 ) -> State:
     """Adds the elements of a tensor.
 
@@ -71,19 +70,19 @@ def add_to_histogram(
     cells = jnp.floor(jnp.ldexp(rows, -new[:, None])).astype(jnp.int32)
     cells = jnp.clip(cells, -half, half - 1) + half
     offsets = BINS * jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
-    fresh = jnp.zeros(rows.shape[0] * BINS, jnp.int32)
-    fresh = fresh.at[(cells + offsets).reshape(-1)].add(finite.reshape(-1).astype(jnp.int32))
+    added = jnp.zeros(rows.shape[0] * BINS, jnp.int32)
+    added = added.at[(cells + offsets).reshape(-1)].add(finite.reshape(-1).astype(jnp.int32))
     if axis_name is not None:
-        fresh = jax.lax.psum(fresh, axis_name)
+        added = jax.lax.psum(added, axis_name)
 
-    # Joining 2^k neighbours: the place of an old bin, counted from zero, is shifted right by k.
+    # Joining 2^k neighbours: the index of an old bin, counted from zero, is shifted right by k.
     shift = jnp.minimum(new - old, 31)[:, None]
-    place = jnp.right_shift(jnp.arange(BINS, dtype=jnp.int32)[None, :] - half, shift) + half
-    moved = jnp.zeros_like(fresh)
+    index = jnp.right_shift(jnp.arange(BINS, dtype=jnp.int32)[None, :] - half, shift) + half
+    moved = jnp.zeros_like(added)
     before = jnp.reshape(state["counts"], (-1, BINS))
-    moved = moved.at[(place + offsets).reshape(-1)].add(before.reshape(-1))
+    moved = moved.at[(index + offsets).reshape(-1)].add(before.reshape(-1))
     return {
-        "counts": jnp.reshape(moved + fresh, (*shape, BINS)),
+        "counts": jnp.reshape(moved + added, (*shape, BINS)),
         "exponent": jnp.reshape(new, shape),
     }
 

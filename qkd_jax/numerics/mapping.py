@@ -227,12 +227,12 @@ def nearest_level(u: jax.Array, levels: Sequence[float]) -> jax.Array:
     """
     whole = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], enumerate(levels)))
     if whole > 2:
-        found = jnp.clip(jnp.ceil(u - 0.5), 0, whole - 1)
+        nearest = jnp.clip(jnp.ceil(u - 0.5), 0, whole - 1)
     else:
-        whole, found = 1, jnp.where(jnp.isnan(u), u, levels[0])
+        whole, nearest = 1, jnp.where(jnp.isnan(u), u, levels[0])
     for low, high in itertools.pairwise(levels[whole - 1 :]):
-        found = jnp.where(u > (low + high) / 2, high, found)
-    return found
+        nearest = jnp.where(u > (low + high) / 2, high, nearest)
+    return nearest
 
 
 def check_scale(name: str, scale: jax.Array) -> None:

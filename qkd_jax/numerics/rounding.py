@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qkd_jax.numerics.arrays import Axes
+
 if TYPE_CHECKING:
     from qkd_jax.numerics.spec import Spec
 
@@ -72,9 +74,7 @@ def round_codes(u: jax.Array, rounding: str = "even", key: jax.Array | None = No
     return jnp.round(u)
 
 
-def gradient_scale(
-    shape: Sequence[int], count: int, qmax: int, *, batch_axes: Sequence[int] = ()
-) -> float:
+def gradient_scale(shape: Sequence[int], count: int, qmax: int, *, batch_axes: Axes = ()) -> float:
     """LSQ's factor 1 / sqrt(N qmax) on the gradient of a quantizer's parameter.
 
     N is the number of elements that share a parameter: weights of the tensor, channel or group,
@@ -103,14 +103,14 @@ def through_rounding(
     *,
     strength: jax.Array | float | None = None,
 ) -> jax.Array:
-    """The gradient with respect to `u` of `round(u)`, given that of its result.
+    """Returns the gradient with respect to `u` of `round(u)` from that of its result.
 
         ste      g
         ewgs     g * (1 + delta * sign(g) * (u - round(u)) / (levels - 1))
         dsq      g * s k / 2 * (1 - tanh(k f)^2),  k = log(2 / alpha - 1),  s = 1 / (1 - alpha)
         sigmoid  g * T sigma(T f) (1 - sigma(T f)) / (2 sigma(T / 2) - 1)
 
-    with f = u - floor(u) - 1/2, the place in the cell between two codes. The last two are the
+    with f = u - floor(u) - 1/2, the position in the cell between two codes. The last two are the
     slopes of a smoothed staircase that meets the true one in every code, so that they integrate to
     1 over a cell; alpha -> 0 and T -> inf concentrate them on the thresholds. Straight-through
     estimation: Bengio et al., 2013 (arXiv 1308.3432). EWGS: Lee et al., 2021 (arXiv 2104.00903, eq.
@@ -130,11 +130,11 @@ def through_rounding(
     if spec.backward == "ewgs":
         distance = (u - jnp.round(u)) / (spec.format.levels - 1)
         return g * (1 + strength * jnp.sign(g) * distance)
-    place = u - jnp.floor(u) - 0.5
+    phase = u - jnp.floor(u) - 0.5
     if spec.backward == "dsq":
         k = jnp.log(2 / strength - 1)
-        return g * (0.5 * k / (1 - strength) * (1 - jnp.square(jnp.tanh(k * place))))
-    soft = jax.nn.sigmoid(strength * place)
+        return g * (0.5 * k / (1 - strength) * (1 - jnp.square(jnp.tanh(k * phase))))
+    soft = jax.nn.sigmoid(strength * phase)
     return g * (strength * soft * (1 - soft) / (2 * jax.nn.sigmoid(strength / 2) - 1))
 
 

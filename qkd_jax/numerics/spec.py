@@ -1,4 +1,4 @@
-"""`Spec`: how one tensor is quantized. Plain data: frozen, hashable, static under `jit`."""
+"""`Spec`, the quantization of one tensor. Plain data: frozen, hashable, static under `jit`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Options = tuple[tuple[str, Option], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """How one tensor is quantized.
+    """The quantization of one tensor: format, quantizer, range, gradient.
 
     A symmetric spec has x_hat = code * scale; an affine one (`symmetric=False`) has
     x_hat = (code - zero_point) * scale, with codes 0 to 2^bits-1 when `signed=False`, else
@@ -216,15 +216,16 @@ def refuse_one_bit(spec: Spec) -> None:
         )
 
 
-def refuse_fields(spec: Spec, *, because: str = "", **wanted: Any) -> None:
-    """Raises ValueError unless each named field of a spec has the value that is wanted.
+def refuse_fields(spec: Spec, *defaults: str, because: str = "", **wanted: Any) -> None:
+    """Raises ValueError unless each named field of a spec has its default, or the value wanted.
 
     Args:
         spec: the spec.
+        *defaults: fields that must have their default.
         because: why, a clause without its full stop.
         **wanted: the only value that a field may have.
     """
-    for name, value in wanted.items():
+    for name, value in {**{name: getattr(Spec, name) for name in defaults}, **wanted}.items():
         given = getattr(spec, name)
         if given != value:
             raise ValueError(
@@ -238,8 +239,8 @@ def refuse_learned_power_of_two(spec: Spec) -> None:
     """Raises ValueError for power_of_two, which the first update of a learned step would end."""
     refuse_fields(
         spec,
+        "power_of_two",
         because="its step is learned and would not stay one (quantizer='tqt' learns powers of two)",
-        power_of_two=False,
     )
 
 

@@ -22,20 +22,29 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from qkd_jax.numerics.arrays import Params
 from qkd_jax.numerics.backward import cotangents
-from qkd_jax.numerics.mapping import MIN_SCALE, decode, encode
-from qkd_jax.numerics.rounding import compute_dtype, round_codes, through_rounding
+from qkd_jax.numerics.mapping import MIN_SCALE, Grid, decode, encode
+from qkd_jax.numerics.rounding import at_least, compute_dtype, round_codes, through_rounding
 
 if TYPE_CHECKING:
     from qkd_jax.numerics.spec import Spec
 
-__all__ = ["snapped_zero_point", "staircase"]
+__all__ = ["snapped_zero_point", "staircase", "step_grid"]
 
 
 def snapped_zero_point(step: jax.Array, offset: jax.Array, spec: Spec) -> jax.Array:
     """The zero point nearest to an offset: clip(round(-offset / step), n, p)."""
     zero_point = jnp.round(-offset * (1 / jnp.maximum(step, MIN_SCALE)))
     return jnp.clip(zero_point, spec.format.qmin, spec.format.qmax)
+
+
+def step_grid(params: Params, spec: Spec) -> Grid:
+    """The grid of a learned `step`: x_hat = code * step.
+
+    With learned bits the format is that of `spec.bits`, their upper bound.
+    """
+    return Grid.symmetric(at_least(params["step"], MIN_SCALE), spec.format)
 
 
 def staircase(
@@ -87,21 +96,21 @@ def _backward(spec, factor, learned, residuals, g):
     z = 0 if offset is None else snapped_zero_point(s, offset, spec)
     dtype, soft = compute_dtype(x), spec.backward != "ste"
 
-    def places(x, g):
-        place = x.astype(dtype) * (1 / s)
-        u = place + z
+    def parts(x, g):
+        scaled = x.astype(dtype) * (1 / s)
+        u = scaled + z
         # Outside, u clips to n or p. A NaN is outside and stays one, so a bad step is noticed.
-        return place, u, (n < u) & (u < p), jnp.clip(u, n, p), g.astype(dtype)
+        return scaled, u, (n < u) & (u < p), jnp.clip(u, n, p), g.astype(dtype)
 
     def slope(x, g):
-        _, _, inside, clipped, wide = places(x, g)
+        _, _, inside, clipped, wide = parts(x, g)
         return jnp.where(inside, through_rounding(wide, clipped, spec, strength=strength), 0)
 
     def terms(x, g, dx):
-        place, u, inside, clipped, wide = places(x, g)
-        rounded = round_codes(place, spec.rounding, key)  # as in the forward pass, before z
+        scaled, u, inside, clipped, wide = parts(x, g)
+        rounded = round_codes(scaled, spec.rounding, key)  # as in the forward pass, before z
         if not soft:
-            yield wide * jnp.where(inside, rounded - place, clipped)
+            yield wide * jnp.where(inside, rounded - scaled, clipped)
         else:
             bent = jnp.where(inside, dx.astype(dtype) * u, 0)  # u may be infinite outside
             yield wide * jnp.where(inside, rounded + z, clipped) - bent
@@ -121,9 +130,9 @@ def _backward(spec, factor, learned, residuals, g):
         as_given=key is not None,
         apart=soft,
     )
-    found = dict(zip(map(id, params), grads, strict=True))
-    dstrength = None if strength is None else found.get(id(strength), jnp.zeros_like(strength))
-    return dx, found[id(step)], found.get(id(offset)), dstrength, None
+    gradients = dict(zip(map(id, params), grads, strict=True))
+    dstrength = None if strength is None else gradients.get(id(strength), jnp.zeros_like(strength))
+    return dx, gradients[id(step)], gradients.get(id(offset)), dstrength, None
 
 
 def _dsq_bend(u: jax.Array, alpha: jax.Array) -> jax.Array:
@@ -132,10 +141,10 @@ def _dsq_bend(u: jax.Array, alpha: jax.Array) -> jax.Array:
     The staircase is floor(u) + 1/2 + tanh(k f) / (2 (1 - alpha)), k = log(2 / alpha - 1).
     """
     k = jnp.log(2 / alpha - 1)  # as in `through_rounding`, so that a loop has one tanh for both
-    place = u - jnp.floor(u) - 0.5
-    bent = jnp.tanh(k * place)
+    phase = u - jnp.floor(u) - 0.5
+    bent = jnp.tanh(k * phase)
     dk = -2 / (alpha * (2 - alpha))
-    return 0.5 * (bent / jnp.square(1 - alpha) + (1 - bent**2) * place * dk / (1 - alpha))
+    return 0.5 * (bent / jnp.square(1 - alpha) + (1 - bent**2) * phase * dk / (1 - alpha))
 
 
 _staircase.defvjp(_forward, _backward)

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from qkd_jax.numerics.arrays import Axes, AxisName, State
 from qkd_jax.numerics.histogram import add_to_histogram, empty_histogram
 from qkd_jax.numerics.spec import Spec
 from qkd_jax.numerics.stats import Stats, measure
 
 __all__ = ["init_extremes", "init_histogram", "update_extremes", "update_histogram"]
-
-State = dict[str, jax.Array]
 
 
 def init_extremes(shape: Sequence[int], spec: Spec) -> State:
@@ -28,9 +27,9 @@ def update_extremes(
     x: jax.Array,
     spec: Spec,
     *,
-    channel_axes: Sequence[int] = (),
+    channel_axes: Axes = (),
     stats: Stats | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
 ) -> State:
     """Widens the range to one batch."""
     del spec, stats
@@ -51,9 +50,9 @@ def update_histogram(
     x: jax.Array,
     spec: Spec,
     *,
-    channel_axes: Sequence[int] = (),
+    channel_axes: Axes = (),
     stats: Stats | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
 ) -> State:
     """Counts one batch."""
     ends = update_extremes(state, x, spec, channel_axes=channel_axes, axis_name=axis_name)

@@ -16,15 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qkd_jax.numerics.arrays import Axes, AxisName
 from qkd_jax.numerics.rounding import compute_dtype
 
 __all__ = ["Stats", "Sums", "check_data", "empty", "finish", "measure", "merge", "reduced_axes"]
 
-AxisName = str | tuple[str, ...] | None
-
 
 class Sums(NamedTuple):
-    """What can be added over batches and devices. All arrays have one shape.
+    """Sums of a tensor that add up over batches and devices. All arrays have one shape.
 
     That shape is () for one value per tensor, else it broadcasts against the tensor: full size on
     the channel axes, 1 on the others.
@@ -49,7 +48,7 @@ class Stats(NamedTuple):
     count: jax.Array
 
 
-def reduced_axes(ndim: int, channel_axes: Sequence[int] = ()) -> tuple[int, ...]:
+def reduced_axes(ndim: int, channel_axes: Axes = ()) -> tuple[int, ...]:
     """The axes of an `ndim`-axis tensor that are not channel axes (negative ones count back).
 
     Raises:
@@ -72,7 +71,7 @@ def empty(shape: Sequence[int] = ()) -> Sums:
     return Sums(lo=inf, hi=-inf, abs_sum=zero, sum=zero, deviations=zero, count=zero)
 
 
-def measure(x: jax.Array, *, channel_axes: Sequence[int] = (), axis_name: AxisName = None) -> Sums:
+def measure(x: jax.Array, *, channel_axes: Axes = (), axis_name: AxisName = None) -> Sums:
     """Reduces a tensor to sums.
 
     Args:

@@ -5,7 +5,8 @@ Each is three pure functions and a flag:
 - `init(shape, spec) -> state`, a flat dict of arrays; `shape` is that of lo and hi: () for one
   range per tensor, else 1 on the axes that share a range;
 - `update(state, x, spec, *, channel_axes=(), stats=None, axis_name=None) -> state` sees one batch;
-- `range(state, spec) -> (lo, hi)`, at the end;
+- `range(state, spec) -> (lo, hi)`, at the end. It raises ValueError for no data, and for data that
+  are NaN or infinite (outside `jit`, where values are known);
 - `NEEDS_STATS`: whether `update` wants `stats`, the finished statistics of a first pass over all
   batches;
 - `OF_CODES`, only where it is True: the range depends on the number of evenly spaced codes, so

@@ -16,11 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks, numerics
-from qkd_jax.numerics import Spec, Stats
+from qkd_jax.numerics import Axes, AxisName, Spec, State, Stats
 
 __all__ = ["NEEDS_STATS", "OPTIONS", "init", "range", "update"]
-
-State = dict[str, jax.Array]
 
 NEEDS_STATS = False
 OPTIONS = {"momentum": 0.01}
@@ -46,9 +44,9 @@ def update(
     x: jax.Array,
     spec: Spec,
     *,
-    channel_axes: Sequence[int] = (),
+    channel_axes: Axes = (),
     stats: Stats | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
 ) -> State:
     """Moves the range towards one batch's; an empty batch leaves it."""
     del stats
@@ -71,8 +69,12 @@ def update(
 def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """The range (lo, hi).
 
-    Raises:
-        ValueError: no data, or NaN or infinite data (outside `jit`, where values are known).
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-1.0, 0.5, 3.0]), qk.Spec(4)
+        >>> state = qk.observers.ema.update(qk.observers.ema.init((), spec), x, spec)
+        >>> qk.observers.ema.range(state, spec)
+        (Array(-1., dtype=float32), Array(3., dtype=float32))
     """
     del spec
     numerics.check_data(state["lo"], state["hi"], empty=state["batches"] == 0)

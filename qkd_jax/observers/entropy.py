@@ -24,13 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Spec
+from qkd_jax.numerics import Spec, State
 from qkd_jax.numerics.states import init_histogram as init
 from qkd_jax.numerics.states import update_histogram as update
 
 __all__ = ["NEEDS_STATS", "OF_CODES", "START", "init", "range", "thresholds", "update"]
-
-State = dict[str, jax.Array]
 
 NEEDS_STATS = False
 OF_CODES = True
@@ -42,15 +40,19 @@ def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
 
     The search runs in NumPy, in float64; under `jit` as a callback.
 
-    Raises:
-        ValueError: no data, or NaN or infinite data (outside `jit`, where values are known).
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-1.0, 0.5, 3.0]), qk.Spec(4)
+        >>> state = qk.observers.entropy.update(qk.observers.entropy.init((), spec), x, spec)
+        >>> qk.observers.entropy.range(state, spec)
+        (Array(-1., dtype=float32), Array(3., dtype=float32))
     """
     lo, hi = state["lo"], state["hi"]
     numerics.check_data(lo, hi, empty=lo > hi)
 
     def search(counts: Any, exponent: Any, lo: Any) -> Any:
         rows = numerics.magnitudes(np.asarray(counts, np.float64))
-        # Whether half of the codes are for values below 0.
+        # True: half of the codes are for values below 0.
         halved = np.broadcast_to(
             spec.signed if spec.symmetric else np.asarray(lo) < 0, np.shape(lo)
         )
@@ -59,11 +61,11 @@ def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
             kept = np.where(halved == half, thresholds(rows, 2 ** (spec.bits - half)), kept)
         return np.float32(np.ldexp(np.float64(kept), np.asarray(exponent)))
 
-    given = state["counts"], state["exponent"], lo
-    if any(isinstance(a, jax.core.Tracer) for a in given):
-        end = jax.pure_callback(search, jax.ShapeDtypeStruct(lo.shape, jnp.float32), *given)
+    arrays = state["counts"], state["exponent"], lo
+    if any(isinstance(a, jax.core.Tracer) for a in arrays):
+        end = jax.pure_callback(search, jax.ShapeDtypeStruct(lo.shape, jnp.float32), *arrays)
     else:
-        end = jnp.asarray(search(*given))
+        end = jnp.asarray(search(*arrays))
     return jnp.maximum(lo, -end), jnp.minimum(hi, end)
 
 

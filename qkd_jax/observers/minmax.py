@@ -8,13 +8,11 @@ from __future__ import annotations
 import jax
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Spec
+from qkd_jax.numerics import Spec, State
 from qkd_jax.numerics.states import init_extremes as init
 from qkd_jax.numerics.states import update_extremes as update
 
 __all__ = ["NEEDS_STATS", "init", "range", "update"]
-
-State = dict[str, jax.Array]
 
 NEEDS_STATS = False
 
@@ -22,8 +20,12 @@ NEEDS_STATS = False
 def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """The range (lo, hi).
 
-    Raises:
-        ValueError: no data, or NaN or infinite data (outside `jit`, where values are known).
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-1.0, 0.5, 3.0]), qk.Spec(4)
+        >>> state = qk.observers.minmax.update(qk.observers.minmax.init((), spec), x, spec)
+        >>> qk.observers.minmax.range(state, spec)
+        (Array(-1., dtype=float32), Array(3., dtype=float32))
     """
     del spec
     numerics.check_data(state["lo"], state["hi"], empty=state["lo"] > state["hi"])

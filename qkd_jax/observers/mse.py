@@ -22,12 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks, numerics
-from qkd_jax.numerics import Spec, Stats
+from qkd_jax.numerics import Axes, AxisName, Spec, State, Stats
 from qkd_jax.quantizers import QUANTIZERS
 
 __all__ = ["CANDIDATES", "NEEDS_STATS", "OPTIONS", "init", "range", "update"]
-
-State = dict[str, jax.Array]
 
 NEEDS_STATS = True
 CANDIDATES = 100
@@ -61,9 +59,9 @@ def update(
     x: jax.Array,
     spec: Spec,
     *,
-    channel_axes: Sequence[int] = (),
+    channel_axes: Axes = (),
     stats: Stats | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
 ) -> State:
     """Adds one batch's error to every candidate.
 
@@ -111,8 +109,13 @@ def update(
 def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """The best range (lo, hi); of equal ones the widest.
 
-    Raises:
-        ValueError: no data, or NaN or infinite data (outside `jit`, where values are known).
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-1.0, 0.5, 3.0]), qk.Spec(4)
+        >>> stats = qk.numerics.finish(qk.numerics.measure(x))
+        >>> state = qk.observers.mse.update(qk.observers.mse.init((), spec), x, spec, stats=stats)
+        >>> qk.observers.mse.range(state, spec)
+        (Array(-1., dtype=float32), Array(3., dtype=float32))
     """
     del spec
     numerics.check_data(state["lo"], state["hi"], empty=state["lo"] > state["hi"])

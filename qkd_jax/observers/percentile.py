@@ -21,13 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks, numerics
-from qkd_jax.numerics import Spec
+from qkd_jax.numerics import Spec, State
 from qkd_jax.numerics.states import init_histogram
 from qkd_jax.numerics.states import update_histogram as update
 
 __all__ = ["NEEDS_STATS", "OPTIONS", "init", "range", "update"]
-
-State = dict[str, jax.Array]
 
 NEEDS_STATS = False
 OPTIONS = {"percentile": 99.99}
@@ -50,8 +48,12 @@ def _percentile(spec: Spec) -> float:
 def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """The range (lo, hi), inside that of the data.
 
-    Raises:
-        ValueError: no data, or NaN or infinite data (outside `jit`, where values are known).
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-1.0, 0.5, 3.0]), qk.Spec(4)
+        >>> state = qk.observers.percentile.update(qk.observers.percentile.init((), spec), x, spec)
+        >>> qk.observers.percentile.range(state, spec)
+        (Array(-1., dtype=float32), Array(3., dtype=float32))
     """
     lo, hi = state["lo"], state["hi"]
     numerics.check_data(lo, hi, empty=lo > hi)
@@ -68,7 +70,7 @@ def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
 
 
 def _quantile(counts: jax.Array, share: float) -> jax.Array:
-    """The place, in bins from the first one's start, below which a share of the counts lies."""
+    """The value, in bins from the start of the first, below which a share of the counts lies."""
     known = not isinstance(counts, jax.core.Tracer)
     xp: Any = np if known else jnp  # NumPy has float64: exact for any count
     counts = xp.asarray(counts).astype(xp.float64 if known else xp.float32)

@@ -18,12 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import numerics
-from qkd_jax.numerics import IntFormat, Spec, Stats, Sums
+from qkd_jax.numerics import Axes, AxisName, IntFormat, Spec, State, Stats, Sums
 from qkd_jax.quantizers import code_format
 
 __all__ = ["NEEDS_STATS", "OF_CODES", "gaussian_multiple", "init", "range", "update"]
-
-State = dict[str, jax.Array]
 
 NEEDS_STATS = False
 OF_CODES = True
@@ -40,9 +38,9 @@ def update(
     x: jax.Array,
     spec: Spec,
     *,
-    channel_axes: Sequence[int] = (),
+    channel_axes: Axes = (),
     stats: Stats | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
 ) -> State:
     """Adds the sums of one batch."""
     del spec, stats
@@ -54,17 +52,23 @@ def update(
 def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """The range (lo, hi), inside that of the data.
 
-    Raises:
-        ValueError: no data, or NaN or infinite data (outside `jit`, where values are known).
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-1.0, 0.5, 3.0]), qk.Spec(4)
+        >>> state = qk.observers.rms.update(qk.observers.rms.init((), spec), x, spec)
+        >>> qk.observers.rms.range(state, spec)
+        (Array(-1., dtype=float32), Array(3., dtype=float32))
     """
     stats = numerics.finish(Sums(**state))
     if spec.symmetric:
         k = gaussian_multiple(code_format(spec))
-        middle, spread = 0.0, jnp.sqrt(jnp.square(stats.mean) + jnp.square(stats.std))
+        middle, deviation = 0.0, jnp.sqrt(jnp.square(stats.mean) + jnp.square(stats.std))
     else:
         k = gaussian_multiple(IntFormat(spec.bits))
-        middle, spread = stats.mean, stats.std
-    return jnp.maximum(stats.lo, middle - k * spread), jnp.minimum(stats.hi, middle + k * spread)
+        middle, deviation = stats.mean, stats.std
+    return jnp.maximum(stats.lo, middle - k * deviation), jnp.minimum(
+        stats.hi, middle + k * deviation
+    )
 
 
 @functools.lru_cache(maxsize=64)

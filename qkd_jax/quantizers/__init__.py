@@ -2,10 +2,15 @@
 
 - `check(spec)` raises ValueError for a spec that makes no sense for the quantizer;
 - `init(stats, spec) -> params` returns the first parameters, a flat dict of float32 arrays of the
-  statistics' shape. It calls `check`, and `numerics.check_sign` where it takes unsigned specs;
+  statistics' shape. Data are checked too: it raises ValueError for an unsigned symmetric spec and
+  data known to be negative (`numerics.check_sign`). With `spec.observer` named the grid covers the
+  range [stats.lo, stats.hi], and all-zero data give a grid that is not degenerate;
 - `fake_quant(x, params, spec, *, batch_axes=(), key=None) -> x_hat` rounds to the grid, with a
-  closed-form backward pass; `key` is the randomness of stochastic rounding. It calls
-  `numerics.check_operand`;
+  closed-form backward pass. `x` is computed in float32 (float64 for float64), and x_hat has its
+  dtype; NaN stays NaN and infinities saturate. Parameters are () or broadcast against `x`; others
+  raise ValueError (`numerics.check_operand`). `batch_axes` are the axes of `x` that count examples,
+  () for weights, and `key` is the randomness of stochastic rounding, without which it rounds half
+  to even;
 - `integer_view(params, spec) -> numerics.Grid`, the meaning of the codes: x_hat is exactly
   (code - zero_point) * scale. None for a grid that is not uniform.
 
@@ -54,7 +59,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.numerics import IntFormat, Spec, stats
+from qkd_jax.numerics import Array, IntFormat, Spec, stats
 from qkd_jax.quantizers import (
     apot,
     binary,
@@ -76,30 +81,15 @@ from qkd_jax.quantizers import (
 __all__ = [
     "QUANTIZERS",
     "Facts",
-    "apot",
-    "binary",
     "check",
     "code_format",
-    "codebook",
-    "dorefa",
-    "dsq",
-    "ewgs",
     "facts",
     "fewest_bits",
-    "floating",
     "found_params",
     "in_use",
     "is_uniform",
     "learns_bits",
     "live",
-    "lsq",
-    "lsq_plus",
-    "pact",
-    "qil",
-    "sigmoid",
-    "ternary",
-    "tqt",
-    "uniform",
     "used_bits",
 ]
 
@@ -124,7 +114,7 @@ QUANTIZERS: dict[str, ModuleType] = {
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a quantizer's module states of itself; the module docstring has the table."""
+    """Attributes that a quantizer's module states; `qkd_jax.quantizers` says what they mean."""
 
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     size: tuple[str, ...] = ()
@@ -176,26 +166,26 @@ def check(spec: Spec, *, observer_options: Iterable[str] = ()) -> None:
     QUANTIZERS[spec.quantizer].check(spec)
 
 
-def live(x: jax.Array, params: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
-    """The parameters as they are for `x`: those given, unless they depend on the tensor itself."""
+def live(x: Array, params: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """Returns the parameters for `x`: `params`, unless they depend on the tensor itself."""
     module = QUANTIZERS[spec.quantizer]
     return module.live(x, params, spec) if hasattr(module, "live") else dict(params)
 
 
 @functools.lru_cache
 def is_uniform(spec: Spec) -> bool:
-    """Whether the spec's grid is uniform, so that its codes are integers times a scale."""
+    """Returns True for a spec whose grid is uniform: codes are integers times a scale."""
     module, one = QUANTIZERS[spec.quantizer], jax.ShapeDtypeStruct((), jnp.float32)
 
     def view(*moments: jax.Array) -> tuple[()] | None:
-        found = module.integer_view(module.init(stats.Stats(*moments), spec), spec)
-        return None if found is None else ()
+        grid = module.integer_view(module.init(stats.Stats(*moments), spec), spec)
+        return None if grid is None else ()
 
     return jax.eval_shape(view, *[one] * len(stats.Stats._fields)) is not None
 
 
 def found_params(
-    x: jax.Array, spec: Spec, axes: Sequence[int], *, axis_name: Any = None
+    x: Array, spec: Spec, axes: Sequence[int], *, axis_name: Any = None
 ) -> dict[str, Any]:
     """The parameters of a dynamic spec: those that its quantizer starts from on `x` itself.
 
@@ -211,7 +201,7 @@ def found_params(
 
 
 def learns_bits(spec: Spec) -> bool:
-    """Whether the number of bits is a parameter, of which `spec.bits` is the upper bound."""
+    """Returns True where the number of bits is a parameter and `spec.bits` its upper bound."""
     return bool(spec.option("learn_bits", False))
 
 
@@ -220,7 +210,7 @@ def fewest_bits(spec: Spec) -> int:
     return QUANTIZERS[spec.quantizer].fewest_bits(spec)
 
 
-def used_bits(params: Mapping[str, Any], spec: Spec) -> jax.Array:
+def used_bits(params: Mapping[str, Any], spec: Spec) -> Array:
     """The bits that learned bits stand for: whole numbers, up to `spec.bits`."""
     return QUANTIZERS[spec.quantizer].used_bits(params, spec)
 

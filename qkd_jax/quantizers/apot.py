@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Spec, Stats
+from qkd_jax.numerics import Array, Axes, Key, OnGrid, Params, Spec, Stats, Values
 
 __all__ = ["check", "clip_range", "fake_quant", "init", "integer_view", "levels", "live"]
-
-Params = dict[str, jax.Array]
 
 OPTIONS = {"normalize": False}
 SIZE = ("alpha",)
@@ -35,14 +32,14 @@ def check(spec: Spec) -> None:
         )
     numerics.refuse_fields(
         spec,
+        "symmetric",
+        "mask",
+        "rounding",
+        "backward",
+        "scaling",
+        "power_of_two",
+        "narrow_range",
         because="its levels and its gradient are the paper's",
-        symmetric=True,
-        mask=None,
-        rounding="even",
-        backward="ste",
-        scaling="cover",
-        power_of_two=False,
-        narrow_range=None,
     )
     numerics.check_option(spec, "normalize", OPTIONS["normalize"])
     if spec.option("normalize", False) and not spec.signed:
@@ -77,38 +74,33 @@ def _levels(spec: Spec) -> tuple[int, ...]:
     return levels(spec.bits - int(spec.signed))
 
 
-def _unit(alpha: jax.Array, spec: Spec) -> jax.Array:
-    """The smallest magnitude: of whole multiples of it the nearest is found by rounding."""
+def _unit(alpha: Array, spec: Spec) -> Array:
+    """The smallest magnitude, of which all levels are whole multiples."""
     return jnp.maximum(alpha, numerics.MIN_SCALE) * (1 / _levels(spec)[-1])
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """The first clipping level: 3 sigma, at most the largest magnitude.
+    """The first clipping level `alpha`: 3 sigma, at most the largest magnitude, in input units.
 
     For unsigned data sigma is that of the Gaussian before a ReLU, as for EWGS: std / sqrt(1 - 2 /
     pi). With `spec.observer` named it is the range's farther end. All-zero data give 1. (The
     paper's code starts at 3 for its normalized weights, and at 8 for inputs, which suits its nets.)
-
-    Returns:
-        `alpha`, float32, of the statistics' shape, in input units; with `normalize` in units of the
-        weights' deviation, and their `mean` and `deviation`.
-
-    Raises:
-        ValueError: an unsigned spec and data known to be negative.
+    With `normalize` alpha is in units of the weights' deviation, and `mean` and `deviation` are
+    parameters too.
     """
     check(spec)
     numerics.check_sign(stats.lo, spec.format)
     far = jnp.maximum(-stats.lo, stats.hi) if spec.signed else stats.hi
-    spread = stats.std if spec.signed else stats.std / (1 - 2 / jnp.pi) ** 0.5
+    sigma = stats.std if spec.signed else stats.std / (1 - 2 / jnp.pi) ** 0.5
     if spec.observer is None:
-        far = jnp.minimum(far, jnp.maximum(3 * spread, jnp.abs(stats.mean)))
+        far = jnp.minimum(far, jnp.maximum(3 * sigma, jnp.abs(stats.mean)))
     if not spec.option("normalize", False):
         return {"alpha": numerics.guarded(far)}
     deviation = numerics.guarded(stats.std)
     return {"alpha": numerics.guarded(far / deviation), "mean": stats.mean, "deviation": deviation}
 
 
-def live(x: jax.Array, params: Params, spec: Spec) -> Params:
+def live(x: Values, params: Params, spec: Spec) -> Params:
     """With `normalize`, the mean and deviation of these weights, without gradient."""
     if not spec.option("normalize", False):
         return params
@@ -128,7 +120,7 @@ def integer_view(params: Params, spec: Spec) -> None:
     del params, spec
 
 
-def clip_range(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
+def clip_range(params: Params, spec: Spec) -> tuple[Array, Array]:
     """-alpha to alpha, 0 to alpha for unsigned specs; with `normalize` in units of the weights."""
     alpha = jnp.maximum(params["alpha"], numerics.MIN_SCALE)
     if not spec.signed:
@@ -140,13 +132,8 @@ def clip_range(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
 
 
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """Clips `x` at alpha and takes the nearest level.
 
         u = x / alpha;  x_hat = alpha Q(clip(u, -1, 1))   (unsigned: clip(u, 0, 1))
@@ -162,25 +149,19 @@ def fake_quant(
     2.4): u = (x - mean) / (deviation alpha), x_hat = deviation alpha Q(u), of whose mean and
     deviation no gradient is taken, as in the paper's code.
 
-    Args:
-        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: of `init`, and of `live`; () or broadcasting against `x`. An alpha below MIN_SCALE
-            counts as MIN_SCALE.
-        spec: static.
-        batch_axes: axes of `x` that count examples; () for weights.
-        key: unused; part of the interface.
-
-    Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
-
-    Raises:
-        ValueError: parameters that do not fit `x`.
+    An alpha below MIN_SCALE counts as MIN_SCALE.
 
     Note:
         Three deviations. d alpha has the factor gs. Weights beyond alpha have no gradient, by the
         paper's equation; its code lets it pass. And normalized weights are multiplied by their
         deviation again, so that the layer stays a drop-in up to the mean, where the paper leaves
         the size to a BatchNorm.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-0.9, -0.2, 0.1, 0.6]), qk.Spec(3, quantizer="apot")
+        >>> qk.quantizers.apot.fake_quant(x, {"alpha": jnp.array(1.0)}, spec)
+        Array([-1.  , -0.25,  0.  ,  0.5 ], dtype=float32)
     """
     del key
     normal = spec.option("normalize", False)
@@ -196,20 +177,20 @@ def fake_quant(
     return (out * deviation).astype(x.dtype)
 
 
-def _place(x: jax.Array, alpha: jax.Array, spec: Spec) -> jax.Array:
+def _in_units(x: Array, alpha: Array, spec: Spec) -> Array:
     return x.astype(numerics.compute_dtype(x)) * (1 / _unit(alpha, spec))
 
 
-def _nearest(u: jax.Array, spec: Spec) -> jax.Array:
+def _nearest(u: Array, spec: Spec) -> Array:
     if not spec.signed:
         return numerics.nearest_level(jnp.maximum(u, 0), _levels(spec))
     return jnp.copysign(numerics.nearest_level(jnp.abs(u), _levels(spec)), u)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _fake_quant(x: jax.Array, alpha: jax.Array, spec: Spec, factor: float) -> jax.Array:
+def _fake_quant(x: Array, alpha: Array, spec: Spec, factor: float) -> Array:
     del factor
-    return (_nearest(_place(x, alpha, spec), spec) * _unit(alpha, spec)).astype(x.dtype)
+    return (_nearest(_in_units(x, alpha, spec), spec) * _unit(alpha, spec)).astype(x.dtype)
 
 
 def _forward(x, alpha, spec, factor):
@@ -222,11 +203,11 @@ def _backward(spec, factor, residuals, g):
     low = -high if spec.signed else 0
 
     def slope(x, g):
-        u = _place(x, alpha, spec)
+        u = _in_units(x, alpha, spec)
         return jnp.where((low <= u) & (u <= high), g, 0)
 
     def terms(x, g, _):
-        u = _place(x, alpha, spec)
+        u = _in_units(x, alpha, spec)
         # Beyond the ends the nearest level is the end.
         inside = jnp.where((low <= u) & (u <= high), u, 0)
         return (g.astype(u.dtype) * ((_nearest(u, spec) - inside) * (1 / high)),)

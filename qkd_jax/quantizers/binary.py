@@ -7,17 +7,14 @@ must not depend on the batch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Grid, IntFormat, Spec, Stats
+from qkd_jax.numerics import Array, Axes, Grid, IntFormat, Key, OnGrid, Params, Spec, Stats, Values
 
 __all__ = ["check", "code_stride", "fake_quant", "init", "integer_view", "live"]
-
-Params = dict[str, jax.Array]
 
 OPTIONS = {"static": False}
 # Without `static` alpha is computed from the tensor, and nothing learns it.
@@ -35,25 +32,25 @@ def check(spec: Spec) -> None:
         )
     numerics.refuse_fields(
         spec,
+        "signed",
+        "symmetric",
+        "mask",
+        "rounding",
+        "backward",
+        "power_of_two",
+        "scaling",
         because="its codes and its magnitude are the paper's",
-        signed=True,
-        symmetric=True,
-        mask=None,
-        rounding="even",
-        backward="ste",
-        power_of_two=False,
-        scaling="cover",
     )
     numerics.check_option(spec, "static", OPTIONS["static"])
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """The magnitude E|x|: `alpha`, float32, of the statistics' shape; see `live`."""
+    """The magnitude E|x|: `alpha`; see `live`."""
     check(spec)
     return {"alpha": numerics.guarded(stats.abs_mean)}
 
 
-def live(x: jax.Array, params: Params, spec: Spec) -> Params:
+def live(x: Values, params: Params, spec: Spec) -> Params:
     """The magnitude of this tensor, E|x| over what shares it (equation 6), without gradient."""
     if spec.option("static", False):
         return params
@@ -73,13 +70,8 @@ def code_stride(spec: Spec) -> int:
 
 
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """The sign of `x`, times its mean magnitude; the sign of 0 is 1.
 
         alpha = E|x|;  x_hat = alpha sign(x)
@@ -89,22 +81,18 @@ def fake_quant(
     the derivative through alpha. With `static`, alpha is a parameter: no second term in dx, and
     d alpha = gs * sum g sign(x), gs = 1 / sqrt(N).
 
-    Args:
-        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: of `init`; () or broadcasting against `x`.
-        spec: static.
-        batch_axes: axes of `x` that count examples; () for weights.
-        key: unused; part of the interface.
-
     Returns:
         x_hat, like `x`. NaN stays NaN; +-inf saturates with `static`, else has no mean magnitude.
-
-    Raises:
-        ValueError: parameters that do not fit `x`.
 
     Note:
         The paper prints dx_i = g_i (1 / n + alpha [|x_i| <= 1]): the second term with the sum's
         other elements left out.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-0.9, -0.2, 0.1, 0.6]), qk.Spec(1, quantizer="binary")
+        >>> qk.quantizers.binary.fake_quant(x, {"alpha": jnp.array(1.0)}, spec)
+        Array([-0.45000002, -0.45000002,  0.45000002,  0.45000002], dtype=float32)
     """
     numerics.check_operand(x, params, ("alpha",))
     alpha = live(x, params, spec)["alpha"]
@@ -119,7 +107,7 @@ def _fake_quant(x, alpha, spec, factor):
     return (_sign(wide) * alpha).astype(x.dtype)
 
 
-def _sign(x: jax.Array) -> jax.Array:
+def _sign(x: Array) -> Array:
     """1 for 0 and above, -1 below, NaN for NaN."""
     return jnp.where(x >= 0, 1.0, jnp.where(jnp.isnan(x), x, -1.0))
 

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Spec, Stats
+from qkd_jax.numerics import Array, Axes, Key, OnGrid, Params, Spec, Stats, Values
 
 __all__ = ["check", "fake_quant", "init", "integer_view", "values"]
-
-Params = dict[str, jax.Array]
 
 PRESET = {"input": {"quantizer": "lsq"}}
 
@@ -35,14 +32,14 @@ def check(spec: Spec) -> None:
         )
     numerics.refuse_fields(
         spec,
+        "signed",
+        "symmetric",
+        "narrow_range",
+        "mask",
+        "scaling",
+        "rounding",
+        "backward",
         because="its values are normal quantiles with both signs (for inputs use 'lsq')",
-        signed=True,
-        symmetric=True,
-        narrow_range=None,
-        mask=None,
-        scaling="cover",
-        rounding="even",
-        backward="ste",
     )
 
 
@@ -70,11 +67,7 @@ def values(bits: int) -> tuple[float, ...]:
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """The scale is the largest magnitude (section 3), or the farther end of an observer's range.
-
-    Returns:
-        `scale`, float32, of the statistics' shape; 1 for all-zero data.
-    """
+    """The `scale`: the largest magnitude (section 3), or the farther end of an observer's range."""
     check(spec)
     scale = numerics.guarded(jnp.maximum(-stats.lo, stats.hi), spec.power_of_two)
     return {"scale": scale}
@@ -86,26 +79,13 @@ def integer_view(params: Params, spec: Spec) -> None:
 
 
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """Takes the nearest value of the codebook.
 
         u = x / s;  x_hat = s * (the value nearest to u);  dx = g * [|u| <= 1];  ds = 0
 
-    Args:
-        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: `scale`, () or broadcasting against `x`.
-        spec: static. The paper has granularity=64.
-        batch_axes: unused here; part of the interface.
-        key: unused; part of the interface.
-
-    Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
+    The paper has granularity=64.
 
     Raises:
         ValueError: parameters that do not fit `x`; a scale that is NaN, zero or negative (outside
@@ -115,6 +95,12 @@ def fake_quant(
         The paper quantizes frozen weights and learns low-rank additions to them; training the
         weights themselves, with the straight-through gradient above, is ours, and so is that the
         scale is float32 (the paper's "double quantization" rounds it to 8 bits in blocks of 256).
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-0.9, -0.2, 0.1, 0.6]), qk.Spec(4, quantizer="codebook")
+        >>> qk.quantizers.codebook.fake_quant(x, {"scale": jnp.array(1.0)}, spec)
+        Array([-1.        , -0.1847734 ,  0.07958031,  0.5626169 ], dtype=float32)
     """
     del batch_axes, key
     numerics.check_operand(x, params, ("scale",))
@@ -122,13 +108,13 @@ def fake_quant(
     return _fake_quant(x, params["scale"], spec)
 
 
-def _place(x: jax.Array, scale: jax.Array) -> jax.Array:
+def _in_units(x: Array, scale: Array) -> Array:
     return x.astype(numerics.compute_dtype(x)) * (1 / jnp.maximum(scale, numerics.MIN_SCALE))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _fake_quant(x: jax.Array, scale: jax.Array, spec: Spec) -> jax.Array:
-    nearest = numerics.nearest_level(_place(x, scale), values(spec.bits))
+def _fake_quant(x: Array, scale: Array, spec: Spec) -> Array:
+    nearest = numerics.nearest_level(_in_units(x, scale), values(spec.bits))
     return (nearest * jnp.maximum(scale, numerics.MIN_SCALE)).astype(x.dtype)
 
 
@@ -139,7 +125,7 @@ def _forward(x, scale, spec):
 def _backward(spec, residuals, g):
     del spec
     x, scale = residuals
-    dx = jnp.where(jnp.abs(_place(x, scale)) <= 1, g, jnp.zeros_like(g))
+    dx = jnp.where(jnp.abs(_in_units(x, scale)) <= 1, g, jnp.zeros_like(g))
     return numerics.match_cotangent(dx, x), jnp.zeros_like(scale)
 
 

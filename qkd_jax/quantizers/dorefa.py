@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Grid, IntFormat, Spec, Stats
+from qkd_jax.numerics import Array, Axes, Grid, IntFormat, Key, OnGrid, Params, Spec, Stats, Values
 
 __all__ = ["check", "clip_range", "code_stride", "fake_quant", "init", "integer_view", "live"]
-
-Params = dict[str, jax.Array]
 
 OPTIONS = {"gradient_bits": 0, "restore": True}
 MIN_BITS, SIGNED_INPUTS = 1, False
@@ -25,12 +22,12 @@ def check(spec: Spec) -> None:
     """Raises ValueError for an affine spec, a mask, or a gradient width out of range."""
     numerics.refuse_fields(
         spec,
+        "symmetric",
+        "mask",
+        "scaling",
+        "power_of_two",
+        "narrow_range",
         because="its grid is fixed by the paper",
-        symmetric=True,
-        mask=None,
-        scaling="cover",
-        power_of_two=False,
-        narrow_range=None,
     )
     numerics.refuse_odd_codes_of_16_bits(spec)
     numerics.check_option(spec, "restore", OPTIONS["restore"])
@@ -44,13 +41,9 @@ def check(spec: Spec) -> None:
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """What the weights' grid depends on: the largest tanh|w|, or E|w| for 1 bit; see `live`.
+    """The `bound` of the weights' grid: the largest tanh|w|, or E|w| for 1 bit; see `live`.
 
-    Returns:
-        `bound` float32, of the statistics' shape; for activations the 1 that they are clipped to.
-
-    Raises:
-        ValueError: an unsigned spec and data known to be negative.
+    For activations it is the 1 that they are clipped to.
     """
     check(spec)
     numerics.check_sign(stats.lo, spec.format)
@@ -61,7 +54,7 @@ def init(stats: Stats, spec: Spec) -> Params:
     return {"bound": numerics.guarded(jnp.tanh(jnp.maximum(-stats.lo, stats.hi)))}
 
 
-def live(x: jax.Array, params: Params, spec: Spec) -> Params:
+def live(x: Values, params: Params, spec: Spec) -> Params:
     """The grid of these weights: M = max tanh|w|, or E|w| for 1 bit, without gradient."""
     if not spec.signed:
         return params
@@ -93,7 +86,7 @@ def integer_view(params: Params, spec: Spec) -> Grid:
     return Grid.symmetric(scale, format)
 
 
-def clip_range(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
+def clip_range(params: Params, spec: Spec) -> tuple[Array, Array]:
     """[0, 1] for activations; weights are squeezed by tanh and clipped nowhere."""
     bound = jnp.ones_like(params["bound"])
     return (-jnp.inf * bound, jnp.inf * bound) if spec.signed else (0 * bound, bound)
@@ -105,13 +98,8 @@ def code_stride(spec: Spec) -> int:
 
 
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """Rounds weights (signed) or activations (unsigned) as the paper does.
 
     Weights, with t = tanh(w), M = max|t| and L = 2^b - 1:
@@ -124,23 +112,20 @@ def fake_quant(
     With the option `gradient_bits` the gradient of a layer's output is rounded too: see
     `output_gradient`. Equations 5, 8, 9 and 11 of the paper.
 
-    Args:
-        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: of `init`; () or broadcasting against `x`.
-        spec: static.
-        batch_axes: axes of `x` that count examples; () for weights.
-        key: randomness of stochastic rounding; None rounds half to even.
-
     Returns:
         x_hat, like `x`. NaN stays NaN, +-inf saturates (not in weights of 1 bit).
-
-    Raises:
-        ValueError: parameters that do not fit `x`.
 
     Note:
         The paper's weights lie in [-1, 1] and need a BatchNorm behind; times M (of which no
         gradient is taken) they keep their size, so that the layer stays a drop-in. The option
         `restore=False` is the paper's. Its code differentiates M as well.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x = jnp.array([0.0, 0.3, 0.7, 2.0])
+        >>> spec = qk.Spec(2, quantizer="dorefa", signed=False)
+        >>> qk.quantizers.dorefa.fake_quant(x, {"bound": jnp.array(1.0)}, spec)
+        Array([0.        , 0.33333334, 0.6666667 , 1.        ], dtype=float32)
     """
     numerics.check_operand(x, params, ("bound",))
     del batch_axes
@@ -184,9 +169,7 @@ def _backward(spec, residuals, g):
     return numerics.match_cotangent(dx.astype(g.dtype), x), jnp.zeros_like(bound), None
 
 
-def output_gradient(
-    out: jax.Array, spec: Spec, *, batch_axes: Sequence[int] = (), key: jax.Array | None = None
-) -> jax.Array:
+def output_gradient(out: Array, spec: Spec, *, batch_axes: Axes = (), key: Key = None) -> Array:
     """Returns what a layer computed, unchanged; the gradient that arrives there is rounded.
 
     From the option `gradient_bits` k of the layer's input, with K = 2^k - 1, m = max|g| of an
@@ -219,7 +202,7 @@ def _round_gradient_backward(bits, batch_axes, key, g):
 _round_gradient.defvjp(_round_gradient_forward, _round_gradient_backward)
 
 
-def _rounded_gradient(g: jax.Array, bits: int, batch_axes: Sequence[int], key: Any) -> jax.Array:
+def _rounded_gradient(g: Array, bits: int, batch_axes: Axes, key: Any) -> Array:
     axes = tuple(i for i in range(g.ndim) if i not in {a % g.ndim for a in batch_axes})
     top = jnp.max(jnp.abs(g), axis=axes, keepdims=True)
     top = jnp.where(top > 0, top, 1)
@@ -227,8 +210,8 @@ def _rounded_gradient(g: jax.Array, bits: int, batch_axes: Sequence[int], key: A
     noise = 0.0
     if key is not None:
         # Apart from the key of the forward rounding, of which it must be independent.
-        fresh = jax.random.fold_in(key, zlib.crc32(b"gradient"))
-        noise = jax.random.uniform(fresh, g.shape, g.dtype, -0.5, 0.5)
+        own = jax.random.fold_in(key, zlib.crc32(b"gradient"))
+        noise = jax.random.uniform(own, g.shape, g.dtype, -0.5, 0.5)
     codes = jnp.clip(jnp.round(steps * (g / (2 * top) + 0.5) + noise), 0, steps)
     return 2 * top * (codes / steps - 0.5)
 

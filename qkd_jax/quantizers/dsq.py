@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Grid, Spec, Stats
+from qkd_jax.numerics import Axes, Key, OnGrid, Params, Spec, Stats, Values
+from qkd_jax.numerics import step_grid as integer_view
 
 __all__ = ["check", "fake_quant", "init", "integer_view"]
-
-Params = dict[str, jax.Array]
 
 OPTIONS = {"alpha": 0.2, "learned": True}
 SIZE, ANNEALED = ("step",), "alpha"
@@ -26,12 +23,7 @@ ALPHA_RANGE = (1e-2, 0.5)
 def check(spec: Spec) -> None:
     """Raises ValueError for an affine spec, a mask, or another gradient than its own."""
     numerics.refuse_fields(
-        spec,
-        because="its gradient is its own",
-        symmetric=True,
-        mask=None,
-        rounding="even",
-        backward="ste",
+        spec, "symmetric", "mask", "rounding", "backward", because="its gradient is its own"
     )
     numerics.refuse_one_bit(spec)
     numerics.refuse_learned_power_of_two(spec)
@@ -41,16 +33,10 @@ def check(spec: Spec) -> None:
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """The grid over the range, and the first alpha, the option `alpha`.
+    """The `step` of a grid over the range, and the first `alpha`, the option of that name.
 
-    It is learned, as in the paper; with the option `learned=False` it stays, or a train stage
+    Alpha is learned, as in the paper; with the option `learned=False` it stays, or a train stage
     anneals it (`hygiene.<net>.anneal`).
-
-    Returns:
-        `step` and `alpha`, float32, of the statistics' shape.
-
-    Raises:
-        ValueError: an unsigned spec and data known to be negative.
     """
     check(spec)
     step, _ = numerics.range_parameters(stats.lo, stats.hi, spec)
@@ -58,20 +44,9 @@ def init(stats: Stats, spec: Spec) -> Params:
     return {"step": step, "alpha": jnp.full_like(step, start)}
 
 
-def integer_view(params: Params, spec: Spec) -> Grid:
-    """The grid: x_hat = code * step."""
-    step = numerics.at_least(params["step"], numerics.MIN_SCALE)
-    return Grid.symmetric(step, spec.format)
-
-
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """Rounds `x` to the learned grid; the gradient is that of a staircase of tanh.
 
         u = x / s;  x_hat = clip(round(u), n, p) * s
@@ -82,23 +57,17 @@ def fake_quant(
     with k = log(2 / alpha - 1); alpha -> 0 is the hard staircase, alpha = 1/2 close to the
     identity. Equations 3 to 9 of the paper, whose forward pass is hard too.
 
-    Args:
-        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: of `init`; () or broadcasting against `x`.
-        spec: static.
-        batch_axes: axes of `x` that count examples; () for weights.
-        key: randomness of stochastic rounding; None rounds half to even.
-
-    Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
-
-    Raises:
-        ValueError: parameters that do not fit `x`.
-
     Note:
         The paper learns both clipping ends; the grid is symmetric here (codes n to p of one step),
         so that zero is on it. alpha is kept within [0.01, 0.5], its gradient passing as if it were
         not.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-0.9, -0.2, 0.1, 0.6]), qk.Spec(2, quantizer="dsq")
+        >>> params = {"step": jnp.array(0.5), "alpha": jnp.array(0.2)}
+        >>> qk.quantizers.dsq.fake_quant(x, params, spec)
+        Array([-1. ,  0. ,  0. ,  0.5], dtype=float32)
     """
     numerics.check_operand(x, params, ("step", "alpha"))
     step, alpha = params["step"], numerics.within(params["alpha"], *ALPHA_RANGE)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Grid, IntFormat, Spec, Stats
+from qkd_jax.numerics import Array, Axes, Grid, IntFormat, Key, OnGrid, Params, Spec, Stats, Values
 
 __all__ = ["check", "clip_range", "code_stride", "fake_quant", "init", "integer_view", "pre_affine"]
-
-Params = dict[str, jax.Array]
 
 OPTIONS = {"delta": 1e-3}
 SIZE = ("lower", "upper", "gain")
@@ -26,31 +23,25 @@ def check(spec: Spec) -> None:
     """Raises ValueError for an affine spec, a mask, or another gradient than its own."""
     numerics.refuse_fields(
         spec,
+        "symmetric",
+        "mask",
+        "backward",
+        "scaling",
+        "power_of_two",
+        "narrow_range",
         because="its interval and its gradient are its own",
-        symmetric=True,
-        mask=None,
-        backward="ste",
-        scaling="cover",
-        power_of_two=False,
-        narrow_range=None,
     )
     numerics.refuse_odd_codes_of_16_bits(spec)
     numerics.check_option(spec, "delta", OPTIONS["delta"], low=0)
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """The first interval: -3 sigma to 3 sigma for weights, the range for activations.
+    """The first interval, `lower` to `upper`: 3 sigma for weights, the range for activations.
 
     The paper's upper end for activations is 3 sigma of the Gaussian before a ReLU, whose half has
     the standard deviation sigma sqrt(1 - 2 / pi): 3 std / sqrt(1 - 2 / pi); taken where it is below
     the largest value. Data with less spread than their mean take that. `gain`, the size of the
     output, starts at the interval's end.
-
-    Returns:
-        `lower`, `upper` and `gain`, float32, of the statistics' shape, in input units.
-
-    Raises:
-        ValueError: an unsigned spec and data known to be negative.
     """
     check(spec)
     numerics.check_sign(stats.lo, spec.format)
@@ -69,7 +60,7 @@ def _levels(spec: Spec) -> int:
     return 2**spec.bits - 1
 
 
-def _scale(gain: jax.Array, spec: Spec) -> jax.Array:
+def _scale(gain: Array, spec: Spec) -> Array:
     return jnp.maximum(jnp.abs(gain) * (1 / _levels(spec)), numerics.MIN_SCALE)
 
 
@@ -83,7 +74,7 @@ def integer_view(params: Params, spec: Spec) -> Grid:
     return Grid.symmetric(scale, format)
 
 
-def pre_affine(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
+def pre_affine(params: Params, spec: Spec) -> tuple[Array, Array]:
     """(gain, offset) such that the codes of an unsigned `x` are those of gain * x + offset.
 
     Raises:
@@ -99,14 +90,14 @@ def pre_affine(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
     return slope, -params["lower"] * slope
 
 
-def clip_range(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
+def clip_range(params: Params, spec: Spec) -> tuple[Array, Array]:
     """The interval's ends."""
     del spec
     return params["lower"], params["upper"]
 
 
-def _place(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
-    """X's place in the interval: 0 at its lower end, 1 at its upper one."""
+def _relative(x: Array, lower: Array, upper: Array) -> Array:
+    """`x` relative to the interval: 0 at its lower end, 1 at its upper one."""
     width = jnp.maximum(upper - lower, MIN_WIDTH)
     return (x.astype(numerics.compute_dtype(x)) - lower) * (1 / width)
 
@@ -117,13 +108,8 @@ def code_stride(spec: Spec) -> int:
 
 
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """Rounds inside a learned interval, and scales gradients by the distance to the code.
 
         t = (x - l) / (u - l);  xn = clip(t, 0, 1);  xq = round(L xn) / L,  L = 2^b - 1
@@ -135,25 +121,20 @@ def fake_quant(
     An element that would move towards its code anyway is pushed a little harder, one that would
     leave it a little less. Equations 1 to 4 of the paper. delta=0 is the straight-through estimate.
 
-    Args:
-        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: of `init`; () or broadcasting against `x`.
-        spec: static.
-        batch_axes: axes of `x` that count examples; () for weights.
-        key: randomness of stochastic rounding; None rounds half to even.
-
-    Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
-
-    Raises:
-        ValueError: parameters that do not fit `x`.
-
     Note:
         The paper multiplies a layer's output by one learned |alpha|; here each operand has a
         `gain`, whose product that is. delta is fixed (the option `delta`, 1e-3 as in the paper's
         simple mode); the paper also refreshes it from the Hessian's trace. The gradients of l, u
         and gain are multiplied by LSQ's gs = 1 / sqrt(N L), where the paper trains them at a rate
         of their own.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x = jnp.array([0.0, 0.3, 0.7, 2.0])
+        >>> spec = qk.Spec(2, quantizer="ewgs", signed=False)
+        >>> params = {"lower": jnp.array(0.0), "upper": jnp.array(1.5), "gain": jnp.array(1.5)}
+        >>> qk.quantizers.ewgs.fake_quant(x, params, spec)
+        Array([0. , 0.5, 0.5, 1.5], dtype=float32)
     """
     numerics.check_operand(x, params, ("lower", "upper", "gain"))
     factor = numerics.gradient_scale(
@@ -167,7 +148,7 @@ def fake_quant(
 def _fake_quant(x, lower, upper, gain, key, spec, factor):
     del factor
     levels = _levels(spec)
-    codes = numerics.round_codes(levels * _place(x, lower, upper), spec.rounding, key)
+    codes = numerics.round_codes(levels * _relative(x, lower, upper), spec.rounding, key)
     codes = jnp.clip(codes, 0, levels)
     if spec.signed:
         codes = 2 * codes - levels
@@ -185,7 +166,7 @@ def _backward(spec, factor, residuals, g):
     slopes = jnp.abs(gain) * ((1 + int(spec.signed)) / jnp.maximum(upper - lower, MIN_WIDTH))
 
     def parts(x, g):
-        t, wide = _place(x, lower, upper), g.astype(dtype)
+        t, wide = _relative(x, lower, upper), g.astype(dtype)
         normal = jnp.clip(t, 0, 1)
         codes = numerics.round_codes(levels * t, spec.rounding, key)  # those of the forward pass
         rounded = jnp.clip(codes, 0, levels) * (1 / levels)

@@ -6,17 +6,25 @@ The grid is not uniform: there is no integer view, and products run on x_hat.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks, numerics
-from qkd_jax.numerics import FLOAT_FORMATS, FloatFormat, Spec, Stats
+from qkd_jax.numerics import (
+    FLOAT_FORMATS,
+    Array,
+    Axes,
+    FloatFormat,
+    Key,
+    OnGrid,
+    Params,
+    Spec,
+    Stats,
+    Values,
+)
 
 __all__ = ["check", "fake_quant", "init", "integer_view"]
-
-Params = dict[str, jax.Array]
 
 OPTIONS = {"format": "", "learned": False}
 # Inputs have a sign too, which ReLUs leave unused.
@@ -51,22 +59,18 @@ def check(spec: Spec) -> None:
         )
     numerics.refuse_fields(
         spec,
+        "signed",
+        "symmetric",
+        "narrow_range",
+        "scaling",
+        "rounding",
+        "backward",
         because="a floating-point grid has a sign, a scale, and its own rounding",
-        signed=True,
-        symmetric=True,
-        narrow_range=None,
-        scaling="cover",
-        rounding="even",
-        backward="ste",
     )
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """The scale at which the largest magnitude is the format's highest value.
-
-    Returns:
-        `scale`, float32, of the statistics' shape; 1 for all-zero data.
-    """
+    """The `scale` at which the largest magnitude is the format's highest value; 1 for zeros."""
     check(spec)
     far = jnp.maximum(-stats.lo, stats.hi)
     scale = far / _format(spec).max
@@ -80,13 +84,8 @@ def integer_view(params: Params, spec: Spec) -> None:
 
 
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """Casts x / scale to the format and back.
 
         u = x / s;  x_hat = s cast(u);  dx = g * [|u| <= max]
@@ -94,18 +93,13 @@ def fake_quant(
 
     gs = 1 / sqrt(N max) as LSQ's, max being the format's highest value.
 
-    Args:
-        x: any shape; float. Computed in float32 and returned in x's dtype.
-        params: `scale`, () or broadcasting against `x`.
-        spec: static; `mask="none"` passes the gradient of clipped values too.
-        batch_axes: axes of `x` that count examples; () for weights.
-        key: unused; part of the interface.
+    Computed in float32. `mask="none"` passes the gradient of clipped values too.
 
-    Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
-
-    Raises:
-        ValueError: parameters that do not fit `x`.
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-0.9, -0.2, 0.1, 0.6]), qk.Spec(4, quantizer="float")
+        >>> qk.quantizers.floating.fake_quant(x, {"scale": jnp.array(0.5)}, spec)
+        Array([-1.  , -0.25,  0.  ,  0.5 ], dtype=float32)
     """
     del key
     numerics.check_operand(x, params, ("scale",))
@@ -115,14 +109,14 @@ def fake_quant(
     return _fake_quant(x, scale, spec, factor)
 
 
-def _place(x: jax.Array, scale: jax.Array) -> jax.Array:
+def _in_units(x: Array, scale: Array) -> Array:
     return x.astype(jnp.float32) * (1 / jnp.maximum(scale, numerics.MIN_SCALE))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _fake_quant(x: jax.Array, scale: jax.Array, spec: Spec, factor: float) -> jax.Array:
+def _fake_quant(x: Array, scale: Array, spec: Spec, factor: float) -> Array:
     del factor
-    cast = _format(spec).fake_cast(_place(x, scale))
+    cast = _format(spec).fake_cast(_in_units(x, scale))
     return (cast * jnp.maximum(scale, numerics.MIN_SCALE)).astype(x.dtype)
 
 
@@ -136,14 +130,16 @@ def _backward(spec, factor, residuals, g):
 
     def slope(x, g):
         return (
-            g if spec.mask == "none" else jnp.where(jnp.abs(_place(x, scale)) <= format.max, g, 0)
+            g
+            if spec.mask == "none"
+            else jnp.where(jnp.abs(_in_units(x, scale)) <= format.max, g, 0)
         )
 
     if not spec.option("learned", False):
         return numerics.match_cotangent(slope(x, g), x), jnp.zeros_like(scale)
 
     def terms(x, g, _):
-        u = _place(x, scale)
+        u = _in_units(x, scale)
         cast = format.fake_cast(u)
         inside = jnp.abs(u) <= format.max
         return (g.astype(u.dtype) * jnp.where(inside, cast - u, cast),)

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Grid, Spec, Stats
+from qkd_jax.numerics import Array, Axes, Key, OnGrid, Params, Spec, Stats, Values
+from qkd_jax.numerics import step_grid as integer_view
 
 __all__ = ["check", "fake_quant", "fewest_bits", "init", "integer_view", "used_bits"]
-
-Params = dict[str, jax.Array]
 
 OPTIONS = {"learn_bits": False}
 SIZE, STEP = ("step",), "step"
@@ -32,33 +30,21 @@ def check(spec: Spec) -> None:
             "Use symmetric=True, quantizer='lsq_plus' for a learned offset, or "
             "quantizer='uniform' for an affine grid."
         )
-    if spec.mask is not None:
-        raise ValueError(
-            f"quantizer 'lsq' came with mask={spec.mask!r}; its gradient is fixed by the paper. "
-            "Leave mask=None, or use quantizer='uniform'."
-        )
+    numerics.refuse_fields(spec, "mask", because="its gradient is fixed by the paper")
     numerics.refuse_one_bit(spec)
     numerics.refuse_learned_power_of_two(spec)
     numerics.check_option(spec, "learn_bits", OPTIONS["learn_bits"])
     if spec.option("learn_bits", False):
-        numerics.refuse_fields(
-            spec, because="bits are learned", rounding="even", backward="ste", dynamic=False
-        )
+        numerics.refuse_fields(spec, "rounding", "backward", "dynamic", because="bits are learned")
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """The first step: 2 E|x| / sqrt(p) (section 2.1), or the observer's range.
+    """The first `step`, in input units per code: 2 E|x| / sqrt(p), or that of the observer's range.
 
     With `spec.observer` named, the step is that of the range [stats.lo, stats.hi] instead
-    (`numerics.range_parameters`). The paper's value suits few bits: it clips much of the range at 2
-    and uses a small part of the grid at 8. All-zero data give step 1. Learned bits start at
-    `spec.bits`.
-
-    Returns:
-        `step` (and `bits`), float32, of the statistics' shape; the step in input units per code.
-
-    Raises:
-        ValueError: an unsigned spec and data known to be negative.
+    (`numerics.range_parameters`). The paper's value (section 2.1) suits few bits: it clips much of
+    the range at 2 and uses a small part of the grid at 8. All-zero data give step 1. Learned `bits`
+    start at `spec.bits`.
     """
     check(spec)
     if spec.observer is not None:
@@ -71,21 +57,12 @@ def init(stats: Stats, spec: Spec) -> Params:
     return {"step": step, "bits": jnp.full_like(step, spec.bits)}
 
 
-def integer_view(params: Params, spec: Spec) -> Grid:
-    """The grid: x_hat = code * step.
-
-    With learned bits the format is that of `spec.bits`, their upper bound.
-    """
-    step = numerics.at_least(params["step"], numerics.MIN_SCALE)
-    return Grid.symmetric(step, spec.format)
-
-
 def fewest_bits(spec: Spec) -> int:
     """The fewest bits that learned bits can come to: one, and one for a sign."""
     return 1 + int(spec.signed)
 
 
-def used_bits(params: Params, spec: Spec) -> jax.Array:
+def used_bits(params: Params, spec: Spec) -> Array:
     """The bits that learned bits stand for: rounded, between the fewest possible and `spec.bits`.
 
     The gradient passes as if they were neither rounded nor clipped, so that bits which an update
@@ -95,13 +72,8 @@ def used_bits(params: Params, spec: Spec) -> jax.Array:
 
 
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """Rounds `x` to the learned grid.
 
         u = x / s;  x_hat = clip(round(u), n, p) * s
@@ -118,23 +90,18 @@ def fake_quant(
     They shrink under a penalty on the size (`training.hygiene`), after Uhlich et al., 2019
     (arXiv 1905.11452), who learn the step and the range instead and get b from both.
 
-    Args:
-        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: `step` (and `bits`), () or broadcasting against `x`. A step below MIN_SCALE counts
-            as MIN_SCALE, and its gradient is the one there, so that an optimizer can bring it back.
-        spec: static.
-        batch_axes: axes of `x` that count examples; () for weights.
-        key: randomness of stochastic rounding; None rounds half to even.
-
-    Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
-
-    Raises:
-        ValueError: parameters that do not fit `x`.
+    A step below MIN_SCALE counts as MIN_SCALE, and its gradient is the one there, so that an
+    optimizer can bring it back.
 
     Note:
         The paper has one step per tensor; with one per channel, N counts the weights of a channel.
         `spec.backward` other than "ste" shapes dx and, with it, ds (`numerics.staircase`).
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-0.9, -0.2, 0.1, 0.6]), qk.Spec(2, quantizer="lsq")
+        >>> qk.quantizers.lsq.fake_quant(x, {"step": jnp.array(0.5)}, spec)
+        Array([-1. ,  0. ,  0. ,  0.5], dtype=float32)
     """
     learn_bits = spec.option("learn_bits", False)
     numerics.check_operand(x, params, ("step", "bits") if learn_bits else ("step",))
@@ -146,7 +113,7 @@ def fake_quant(
     return _learned_bits(x, step, used_bits(params, spec), spec, factor)
 
 
-def _ends(bits: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _ends(bits: Array, spec: Spec) -> tuple[Array, Array, Array]:
     """Returns (n, p, 2^(bits - signed)) of a number of bits."""
     # Not exp2, which misses some powers by a bit.
     power = jnp.ldexp(jnp.ones_like(bits), bits.astype(jnp.int32) - int(spec.signed))
@@ -155,9 +122,7 @@ def _ends(bits: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array, jax.Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _learned_bits(
-    x: jax.Array, step: jax.Array, bits: jax.Array, spec: Spec, factor: float
-) -> jax.Array:
+def _learned_bits(x: Array, step: Array, bits: Array, spec: Spec, factor: float) -> Array:
     step = jnp.maximum(step, numerics.MIN_SCALE)
     low, high, _ = _ends(bits, spec)
     u = x.astype(numerics.compute_dtype(x)) * (1 / step)

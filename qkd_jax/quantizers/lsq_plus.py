@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Grid, Spec, Stats
+from qkd_jax.numerics import Axes, Grid, Key, OnGrid, Params, Spec, Stats, Values
 
 __all__ = ["check", "fake_quant", "init", "integer_view"]
-
-Params = dict[str, jax.Array]
 
 SIZE, STEP = ("step",), "step"
 # The paper starts its inputs from the least squared error.
@@ -21,24 +17,18 @@ PRESET = {"input": {"symmetric": False, "observer": "mse"}}
 
 def check(spec: Spec) -> None:
     """Raises ValueError for a mask, which the paper fixes, or a power-of-two step."""
-    numerics.refuse_fields(spec, because="its gradient is fixed by the paper", mask=None)
+    numerics.refuse_fields(spec, "mask", because="its gradient is fixed by the paper")
     numerics.refuse_one_bit(spec)
     numerics.refuse_learned_power_of_two(spec)
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """The first step and offset (section 3.2).
+    """The first `step`, and `offset` where affine (section 3.2).
 
     Symmetric (weights): step = max(|mu - 3 sigma|, |mu + 3 sigma|) / 2^(b-1), no offset. Affine
     (inputs): step = (hi - lo) / (p - n), offset = lo - n * step. The paper then minimises the
     squared error of inputs over both; here `observer="mse"` does that, and with any observer named
     both come from its range. All-zero data give step 1.
-
-    Returns:
-        `step`, and `offset` where affine, float32, of the statistics' shape.
-
-    Raises:
-        ValueError: an unsigned symmetric spec and data known to be negative.
     """
     check(spec)
     if not spec.symmetric:
@@ -61,13 +51,8 @@ def integer_view(params: Params, spec: Spec) -> Grid:
 
 
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """Rounds `x` to the learned grid, shifted by the learned offset B.
 
         z = clip(round(-B / s), n, p);  u = x / s + z;  x_hat = (clip(round(u), n, p) - z) * s
@@ -77,23 +62,18 @@ def fake_quant(
 
     with gs = 1 / sqrt(N p). Equations 2, 4 and 5 of the paper, its B being -z s here.
 
-    Args:
-        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: of `init`; () or broadcasting against `x`.
-        spec: static.
-        batch_axes: axes of `x` that count examples; () for weights.
-        key: randomness of stochastic rounding; None rounds half to even.
-
-    Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
-
-    Raises:
-        ValueError: parameters that do not fit `x`.
-
     Note:
         The paper leaves B between two codes, so that zero is not on the grid: padding is then
         inexact, and an integer product has a term more. Here B is snapped to a whole number of
         steps with the gradients as if it were not; it moves by half a step at most.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x = jnp.array([-0.9, -0.2, 0.1, 0.6])
+        >>> spec = qk.Spec(2, quantizer="lsq_plus", signed=False, symmetric=False)
+        >>> params = {"step": jnp.array(0.5), "offset": jnp.array(-1.0)}
+        >>> qk.quantizers.lsq_plus.fake_quant(x, params, spec)
+        Array([-1. ,  0. ,  0. ,  0.5], dtype=float32)
     """
     names = ("step",) if spec.symmetric else ("step", "offset")
     numerics.check_operand(x, params, names)

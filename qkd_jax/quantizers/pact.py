@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Grid, Spec, Stats
+from qkd_jax.numerics import Array, Axes, Grid, Key, OnGrid, Params, Spec, Stats, Values
 
 __all__ = ["check", "fake_quant", "init", "integer_view"]
-
-Params = dict[str, jax.Array]
 
 OPTIONS = {"start": 0.0}
 SIZE, SIGNED_INPUTS = ("alpha",), False
@@ -30,26 +27,20 @@ def check(spec: Spec) -> None:
         )
     numerics.refuse_fields(
         spec,
+        "symmetric",
+        "mask",
+        "scaling",
         because="its grid and its gradient are fixed by the paper",
-        symmetric=True,
-        mask=None,
-        scaling="cover",
     )
     numerics.refuse_learned_power_of_two(spec)
     numerics.check_option(spec, "start", OPTIONS["start"], low=0)
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """The first clipping level: the top of the range, or the option `start` where it is above 0.
+    """The first `alpha`: the top of the range, or the option `start` where it is above 0.
 
     The paper starts higher than typical activations (and lets the decay of alpha pull it down).
     All-zero data give the level at which the scale is 1.
-
-    Returns:
-        `alpha`, float32, of the statistics' shape, in input units.
-
-    Raises:
-        ValueError: data known to be negative.
     """
     check(spec)
     numerics.check_sign(stats.lo, spec.format)
@@ -58,7 +49,7 @@ def init(stats: Stats, spec: Spec) -> Params:
     return {"alpha": jnp.where(top == 0, jnp.full_like(top, spec.format.qmax), top)}
 
 
-def _step(alpha: jax.Array, spec: Spec) -> jax.Array:
+def _step(alpha: Array, spec: Spec) -> Array:
     # Multiplied by the constant 1 / p: compilers turn a division by a constant into that.
     return jnp.maximum(alpha * (1 / spec.format.qmax), numerics.MIN_SCALE)
 
@@ -70,13 +61,8 @@ def integer_view(params: Params, spec: Spec) -> Grid:
 
 
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """Clips to [0, alpha] and rounds.
 
         s = alpha / p;  x_hat = round(clip(x, 0, alpha) / s) * s
@@ -86,23 +72,17 @@ def fake_quant(
     Equations 1 to 3 of the paper: the rounding residual, which differentiating the formula would
     add to d alpha, is left out.
 
-    Args:
-        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: of `init`; () or broadcasting against `x`.
-        spec: static.
-        batch_axes: axes of `x` that count examples; () for weights.
-        key: randomness of stochastic rounding; None rounds half to even.
-
-    Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
-
-    Raises:
-        ValueError: parameters that do not fit `x`.
-
     Note:
         Two deviations: d alpha is multiplied by LSQ's gs = 1 / sqrt(N p), so that one learning rate
         serves all quantizers (the L2 penalty that the paper puts on alpha is the regulariser
         "clip_l2"), and dx is 0 at x = 0, where a ReLU's output has no gradient anyway.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x = jnp.array([0.0, 0.3, 0.7, 2.0])
+        >>> spec = qk.Spec(2, quantizer="pact", signed=False)
+        >>> qk.quantizers.pact.fake_quant(x, {"alpha": jnp.array(1.5)}, spec)
+        Array([0. , 0.5, 0.5, 1.5], dtype=float32)
     """
     numerics.check_operand(x, params, ("alpha",))
     alpha = params["alpha"]

@@ -9,17 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Grid, IntFormat, Spec, Stats
+from qkd_jax.numerics import Array, Axes, Grid, IntFormat, Key, OnGrid, Params, Spec, Stats, Values
 
 __all__ = ["check", "clip_range", "fake_quant", "init", "integer_view", "pre_affine"]
-
-Params = dict[str, jax.Array]
 
 SIZE, NARROW = ("center", "half_width"), True
 
@@ -35,18 +32,14 @@ def check(spec: Spec) -> None:
             "quantizer 'qil' came with symmetric=False; its interval starts at or above 0 and "
             "needs no zero point. Use symmetric=True, or quantizer='uniform' for an affine grid."
         )
-    if spec.mask is not None:
-        raise ValueError(
-            f"quantizer 'qil' came with mask={spec.mask!r}; its gradient is fixed by the paper. "
-            "Leave mask=None, or use quantizer='uniform'."
-        )
+    numerics.refuse_fields(spec, "mask", because="its gradient is fixed by the paper")
     if spec.signed and spec.narrow_range is False:
         raise ValueError(
             "quantizer 'qil' came with signed=True and narrow_range=False; its signed codes are "
             "symmetric, -q to q with q = 2^(bits-1)-1. Leave narrow_range=None or set it True."
         )
     numerics.refuse_fields(
-        spec, because="its scale is that of an interval", scaling="cover", power_of_two=False
+        spec, "scaling", "power_of_two", because="its scale is that of an interval"
     )
     _narrow(spec)  # raises for one signed bit
 
@@ -56,7 +49,7 @@ def _narrow(spec: Spec) -> Spec:
     return dataclasses.replace(spec, narrow_range=spec.signed)
 
 
-def _interval(center: jax.Array, half_width: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _interval(center: Array, half_width: Array) -> tuple[Array, Array]:
     """The interval's lower end and half width, with the lower end kept at 0 or above.
 
     Where center < half_width, the interval is cut at 0 and keeps its upper end: zero must encode to
@@ -66,7 +59,7 @@ def _interval(center: jax.Array, half_width: jax.Array) -> tuple[jax.Array, jax.
     return low, jnp.maximum((center + half_width - low) / 2, MIN_HALF_WIDTH)
 
 
-def _scale(low: jax.Array, half: jax.Array, format: IntFormat) -> jax.Array:
+def _scale(low: Array, half: Array, format: IntFormat) -> Array:
     """The size of a code, (center + half_width) / q.
 
     Multiplied by the constant 1 / q: compilers turn a division by a constant into that, eager code
@@ -76,7 +69,7 @@ def _scale(low: jax.Array, half: jax.Array, format: IntFormat) -> jax.Array:
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """An interval that starts at 0: nothing is pruned below it, and rounding has LSQ's first step.
+    """An interval from 0: nothing is pruned below it, and rounding has LSQ's first step.
 
         center = half_width = min(max|x|, 2 sqrt(q) E|x|) / 2
 
@@ -84,12 +77,6 @@ def init(stats: Stats, spec: Spec) -> Params:
     interval up to max|x| is right for many bits; with two, where a weight is -1, 0 or 1, it has
     its threshold at half the largest weight and prunes nearly all of a layer. With `spec.observer`
     named the interval ends at its range's farther end. All-zero data give the grid of scale 1.
-
-    Returns:
-        `center` and `half_width`, float32, of the statistics' shape, in input units.
-
-    Raises:
-        ValueError: an unsigned spec and data known to be negative.
     """
     check(spec)
     numerics.check_sign(stats.lo, spec.format)
@@ -112,14 +99,14 @@ def integer_view(params: Params, spec: Spec) -> Grid:
     return Grid.symmetric(scale, format)
 
 
-def clip_range(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
+def clip_range(params: Params, spec: Spec) -> tuple[Array, Array]:
     """The interval's upper end, on both sides of zero where the spec is signed."""
     low, half = _interval(params["center"], params["half_width"])
     high = low + 2 * half
     return -high if spec.signed else jnp.zeros_like(high), high
 
 
-def pre_affine(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
+def pre_affine(params: Params, spec: Spec) -> tuple[Array, Array]:
     """(gain, offset) such that the codes of an unsigned `x` are those of gain * x + offset.
 
     gain = (center + half_width) / (2 half_width), offset = -(center - half_width) * gain; (1, 0)
@@ -131,13 +118,8 @@ def pre_affine(params: Params, spec: Spec) -> tuple[jax.Array, jax.Array]:
 
 
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """Rounds `x` to the interval's grid: pruned below it, saturated above it.
 
     With c = center, d = half_width and m = [0 < u < 1]:
@@ -151,21 +133,9 @@ def fake_quant(
     q is 2^(bits-1)-1 for signed tensors, so 2-bit weights are ternary, and 2^bits-1 for unsigned
     ones, whose formula has x for |x|.
 
-    Args:
-        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: `center` and `half_width`, () or broadcasting against `x`. The interval is kept
-            inside [0, inf) and wider than MIN_HALF_WIDTH; the gradient passes to the parameters as
-            if it were not.
-        spec: static. `rounding` is that of the magnitude q u, so "floor" goes towards zero, and
-            `backward` the gradient through it.
-        batch_axes: axes of `x` that count examples; () for weights.
-        key: randomness of stochastic rounding; None rounds half to even.
-
-    Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
-
-    Raises:
-        ValueError: parameters that do not fit `x`.
+    The interval is kept inside [0, inf) and wider than MIN_HALF_WIDTH; the gradient passes to the
+    parameters as if it were not. `rounding` is that of the magnitude q u, so "floor" goes towards
+    zero, and `backward` the gradient through it.
 
     Note:
         Two deviations. The paper's output lies in [-1, 1] and leaves the magnitude to a BatchNorm;
@@ -174,6 +144,13 @@ def fake_quant(
         gs = 1 / sqrt(N q), LSQ's factor (N elements of one example per interval), where the paper
         has a learning rate 100 times smaller, which others found prone to divergence: the factor
         adapts to the size of the layer and keeps parameters of all quantizers at one learning rate.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-0.9, -0.2, 0.1, 0.6]), qk.Spec(2, quantizer="qil")
+        >>> params = {"center": jnp.array(0.25), "half_width": jnp.array(0.25)}
+        >>> qk.quantizers.qil.fake_quant(x, params, spec)
+        Array([-0.5, -0. ,  0. ,  0.5], dtype=float32)
     """
     numerics.check_operand(x, params, ("center", "half_width"))
     center, half_width = params["center"], params["half_width"]
@@ -181,8 +158,8 @@ def fake_quant(
     return _fake_quant(x, center, half_width, key, _narrow(spec), factor)
 
 
-def _place(distance: jax.Array, half: jax.Array, format: IntFormat) -> jax.Array:
-    """What is rounded, q u, from the distance to the interval's lower end.
+def _code_units(distance: Array, half: Array, format: IntFormat) -> Array:
+    """Q u, which is rounded, from the distance to the interval's lower end.
 
     Subtracted first, then multiplied: a multiply and add would be contracted in some compilations
     and not in others, and move codes that lie near a half.
@@ -192,19 +169,19 @@ def _place(distance: jax.Array, half: jax.Array, format: IntFormat) -> jax.Array
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _fake_quant(
-    x: jax.Array,
-    center: jax.Array,
-    half_width: jax.Array,
-    key: jax.Array | None,
+    x: Array,
+    center: Array,
+    half_width: Array,
+    key: Key,
     spec: Spec,
     factor: float,
-) -> jax.Array:
+) -> Array:
     del factor
     format = spec.format
     low, half = _interval(center, half_width)
     wide = x.astype(numerics.compute_dtype(x))
     magnitude = jnp.abs(wide) if format.signed else wide
-    codes = numerics.round_codes(_place(magnitude - low, half, format), spec.rounding, key)
+    codes = numerics.round_codes(_code_units(magnitude - low, half, format), spec.rounding, key)
     codes = jnp.clip(codes, 0, format.qmax)
     if format.signed:
         codes = codes * jnp.sign(wide)
@@ -228,9 +205,9 @@ def _backward(spec, factor, residuals, g):
         distance = jnp.abs(wide) - low if spec.signed else wide - low
         inside = (distance > 0) & (distance < 2 * half)
         if spec.backward != "ste":
-            # What is rounded is the magnitude, so its gradient it is that is shaped.
-            place = jnp.clip(_place(distance, half, spec.format), 0, spec.format.qmax)
-            through = sign * numerics.through_rounding(sign * through, place, spec)
+            # The magnitude is rounded, so its gradient is shaped.
+            units = jnp.clip(_code_units(distance, half, spec.format), 0, spec.format.qmax)
+            through = sign * numerics.through_rounding(sign * through, units, spec)
         return jnp.where(inside, through * rise, 0), inside, distance, sign
 
     def terms(x, g, dx):

@@ -6,17 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Grid, Spec, Stats
+from qkd_jax.numerics import Axes, Key, OnGrid, Params, Spec, Stats, Values
+from qkd_jax.numerics import step_grid as integer_view
 
 __all__ = ["check", "fake_quant", "init", "integer_view"]
-
-Params = dict[str, jax.Array]
 
 OPTIONS = {"temperature": 5.0}
 SIZE, ANNEALED = ("step",), "temperature"
@@ -27,49 +24,25 @@ PRESET = {"weight": {"observer": "mse"}, "input": {"observer": "mse"}}
 def check(spec: Spec) -> None:
     """Raises ValueError for an affine spec, a mask, or another gradient than its own."""
     numerics.refuse_fields(
-        spec,
-        because="its gradient is its own",
-        symmetric=True,
-        mask=None,
-        rounding="even",
-        backward="ste",
+        spec, "symmetric", "mask", "rounding", "backward", because="its gradient is its own"
     )
     numerics.refuse_one_bit(spec)
     numerics.refuse_learned_power_of_two(spec)
-    numerics.refuse_fields(spec, because="the temperature is annealed over training", dynamic=False)
+    numerics.refuse_fields(spec, "dynamic", because="the temperature is annealed over training")
     numerics.check_option(spec, "temperature", OPTIONS["temperature"], low=0, low_allowed=False)
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """The grid over the range, and the first temperature.
-
-    Returns:
-        `step` and `temperature`, float32, of the statistics' shape. A train stage raises the
-        temperature (`hygiene.<net>.anneal`); left alone it stays.
-
-    Raises:
-        ValueError: an unsigned spec and data known to be negative.
-    """
+    """The `step` of a grid over the range, and the first `temperature`, the option of that name."""
     check(spec)
     step, _ = numerics.range_parameters(stats.lo, stats.hi, spec)
     start = float(spec.option("temperature", OPTIONS["temperature"]))
     return {"step": step, "temperature": jnp.full_like(step, start)}
 
 
-def integer_view(params: Params, spec: Spec) -> Grid:
-    """The grid: x_hat = code * step."""
-    step = numerics.at_least(params["step"], numerics.MIN_SCALE)
-    return Grid.symmetric(step, spec.format)
-
-
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """Rounds `x` to the learned grid; the gradient is that of sigmoids of temperature T.
 
         u = x / s;  x_hat = clip(round(u), n, p) * s
@@ -79,23 +52,17 @@ def fake_quant(
 
     Equations 3 to 6 of the paper.
 
-    Args:
-        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: of `init`; () or broadcasting against `x`.
-        spec: static.
-        batch_axes: axes of `x` that count examples; () for weights.
-        key: randomness of stochastic rounding; None rounds half to even.
-
-    Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
-
-    Raises:
-        ValueError: parameters that do not fit `x`.
-
     Note:
         The paper's forward pass is the soft sum in training and the hard one afterwards; here it is
         hard from the start, so the net that trains is the net that is deployed, and the soft sum
         gives the gradient alone. Its thresholds, levels and biases per step are one learned step.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-0.9, -0.2, 0.1, 0.6]), qk.Spec(2, quantizer="sigmoid")
+        >>> params = {"step": jnp.array(0.5), "temperature": jnp.array(5.0)}
+        >>> qk.quantizers.sigmoid.fake_quant(x, params, spec)
+        Array([-1. ,  0. ,  0. ,  0.5], dtype=float32)
     """
     numerics.check_operand(x, params, ("step", "temperature"))
     step, temperature = params["step"], params["temperature"]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Grid, IntFormat, Spec, Stats
+from qkd_jax.numerics import Axes, Grid, IntFormat, Key, OnGrid, Params, Spec, Stats, Values
 
 __all__ = ["check", "fake_quant", "init", "integer_view", "live"]
-
-Params = dict[str, jax.Array]
 
 OPTIONS = {"threshold": 0.7}
 PRESET = {"input": {"quantizer": "lsq"}}
@@ -27,14 +23,14 @@ def check(spec: Spec) -> None:
         )
     numerics.refuse_fields(
         spec,
+        "signed",
+        "symmetric",
+        "mask",
+        "rounding",
+        "backward",
+        "power_of_two",
+        "scaling",
         because="its codes and its magnitude are the paper's",
-        signed=True,
-        symmetric=True,
-        mask=None,
-        rounding="even",
-        backward="ste",
-        power_of_two=False,
-        scaling="cover",
     )
     if spec.narrow_range is False:
         raise ValueError(
@@ -45,11 +41,7 @@ def check(spec: Spec) -> None:
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """Threshold and magnitude as for Gaussian weights, until `live` computes them.
-
-    Returns:
-        `alpha` and `threshold`, float32, of the statistics' shape.
-    """
+    """`threshold` and magnitude `alpha` as for Gaussian weights, until `live` computes them."""
     check(spec)
     mean = jnp.where(stats.abs_mean == 0, jnp.ones_like(stats.abs_mean), stats.abs_mean)
     mean = jnp.maximum(mean, numerics.MIN_SCALE)
@@ -57,7 +49,7 @@ def init(stats: Stats, spec: Spec) -> Params:
     return {"alpha": 1.47 * mean, "threshold": spec.option("threshold", 0.7) * mean}
 
 
-def live(x: jax.Array, params: Params, spec: Spec) -> Params:
+def live(x: Values, params: Params, spec: Spec) -> Params:
     """Threshold 0.7 E|w| and magnitude E[|w| : |w| > threshold] of these weights (section 2.2)."""
     shape = params["alpha"].shape
     wide = jax.lax.stop_gradient(x).astype(numerics.compute_dtype(x))
@@ -81,13 +73,8 @@ def integer_view(params: Params, spec: Spec) -> Grid:
 
 
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """Weights to -alpha, 0 or alpha.
 
         threshold = 0.7 E|w|;  alpha = E[|w| : |w| > threshold]
@@ -96,18 +83,15 @@ def fake_quant(
     Equations 3 and 6 of the paper, which passes the gradient straight to the weights. The option
     `threshold` replaces 0.7.
 
-    Args:
-        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: of `init`; () or broadcasting against `x`.
-        spec: static.
-        batch_axes: axes of `x` that count examples; () for weights.
-        key: unused; part of the interface.
-
     Returns:
         x_hat, like `x`. NaN stays NaN. Weights that are not finite have no mean magnitude.
 
-    Raises:
-        ValueError: parameters that do not fit `x`.
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-0.9, -0.2, 0.1, 0.6]), qk.Spec(2, quantizer="ternary")
+        >>> params = {"alpha": jnp.array(1.0), "threshold": jnp.array(0.5)}
+        >>> qk.quantizers.ternary.fake_quant(x, params, spec)
+        Array([-0.75,  0.  ,  0.  ,  0.75], dtype=float32)
     """
     del batch_axes, key
     numerics.check_operand(x, params, ("alpha", "threshold"))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Grid, Spec, Stats
+from qkd_jax.numerics import Array, Axes, Grid, Key, OnGrid, Params, Spec, Stats, Values
 
 __all__ = ["check", "fake_quant", "init", "integer_view"]
-
-Params = dict[str, jax.Array]
 
 SIZE = ("log2_threshold",)
 # The paper starts its inputs from the KL divergence.
@@ -25,26 +21,20 @@ def check(spec: Spec) -> None:
     """Raises ValueError for an affine spec, a mask, or another scale convention."""
     numerics.refuse_fields(
         spec,
+        "symmetric",
+        "mask",
+        "scaling",
         because="it has power-of-two scales without a zero point",
-        symmetric=True,
-        mask=None,
-        scaling="cover",
     )
     numerics.refuse_one_bit(spec)
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """The log2 of the first threshold: 3 sigma for signed data, the largest value for unsigned.
+    """`log2_threshold`, the first one: 3 sigma for signed data, the largest value for unsigned.
 
     The paper takes 3 sigma for weights and a range that minimises the KL divergence for inputs:
     `observer="entropy"`. With an observer named, the threshold is its range's farther end. All-zero
     data give the threshold at which the scale is 1.
-
-    Returns:
-        `log2_threshold`, float32, of the statistics' shape.
-
-    Raises:
-        ValueError: an unsigned spec and data known to be negative.
     """
     check(spec)
     numerics.check_sign(stats.lo, spec.format)
@@ -57,7 +47,7 @@ def init(stats: Stats, spec: Spec) -> Params:
 
 
 @jax.custom_vjp
-def _power_of_two(log2_threshold: jax.Array) -> jax.Array:
+def _power_of_two(log2_threshold: Array) -> Array:
     """2^ceil(t); its derivative is taken as 2^ceil(t) ln 2, as if ceil were the identity."""
     power = jnp.ldexp(jnp.ones_like(log2_threshold), jnp.ceil(log2_threshold).astype(jnp.int32))
     return jnp.where(jnp.isnan(log2_threshold), log2_threshold, power)  # an integer hides a NaN
@@ -68,7 +58,7 @@ _power_of_two.defvjp(
 )
 
 
-def _step(params: Params, spec: Spec) -> jax.Array:
+def _step(params: Params, spec: Spec) -> Array:
     return _power_of_two(params["log2_threshold"]) * 2.0 ** -(spec.bits - int(spec.signed))
 
 
@@ -79,13 +69,8 @@ def integer_view(params: Params, spec: Spec) -> Grid:
 
 
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """Rounds `x` to a grid whose scale is a power of two.
 
         s = 2^ceil(t) / 2^(b-1)   (unsigned: / 2^b),   t = log2 of the threshold
@@ -95,23 +80,16 @@ def fake_quant(
 
     Equations 4 to 8 of the paper. A power-of-two scale makes every rescaling a shift.
 
-    Args:
-        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: of `init`; () or broadcasting against `x`.
-        spec: static.
-        batch_axes: axes of `x` that count examples; () for weights.
-        key: randomness of stochastic rounding; None rounds half to even.
-
-    Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
-
-    Raises:
-        ValueError: parameters that do not fit `x`.
-
     Note:
         Two deviations: the mask is on u and not on round(u), and the gradient of t is multiplied by
         LSQ's gs = 1 / sqrt(N p), where the paper trains t by Adam with a rate of its own, which
         does not see the factor.
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-0.9, -0.2, 0.1, 0.6]), qk.Spec(3, quantizer="tqt")
+        >>> qk.quantizers.tqt.fake_quant(x, {"log2_threshold": jnp.array(-0.2)}, spec)
+        Array([-1.  , -0.25,  0.  ,  0.5 ], dtype=float32)
     """
     numerics.check_operand(x, params, ("log2_threshold",))
     step = _step(params, spec)

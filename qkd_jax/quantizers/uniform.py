@@ -7,17 +7,14 @@ calibration and is not trained.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Grid, Spec, Stats
+from qkd_jax.numerics import Array, Axes, Grid, Key, OnGrid, Params, Spec, Stats, Values
 
 __all__ = ["check", "fake_quant", "init", "integer_view"]
-
-Params = dict[str, jax.Array]
 
 STEP, RANGE_GRID = "scale", True
 # A range up to the largest value leaves 2-bit inputs at 0.
@@ -30,14 +27,7 @@ def check(spec: Spec) -> None:
 
 
 def init(stats: Stats, spec: Spec) -> Params:
-    """The grid that spans [stats.lo, stats.hi].
-
-    Returns:
-        `scale` and `zero_point` (0 when symmetric), float32, of the statistics' shape.
-
-    Raises:
-        ValueError: an unsigned symmetric spec and data known to be negative.
-    """
+    """`scale` and `zero_point` (0 when symmetric) of the grid that spans [stats.lo, stats.hi]."""
     scale, zero_point = numerics.range_parameters(stats.lo, stats.hi, spec)
     return {"scale": scale, "zero_point": zero_point}
 
@@ -49,13 +39,8 @@ def integer_view(params: Params, spec: Spec) -> Grid:
 
 
 def fake_quant(
-    x: jax.Array,
-    params: Params,
-    spec: Spec,
-    *,
-    batch_axes: Sequence[int] = (),
-    key: jax.Array | None = None,
-) -> jax.Array:
+    x: Values, params: Params, spec: Spec, *, batch_axes: Axes = (), key: Key = None
+) -> OnGrid:
     """Rounds `x` to the grid.
 
         x_hat = (clip(round(x / s) + z, n, p) - z) * s
@@ -71,19 +56,16 @@ def fake_quant(
 
     Inside the grid `spec.backward` may shape it further (`numerics.through_rounding`).
 
-    Args:
-        x: any shape; float. Computed in float32 (float64 for float64) and returned in x's dtype.
-        params: of `init`; () or broadcasting against `x`.
-        spec: static.
-        batch_axes: unused here; part of the interface.
-        key: randomness of stochastic rounding; None rounds half to even in its place.
-
-    Returns:
-        x_hat, like `x`. NaN stays NaN, +-inf saturates.
-
     Raises:
         ValueError: parameters that do not fit `x`; a scale that is NaN, zero or negative (outside
             `jit`, where values are known).
+
+    Example:
+        >>> import jax.numpy as jnp, qkd_jax as qk
+        >>> x, spec = jnp.array([-0.9, -0.2, 0.1, 0.6]), qk.Spec(4)
+        >>> params = {"scale": jnp.array(0.25), "zero_point": jnp.array(0.0)}
+        >>> qk.quantizers.uniform.fake_quant(x, params, spec)
+        Array([-1.  , -0.25,  0.  ,  0.5 ], dtype=float32)
     """
     del batch_axes
     numerics.check_operand(x, params, ("scale", "zero_point"))
@@ -92,9 +74,7 @@ def fake_quant(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _fake_quant(
-    x: jax.Array, scale: jax.Array, zero_point: jax.Array, key: jax.Array | None, spec: Spec
-) -> jax.Array:
+def _fake_quant(x: Array, scale: Array, zero_point: Array, key: Key, spec: Spec) -> Array:
     step = jnp.maximum(scale, numerics.MIN_SCALE)
     codes = numerics.encode(x, step, zero_point, spec.format, rounding=spec.rounding, key=key)
     return numerics.decode(codes, step, zero_point).astype(x.dtype)
