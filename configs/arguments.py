@@ -3,14 +3,10 @@
 `--config=configs/qkd.py:data=digits,bits=w4a4` calls `get_config("data=digits,bits=w4a4")`.
 """
 
-from __future__ import annotations
-
 import difflib
 from typing import Any
 
 from ml_collections import ConfigDict
-
-__all__ = ["parse"]
 
 
 def parse(arg: str | None, **defaults: Any) -> ConfigDict:

@@ -7,8 +7,6 @@ overridden on the command line (`--config.stages.co_study.epochs=5`). No field i
 Nothing of `qkd_jax` is imported with this file; functions read the tables of losses and data sets.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -16,32 +14,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import arguments
-
-__all__ = [
-    "HYGIENE",
-    "begin",
-    "cache",
-    "calibrate",
-    "ce",
-    "deploy",
-    "descent",
-    "diagnose",
-    "distil",
-    "evaluate",
-    "filled",
-    "finish",
-    "frame",
-    "hygiene",
-    "kd",
-    "net",
-    "post_training",
-    "recipe",
-    "reestimate_bn",
-    "sgd",
-    "term",
-    "train",
-    "train_by_recipe",
-]
 
 
 def recipe(data: str) -> Any:

@@ -1,14 +1,10 @@
 """Whole experiments that several configs share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import common
-
-__all__ = ["beside_labels", "without_training"]
 
 
 def without_training(

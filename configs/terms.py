@@ -12,8 +12,6 @@ from configs import common
 if TYPE_CHECKING:
     from qkd_jax.losses import Loss
 
-__all__ = ["entry", "learn"]
-
 
 def entry(loss: str) -> Loss:
     """Returns the `qkd_jax.losses.Loss` of a loss that has a published recipe.

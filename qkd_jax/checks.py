@@ -5,31 +5,11 @@ array contents), so they cost nothing in a compiled step. Add a sibling as a sma
 takes the argument's name first.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-__all__ = [
-    "at_least_one",
-    "class_labels",
-    "images",
-    "in_range",
-    "integer_in",
-    "list_of_batches",
-    "named_numbers",
-    "nearest",
-    "number",
-    "one_of",
-    "positive",
-    "rank",
-    "same_shape",
-    "unknown",
-    "vector",
-]
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

@@ -12,8 +12,6 @@ Float32 counts are exact up to 2^24 = 16,777,216 examples a batch; `add` keeps w
 given, and after `jax.device_get` converts to Python floats, which are exact far beyond.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,15 +22,6 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.hierarchy import ClassTree, find
 from qkd_jax.losses.inputs.logits import prepare_logits
-
-__all__ = [
-    "add",
-    "agreement",
-    "classification",
-    "finish",
-    "finish_hierarchical",
-    "hierarchical",
-]
 
 
 def classification(

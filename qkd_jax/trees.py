@@ -6,8 +6,6 @@ tuples, optax's named tuples, flax structs), so `flatten` and `unflatten_like` s
 The other functions take nested dicts, keep the order of their keys and never change them in place.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,24 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-__all__ = [
-    "arrays_sha256",
-    "entries",
-    "find",
-    "flatten",
-    "get",
-    "host_array",
-    "insert",
-    "join",
-    "key_impl",
-    "merged",
-    "nested",
-    "partition",
-    "put",
-    "tree_sha256",
-    "unflatten_like",
-]
 
 
 def _part(entry: Any) -> str:

@@ -10,8 +10,6 @@ No JAX and no TensorFlow. To add a data set that TFDS knows, write an entry in `
 should be prepared without TensorFlow too, add its reader to `official.py`.
 """
 
-from __future__ import annotations
-
 import os
 
 from qkd_jax import checks

@@ -5,8 +5,6 @@ batch is a pure function of (seed, step). To add one, write the function and a l
 `AUGMENTATIONS`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

@@ -7,8 +7,6 @@ the input, and a run can start anywhere. One *batch* is one element of a `grain.
 element an example would be about twenty times slower.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol

@@ -5,8 +5,6 @@ file or none; several processes may write at once. The zip format's CRC-32 of ea
 on reading: a broken file is reported, and made again from the source.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import logging

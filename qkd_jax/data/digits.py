@@ -5,8 +5,6 @@ TensorFlow, and read like any other. A level x becomes the pixel round(x * 255 /
 17 different values, so `round(pixel * 16 / 255)` gives the level back.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pathlib

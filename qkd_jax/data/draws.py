@@ -6,8 +6,6 @@ are used: NumPy promises them for ever, while `Generator.permutation` and its ki
 versions.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 # A stream keeps the draws of one purpose apart from those of another under the same seed.

@@ -7,8 +7,6 @@ the file's sha256. It is replaced in one operation after the file is whole, so a
 killed while it writes leaves what was there before.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -24,8 +22,6 @@ from typing import Any
 import numpy as np
 
 from qkd_jax import checks
-
-__all__ = ["CachedLogits", "DamagedError", "StaleError", "Wanted", "read", "write"]
 
 INFO = "info.json"
 FORMAT = 1

@@ -8,8 +8,6 @@ version (label bytes, then 3072 bytes in planes R, G, B) at
 https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import math

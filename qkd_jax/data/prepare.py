@@ -6,8 +6,6 @@
 Without `--source` the official files are downloaded; each is checked against its SHA-256.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import os

@@ -4,8 +4,6 @@ TFDS encodes a NumPy image through TensorFlow, but takes an image that is PNG by
 is; so images are encoded here, by Pillow, and the files are what TFDS itself would write.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -4,8 +4,6 @@ TFDS keeps a prepared set in `<data_dir>/<name>/<version>`. Its images are decod
 into the cache of `cache.py`; after that neither TFDS nor Pillow is imported.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

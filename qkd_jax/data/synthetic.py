@@ -4,8 +4,6 @@ Each class has a coarse random pattern; an example is its class's pattern at a r
 noise. Integers only, so every machine makes the same bytes.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from qkd_jax.data import draws

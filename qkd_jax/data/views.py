@@ -5,8 +5,6 @@ up. With V views, epoch e shows view e mod V of every example: what a frozen tea
 is computed once and read from then on. One view is the images as they are, without augmentation.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 
@@ -16,8 +14,6 @@ from qkd_jax import checks
 from qkd_jax.data import augment as augmentations
 from qkd_jax.data import draws
 from qkd_jax.data.dataset import Dataset
-
-__all__ = ["Views"]
 
 LARGEST = 2**16 - 1  # a view's number is stored in 16 bits
 

@@ -3,8 +3,6 @@
 Inputs are read from the calls of BatchNorms, so any linen model with BatchNorm will do.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,16 +14,6 @@ import jax.numpy as jnp
 from qkd_jax.distillation.forward import mode_arguments
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.variables import is_folded
-
-__all__ = [
-    "METHODS",
-    "batch_norm_inputs",
-    "deep_inversion_distance",
-    "distance_of_images",
-    "norm",
-    "statistics_loss",
-    "zeroq_distance",
-]
 
 SOWN = "measured_input_"
 ZEROQ_EPSILON = 1e-6

@@ -7,8 +7,6 @@ between two batches. The paper's is the final student; ours is a copy that is dr
 student itself learns from the images afterwards, as from any other data set.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
@@ -35,8 +33,6 @@ from qkd_jax.losses import kd
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.operands import ROUNDING
 from qkd_jax.training.state import jit_once, join, split
-
-__all__ = ["check_cmi", "cmi", "cmi_steps"]
 
 STUDENT_DECAY = 1e-4
 

@@ -1,15 +1,11 @@
 """The losses of CMI: contrast between views of images, and an adversary (Fang et al. 2021)."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qkd_jax.losses.inputs.feature_maps import inner, unit
-
-__all__ = ["Projector", "adversarial_loss", "contrast_loss"]
 
 
 class Projector(nn.Module):

@@ -6,8 +6,6 @@ The paper trains the student beside the generator, which never asks it. Here the
 trained first, and the student learns from its images afterwards, as from any other data set.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -25,8 +23,6 @@ from qkd_jax.distillation.forward import forward, forward_taps
 from qkd_jax.distillation.taps import features_of, resolve_taps
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.training.state import jit_once
-
-__all__ = ["activation_loss", "check_dafl", "dafl", "entropy_loss", "one_hot_loss"]
 
 
 def one_hot_loss(logits: jax.Array) -> jax.Array:

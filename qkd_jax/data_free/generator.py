@@ -4,8 +4,6 @@
 the range in which nets take them.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +15,6 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qkd_jax.training.state import jit_once
-
-__all__ = ["Generator", "in_range", "new_generator"]
 
 SLOPE = 0.2
 

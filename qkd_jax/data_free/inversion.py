@@ -6,8 +6,6 @@
 The images are optimised, by Adam, from Gaussian noise; the net is frozen, in evaluation mode.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,8 +26,6 @@ from qkd_jax.data_free.synthesis import (
 )
 from qkd_jax.distillation.forward import forward
 from qkd_jax.quantize import QuantizedModel
-
-__all__ = ["DEFAULTS", "synthesize", "total_variation"]
 
 DEFAULTS = {"deep_inversion": (2000, 0.05), "zeroq": (500, 0.5)}  # steps, learning rate
 

@@ -1,7 +1,5 @@
 """What the makers of images share: their result, checks of their numbers, and their reports."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -10,8 +8,6 @@ import jax
 import numpy as np
 
 from qkd_jax import checks
-
-__all__ = ["Synthesis", "check_fields", "classes_wanted", "loss_to_report", "synthesis"]
 
 REPORT_EVERY = 50  # steps between two losses that are waited for
 

@@ -1,14 +1,10 @@
 """Random views of images: windows, shifts and mirror images."""
 
-from __future__ import annotations
-
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-
-__all__ = ["View", "random_crops", "random_shifts", "show", "window"]
 
 View = tuple[jax.Array, jax.Array]
 """(boxes [batch, 4] for `window`, mirrored [batch] bool)."""

@@ -11,8 +11,6 @@ import numpy as np
 
 from qkd_jax import checks
 
-__all__ = ["Description"]
-
 LARGEST = 1 << 26  # numbers of an image, so that a damaged file cannot exhaust the memory
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
 

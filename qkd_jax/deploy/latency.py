@@ -4,8 +4,6 @@ A single machine's speed drifts by a factor of two within minutes, so engines ar
 each round in the opposite order of the one before, and medians over the rounds are compared.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,8 +14,6 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.deploy.onnx.engines import channels_first
-
-__all__ = ["latency"]
 
 
 def latency(

@@ -10,8 +10,6 @@ their EXIF orientation says, and transparent images lie on white. Exit code 2 sa
 something that was given is wrong; the message says what.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools
@@ -31,8 +29,6 @@ from qkd_jax.deploy.integer.convert import integer_apply
 from qkd_jax.deploy.integer.saved_model import JSON, describe, load
 from qkd_jax.deploy.onnx.engines import ONNX_ENGINES, import_engine, open_onnx, without_telemetry
 from qkd_jax.deploy.onnx.stamp import read_stamp
-
-__all__ = ["ENGINES", "Predictor", "main", "open_predictor", "predict"]
 
 BATCH = 64
 

@@ -14,8 +14,6 @@ Products run on integers in int32 where integer kernels are fast, and on the sam
 float32 on the CPU, layer by layer where that is exact (see `integer_apply`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -32,8 +30,6 @@ from jax import export
 from qkd_jax import checks
 from qkd_jax.deploy.integer.program import IntegerModel, Multiply, run
 from qkd_jax.weights.files import damaged, read_bytes
-
-__all__ = ["PLATFORMS", "load_stablehlo", "save_stablehlo"]
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORMAT, VERSION = "qkd_jax stablehlo", 1

@@ -1,7 +1,5 @@
 """One forward pass of a net: its mode, its batch statistics, and features at its taps."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Mapping
@@ -10,8 +8,6 @@ from typing import Any
 import jax
 
 from qkd_jax.quantize import QuantizedModel
-
-__all__ = ["CARRIED_NEVER", "forward", "forward_taps", "mode_arguments", "pick_taps"]
 
 # Other names for the mode: a model with one of them would run in its default mode throughout.
 FOREIGN_MODES = ("training", "is_training", "is_train", "inference", "testing")

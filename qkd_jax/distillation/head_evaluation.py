@@ -1,7 +1,5 @@
 """Evaluation of a term's classifiers beside the net that they teach."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,8 +11,6 @@ from qkd_jax.distillation.forward import forward_taps
 from qkd_jax.distillation.terms import Term
 from qkd_jax.metrics import classification
 from qkd_jax.quantize import QuantizedModel
-
-__all__ = ["eval_heads"]
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,8 +8,6 @@ own hyper-parameters. A number, the weight too, may be a ramp over the stage:
 `temperature=dict(begin=8.0, end=2.0, shape="cosine")`.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import math
@@ -24,8 +22,6 @@ from qkd_jax.distillation.taps import DataShape
 from qkd_jax.distillation.term_state import Start, TermBuilder
 from qkd_jax.distillation.terms import Term, in_steps
 from qkd_jax.quantize import QuantizedModel
-
-__all__ = ["FIELDS", "as_sources", "hyper_parameters", "plan_terms"]
 
 SCHEDULE = ("start", "end", "warmup", "decay")
 FIELDS = ("loss", "source", "weight", "taps", "teacher_taps", "adaptor", *SCHEDULE)

@@ -9,8 +9,6 @@ activations.
 Shapes come from `jax.eval_shape`: nothing is computed, and any net has taps.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any
@@ -21,8 +19,6 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.distillation.forward import CARRIED_NEVER, mode_arguments, pick_taps
 from qkd_jax.quantize import QuantizedModel
-
-__all__ = ["WORDS", "DataShape", "Features", "features_of", "resolve_taps"]
 
 WORDS = ("last", "middle", "shallow", "stages", "pre")
 Shapes = dict[str, jax.ShapeDtypeStruct]

@@ -4,8 +4,6 @@ A term is built from shapes alone: those of its taps give the adaptor, and the l
 shapes before anything runs. `Start` makes the first state.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,8 +17,6 @@ from qkd_jax.distillation.taps import DataShape, Features, features_of, resolve_
 from qkd_jax.distillation.terms import Term, loss_inputs
 from qkd_jax.hierarchy import find
 from qkd_jax.quantize import QuantizedModel, quantize
-
-__all__ = ["Start", "TermBuilder", "check_learned"]
 
 # start(key, variables of the source or None, labels [examples] of the training set or None)
 # -> {"params", "batch_stats", "teacher", "memory"}

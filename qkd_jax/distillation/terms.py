@@ -1,15 +1,11 @@
 """A term of a net's loss: its compiled part, and its weight and numbers at a step."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-__all__ = ["Term", "gradient_if_active", "has_started", "in_steps", "loss_inputs", "term_numbers"]
 
 
 @dataclasses.dataclass(frozen=True)

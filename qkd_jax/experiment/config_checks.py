@@ -1,7 +1,5 @@
 """Checks of a config's values that belong to neither a net nor one kind of stage."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,17 +13,6 @@ from qkd_jax.losses import TABLE
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.targets import TARGETS
 from qkd_jax.training.parallel import MODES
-
-__all__ = [
-    "check_augment",
-    "check_frame",
-    "check_origins",
-    "check_rules",
-    "check_tables",
-    "mapping",
-    "tree_of",
-    "with_tree",
-]
 
 
 def mapping(where: str, value: Any, example: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,7 +1,5 @@
 """Rows of the results for auxiliary classifiers, which serve a net's training alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +12,6 @@ from qkd_jax.experiment.run_state import Run, to_device
 from qkd_jax.losses import TABLE
 from qkd_jax.training.plan import Plan
 from qkd_jax.training.state import TrainState
-
-__all__ = ["evaluate_heads", "head_rows"]
 
 ENSEMBLE = "ensemble"
 

@@ -1,7 +1,5 @@
 """The hygiene of a train stage, checked against the quantizers that its nets will have by then."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import jax
@@ -17,8 +15,6 @@ from qkd_jax.quantize.variables import OPERANDS
 from qkd_jax.quantizers import QUANTIZERS
 from qkd_jax.training import hygiene
 from qkd_jax.training.plan import Plan
-
-__all__ = ["calibrated", "check_hygiene"]
 
 
 def check_hygiene(settings: Settings, stage: Stage, plan: Plan) -> None:

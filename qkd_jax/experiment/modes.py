@@ -1,7 +1,5 @@
 """The modes of the command line; eval, export and report read a run folder alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -29,8 +27,6 @@ from qkd_jax.record.folder import RunFolder
 from qkd_jax.record.stopping import EXIT_INTERRUPTED, EXIT_NONFINITE
 from qkd_jax.training.loop import NonFiniteError, Preempted
 from qkd_jax.training.parallel import enable_compilation_cache
-
-__all__ = ["evaluate", "export", "inspect", "main", "report", "restore"]
 
 
 def _open(workdir: str | Path) -> tuple[RunFolder, Run]:

@@ -1,7 +1,5 @@
 """Runs and resumes experiments: the walk over a config's schedule of stages."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +19,6 @@ from qkd_jax.record.stopping import GracefulStop
 from qkd_jax.training.loop import Preempted
 from qkd_jax.training.parallel import StepCache, enable_compilation_cache
 from qkd_jax.trees import tree_sha256
-
-__all__ = ["run", "step_cache", "walk"]
 
 # What may differ between a run folder and the command that resumes it: none of it reaches a number
 # in results.json.

@@ -1,7 +1,5 @@
 """The text of `--mode=inspect`: schedule, layers, coverage. Shapes only; nothing is computed."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +15,6 @@ from qkd_jax.experiment.settings import Settings, shapes
 from qkd_jax.experiment.stages.train import plan_stage
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.inspection import coverage, layers
-
-__all__ = ["overview"]
 
 WIDTH = 118
 

@@ -1,7 +1,5 @@
 """Reading an experiment: its data loaded, its config checked completely, before anything runs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from qkd_jax import checks, data, weights
@@ -12,8 +10,6 @@ from qkd_jax.experiment.hygiene_checks import check_hygiene
 from qkd_jax.experiment.run_state import without_fresh
 from qkd_jax.experiment.settings import Settings, build_settings, resolve, shapes
 from qkd_jax.experiment.stages import STAGES
-
-__all__ = ["check_sources", "load_data", "read"]
 
 # What `inspect` assumes of a training split that is not on this machine.
 UNKNOWN_EXAMPLES = 50_000

@@ -1,7 +1,5 @@
 """The results of a run: rows of the table, results.json, and their text for the terminal."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,19 +15,6 @@ from qkd_jax.experiment.schedule import Stage
 from qkd_jax.quantize.inspection import layers, size
 from qkd_jax.record.folder import RunFolder
 from qkd_jax.record.json_files import read_json
-
-__all__ = [
-    "agreement",
-    "ensemble_row",
-    "is_older",
-    "printer",
-    "results_of",
-    "row",
-    "show",
-    "target_lines",
-    "times_text",
-    "write_report",
-]
 
 
 def agreement(logits: np.ndarray, others: np.ndarray) -> float:

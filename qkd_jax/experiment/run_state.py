@@ -1,7 +1,5 @@
 """The mutable state of a run, and its checkpointing: nets, optimizers, rows, the stage and step."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os
@@ -27,8 +25,6 @@ from qkd_jax.training.parallel import StepCache
 from qkd_jax.training.state import jit_once, stream_key
 from qkd_jax.training.step import eval_step
 from qkd_jax.trees import flatten, nested, tree_sha256
-
-__all__ = ["Evaluation", "Run", "to_device", "without_fresh"]
 
 Variables = dict[str, Any]
 

@@ -17,8 +17,6 @@ from qkd_jax.distillation.taps import DataShape
 from qkd_jax.experiment.config_checks import check_images, check_tables, mapping, with_tree
 from qkd_jax.quantize import QuantizedModel
 
-__all__ = ["Kind", "Stage", "lay_out"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Kind:

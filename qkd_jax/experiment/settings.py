@@ -4,8 +4,6 @@ A config is a `ConfigDict` or a plain dict. `resolve` turns it into a plain dict
 (that is `config.json`); `build_settings` checks it, builds its nets and lays out its schedule.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -28,8 +26,6 @@ from qkd_jax.experiment.config_checks import (
 from qkd_jax.experiment.schedule import Kind, Stage, lay_out
 from qkd_jax.models import MODELS, BorrowedClassifier, create
 from qkd_jax.quantize import QuantizedModel, presets, quantize, targets
-
-__all__ = ["Settings", "build_net", "build_settings", "resolve", "shapes"]
 
 # Everything a config may say outside of `nets`, `stages` and `schedule`, with its default.
 DEFAULTS: dict[str, Any] = {

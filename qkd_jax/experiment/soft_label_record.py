@@ -1,7 +1,5 @@
 """The record of soft labels for the report: the nets of a distillation, their test logits."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,6 @@ from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.settings import Settings
 from qkd_jax.record.json_files import write_json
 from qkd_jax.report.soft_labels import collect
-
-__all__ = ["FILE", "distilled_nets", "write"]
 
 FILE = "soft_labels.json"
 

@@ -1,7 +1,5 @@
 """The graph of a traced function: its operations and the values between them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,8 +8,6 @@ import jax
 import numpy as np
 
 from qkd_jax.graph.execution import Node, execute
-
-__all__ = ["Constants", "Graph"]
 
 
 @dataclasses.dataclass(eq=False)

@@ -1,7 +1,5 @@
 """One operation of a graph, and running it on arrays at any batch size."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,8 +9,6 @@ import numpy as np
 from jax.extend import core
 
 from qkd_jax.graph.families import MARKERS
-
-__all__ = ["INLINED", "NUMPY", "Node", "called_jaxpr", "execute", "literal"]
 
 INLINED = frozenset(
     "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call "

@@ -8,25 +8,10 @@ A marker is a jitted call whose name says what it stands for:
     skipped:<layer path>:<operand>             an operand, or an output, that stays in float
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-
-__all__ = [
-    "CONTRACTIONS",
-    "IDENTITY",
-    "LAYOUT",
-    "MARKERS",
-    "Axes",
-    "Marker",
-    "marker_name",
-    "output_axes",
-    "parse_marker",
-    "scale_in_output",
-]
 
 MARKERS = ("quantizer", "skipped")
 CONTRACTIONS = frozenset({"conv_general_dilated", "dot_general"})

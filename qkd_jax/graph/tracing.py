@@ -1,7 +1,5 @@
 """Traces a function into a `Graph`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +10,6 @@ from jax.extend import core
 from qkd_jax.graph.dataflow import Constants, Graph
 from qkd_jax.graph.execution import INLINED, Node, called_jaxpr, literal
 from qkd_jax.graph.families import MARKERS, parse_marker
-
-__all__ = ["bodies", "path_name", "trace"]
 
 _JAXPRS = (core.ClosedJaxpr, core.Jaxpr)
 # Candidates for the batch size to trace with: primes that no ordinary dimension is a multiple of.

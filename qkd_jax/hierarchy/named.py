@@ -5,15 +5,11 @@ from what the classes are (how a thing is worn, how a digit's stroke runs) befor
 at: a tree made from a net's confusions would find that net's mistakes mild by construction.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qkd_jax.hierarchy.tree import ClassTree
-
-__all__ = ["TREES"]
 
 # Krizhevsky 2009, "Learning multiple layers of features from tiny images", the list of classes.
 # The set's fine labels are these names in alphabetical order.

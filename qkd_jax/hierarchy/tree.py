@@ -20,8 +20,6 @@ import numpy as np
 
 from qkd_jax import checks
 
-__all__ = ["ClassTree"]
-
 Name = Hashable
 
 

@@ -1,7 +1,5 @@
 """Trees in text files, and one name for every way to say which tree is meant."""
 
-from __future__ import annotations
-
 import functools
 import os
 import pathlib
@@ -10,8 +8,6 @@ from collections.abc import Sequence
 from qkd_jax import checks
 from qkd_jax.hierarchy.named import TREES
 from qkd_jax.hierarchy.tree import ClassTree
-
-__all__ = ["find", "read"]
 
 
 def read(

@@ -48,8 +48,6 @@ The others:
   happens inside the loss.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

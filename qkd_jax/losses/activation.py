@@ -4,8 +4,6 @@ Both take taps before the activation, and are sums over a feature's elements, as
 divide the weight accordingly (common code by 1000).
 """
 
-from __future__ import annotations
-
 import math
 
 import jax
@@ -15,8 +13,6 @@ from qkd_jax import checks
 from qkd_jax.losses.inputs.feature_maps import check_tuple, prepare_feature_lists
 from qkd_jax.losses.inputs.logits import keep
 from qkd_jax.losses.inputs.shapes import Array, Arrays, Mask, Scalar, Values
-
-__all__ = ["ab", "ofd", "ofd_margin"]
 
 
 def ab(

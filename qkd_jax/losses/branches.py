@@ -4,8 +4,6 @@ The classifiers are adaptors (`distillation/adaptors/heads.py`): they learn besi
 part of it, and are left behind where it is evaluated and deployed.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 
@@ -13,8 +11,6 @@ from qkd_jax import checks
 from qkd_jax.losses.inputs.feature_maps import check_tuple, prepare_features
 from qkd_jax.losses.inputs.logits import divergence, hits, keep, prepare_logits, prepare_pair
 from qkd_jax.losses.inputs.shapes import Array, Arrays, Logits, Mask, Matrix, Scalar, Values
-
-__all__ = ["byot", "one"]
 
 
 def byot(

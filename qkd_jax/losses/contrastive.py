@@ -4,8 +4,6 @@
 Both work in log space, so the temperature of 0.07 overflows nothing.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -23,8 +21,6 @@ from qkd_jax.losses.inputs.feature_maps import (
 )
 from qkd_jax.losses.inputs.logits import keep
 from qkd_jax.losses.inputs.shapes import Array, Feature, Mask, Scalar, Values
-
-__all__ = ["crd", "crd_in_batch", "crd_memory"]
 
 NAMES = ("student_embedding", "teacher_embedding")
 

@@ -5,8 +5,6 @@ over the other classes. Everything is done on log-probabilities: the log of the 
 logsumexp over them, never log(1 - p), so confident nets give finite values and gradients.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 
@@ -20,8 +18,6 @@ from qkd_jax.losses.inputs.logits import (
     standardized,
 )
 from qkd_jax.losses.inputs.shapes import Array, Logits, Mask, Scalar, Values
-
-__all__ = ["dkd", "nkd", "tf_kd"]
 
 
 def dkd(

@@ -5,8 +5,6 @@ functions of the adapted features. Values are means over a feature's elements, s
 with its size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -23,8 +21,6 @@ from qkd_jax.losses.inputs.feature_maps import (
 )
 from qkd_jax.losses.inputs.logits import keep
 from qkd_jax.losses.inputs.shapes import Array, Arrays, Feature, Mask, Values
-
-__all__ = ["at", "fitnet", "ft", "reviewkd", "semckd", "simkd", "vid"]
 
 
 def fitnet(student_feature: Feature, teacher_feature: Array, *, where: Mask = None) -> Values:

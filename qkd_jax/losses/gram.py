@@ -4,8 +4,6 @@ A map [batch, height, width, channels] counts as a matrix of positions by channe
 compare products of such matrices, example by example.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import jax.numpy as jnp
@@ -19,8 +17,6 @@ from qkd_jax.losses.inputs.feature_maps import (
 )
 from qkd_jax.losses.inputs.logits import keep
 from qkd_jax.losses.inputs.shapes import Array, Arrays, Feature, Mask, Values
-
-__all__ = ["fsp", "ickd", "nst"]
 
 
 def nst(student_features: Arrays, teacher_features: Arrays, *, where: Mask = None) -> Values:

@@ -5,8 +5,6 @@ None for the flat tree. In a run, a term that does not name one gets the data se
 is compiled; the other hyper-parameters are numbers.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax
@@ -17,8 +15,6 @@ from qkd_jax import checks
 from qkd_jax.hierarchy import ClassTree, find
 from qkd_jax.losses.inputs.logits import keep, prepare_logits
 from qkd_jax.losses.inputs.shapes import Array, Logits, Mask, Scalar, Values
-
-__all__ = ["hxe", "lca_alignment", "tree_soft_labels"]
 
 
 def hxe(

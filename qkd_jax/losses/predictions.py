@@ -4,8 +4,6 @@ What relates examples needs the whole batch: under a mapped axis `axis_name` cou
 devices, and 4 devices give what 1 gives on the global batch.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 
@@ -13,8 +11,6 @@ from qkd_jax import checks
 from qkd_jax.losses.inputs.feature_maps import gather_batch, inner, safe_norm, total
 from qkd_jax.losses.inputs.logits import divergence, keep, prepare_pair, standardized
 from qkd_jax.losses.inputs.shapes import Array, Logits, Mask, Scalar, Values
-
-__all__ = ["dist", "mlkd"]
 
 # Temperatures of `mlkd` beside its base.
 MORE_TEMPERATURES = (2.0, 3.0, 5.0, 6.0)

@@ -8,8 +8,6 @@ published value. Under a mapped axis, `axis_name` relates the examples of all de
 give what 1 gives on the global batch.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -32,8 +30,6 @@ from qkd_jax.losses.inputs.feature_maps import (
 )
 from qkd_jax.losses.inputs.logits import keep, prepare_pair
 from qkd_jax.losses.inputs.shapes import Array, Arrays, Feature, Kept, Logits, Mask, Scalar, Values
-
-__all__ = ["cc", "cc_adjacent", "irg", "pkt", "rkd", "sp"]
 
 
 def rkd(

@@ -5,8 +5,6 @@ and sums are computed in float32 or wider, whatever the dtype of the logits, fro
 so that logits of +-1e4 or probabilities that underflow give finite values and gradients.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 
@@ -21,18 +19,6 @@ from qkd_jax.losses.inputs.logits import (
     standardized,
 )
 from qkd_jax.losses.inputs.shapes import Array, Logits, Mask, Scalar, Values
-
-__all__ = [
-    "apprentice",
-    "ce",
-    "ctkd",
-    "dml",
-    "hard_target",
-    "kd",
-    "logit_regression",
-    "lskd",
-    "sqakd",
-]
 
 
 def ce(

@@ -3,8 +3,6 @@
 Several terms with one teacher each do the same as `kd_sum`, each with its own temperature.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
@@ -13,8 +11,6 @@ from qkd_jax import checks
 from qkd_jax.losses.inputs.feature_maps import check_tuple
 from qkd_jax.losses.inputs.logits import divergence, hits, keep, prepare_logits, prepare_pair
 from qkd_jax.losses.inputs.shapes import Array, Arrays, Kept, Logits, Mask, Matrix, Scalar, Values
-
-__all__ = ["ca_mkd", "kd_mean", "kd_sum"]
 
 
 def kd_mean(

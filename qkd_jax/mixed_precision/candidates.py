@@ -1,13 +1,9 @@
 """The table of layers and bits that `sensitivity` fills and `allocate` reads."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 
 from qkd_jax.quantize import Rule
-
-__all__ = ["Bits", "Candidate", "Sensitivity", "label"]
 
 Bits = int | tuple[int, int]
 

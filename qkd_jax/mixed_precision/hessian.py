@@ -7,8 +7,6 @@ with the Hessian serves every layer. HAWQ-V2 (Dong et al., 2019, arXiv 1911.0385
 estimates and divides by the number of weights.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,8 +17,6 @@ import jax.numpy as jnp
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.trees import get, insert, join
-
-__all__ = ["mean_curvatures", "weight_errors"]
 
 Tree = Mapping[str, Any]
 Kernels = dict[str, jax.Array]  # by layer path

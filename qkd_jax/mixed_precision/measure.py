@@ -1,7 +1,5 @@
 """Sensitivity: the loss of a net with one of its layers quantized alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -22,8 +20,6 @@ from qkd_jax.quantize.calibration import calibrate
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.operands import OperandHook, OperandUse
 from qkd_jax.quantize.variables import without_quantizers
-
-__all__ = ["METRICS", "sensitivity"]
 
 METRICS = ("mse", "kl", "hessian")
 

@@ -1,7 +1,5 @@
 """Which bits for which layer: an exact integer program over a table of sensitivities."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re
@@ -13,8 +11,6 @@ import scipy.optimize
 from qkd_jax import checks
 from qkd_jax.mixed_precision.candidates import Bits, Candidate, Sensitivity, label
 from qkd_jax.quantize import Rule
-
-__all__ = ["allocate"]
 
 
 def allocate(

@@ -27,8 +27,6 @@ write a linen module in a file of this package and give it a line in `MODELS`; t
 `components.logits_of` is a head that keeps these; `components.conv_and_norm` are layers that do.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re

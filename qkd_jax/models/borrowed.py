@@ -1,7 +1,5 @@
 """A student that ends in its teacher's classifier: the network that SimKD trains and deploys."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 
@@ -12,8 +10,6 @@ import jax.numpy as jnp
 from qkd_jax import checks
 from qkd_jax.models.components import conv_and_norm, logits_of
 from qkd_jax.models.features import sow_feature
-
-__all__ = ["BorrowedClassifier"]
 
 
 class BorrowedClassifier(nn.Module):

@@ -1,7 +1,5 @@
 """Parts that the models share: convolution, BatchNorm and head with the project's settings."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax.models.features import sow_feature
-
-__all__ = ["ONE_PIXEL", "conv_and_norm", "logits_of"]
 
 # One pixel on every side also under stride 2, as the papers' code has it. "SAME" would pad an even
 # map on one side only.

@@ -1,13 +1,9 @@
 """Names for inner activations: as features, for losses, and as modules, for rules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-
-__all__ = ["Activation", "sow_feature"]
 
 
 class Activation(nn.Module):

@@ -9,8 +9,6 @@ better on ImageNet). Layer names and numbers (padding, epsilon, decay) are such 
 torchvision or timm gives the same logits; `qkd_jax.weights` reads one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +19,6 @@ import jax.numpy as jnp
 from qkd_jax import checks
 from qkd_jax.models.components import ONE_PIXEL, conv_and_norm, logits_of
 from qkd_jax.models.resnet import BasicBlock, residual_stages
-
-__all__ = ["EXPANSION", "Bottleneck", "ImageNetResNet"]
 
 EXPANSION = 4
 

@@ -1,7 +1,5 @@
 """A multilayer perceptron: the smallest net of the project, for quick runs and tests."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +9,6 @@ import jax
 from qkd_jax import checks
 from qkd_jax.models.components import conv_and_norm, logits_of
 from qkd_jax.models.features import sow_feature
-
-__all__ = ["MLP"]
 
 
 class MLP(nn.Module):

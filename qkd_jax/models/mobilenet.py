@@ -12,8 +12,6 @@ References: Howard et al., 2017, arXiv 1704.04861 (V1); Sandler, Howard, Zhu, Zh
 arXiv 1801.04381 (V2).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,8 +23,6 @@ import jax.numpy as jnp
 from qkd_jax import checks
 from qkd_jax.models.components import ONE_PIXEL, conv_and_norm, logits_of
 from qkd_jax.models.features import Activation, sow_feature
-
-__all__ = ["InvertedResidual", "MobileNet", "MobileNetV2", "SeparableBlock"]
 
 _ACTIVATIONS = {"relu": nn.relu, "relu6": nn.relu6}
 Module = Any  # any of the four below: they share dtype, axis_name and activation

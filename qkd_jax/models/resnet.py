@@ -11,8 +11,6 @@ The blocks are written out one after another, not scanned: a convolution inside 
 slower on CPU, and a layer that has a path of its own can be given its own number of bits.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,8 +22,6 @@ import jax.numpy as jnp
 from qkd_jax import checks
 from qkd_jax.models.components import ONE_PIXEL, conv_and_norm, logits_of
 from qkd_jax.models.features import Activation, sow_feature
-
-__all__ = ["BasicBlock", "ResNet", "blocks_per_stage", "residual_stages"]
 
 
 def blocks_per_stage(depth: int) -> int:

@@ -4,8 +4,6 @@ Reference: Dosovitskiy et al., 2020, arXiv 2010.11929; without a class token (th
 goes to the head) as in Beyer, Zhai, Kolesnikov, 2022, arXiv 2205.01580.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.linen as nn
@@ -15,8 +13,6 @@ import jax.numpy as jnp
 from qkd_jax import checks
 from qkd_jax.models.components import logits_of
 from qkd_jax.models.features import sow_feature
-
-__all__ = ["TransformerBlock", "ViT"]
 
 
 class TransformerBlock(nn.Module):

@@ -9,8 +9,6 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["Array", "Axes", "AxisName", "Key", "OnGrid", "Params", "State", "Values"]
-
 if TYPE_CHECKING:
     from jax import Array
 else:

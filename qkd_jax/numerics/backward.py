@@ -7,8 +7,6 @@ parameters are viewed as [first axis, many, short, long], and all terms are summ
 itself is written as additions of slices, which take half the time of its `reduce`, or less.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -17,8 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax.numerics.rounding import match_cotangent, sum_to
-
-__all__ = ["cotangents", "mean_of", "partial_sums"]
 
 # Smaller tensors cost less to sum than to view in another shape.
 _LEAST = 4096

@@ -1,7 +1,5 @@
 """Fixed-point formats: integers whose unit is a power of two."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax
@@ -10,8 +8,6 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.numerics.formats import MAX_BITS, IntFormat
-
-__all__ = ["FixedPointFormat"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,6 @@ and 4-bit ones of the OCP Microscaling specification 1.0, which have neither inf
 Where a backend flushes float32's own subnormals to zero, those of bf16 go with them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax
@@ -15,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks
-
-__all__ = ["FLOAT_FORMATS", "FloatFormat"]
 
 SPECIALS = ("ieee", "nan", "none")
 

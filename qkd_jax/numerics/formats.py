@@ -1,7 +1,5 @@
 """Integer formats: which codes a number of `bits` bits can be, and which NumPy type stores them."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax
@@ -9,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks
-
-__all__ = ["MAX_BITS", "IntFormat"]
 
 # Float32 products of a 16-bit code and its scale still recover the code; 17 bits would need 32-bit
 # storage and gain nothing that float16 does not give.

@@ -7,8 +7,6 @@ all data alone: the order of batches, how they are cut, and the number of device
 Counts are int32, exact up to 2^31 - 1 elements a bin.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +17,6 @@ import jax.numpy as jnp
 from qkd_jax.numerics.arrays import Axes, AxisName, State
 from qkd_jax.numerics.rounding import compute_dtype
 from qkd_jax.numerics.stats import reduced_axes
-
-__all__ = ["BINS", "add_to_histogram", "empty_histogram", "magnitudes"]
 
 BINS = 4096  # half of them on each side of zero
 # Exponent of the width before any data: below it every float32 is 0 or denormal.

@@ -23,24 +23,6 @@ from qkd_jax.numerics.formats import IntFormat
 from qkd_jax.numerics.rounding import compute_dtype, round_codes
 from qkd_jax.numerics.spec import SCALINGS, Spec
 
-__all__ = [
-    "MIN_SCALE",
-    "Grid",
-    "affine_parameters",
-    "check_operand",
-    "check_scale",
-    "check_sign",
-    "codes_of",
-    "decode",
-    "encode",
-    "guarded",
-    "nearest_level",
-    "power_of_two_above",
-    "range_parameters",
-    "shared_axes",
-    "symmetric_scale",
-]
-
 # The smallest scale. Its reciprocal and the product of two of them are normal float32 numbers, and
 # it is far below any step that trained values need, 16-bit ones included.
 MIN_SCALE = 1e-12

@@ -21,18 +21,6 @@ from qkd_jax.numerics.arrays import Axes
 if TYPE_CHECKING:
     from qkd_jax.numerics.spec import Spec
 
-__all__ = [
-    "STRENGTHS",
-    "at_least",
-    "compute_dtype",
-    "gradient_scale",
-    "match_cotangent",
-    "round_codes",
-    "round_ste",
-    "sum_to",
-    "through_rounding",
-    "within",
-]
 
 STRENGTHS = {"ewgs": 1e-3, "dsq": 0.2, "sigmoid": 5.0}
 """Default strength of each surrogate of the gradient of rounding."""

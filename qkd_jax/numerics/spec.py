@@ -1,7 +1,5 @@
 """`Spec`, the quantization of one tensor. Plain data: frozen, hashable, static under `jit`."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -9,20 +7,6 @@ from typing import Any
 
 from qkd_jax import checks
 from qkd_jax.numerics.formats import MAX_BITS, IntFormat
-
-__all__ = [
-    "BACKWARDS",
-    "GRANULARITIES",
-    "MASKS",
-    "ROUNDINGS",
-    "SCALINGS",
-    "Spec",
-    "check_option",
-    "refuse_fields",
-    "refuse_learned_power_of_two",
-    "refuse_odd_codes_of_16_bits",
-    "refuse_one_bit",
-]
 
 GRANULARITIES = ("tensor", "channel", "token", "example")
 MASKS = ("strict", "rounded", "none")

@@ -30,8 +30,6 @@ from qkd_jax.numerics.rounding import at_least, compute_dtype, round_codes, thro
 if TYPE_CHECKING:
     from qkd_jax.numerics.spec import Spec
 
-__all__ = ["snapped_zero_point", "staircase", "step_grid"]
-
 
 def snapped_zero_point(step: jax.Array, offset: jax.Array, spec: Spec) -> jax.Array:
     """The zero point nearest to an offset: clip(round(-offset / step), n, p)."""

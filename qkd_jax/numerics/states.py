@@ -1,7 +1,5 @@
 """States that several observers share: extremes, and extremes beside a histogram."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import jax
@@ -11,8 +9,6 @@ from qkd_jax.numerics.arrays import Axes, AxisName, State
 from qkd_jax.numerics.histogram import add_to_histogram, empty_histogram
 from qkd_jax.numerics.spec import Spec
 from qkd_jax.numerics.stats import Stats, measure
-
-__all__ = ["init_extremes", "init_histogram", "update_extremes", "update_histogram"]
 
 
 def init_extremes(shape: Sequence[int], spec: Spec) -> State:

@@ -6,8 +6,6 @@ deviations from the batch's own mean (joined by the parallel-variance formula of
 LeVeque, 1979), since a difference of large float32 sums would lose it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,8 +16,6 @@ import numpy as np
 
 from qkd_jax.numerics.arrays import Axes, AxisName
 from qkd_jax.numerics.rounding import compute_dtype
-
-__all__ = ["Stats", "Sums", "check_data", "empty", "finish", "measure", "merge", "reduced_axes"]
 
 
 class Sums(NamedTuple):

@@ -8,8 +8,6 @@ al., 2017 (arXiv 1712.05877, section 3.1) smooth activation ranges so; 0.01 is t
 MovingAverageMinMaxObserver.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import jax

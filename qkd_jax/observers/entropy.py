@@ -15,8 +15,6 @@ Published code is two nested Python loops over the bins. Both sums are differenc
 sums, so all cuts are one gather: see `thresholds`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

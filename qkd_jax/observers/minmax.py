@@ -3,8 +3,6 @@
 Reference: Jacob et al., 2018, arXiv 1712.05877, section 3.1, for weights.
 """
 
-from __future__ import annotations
-
 import jax
 
 from qkd_jax import numerics

@@ -13,8 +13,6 @@ mean squared error. The larger it is the more do clipped outliers count: L_p nor
 2102.05426) searches its steps with.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

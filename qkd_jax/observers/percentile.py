@@ -11,8 +11,6 @@ of a spec changes it.
 Reference: Wu et al., 2020, arXiv 2004.09602, who calibrate by maximum, entropy and percentile.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

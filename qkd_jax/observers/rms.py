@@ -8,8 +8,6 @@ format. Sums only: the cheapest observer that clips, and one that no single outl
 Reference: after Banner et al., 2018, arXiv 1810.05723, who clip by the distribution too.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Equalization can leave channels whose pre-activations lie far above zero; their 
 range of the activations and says nothing. Nagel et al., 2019 (arXiv 1906.04721, section 4.1.3).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,8 +27,6 @@ from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import TracedNet, trace_net
 from qkd_jax.quantize.variables import refuse_folded, refuse_quantized
 from qkd_jax.trees import get, join, put
-
-__all__ = ["absorb_bias"]
 
 
 def absorb_bias(

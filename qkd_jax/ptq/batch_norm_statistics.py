@@ -6,8 +6,6 @@ weights hop between neighbouring codes until the end, they belong to a net that 
 variance of the normalised inputs over the given batches.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,8 +19,6 @@ from qkd_jax import checks
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.calibration import model_arguments
 from qkd_jax.quantize.variables import is_folded
-
-__all__ = ["reestimate_batch_norm"]
 
 Tree = dict[str, Any]
 

@@ -10,8 +10,6 @@ Equalization, SmoothQuant and bias absorption all start from this list. To let a
 pass a factor on, add it to `_is_homogeneous`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 
@@ -21,8 +19,6 @@ from qkd_jax.graph import IDENTITY, MARKERS, Graph, Node
 from qkd_jax.ptq.kernels import Kernel, kernel
 from qkd_jax.ptq.leaves import BROADCAST, Readers, is_zero, leaf, norms_of, readers
 from qkd_jax.quantize.traced import TracedContraction, TracedNet, contractions
-
-__all__ = ["Link", "links"]
 
 _REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 _WINDOWS = frozenset({"reduce_window_sum", "reduce_window_max", "reduce_window_min"})

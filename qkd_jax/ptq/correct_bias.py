@@ -4,8 +4,6 @@ Rounding errors of weights that are multiplied with inputs of non-zero mean do n
 shift the mean of the output. Nagel et al., 2019 (arXiv 1906.04721, section 4.2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -27,8 +25,6 @@ from qkd_jax.quantize.variables import (
     refuse_folded,
     without_quantizers,
 )
-
-__all__ = ["correct_bias"]
 
 
 def correct_bias(

@@ -6,8 +6,6 @@ next without a change of the function. Nagel, van Baalen, Blankevoort and Wellin
 1906.04721, section 4.1).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,8 +22,6 @@ from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import trace_net
 from qkd_jax.quantize.variables import refuse_folded, refuse_quantized
 from qkd_jax.trees import put
-
-__all__ = ["equalization_pairs", "equalize"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

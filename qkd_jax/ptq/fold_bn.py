@@ -11,8 +11,6 @@ Behind a convolution or dense layer, BatchNorm in eval mode is a gain k and a sh
 Jacob et al., 2017 (arXiv 1712.05877, section 3.2); the multiplier form is what integer engines run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -35,8 +33,6 @@ from qkd_jax.quantize.traced import (
 )
 from qkd_jax.quantize.variables import folded_path
 from qkd_jax.trees import join, put
-
-__all__ = ["fold_bn", "output_scales"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

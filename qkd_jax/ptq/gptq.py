@@ -4,8 +4,6 @@ Frantar, Ashkboos, Hoefler and Alistarh, 2022 (arXiv 2210.17323), here for convo
 columns of their input patches. The loop over columns is in `gptq_core`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,8 +24,6 @@ from qkd_jax.quantize.traced import contractions, quantizer_params, trace_net
 from qkd_jax.quantize.variables import quantizer_path, quantizers, refuse_folded, without_quantizers
 from qkd_jax.quantizers import QUANTIZERS
 from qkd_jax.trees import get, put
-
-__all__ = ["gptq"]
 
 
 def gptq(

@@ -5,8 +5,6 @@ is the weight [rows, columns], H = X X^T the Hessian of the layer's squared erro
 Cholesky factor of its inverse, Q the rounding, E the errors that later columns make up for.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +16,6 @@ from jax import lax
 
 from qkd_jax.numerics import Spec, stats
 from qkd_jax.quantizers import QUANTIZERS
-
-__all__ = ["quantize_columns"]
 
 Params = dict[str, jax.Array]
 

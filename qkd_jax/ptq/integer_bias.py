@@ -9,8 +9,6 @@ layers further on a third of them. Rounded beforehand, the net that is evaluated
 runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 from typing import Any
@@ -24,8 +22,6 @@ from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import contractions, has_codes, trace_net
 from qkd_jax.quantize.variables import folded_path
 from qkd_jax.trees import get, join, put
-
-__all__ = ["integer_bias"]
 
 FINE_BITS = 7
 """Below this width of weight or input the unit is coarse, and a bias is better added in float."""

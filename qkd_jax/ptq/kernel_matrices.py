@@ -4,8 +4,6 @@ A row is an output, a column an input: a convolution's columns are its taps and 
 each group of a grouped one is a matrix of its own.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -18,8 +16,6 @@ import numpy as np
 from qkd_jax.numerics import Spec
 from qkd_jax.ptq.kernels import Kernel
 from qkd_jax.quantize.traced import TracedContraction
-
-__all__ = ["KernelMatrices", "hessian", "kernel_matrices"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

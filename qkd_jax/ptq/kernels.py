@@ -1,15 +1,11 @@
 """A layer's weight as a bilinear map between input and output channels, in any layout."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
 
 from qkd_jax.ptq.leaves import IDENTITY, Readers, leaf
 from qkd_jax.quantize.traced import TracedContraction, TracedNet
-
-__all__ = ["Kernel", "kernel"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,8 +4,6 @@ A method that rewrites a variable must know that one operation alone reads it, i
 whether a BatchNorm owns it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -16,21 +14,6 @@ from qkd_jax.graph import IDENTITY, LAYOUT, MARKERS, Graph, Node
 from qkd_jax.quantize.traced import TracedContraction, TracedNet, contractions
 from qkd_jax.quantize.variables import Tree, folded_path
 from qkd_jax.trees import get, put
-
-__all__ = [
-    "BROADCAST",
-    "BiasSite",
-    "Readers",
-    "add_to_output",
-    "bias_site",
-    "float64",
-    "is_relu",
-    "is_zero",
-    "leaf",
-    "module_of",
-    "norms_of",
-    "readers",
-]
 
 BROADCAST = LAYOUT | IDENTITY | {"broadcast_in_dim"}
 Readers = Mapping[str, list[Node]]

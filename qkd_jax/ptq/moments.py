@@ -6,8 +6,6 @@ BatchNorm that is folded still has these two in `params`, and the methods that r
 channels keep them true. Nagel et al., 2019 (arXiv 1906.04721, sections 4.2.1 and 4.2.2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,14 +18,6 @@ from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import TracedContraction, TracedNet, contractions, trace_net
 from qkd_jax.quantize.variables import unfolded
 from qkd_jax.trees import get, join, put
-
-__all__ = [
-    "input_means",
-    "norms_by_layer",
-    "output_moments",
-    "rectified_mean",
-    "rescale_folded",
-]
 
 
 def norms_by_layer(

@@ -15,8 +15,6 @@ weights lie on the grid of their quantizer, so nothing new has to be stored or d
   random (Wei et al., 2022, arXiv 2203.05740).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -32,8 +30,6 @@ from qkd_jax.quantize.traced import TracedNet, contractions, grid_of, trace_net
 from qkd_jax.quantize.variables import is_calibrated, quantizer_path, refuse_folded
 from qkd_jax.quantizers import QUANTIZERS, facts
 from qkd_jax.trees import put
-
-__all__ = ["Report", "adaround", "brecq", "qdrop"]
 
 Tree = dict[str, Any]
 

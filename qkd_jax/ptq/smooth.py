@@ -4,8 +4,6 @@ Activations with a few wide channels are hard to quantize per tensor, weights ar
 channel moves the difficulty. Xiao, Lin, Seznec, Wu, Demouth and Han, 2022 (arXiv 2211.10438).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,8 +19,6 @@ from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import contractions, trace_net
 from qkd_jax.quantize.variables import refuse_folded, refuse_quantized
 from qkd_jax.trees import put
-
-__all__ = ["smooth", "smoothing_scale"]
 
 MIN_SCALE = 1e-5
 

@@ -9,14 +9,10 @@ to 2, which first lets h move and then presses it to 0 or 1. Nagel et al., 2020 
 equations 21 to 24).
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 
 from qkd_jax.numerics import Grid
-
-__all__ = ["beta_at", "hard_weight", "penalty", "soft_weight", "start", "step_up"]
 
 ZETA, GAMMA = 1.1, -0.1
 BETAS = (20.0, 2.0)

@@ -5,8 +5,6 @@ net once per layer. A `Stream` stands at one node of the graph at a time and kee
 need of every batch; values may be replaced before they are read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,8 +15,6 @@ from qkd_jax import checks
 from qkd_jax.graph import Graph, Node, execute
 from qkd_jax.quantize.calibration import model_arguments
 from qkd_jax.quantize.traced import is_quantizer
-
-__all__ = ["Stream", "image_batches"]
 
 
 class Stream:

@@ -1,7 +1,5 @@
 """Learning one unit of a net: the rounding of its weights and the steps of its activations."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -18,8 +16,6 @@ from qkd_jax.ptq.soft_rounding import beta_at, hard_weight, penalty, soft_weight
 from qkd_jax.ptq.units import Unit, run_unit
 from qkd_jax.quantize.traced import TracedNet, grid_of, quantizer_params
 from qkd_jax.quantizers import QUANTIZERS, facts
-
-__all__ = ["Report", "Settings", "UnitLearner", "step_value"]
 
 Report = Callable[[str, int, float], None]
 """Called with (unit's layers, steps done, reconstruction error)."""

@@ -6,8 +6,6 @@ activation; a block lies between two values through which everything must pass, 
 is one unit, whatever its author called it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,8 +15,6 @@ import jax.numpy as jnp
 
 from qkd_jax.graph import MARKERS, Graph, Node, execute
 from qkd_jax.quantize.traced import TracedContraction, TracedNet, contractions, is_quantizer
-
-__all__ = ["ELEMENTWISE", "Unit", "block_units", "layer_units", "run_unit"]
 
 ELEMENTWISE = frozenset(
     "abs add clamp convert_element_type copy div erf exp integer_pow log logistic max min mul neg "

@@ -5,8 +5,6 @@ second follows only for observers that search a grid whose width the first pass 
 are observed at once, on float activations.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -33,8 +31,6 @@ from qkd_jax.quantize.variables import (
 )
 from qkd_jax.quantizers import QUANTIZERS, is_uniform
 from qkd_jax.trees import insert, join, merged
-
-__all__ = ["calibrate", "check_observer", "model_arguments"]
 
 Tree = dict[str, Any]
 Key = tuple[str, str]  # (layer path, operand)

@@ -10,8 +10,6 @@ output, for any layout.
 evaluation and the integer path see the same sums.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import string
@@ -25,17 +23,6 @@ from jax import lax
 
 from qkd_jax.graph import Axes, output_axes, scale_in_output
 from qkd_jax.numerics import IntFormat, codes_of
-
-__all__ = [
-    "Contraction",
-    "OperandGrid",
-    "code_dtype",
-    "conv_contraction",
-    "dot_contraction",
-    "einsum_contraction",
-    "quantized_contraction",
-    "sum_dtype",
-]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,6 @@ of its sixteen codes, a layer whose signal-to-quantization-noise ratio is far be
 neighbours'. The net runs quantized, so each operand is what it is behind quantized layers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,8 +25,6 @@ from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.operands import OperandUse
 from qkd_jax.quantize.variables import split_states, state_key, states
 from qkd_jax.quantizers import QUANTIZERS, in_use, learns_bits
-
-__all__ = ["Diagnosed", "Diagnosis", "diagnose"]
 
 Tree = dict[str, Any]
 _KIND = "diagnosed"

@@ -8,8 +8,6 @@ what is pooled, and on the logits; and one grid, at its source, for a tensor tha
 layers read. These sites are outputs of modules, which a rule's `output` reaches.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -25,8 +23,6 @@ from qkd_jax import graph as graphs
 from qkd_jax.graph import CONTRACTIONS, IDENTITY, LAYOUT, MARKERS, Graph, Node
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.model import quantize
-
-__all__ = ["GridSites", "LayerInputs", "Site", "find_grid_sites"]
 
 # Each number of the result is one of the operand.
 MOVES = LAYOUT | IDENTITY | {"broadcast_in_dim", "slice", "gather", "dynamic_slice"}

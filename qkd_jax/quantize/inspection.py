@@ -3,8 +3,6 @@
 Nothing here computes: shapes come from `jax.eval_shape`, contractions from the traced graph.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -19,8 +17,6 @@ from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.variables import quantizer_key
 from qkd_jax.quantizers import QUANTIZERS, in_use
 from qkd_jax.trees import find
-
-__all__ = ["Coverage", "Covered", "LayerInfo", "Size", "coverage", "layers", "size"]
 
 _TABLES = ("kernel", "embedding")
 

@@ -14,8 +14,6 @@ A `Frame` is one application of a net. To do something else with its operands, g
 (see `operands`); there is nothing in it to override.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -59,8 +57,6 @@ from qkd_jax.quantize.operands import (
 )
 from qkd_jax.quantize.variables import FOLDED
 from qkd_jax.quantizers import QUANTIZERS
-
-__all__ = ["Frame", "LayerUse"]
 
 
 @dataclasses.dataclass

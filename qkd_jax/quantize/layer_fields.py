@@ -5,8 +5,6 @@ factory; `Einsum`, `ConvTranspose` and `Embed` keep theirs, but pass the operand
 `promote_dtype`. Both are public fields of a bound module, set for the length of one call.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,15 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax.quantize.contraction import Contraction, einsum_contraction
-
-__all__ = [
-    "ContractionFactory",
-    "Promotion",
-    "bias_in_output",
-    "describe",
-    "injected",
-    "set_fields",
-]
 
 
 class ContractionFactory:

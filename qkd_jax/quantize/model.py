@@ -10,8 +10,6 @@ float. A net is float, bit for bit the linen model, until `calibrate` has given 
 collection.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -26,8 +24,6 @@ from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.operands import mark_operand, quantize_operand, watching
 from qkd_jax.quantize.rules import Rule, first_match
 from qkd_jax.quantize.variables import is_own_key, join_quant, split_quant
-
-__all__ = ["QuantizedModel", "quantize"]
 
 Variables = dict[str, Any]
 

@@ -9,8 +9,6 @@ writes next to a quantizer comes out of `nn.scan`, `nn.vmap` and `nn.remat` as t
 parameters do, where values handed to a callback would leak.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -25,23 +23,6 @@ from qkd_jax.numerics import Spec
 from qkd_jax.quantize.contraction import Contraction, OperandGrid
 from qkd_jax.quantize.variables import quantizer_key
 from qkd_jax.quantizers import QUANTIZERS, found_params, live
-
-__all__ = [
-    "ROUNDING",
-    "OperandAxes",
-    "OperandHook",
-    "OperandUse",
-    "QuantizedOperand",
-    "batch_axes_of",
-    "left_axes",
-    "mark_operand",
-    "mark_skipped",
-    "quantize_operand",
-    "read_variable",
-    "right_axes",
-    "split_groups",
-    "watching",
-]
 
 ROUNDING = "rounding"
 """Name of the random stream of stochastic rounding, in the `rngs` of `apply`."""

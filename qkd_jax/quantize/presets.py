@@ -17,8 +17,6 @@ a LayerNorm, a GELU, a linear bottleneck) signed, and finds the ends of a net th
 them "stem" and "head". Configs always give it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import re
@@ -32,8 +30,6 @@ from qkd_jax.numerics import Spec
 from qkd_jax.quantize.grid_sites import GridSites, LayerInputs, find_grid_sites
 from qkd_jax.quantize.rules import Rule
 from qkd_jax.quantizers import QUANTIZERS, facts
-
-__all__ = ["PRESETS", "low_bit", "pair", "post_training", "rules", "weight_only"]
 
 RuleDicts = tuple[Mapping[str, Any], ...]
 KINDS = ("static", "dynamic")

@@ -1,7 +1,5 @@
 """Rules: which layers' operands are quantized, and how."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re
@@ -10,8 +8,6 @@ from qkd_jax import checks
 from qkd_jax.numerics import Spec
 from qkd_jax.observers import OBSERVERS
 from qkd_jax.quantizers import QUANTIZERS, check
-
-__all__ = ["Rule", "first_match"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """The quantized weights of a net as they lie in its variables, outside a forward pass."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,8 +12,6 @@ from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.variables import quantizer_params, quantizers
 from qkd_jax.quantizers import QUANTIZERS, live
 from qkd_jax.trees import get, join, put
-
-__all__ = ["Rounded", "StoredWeight", "quantized_weights", "rounded", "with_weight"]
 
 Tree = Mapping[str, Any]
 NAMES = ("kernel", "embedding")

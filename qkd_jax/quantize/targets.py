@@ -11,8 +11,6 @@ products into 16 bits, and the sum saturates where 255 * |code| * 2 > 32767. Log
 without a word, and accuracy alone does not show it. Weights of 7 bits are safe.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,8 +20,6 @@ from qkd_jax.numerics import Spec
 from qkd_jax.quantize.rules import Rule
 from qkd_jax.quantize.variables import OPERANDS
 from qkd_jax.quantizers import code_format, is_uniform
-
-__all__ = ["TARGETS", "Target", "check", "fit"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,6 @@ Folding, conversion and export all start from this list. An operand is followed 
 operations that only move numbers (`LAYOUT`) to the marker that the net's trace mode put on it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -22,22 +20,6 @@ from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.variables import quantizer_path, split_multipliers
 from qkd_jax.quantizers import QUANTIZERS, facts, found_params, in_use, learns_bits
 from qkd_jax.trees import get
-
-__all__ = [
-    "Operand",
-    "TracedContraction",
-    "TracedNet",
-    "contractions",
-    "dynamic_grid",
-    "grid_of",
-    "has_codes",
-    "is_dynamic",
-    "is_quantizer",
-    "known_grid",
-    "quantizer_params",
-    "scale_in_output",
-    "trace_net",
-]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

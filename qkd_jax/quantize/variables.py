@@ -9,8 +9,6 @@ and, while a net is observed, the state `<operand>_<kind>` next to the quantizer
 No other file spells these keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,33 +18,6 @@ from flax.core import unfreeze
 
 from qkd_jax import checks
 from qkd_jax.trees import entries, find, flatten, insert, join, merged, partition
-
-__all__ = [
-    "FOLDED",
-    "OPERANDS",
-    "folded_entries",
-    "folded_path",
-    "is_calibrated",
-    "is_folded",
-    "is_own_key",
-    "is_quantizer_key",
-    "join_quant",
-    "load_float",
-    "parameter_owner",
-    "quantizer_key",
-    "quantizer_params",
-    "quantizer_path",
-    "quantizers",
-    "refuse_folded",
-    "refuse_quantized",
-    "split_multipliers",
-    "split_quant",
-    "split_states",
-    "state_key",
-    "states",
-    "unfolded",
-    "without_quantizers",
-]
 
 Tree = dict[str, Any]
 

@@ -4,8 +4,6 @@ Each level is a sum of a few powers of two, so that a product with it is a few s
 levels lie densely near zero, as weights do.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 

@@ -4,8 +4,6 @@ XNOR-Net. With the option `static` the magnitude is the calibrated one: for acti
 must not depend on the batch.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

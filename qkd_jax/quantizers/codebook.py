@@ -4,8 +4,6 @@ Each of the values is taken by about as many weights as any other, if the weight
 weights alone: the grid is not uniform, there is no integer view, and products run on x_hat.
 """
 
-from __future__ import annotations
-
 import functools
 import statistics
 

@@ -1,7 +1,5 @@
 """DoReFa: low-bit weights, activations, gradients (Zhou et al., 2016, arXiv 1606.06160)."""
 
-from __future__ import annotations
-
 import functools
 import zlib
 from typing import Any

@@ -1,7 +1,5 @@
 """DSQ: differentiable soft quantization (Gong et al., 2019, arXiv 1908.05033)."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax.numpy as jnp

@@ -1,7 +1,5 @@
 """EWGS: gradients scaled element by element (Lee et al., 2021, arXiv 2104.00903)."""
 
-from __future__ import annotations
-
 import functools
 
 import jax

@@ -3,8 +3,6 @@
 The grid is not uniform: there is no integer view, and products run on x_hat.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

@@ -4,8 +4,6 @@ The step is a parameter, trained with the network by the gradient of the quantiz
 the option `learn_bits` the number of bits is one too.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -1,7 +1,5 @@
 """LSQ+: a learned step and a learned offset (Bhalgat et al., 2020, arXiv 2004.09576)."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -1,7 +1,5 @@
 """PACT: a learned clipping level for activations (Choi et al., 2018, arXiv 1805.06085)."""
 
-from __future__ import annotations
-
 import functools
 
 import jax

@@ -4,8 +4,6 @@ The quantizer of QKD (Kim et al., 2019, arXiv 1911.12491), which uses it as a tr
 quantizer: the exponent gamma of the paper's transformer is 1 here.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

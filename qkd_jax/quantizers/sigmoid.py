@@ -3,8 +3,6 @@
 "Quantization Networks": rounding is the limit of a sum of sigmoids, one at each threshold.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax.numpy as jnp

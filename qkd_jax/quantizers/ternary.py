@@ -1,7 +1,5 @@
 """Ternary weights: -1, 0 or 1 times a magnitude (Li et al., 2016, arXiv 1605.04711)."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

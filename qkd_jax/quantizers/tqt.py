@@ -1,7 +1,5 @@
 """TQT: trained thresholds and power-of-two scales (Jain et al., 2019, arXiv 1903.08066)."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

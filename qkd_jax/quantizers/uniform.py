@@ -4,8 +4,6 @@ Jacob et al., 2017 (arXiv 1712.05877); Krishnamoorthi, 2018 (arXiv 1806.08342). 
 calibration and is not trained.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

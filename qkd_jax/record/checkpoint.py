@@ -35,8 +35,6 @@ from qkd_jax import checks
 from qkd_jax.record.packing import pack, unpack
 from qkd_jax.trees import arrays_sha256
 
-__all__ = ["Checkpoints", "Restored"]
-
 _FORMAT = 1
 _NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 

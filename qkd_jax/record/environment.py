@@ -1,7 +1,5 @@
 """What a result may depend on beside config and data: code, versions, machine."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import os
@@ -12,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-
-__all__ = ["environment", "git_state"]
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "qkd_jax")
 

@@ -28,8 +28,6 @@ from qkd_jax.record.environment import environment
 from qkd_jax.record.json_files import plain, read_json, write_json
 from qkd_jax.record.metrics_log import MetricsLog
 
-__all__ = ["RunFolder"]
-
 
 class RunFolder:
     """One folder, one run. Everything that is written here can be read back from here.

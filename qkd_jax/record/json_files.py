@@ -1,7 +1,5 @@
 """Strict JSON files: deterministic bytes, written atomically."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -10,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-__all__ = ["plain", "read_json", "replace_file", "write_json"]
 
 
 def plain(value: Any) -> Any:

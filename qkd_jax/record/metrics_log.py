@@ -1,15 +1,11 @@
 """The log of metrics: one JSON line for each logged step, cut back on resume."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qkd_jax.record.json_files import plain, replace_file
-
-__all__ = ["MetricsLog", "read_metrics"]
 
 FILE = "metrics.jsonl"
 

@@ -5,8 +5,6 @@ array of bytes and larger ones by themselves: a tree of 500 small leaves is save
 of 400 ms.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +12,6 @@ from typing import Any
 import numpy as np
 
 from qkd_jax.trees import flatten, host_array, key_impl
-
-__all__ = ["pack", "unpack"]
 
 _LARGE = 1 << 20
 _PACKED = "packed"

@@ -17,8 +17,6 @@ from rich.text import Text
 
 from qkd_jax import checks
 
-__all__ = ["Progress", "duration"]
-
 
 def duration(seconds: float) -> str:
     """Returns "0:07", "3:20" or "1:02:03"."""

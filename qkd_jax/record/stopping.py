@@ -8,8 +8,6 @@ import threading
 from types import FrameType
 from typing import Any
 
-__all__ = ["EXIT_INTERRUPTED", "EXIT_NONFINITE", "GracefulStop"]
-
 EXIT_NONFINITE = 3
 # sysexits.h EX_TEMPFAIL, "try again": a scheduler can requeue the job on this code, and it differs
 # from Python's 1 (an error) and from 143 (killed by SIGTERM without having saved).

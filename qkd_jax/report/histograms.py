@@ -1,15 +1,11 @@
 """Weights on the code grid: the small file that the report's histograms are drawn from."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from qkd_jax import checks
-
-__all__ = ["weight_histograms"]
 
 
 def weight_histograms(layers: Mapping[str, Mapping[str, Any]], *, bins: int = 60) -> dict[str, Any]:

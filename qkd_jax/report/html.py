@@ -4,8 +4,6 @@ Every part is left out when its file is not there, so a run that was interrupted
 page has no script, loads nothing, and shows its pictures as inline SVG.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -30,8 +28,6 @@ from qkd_jax.report.page import (
     safe,
 )
 from qkd_jax.report.table import columns, count, number, percent, reference
-
-__all__ = ["render", "write"]
 
 
 def _headline(rows: Sequence[Mapping[str, Any]], examples: int | None) -> str:

@@ -1,12 +1,8 @@
 """Parts of the report's page: style sheet, tables, figures and the frame around them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
-
-__all__ = ["as_records", "cell", "code", "column_table", "figure", "page", "quiet", "record_table"]
 
 Column = tuple[str, bool, Callable[[Mapping[str, Any]], str]]
 """(heading, whether right-aligned, record -> HTML of the cell)."""

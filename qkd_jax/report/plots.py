@@ -1,15 +1,11 @@
 """The report's figures of a run, as SVG text: they read plain dicts and know no files."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qkd_jax.quantize.variables import quantizer_key
 from qkd_jax.report import svg
-
-__all__ = ["MAX_LAYERS", "curves", "histograms", "quantizer_paths", "series", "stage_spans"]
 
 MAX_POINTS = 500
 MAX_LAYERS = 12

@@ -8,8 +8,6 @@ its 95 % interval (Student's t on the differences seed by seed, so that what a s
 hard for all arms cancels).
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json
@@ -20,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from qkd_jax import checks
-
-__all__ = ["collect", "markdown", "paired_interval"]
 
 MEASURES = {
     "top1": ("top-1 %", 100.0, 2),

@@ -1,7 +1,5 @@
 """Figures of soft labels, drawn from the dict that `soft_labels.collect` makes."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math
@@ -12,8 +10,6 @@ import numpy as np
 
 from qkd_jax.report import svg
 from qkd_jax.report.soft_labels import nets_of, off_diagonal, softmax
-
-__all__ = ["distributions", "similarities"]
 
 SHOWN = 12  # classes that a panel has room for
 

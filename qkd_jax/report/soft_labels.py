@@ -4,8 +4,6 @@
 `soft_label_figures` draws it.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +11,6 @@ from typing import Any
 import numpy as np
 
 from qkd_jax.data.record_writer import png
-
-__all__ = ["choose", "collect", "nets_of", "off_diagonal", "rank_correlation", "softmax"]
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 MATRIX = 200  # classes up to which the matrices are kept

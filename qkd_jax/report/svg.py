@@ -4,25 +4,10 @@ Colours are those of Okabe and Ito, which colour-blind readers can distinguish; 
 style too. Text stays text in the SVG, so the page's own font is used and the file stays small.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Sequence
 from typing import Any
-
-__all__ = [
-    "COLORS",
-    "INK",
-    "LINES",
-    "QUIET",
-    "bare",
-    "figure",
-    "legend",
-    "name_axes",
-    "style",
-    "text",
-]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
 LINES = ("-", "--", "-.", ":")

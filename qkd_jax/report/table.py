@@ -1,15 +1,11 @@
 """The results table: one description of its columns for the terminal and for the page."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
-
-__all__ = ["columns", "count", "number", "percent", "reference", "table"]
 
 Row = Mapping[str, Any]
 NONE = "-"

@@ -5,8 +5,6 @@ al., 2019, arXiv 1905.11452, with a hinge in place of their squared one). The bi
 the fewest and the most there can be, so that none falls further while others are still too many.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,8 +16,6 @@ from qkd_jax.quantize.stored_weights import StoredWeight, quantized_weights
 from qkd_jax.quantize.variables import quantizer_key, quantizer_params
 from qkd_jax.quantizers import fewest_bits, learns_bits, used_bits
 from qkd_jax.trees import get, join
-
-__all__ = ["bounded_bits", "excess"]
 
 
 def excess(net: QuantizedModel, learned: Mapping[str, Any], budget: jax.Array) -> jax.Array:

@@ -5,8 +5,6 @@ whose name begins with `log2_` within log2(ratio) of their start, and `lower` to
 width, about their middle.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import jax
@@ -14,8 +12,6 @@ import jax.numpy as jnp
 
 from qkd_jax.numerics import Spec
 from qkd_jax.quantizers import facts
-
-__all__ = ["clamped", "clamps"]
 
 _LOG2 = "log2_"
 _ENDS = ("lower", "upper")

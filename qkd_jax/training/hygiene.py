@@ -19,8 +19,6 @@ A later stage starts with a new state even if it continues the optimizer: weight
 are free until they are caught again.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -37,17 +35,6 @@ from qkd_jax.quantize.variables import parameter_owner
 from qkd_jax.quantizers import QUANTIZERS, facts, learns_bits
 from qkd_jax.training import bit_budget, clamping, oscillation
 from qkd_jax.trees import flatten
-
-__all__ = [
-    "HYGIENE_FIELDS",
-    "Hygiene",
-    "apply",
-    "check",
-    "describe",
-    "init",
-    "penalty",
-    "plan_hygiene",
-]
 
 Tree = dict[str, Any]
 

@@ -6,8 +6,6 @@ to it. A batch is a function of its number, so the loop starts anywhere. What ha
 happens cannot change the result.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +19,6 @@ from qkd_jax.training.parallel import CompiledStep
 from qkd_jax.training.plan import Plan
 from qkd_jax.training.state import TrainState
 from qkd_jax.training.step import name_metrics
-
-__all__ = ["Hooks", "NonFiniteError", "Preempted", "Window", "run_steps"]
 
 Named = dict[str, dict[str, float]]
 

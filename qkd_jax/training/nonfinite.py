@@ -4,8 +4,6 @@ Runs only after a step has reported `finite == False`, on the state which that s
 so it may be slow: nets run eagerly, layer by layer in execution order.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,8 +20,6 @@ from qkd_jax.training.objective import Batch, gradients
 from qkd_jax.training.plan import Learner, Plan
 from qkd_jax.training.state import TrainState, split, step_key
 from qkd_jax.trees import find
-
-__all__ = ["NonFinite", "locate_nonfinite"]
 
 Path = tuple[str, ...]
 

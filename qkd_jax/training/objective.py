@@ -4,8 +4,6 @@ A loss is weighted sums over examples. What a net teaches is detached, so no net
 another net's loss, and one `value_and_grad` of `total_loss` gives all gradients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -25,8 +23,6 @@ from qkd_jax.quantize.operands import ROUNDING
 from qkd_jax.training import hygiene
 from qkd_jax.training.plan import Learner, StepStructure, cached_key
 from qkd_jax.training.state import TrainState, join, split, step_key
-
-__all__ = ["Batch", "Metrics", "adaptor_params", "gradients", "total_loss"]
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Any]

@@ -9,8 +9,6 @@ milestones are static, so two arms that differ in numbers share one compilation.
 Add an optimizer as a function in OPTIMIZERS, a schedule as one in SCHEDULES.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -24,20 +22,6 @@ import optax
 
 from qkd_jax import checks
 from qkd_jax.distillation.terms import in_steps
-
-__all__ = [
-    "OPTIMIZERS",
-    "OPTIM_FIELDS",
-    "SCHEDULES",
-    "OptimStructure",
-    "frozen_by",
-    "group_of",
-    "groups",
-    "init_optimizer",
-    "plan_optimizer",
-    "schedule_factor",
-    "update_optimizer",
-]
 
 Tree = Any
 Hyper = dict[str, Any]

@@ -10,8 +10,6 @@ Reference:
     Nagel, Fournarakis, Bondarenko, Blankevoort, 2022, arXiv 2203.11086.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -23,8 +21,6 @@ import numpy as np
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.stored_weights import StoredWeight, quantized_weights, rounded, with_weight
 from qkd_jax.trees import get
-
-__all__ = ["OSCILLATES", "cosine", "dampening", "init_weight", "oscillating", "update_weight"]
 
 Tree = dict[str, Any]
 # A weight counts as oscillating from this frequency on, as in the paper's table 1.

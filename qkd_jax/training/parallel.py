@@ -5,8 +5,6 @@ quantizers' statistics are global by construction. Under `pmap` each device runs
 step gets `axis_name`: sums, counts and gradients are added over it. Both equal one device.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import pathlib
@@ -24,8 +22,6 @@ from qkd_jax import checks
 from qkd_jax.training.plan import Plan, StepStructure
 from qkd_jax.training.state import TrainState
 from qkd_jax.training.step import Metrics, Step, make_step
-
-__all__ = ["CompiledStep", "StepCache", "compile_step", "enable_compilation_cache"]
 
 AXIS = "batch"
 MODES = ("jit", "pmap")

@@ -11,8 +11,6 @@ step. Nets and labels get canonical names there ("net0", "term0"), so a control 
 and numbers runs on the same compiled step.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
@@ -28,8 +26,6 @@ from qkd_jax.distillation.terms import Term
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.training.hygiene import Hygiene, describe, plan_hygiene
 from qkd_jax.training.optim import OptimStructure, plan_optimizer
-
-__all__ = ["Learner", "Plan", "StepStructure", "Term", "cached_key", "plan_step"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,6 @@ and `quant` learn, the rest is carried by the forward pass. The state holds the 
 stage under canonical slots ("net0", ...); nets that only teach travel beside it, as `frozen`.
 """
 
-from __future__ import annotations
-
 import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -23,24 +21,6 @@ from qkd_jax.quantize.variables import folded_entries
 from qkd_jax.training import hygiene, optim
 from qkd_jax.training.plan import Plan
 from qkd_jax.trees import flatten
-
-__all__ = [
-    "LEARNED",
-    "TrainState",
-    "frozen_variables",
-    "init_opt",
-    "init_term_state",
-    "jit_once",
-    "join",
-    "net_variables",
-    "optimizer_states",
-    "split",
-    "stale_variables",
-    "start_state",
-    "step_key",
-    "stream_key",
-    "term_states",
-]
 
 Variables = dict[str, Any]
 LEARNED = ("params", "quant")

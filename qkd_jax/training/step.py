@@ -14,8 +14,6 @@ Nets that only teach are an argument, in evaluation mode. The step knows nothing
 `parallel.compile_step` compiles it for them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -33,8 +31,6 @@ from qkd_jax.training import hygiene, optim
 from qkd_jax.training.objective import Batch, Metrics, gradients
 from qkd_jax.training.plan import Learner, Plan, StepStructure
 from qkd_jax.training.state import TrainState, join, split
-
-__all__ = ["Step", "eval_step", "make_step", "name_metrics", "refresh_stale"]
 
 Step = Callable[..., tuple[TrainState, Metrics]]
 

@@ -10,8 +10,6 @@ A config's `init_from` takes whatever `load` takes. Nothing is unpickled: a .pth
 refused with the command that converts it.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 SOURCE is whatever a config's `init_from` takes; TARGET ends in .safetensors or .npz.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

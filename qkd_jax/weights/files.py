@@ -5,8 +5,6 @@ is taken for sizes that the file only claims (deflated, it may hold a thousand t
 Nothing is unpickled.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -20,8 +18,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import safetensors
-
-__all__ = ["damaged", "parse_safetensors", "read_npz", "read_safetensors", "safetensors_bytes"]
 
 # The names of https://github.com/safetensors/safetensors#format that NumPy and ml_dtypes can hold.
 DTYPES: dict[str, Any] = {

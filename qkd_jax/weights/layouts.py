@@ -15,8 +15,6 @@ To read another family, add its layers to `LAYERS`; a name is translated by the 
 matches it wholly.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,8 +24,6 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.quantize.variables import is_folded
 from qkd_jax.trees import flatten, nested
-
-__all__ = ["from_torch", "is_torch", "to_torch"]
 
 # Layer in PyTorch, as a pattern; its path here; what kind of layer it is.
 LAYERS: tuple[tuple[str, str, str], ...] = (

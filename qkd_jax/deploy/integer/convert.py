@@ -11,8 +11,6 @@ Codes are centred before the product, so zero padding pads with the zero point. 
 where sums are exact in int32 and in float32.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import posixpath
@@ -56,8 +54,6 @@ from qkd_jax.quantize.traced import (
 )
 from qkd_jax.quantize.variables import FOLDED, quantizer_key
 from qkd_jax.quantizers import QUANTIZERS
-
-__all__ = ["convert", "integer_apply"]
 
 FORMULATIONS = ("auto", "int32", "float32")
 INT32_LIMIT = 2**31

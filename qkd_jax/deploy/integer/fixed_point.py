@@ -6,15 +6,11 @@ high half of a product, and a rounding right shift. What is rounded here is roun
 the shift with halves away from zero. Negative factors have a negative m0 and negate the result.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-__all__ = ["decompose", "high_multiply", "rescale", "rounding_shift", "table"]
 
 MAX_SHIFT = 30
 

@@ -19,8 +19,6 @@ the whole tensor and `GROUND` bits, also a `Rescale`. Everything else (a product
 a softmax) is refused, with the module and the rule to add.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -47,8 +45,6 @@ from qkd_jax.graph import IDENTITY, Graph, Node
 from qkd_jax.numerics import codes_of
 from qkd_jax.quantize.traced import known_grid
 from qkd_jax.quantizers import QUANTIZERS
-
-__all__ = ["rewrite"]
 
 TABLE_CODES = 16  # up to this many codes a quantizer becomes a table
 HEADROOM = 30  # bits that a rescaled sum may take

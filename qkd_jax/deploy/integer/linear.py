@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Linear", "Raw", "compressed"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Raw:

@@ -9,8 +9,6 @@ changed here, and old files stay valid.
 To let files hold another operation, add its line.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +16,6 @@ import jax
 from jax.extend.core import primitives
 
 from qkd_jax import checks
-
-__all__ = ["OPERATIONS", "attributes", "parameters", "primitive"]
 
 REQUIRED = object()
 UNSET = object()

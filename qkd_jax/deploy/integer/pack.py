@@ -6,8 +6,6 @@ are odd), so that b bits of information take b bits. Fields lie one after anothe
 first; three bits fill three bytes with eight codes.
 """
 
-from __future__ import annotations
-
 import math
 
 import jax
@@ -16,8 +14,6 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.numerics import IntFormat
-
-__all__ = ["field_bits", "pack", "packed_bytes", "unpack"]
 
 
 def field_bits(format: IntFormat, stride: int = 1) -> int:

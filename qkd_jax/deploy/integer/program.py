@@ -15,8 +15,6 @@ A step names arrays by their key in `IntegerModel.arrays`: `<layer>/weight` pack
 the parameters of a quantizer, the model's own names for the rest (`<layer>/bias`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -33,24 +31,6 @@ from qkd_jax.deploy.integer.pack import unpack
 from qkd_jax.graph import Axes, Node, scale_in_output
 from qkd_jax.numerics import IntFormat, Spec, codes_of
 from qkd_jax.quantizers import QUANTIZERS, found_params, live
-
-__all__ = [
-    "FLOAT32_EXACT",
-    "Decode",
-    "Encode",
-    "IntegerModel",
-    "LayerSize",
-    "Multiply",
-    "Program",
-    "Quantize",
-    "Rescale",
-    "Table",
-    "Unpack",
-    "cut_axes",
-    "cut_ends",
-    "run",
-    "unique_name",
-]
 
 FLOAT32_EXACT = 2**24
 

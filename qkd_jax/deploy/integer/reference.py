@@ -5,8 +5,6 @@ the same integers, bit for bit, without JAX: int32 sums, int64 only inside the f
 where hardware has its 64-bit multiplier. Arrays are the model's, as NumPy.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +23,6 @@ from qkd_jax.deploy.integer.program import (
     unique_name,
 )
 from qkd_jax.graph import NUMPY
-
-__all__ = ["convolve", "dot", "high_multiply", "rescale", "rounding_shift", "run", "unpack"]
 
 
 def run(

@@ -11,8 +11,6 @@ trusts nothing beyond that: it checks every shape and dtype, and evaluates the s
 program before anything is computed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -33,8 +31,6 @@ from qkd_jax.deploy.integer.pack import packed_bytes
 from qkd_jax.deploy.integer.program import IntegerModel, Program, Unpack, run
 from qkd_jax.deploy.integer.serial import decode, dtype_of, encode
 from qkd_jax.weights.files import damaged, parse_safetensors, read_bytes, safetensors_bytes
-
-__all__ = ["JSON", "TENSORS", "describe", "load", "save"]
 
 TENSORS, JSON = "model.safetensors", "model.json"
 FORMAT, VERSION = "qkd_jax integer model", 1

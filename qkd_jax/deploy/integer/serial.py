@@ -9,8 +9,6 @@ The fields of a structure are those of its dataclass, without those that have th
 operations are those of `operations.OPERATIONS`. A new kind of step is a line in `STRUCTURES`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 import functools
@@ -29,8 +27,6 @@ from qkd_jax.deploy.integer import program as programs
 from qkd_jax.deploy.integer.operations import attributes, parameters, primitive
 from qkd_jax.graph import Node
 from qkd_jax.numerics import IntFormat, Spec
-
-__all__ = ["STRUCTURES", "decode", "dtype_of", "encode"]
 
 STRUCTURES: dict[str, type] = {
     "program": programs.Program,

@@ -6,8 +6,6 @@ does. Larger ones are cut along what is summed into as few pieces as keep each b
 in int32.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -24,8 +22,6 @@ from qkd_jax.quantize.traced import (
     grid_of,
     is_dynamic,
 )
-
-__all__ = ["check_dynamic_scales", "code_range", "sum_bound"]
 
 MOST_PIECES = 16  # beyond, int32
 

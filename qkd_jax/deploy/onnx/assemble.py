@@ -1,7 +1,5 @@
 """Assembles the ONNX model: public names, inputs and outputs, short names inside."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -9,8 +7,6 @@ import numpy as np
 from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.engines import import_engine
 from qkd_jax.deploy.onnx.writer import OnnxNode, Tensor
-
-__all__ = ["onnx_model"]
 
 # The oldest ONNX file format that carries each opset.
 IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10}

@@ -1,7 +1,5 @@
 """The constant operand of a contraction in ONNX: a weight, as codes or as floats."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax.numpy as jnp
@@ -14,8 +12,6 @@ from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
 from qkd_jax.numerics import codes_of
 from qkd_jax.quantize.traced import Operand, TracedContraction, grid_of, is_dynamic, scale_in_output
-
-__all__ = ["ConstantOperand", "constant_operand"]
 
 BYTES = (np.dtype(np.int8), np.dtype(np.uint8))
 INT16_LIMIT = 32767

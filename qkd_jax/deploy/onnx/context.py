@@ -1,7 +1,5 @@
 """The state of one ONNX export: which tensor holds which value of the graph."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -14,8 +12,6 @@ from qkd_jax.deploy.onnx.writer import Tensor, Writer
 from qkd_jax.graph import Node
 from qkd_jax.numerics import Grid, IntFormat
 from qkd_jax.quantize.traced import TracedNet, contractions
-
-__all__ = ["Dequantized", "DynamicRange", "Export"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,7 +1,5 @@
 """Convolutions and matrix products in ONNX, with the biases and BatchNorm constants fused in."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -15,8 +13,6 @@ from qkd_jax.deploy.onnx.values import unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
 from qkd_jax.quantize.traced import TracedContraction
-
-__all__ = ["write_product"]
 
 
 def write_product(export: Export, product: TracedContraction) -> Tensor:

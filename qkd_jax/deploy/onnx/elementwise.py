@@ -3,8 +3,6 @@
 `ELEMENTWISE` maps a primitive's name to a function `(export, node, *tensors or arrays) -> Tensor`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +12,6 @@ from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.values import unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
-
-__all__ = ["ELEMENTWISE"]
 
 _UNARY = "abs ceil cos erf exp floor log neg not sign sin sqrt tanh".split()
 _BINARY = "add and div max min mul or pow sub".split()

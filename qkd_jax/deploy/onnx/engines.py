@@ -1,7 +1,5 @@
 """The engines that run ONNX files on this machine's CPU: ONNX Runtime and OpenVINO."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import os
@@ -14,18 +12,6 @@ from typing import Any
 import numpy as np
 
 from qkd_jax import checks
-
-__all__ = [
-    "ONNX_ENGINES",
-    "channels_first",
-    "has_vnni",
-    "import_engine",
-    "is_x86",
-    "onnx_session",
-    "open_onnx",
-    "openvino_model",
-    "without_telemetry",
-]
 
 ONNX_ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 

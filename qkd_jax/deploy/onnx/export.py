@@ -11,8 +11,6 @@ may fall to the other side. So does one that lies exactly there where a spec has
 QuantizeLinear rounds half to even.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import os
@@ -33,8 +31,6 @@ from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.targets import TARGETS, file_options
 from qkd_jax.quantize.traced import trace_net
 from qkd_jax.quantize.variables import OPERANDS
-
-__all__ = ["OnnxFile", "to_onnx"]
 
 OPSETS = (13, 21)
 ACTIVATIONS = ("uint8", "int8", "own")

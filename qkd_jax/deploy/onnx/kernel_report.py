@@ -4,8 +4,6 @@ An engine falls back to float without a word where it finds no integer kernel: a
 looks quantized may run in float from end to end, dequantizing as it goes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import tempfile
@@ -13,8 +11,6 @@ from pathlib import Path
 
 from qkd_jax import checks
 from qkd_jax.deploy.onnx.engines import ONNX_ENGINES, import_engine, onnx_session, openvino_model
-
-__all__ = ["KernelReport", "kernel_report"]
 
 # Contractions by the names that ONNX Runtime gives them after its optimizations.
 ORT_INTEGER = frozenset(

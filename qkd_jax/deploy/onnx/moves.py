@@ -4,8 +4,6 @@
 tuple of them for a primitive with several results.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -19,8 +17,6 @@ from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.values import unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
-
-__all__ = ["MOVES"]
 
 
 def _transpose(export: Export, node: Node, x: Tensor) -> Tensor:

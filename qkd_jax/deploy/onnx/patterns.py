@@ -6,8 +6,6 @@ such an operation when it computes the same numbers on random input, so no spell
 listed: variance as E[x^2] - E[x]^2 or of the centred values, GELU by erf or erfc.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -20,8 +18,6 @@ from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.values import Values
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import CONTRACTIONS, MARKERS, Node, execute
-
-__all__ = ["Pattern", "find_patterns", "write_pattern"]
 
 NEAR = 40  # nodes that are looked at on either side of a seed
 TOLERANCE = 1e-5  # of numbers of the order of 1, for a part of some ten float32 operations

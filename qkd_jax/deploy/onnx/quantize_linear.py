@@ -7,8 +7,6 @@ A dynamic range is written out, in the net's own arithmetic: ONNX's DynamicQuant
 range for the whole tensor, unsigned and affine, and divides.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -20,8 +18,6 @@ from qkd_jax.graph import Node
 from qkd_jax.numerics import MIN_SCALE, Grid
 from qkd_jax.quantize.traced import dynamic_grid, grid_of, is_dynamic, quantizer_params
 from qkd_jax.quantizers import QUANTIZERS, facts
-
-__all__ = ["write_quantizer"]
 
 
 def write_quantizer(export: Export, node: Node) -> Tensor:

@@ -3,8 +3,6 @@
 `REDUCTIONS` maps a primitive's name to a function `(export, node, *tensors or arrays) -> Tensor`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +14,6 @@ from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.values import unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node, execute
-
-__all__ = ["REDUCTIONS"]
 
 
 def _reduce(op: str) -> Callable[..., Tensor]:

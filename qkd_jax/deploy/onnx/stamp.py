@@ -3,8 +3,6 @@
 Both lie in the file's `metadata_props`, where every engine leaves them alone.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -14,8 +12,6 @@ from typing import Any
 from qkd_jax.deploy.description import Description
 from qkd_jax.deploy.onnx.engines import import_engine
 from qkd_jax.weights.files import damaged, read_bytes
-
-__all__ = ["read_stamp", "stamp_onnx"]
 
 DESCRIPTION, SHA256 = "qkd_jax.description", "qkd_jax.sha256"
 REPAIR = "export the model again"

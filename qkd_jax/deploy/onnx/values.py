@@ -1,15 +1,11 @@
 """The values of a traced graph as an ONNX file sees them: those of the input, and constants."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 
 import numpy as np
 
 from qkd_jax.graph import Graph, Node, execute
-
-__all__ = ["UnsupportedError", "Values", "unsupported"]
 
 
 class UnsupportedError(ValueError):

@@ -3,8 +3,6 @@
 A new operation is an entry of `ELEMENTWISE`, `MOVES` or `REDUCTIONS`.
 """
 
-from __future__ import annotations
-
 from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.contractions import write_product
 from qkd_jax.deploy.onnx.elementwise import ELEMENTWISE
@@ -16,8 +14,6 @@ from qkd_jax.deploy.onnx.values import UnsupportedError, unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import MARKERS, Node
 from qkd_jax.quantize.traced import is_quantizer
-
-__all__ = ["write"]
 
 OPERATIONS = {**ELEMENTWISE, **MOVES, **REDUCTIONS}
 

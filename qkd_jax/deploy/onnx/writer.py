@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["OnnxNode", "Tensor", "Writer"]
-
 
 class OnnxNode(NamedTuple):
     """A node to be written."""

@@ -19,8 +19,6 @@ To add an adaptor, write the module in a file of this package, its builder, and 
 `ADAPTORS`.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Adaptors that mix features of several depths, and embeddings."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,8 +16,6 @@ from qkd_jax.distillation.adaptors.maps import (
     outputs,
 )
 from qkd_jax.losses.inputs.feature_maps import adaptive_avg_pool, unit
-
-__all__ = ["calibration", "embeddings", "review", "temperature"]
 
 
 class Review(nn.Module):

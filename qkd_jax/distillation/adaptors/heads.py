@@ -1,7 +1,5 @@
 """Further classifiers on a net's hidden features: they train it, and are no part of it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +9,6 @@ import jax.numpy as jnp
 from qkd_jax import checks
 from qkd_jax.distillation.adaptors.maps import Features, Shape, as_map, batch_norm, map_shape
 from qkd_jax.models.resnet import BasicBlock
-
-__all__ = ["branches", "shallow_heads"]
 
 
 class ShallowHeads(nn.Module):

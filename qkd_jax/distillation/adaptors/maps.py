@@ -1,7 +1,5 @@
 """Features of any net as maps, and the parts that adaptors are made of."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -9,17 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-__all__ = [
-    "as_map",
-    "batch_norm",
-    "conv",
-    "map_shape",
-    "maps_and_vectors",
-    "nearest",
-    "outputs",
-    "views",
-]
 
 Shape = tuple[int, ...]
 Features = tuple[jax.Array, ...]

@@ -1,7 +1,5 @@
 """Margins of a teacher's pre-activations, from the BatchNorms that make them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +11,6 @@ import numpy as np
 from qkd_jax.distillation.forward import CARRIED_NEVER, mode_arguments, pick_taps
 from qkd_jax.losses import ofd_margin
 from qkd_jax.quantize import QuantizedModel
-
-__all__ = ["batch_norms_into", "teacher_margins"]
 
 
 def batch_norms_into(

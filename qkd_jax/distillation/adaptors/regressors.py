@@ -4,8 +4,6 @@ Each is a linen module `module(students, teachers, train=False) -> {input of the
 builders take the features' shapes without the batch.
 """
 
-from __future__ import annotations
-
 import math
 
 import flax.linen as nn
@@ -24,16 +22,6 @@ from qkd_jax.distillation.adaptors.maps import (
     views,
 )
 from qkd_jax.losses.inputs.feature_maps import adaptive_avg_pool
-
-__all__ = [
-    "connectors",
-    "factors",
-    "gaussians",
-    "linear_regressors",
-    "margin_connectors",
-    "projections",
-    "regressors",
-]
 
 Maps = tuple[tuple[int, int, int], ...]
 # Above this a valid convolution that shrinks a map would be mostly kernel; the map is pooled.

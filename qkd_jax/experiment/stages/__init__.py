@@ -3,8 +3,6 @@
 Add a kind as a file of this folder, with a function and its check, and a line in `STAGES`.
 """
 
-from __future__ import annotations
-
 from qkd_jax.experiment.schedule import Kind
 from qkd_jax.experiment.stages.calibrate import calibrate, check_calibrate
 from qkd_jax.experiment.stages.deploy import check_deploy, deploy_nets

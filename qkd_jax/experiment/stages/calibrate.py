@@ -1,7 +1,5 @@
 """The `calibrate` stage: quantizers get their parameters from training images."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -14,8 +12,6 @@ from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.calibration import calibrate as calibrate_net
 from qkd_jax.quantize.calibration import check_observer
 from qkd_jax.quantize.variables import OPERANDS, is_calibrated
-
-__all__ = ["calibrate", "check_calibrate"]
 
 
 def calibrate(

@@ -43,8 +43,6 @@ from qkd_jax.trees import find, join
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["check_deploy", "compare", "deploy_nets"]
-
 
 def deploy_nets(
     run: Run,

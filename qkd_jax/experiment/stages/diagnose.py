@@ -5,8 +5,6 @@ those of `diagnostics.Diagnosed`; a number that is not finite (the ratio of an o
 its grid already) is null there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -17,8 +15,6 @@ from qkd_jax.experiment.schedule import Stage
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.diagnostics import diagnose as diagnose_net
 from qkd_jax.record.json_files import read_json, write_json
-
-__all__ = ["check_diagnose", "diagnose"]
 
 FILE = "diagnosis.json"
 

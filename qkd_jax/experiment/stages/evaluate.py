@@ -1,7 +1,5 @@
 """The `evaluate` stage: rows of the results table, of nets and of ensembles."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from qkd_jax import checks
@@ -10,8 +8,6 @@ from qkd_jax.experiment.results import agreement, ensemble_row, row
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.quantize import QuantizedModel
-
-__all__ = ["check_evaluate", "evaluate"]
 
 
 def evaluate(

@@ -5,8 +5,6 @@ net's input. The fields of a stage are the keyword arguments of its method, with
 defaults. An interrupted stage starts over and makes the same images.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,8 +19,6 @@ from qkd_jax.quantize import QuantizedModel
 from qkd_jax.record.progress import Progress
 from qkd_jax.training.loop import Preempted
 from qkd_jax.training.state import stream_key
-
-__all__ = ["GENERATOR_KINDS", "check_batch_norm", "reporter"]
 
 # Arguments of a method that the stage passes itself.
 PASSED = ("image_shape", "count", "key", "bounds", "student", "labels", "report")

@@ -4,8 +4,6 @@ A stage takes `nets`, the number of training images to show (`examples`), the st
 show instead (`images`) and whatever the method takes by keyword, with the method's own defaults.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,8 +13,6 @@ from qkd_jax.experiment.config_checks import check_rules
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Kind, Stage
 from qkd_jax.quantize import QuantizedModel
-
-__all__ = ["POST_TRAINING_KINDS"]
 
 # Arguments of a method that the stage passes itself.
 PASSED = ("seed", "report")

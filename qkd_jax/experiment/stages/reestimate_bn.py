@@ -1,15 +1,11 @@
 """The `reestimate_bn` stage: running statistics of BatchNorm from training images."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from qkd_jax import checks, ptq
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.quantize import QuantizedModel
-
-__all__ = ["check_reestimate_bn", "reestimate_bn"]
 
 
 def reestimate_bn(

@@ -1,7 +1,5 @@
 """The `synthesize` stage: images made from a trained net, for stages that name it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,8 +12,6 @@ from qkd_jax.experiment.stages.generate import check_batch_norm, reporter
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.record.progress import Progress
 from qkd_jax.training.state import stream_key
-
-__all__ = ["check_synthesize", "synthesize"]
 
 
 def synthesize(

@@ -8,8 +8,6 @@ of logits kept of each (0: all), `dir` the folder of the files ("": the run fold
 folder of your own is shared by runs that agree on teacher, data, views and seed).
 """
 
-from __future__ import annotations
-
 import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +28,6 @@ from qkd_jax.losses import TABLE
 from qkd_jax.training.plan import Plan, cached_key
 from qkd_jax.training.step import eval_step
 from qkd_jax.trees import tree_sha256
-
-__all__ = ["cache_fields", "cached_nets", "prepare"]
 
 DEFAULTS: dict[str, Any] = {"top_k": 0, "dir": ""}
 

@@ -1,7 +1,5 @@
 """The `train` stage: nets learn from labels and from one another; it resumes at any step."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Mapping, Sequence
@@ -32,8 +30,6 @@ from qkd_jax.training.state import (
     term_states,
 )
 from qkd_jax.trees import flatten, unflatten_like
-
-__all__ = ["plan_stage", "quantizer_means", "train"]
 
 # Prefixes, beside a net's optimizer state in a checkpoint: the state of its loss terms, and the
 # stale copy through which it teaches.

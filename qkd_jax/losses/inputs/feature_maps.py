@@ -3,8 +3,6 @@
 A feature is a vector [batch, channels] or a map [batch, height, width, channels].
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax
@@ -15,23 +13,6 @@ from jaxtyping import Bool, Float, Int
 from qkd_jax import checks
 from qkd_jax.losses.inputs.logits import keep
 from qkd_jax.losses.inputs.shapes import Array, Arrays, Kept, Mask, Values
-
-__all__ = [
-    "GatheredBatch",
-    "adaptive_avg_pool",
-    "adaptive_mean",
-    "check_tuple",
-    "example_means",
-    "gather_batch",
-    "gathered",
-    "inner",
-    "pooled_alike",
-    "prepare_feature_lists",
-    "prepare_features",
-    "safe_norm",
-    "total",
-    "unit",
-]
 
 Prepared = Float[Array, "batch ..."]
 

@@ -1,14 +1,10 @@
 """Gradients other than those of the value: reversal."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qkd_jax.losses.inputs.shapes import Array
-
-__all__ = ["reverse_gradient"]
 
 
 @jax.custom_vjp

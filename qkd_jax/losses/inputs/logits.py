@@ -1,15 +1,11 @@
 """Logits and masks as losses and metrics take them in: checked, and in float32 or wider."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from qkd_jax import checks
 from qkd_jax.losses.inputs.shapes import Array, Kept, Mask, Matrix
-
-__all__ = ["divergence", "hits", "keep", "prepare_logits", "prepare_pair", "standardized"]
 
 
 def prepare_logits(name: str, logits: Array, where: Mask) -> tuple[Matrix, Kept]:

@@ -20,7 +20,6 @@ else:
 
     Array, Scalar = jax.Array | np.ndarray, Any
 
-__all__ = ["Array", "Arrays", "Feature", "Kept", "Logits", "Mask", "Matrix", "Scalar", "Values"]
 
 # Arguments. The net that learns says how many values come out.
 Arrays = Sequence[Array] | Array
