@@ -7,7 +7,7 @@ The other functions take nested dicts, keep the order of their keys and never ch
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,18 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def _part(entry: Any) -> str:
-    """One step of a JAX key path as text: dict key, attribute name or index."""
-    for field in ("key", "name", "idx"):
-        if hasattr(entry, field):
-            return str(getattr(entry, field))
-    return str(entry)
+def path_name(path: Sequence[Any]) -> str:
+    """Returns "params/conv/kernel" for a JAX key path: dict keys, attribute names and indices."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def _named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """Returns ([(name, leaf)], treedef); two leaves of one name are an error."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    named = [("/".join(_part(entry) for entry in path), leaf) for path, leaf in pairs]
+    named = [(path_name(path), leaf) for path, leaf in pairs]
     seen: set[str] = set()
     for name, _ in named:
         if name in seen:

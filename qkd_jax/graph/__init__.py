@@ -24,7 +24,7 @@ from qkd_jax.graph.families import (
     output_axes,
     scale_in_output,
 )
-from qkd_jax.graph.tracing import bodies, path_name, trace
+from qkd_jax.graph.tracing import bodies, trace
 
 __all__ = [
     "CONTRACTIONS",
@@ -40,7 +40,6 @@ __all__ = [
     "execute",
     "marker_name",
     "output_axes",
-    "path_name",
     "scale_in_output",
     "trace",
 ]

@@ -10,6 +10,7 @@ from jax.extend import core
 from qkd_jax.graph.dataflow import Constants, Graph
 from qkd_jax.graph.execution import INLINED, Node, called_jaxpr, literal
 from qkd_jax.graph.families import MARKERS, parse_marker
+from qkd_jax.trees import path_name
 
 _JAXPRS = (core.ClosedJaxpr, core.Jaxpr)
 # Candidates for the batch size to trace with: primes that no ordinary dimension is a multiple of.
@@ -124,11 +125,6 @@ def bodies(node: Node) -> list[Graph]:
             )
         )
     return found
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """Returns "params/conv/kernel" for a `jax.tree_util` key path."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def _with_batch(args: Any, batch: int) -> Any:

@@ -16,7 +16,7 @@ from qkd_jax.mixed_precision.candidates import Bits, Candidate, Sensitivity, lab
 from qkd_jax.mixed_precision.hessian import mean_curvatures, weight_errors
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import QuantizedModel, Rule, inspection, quantize
-from qkd_jax.quantize.calibration import calibrate
+from qkd_jax.quantize.calibration import calibrate, model_arguments
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.operands import OperandHook, OperandUse
 from qkd_jax.quantize.variables import without_quantizers
@@ -221,25 +221,16 @@ def _operations(
 
 def _unpacked(batch: Any) -> tuple[Any, Any]:
     """Returns (images, labels or None) without the padding of a last batch."""
-    if isinstance(batch, tuple):
-        if len(batch) != 1:
-            raise ValueError(
-                f"a batch is a tuple of {len(batch)}; sensitivity takes models of one input. Give "
-                "images, or dicts with 'image' and 'label'."
-            )
-        return batch[0], None
-    if not isinstance(batch, Mapping):
-        return batch, None
-    if "image" not in batch:
+    arguments = model_arguments(batch)
+    if len(arguments) != 1:
         raise ValueError(
-            f"a batch has the keys {sorted(batch)}; a dict needs 'image', or give the images alone."
+            f"a batch is a tuple of {len(arguments)}; sensitivity takes models of one input. Give "
+            "images, or dicts with 'image' and 'label'."
         )
-    image = np.asarray(batch["image"])
-    labels = np.asarray(batch["label"]) if "label" in batch else None
-    if "mask" in batch:
-        seen = np.asarray(batch["mask"]) > 0
-        image, labels = image[seen], None if labels is None else labels[seen]
-    return image, labels
+    if not isinstance(batch, Mapping) or "label" not in batch:
+        return arguments[0], None
+    labels = np.asarray(batch["label"])
+    return arguments[0], labels[np.asarray(batch["mask"]) > 0] if "mask" in batch else labels
 
 
 def _switching(on: Mapping[str, jax.Array]) -> OperandHook:

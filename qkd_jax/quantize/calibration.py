@@ -87,7 +87,7 @@ def calibrate(
     start = without_quantizers(variables, chosen)
 
     frames: list[Frame] = []
-    first = _observe(net, start, inputs, kwargs, specs, chosen, _Moments(), frames=frames)
+    first = _observe(net, start, inputs, kwargs, specs, chosen, frames=frames)
     # `init` has checked this, but a net may start from a float checkpoint without it.
     net.check_rules(frames[0].modules, frames[0].seen.keys())
     if not first:
@@ -100,7 +100,7 @@ def calibrate(
     second: dict[Key, Tree] = {}
     if searching:
         known = {key: measured[key] for key in searching}
-        second = _observe(net, start, inputs, kwargs, specs, chosen, _Search(searching), known)
+        second = _observe(net, start, inputs, kwargs, specs, chosen, known)
 
     result = {**start, "quant": start.get("quant", {})}
     for key, moments in measured.items():
@@ -218,43 +218,6 @@ def model_arguments(batch: Any) -> tuple[Any, ...]:
     return tuple(batch) if isinstance(batch, tuple) else (batch,)
 
 
-class _Moments:
-    """First pass: sums of every operand, and the state of observers that need no more."""
-
-    def start(self, key: Key, shape: tuple[int, ...], spec: Spec, observer: Any) -> Tree:
-        state: Tree = {"sums": stats.empty(shape)}
-        if not observer.NEEDS_STATS:
-            state["observer"] = observer.init(shape, spec)
-        return state
-
-    def update(
-        self, state: Tree, x: jax.Array, spec: Spec, axes: tuple[int, ...], observer: Any
-    ) -> Tree:
-        new = {"sums": stats.merge(state["sums"], stats.measure(x, channel_axes=axes))}
-        if "observer" in state:
-            new["observer"] = observer.update(state["observer"], x, spec, channel_axes=axes)
-        return new
-
-
-class _Search:
-    """Second pass: observers that search within the moments that the first pass measured."""
-
-    def __init__(self, keys: set[Key]):
-        self.keys = keys
-
-    def start(self, key: Key, shape: tuple[int, ...], spec: Spec, observer: Any) -> Tree:
-        return {"observer": observer.init(shape, spec)} if key in self.keys else {}
-
-    def update(
-        self, state: Tree, x: jax.Array, spec: Spec, axes: tuple[int, ...], observer: Any
-    ) -> Tree:
-        if not state:
-            return state
-        new = observer.update(state["observer"], x, spec, channel_axes=axes, stats=state["stats"])
-        # The moments lie beside the state, so that a scanned layer sees its own slice of them.
-        return {"observer": new, "stats": state["stats"]}
-
-
 def _observing(
     observed: Sequence[str], record: Callable[[Tree | None, OperandUse, tuple[int, ...]], Tree]
 ) -> OperandHook:
@@ -280,13 +243,21 @@ def _observe(
     kwargs: Mapping[str, Any],
     specs: _Specs,
     chosen: Sequence[str],
-    task: _Moments | _Search,
     known: Mapping[Key, Any] | None = None,
     frames: list[Frame] | None = None,
 ) -> dict[Key, Tree]:
     """Runs the net over all inputs and returns each operand's state.
 
-    Adds the frames in which it was traced to `frames`.
+    Args:
+        net: the net.
+        variables: quantizers among them are active.
+        inputs: the arguments of each batch.
+        kwargs: further arguments of the model's call.
+        specs: specs and observers of the operands.
+        chosen: the operands to observe.
+        known: None in the first pass, which takes sums of every operand and the state of observers
+            that need no more; in the second one the moments of the operands whose observers search.
+        frames: list to which the frames of the traces are added.
     """
 
     def run(floats: Any, before: Tree, arguments: tuple[Any, ...], record: Any) -> Tree:
@@ -313,16 +284,29 @@ def _observe(
         return split_states(out["params"], _KIND)
 
     def start(_: Tree | None, use: OperandUse, axes: tuple[int, ...]) -> Tree:
-        x = use.cut(use.x)
+        key, x = (use.path, use.operand), use.cut(use.x)
         shape = tuple(n if i in axes else 1 for i, n in enumerate(x.shape)) if axes else ()
-        observer = OBSERVERS[specs.observer(use.path, use.operand)]
-        return task.start((use.path, use.operand), shape, use.spec, observer)
+        observer = OBSERVERS[specs.observer(*key)]
+        state: Tree = {"sums": stats.empty(shape)} if known is None else {}
+        has_state = not observer.NEEDS_STATS if known is None else key in known
+        if has_state:
+            state["observer"] = observer.init(shape, use.spec)
+        return state
 
     def update(state: Tree | None, use: OperandUse, axes: tuple[int, ...]) -> Tree:
-        assert state is not None
-        observer = OBSERVERS[specs.observer(use.path, use.operand)]
+        # The moments lie beside the state, so that a scanned layer sees its own slice of them.
+        state, new = state or {}, {}
         x = jax.lax.stop_gradient(use.cut(use.x))
-        return task.update(state, x, use.spec, axes, observer)
+        if "sums" in state:
+            new["sums"] = stats.merge(state["sums"], stats.measure(x, channel_axes=axes))
+        if "observer" in state:
+            observer = OBSERVERS[specs.observer(use.path, use.operand)]
+            moments = {"stats": state["stats"]} if "stats" in state else {}
+            new.update(moments)
+            new["observer"] = observer.update(
+                state["observer"], x, use.spec, channel_axes=axes, **moments
+            )
+        return new
 
     # The states' tree comes from a run of which nothing but the empty states is computed.
     observed = jax.jit(lambda v, a: run(v, {}, a, start))(variables, inputs[0])

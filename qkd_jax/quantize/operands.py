@@ -22,7 +22,7 @@ from qkd_jax.graph import marker_name
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize.contraction import Contraction, OperandGrid
 from qkd_jax.quantize.variables import quantizer_key
-from qkd_jax.quantizers import QUANTIZERS, found_params, live
+from qkd_jax.quantizers import QUANTIZERS, dynamic_params, live
 
 ROUNDING = "rounding"
 """Name of the random stream of stochastic rounding, in the `rngs` of `apply`."""
@@ -112,7 +112,7 @@ class OperandUse:
         axis_name = options.pop("axis_name", None)
         cut = self.cut(x)
         if self.spec.dynamic:
-            params = found_params(cut, self.spec, self.axes, axis_name=axis_name)
+            params = dynamic_params(cut, self.spec, self.axes, axis_name=axis_name)
         params = live(cut, params, self.spec)
         x_hat = QUANTIZERS[self.spec.quantizer].fake_quant(cut, params, self.spec, **options)
         return jnp.reshape(x_hat, x.shape), params

@@ -18,7 +18,7 @@ from qkd_jax.graph import CONTRACTIONS, LAYOUT, Axes, Graph, Node, output_axes
 from qkd_jax.numerics import Grid, IntFormat, Spec, check_scale
 from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.variables import quantizer_path, split_multipliers
-from qkd_jax.quantizers import QUANTIZERS, facts, found_params, in_use, learns_bits
+from qkd_jax.quantizers import QUANTIZERS, dynamic_params, facts, in_use, learns_bits
 from qkd_jax.trees import get
 
 
@@ -219,7 +219,7 @@ def dynamic_grid(traced: TracedNet, marker: Node) -> tuple[IntFormat, tuple[int,
             "moves its axes. Use dynamic=False and calibrate."
         )
     axes = tuple(axis for axis, kept in enumerate(own) if kept == "1")
-    params = found_params(jnp.ones((1,) * len(own)), spec, axes)
+    params = dynamic_params(jnp.ones((1,) * len(own)), spec, axes)
     found = QUANTIZERS[spec.quantizer].integer_view(params, spec)
     if found is None:
         raise _not_uniform(where)

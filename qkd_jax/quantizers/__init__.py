@@ -83,9 +83,9 @@ __all__ = [
     "Facts",
     "check",
     "code_format",
+    "dynamic_params",
     "facts",
     "fewest_bits",
-    "found_params",
     "in_use",
     "is_uniform",
     "learns_bits",
@@ -184,7 +184,7 @@ def is_uniform(spec: Spec) -> bool:
     return jax.eval_shape(view, *[one] * len(stats.Stats._fields)) is not None
 
 
-def found_params(
+def dynamic_params(
     x: Array, spec: Spec, axes: Sequence[int], *, axis_name: Any = None
 ) -> dict[str, Any]:
     """The parameters of a dynamic spec: those that its quantizer starts from on `x` itself.

@@ -19,7 +19,7 @@ from qkd_jax.quantize.operands import ROUNDING
 from qkd_jax.training.objective import Batch, gradients
 from qkd_jax.training.plan import Learner, Plan
 from qkd_jax.training.state import TrainState, split, step_key
-from qkd_jax.trees import find
+from qkd_jax.trees import find, join, path_name
 
 Path = tuple[str, ...]
 
@@ -168,7 +168,7 @@ def _bad_gradient(name: str, grads: Any, order: list[Path]) -> NonFinite | None:
     worst: tuple[int, str, str] | None = None
     largest = (0.0, "", "")
     for keys, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        collection, *path = (str(key.key) for key in keys)
+        collection, *path = path_name(keys).split("/")
         layer = next(
             (tuple(path[:n]) for n in range(len(path), 0, -1) if tuple(path[:n]) in position), ()
         )
@@ -193,7 +193,7 @@ def _bad_leaf(variables: Mapping[str, Any], path: Path) -> str | None:
     for name, tree in variables.items():
         for keys, leaf in jax.tree_util.tree_leaves_with_path(find(tree, "/".join(path), {})):
             if _bad(leaf):
-                return "/".join([name, *path, *(str(key.key) for key in keys)])
+                return join(name, *path, path_name(keys))
     return None
 
 

@@ -30,7 +30,7 @@ from qkd_jax.deploy.integer import fixed_point
 from qkd_jax.deploy.integer.pack import unpack
 from qkd_jax.graph import Axes, Node, scale_in_output
 from qkd_jax.numerics import IntFormat, Spec, codes_of
-from qkd_jax.quantizers import QUANTIZERS, found_params, live
+from qkd_jax.quantizers import QUANTIZERS, dynamic_params, live
 
 FLOAT32_EXACT = 2**24
 
@@ -252,7 +252,7 @@ def _quantize(step: Quantize, env: dict[int, Any], arrays: Mapping[str, Any]) ->
     """Writes x_hat and centred codes; returns the codes as the format numbers them."""
     x, quantizer = env[step.input], QUANTIZERS[step.spec.quantizer]
     if step.spec.dynamic:
-        params = live(x, found_params(x, step.spec, step.axes), step.spec)
+        params = live(x, dynamic_params(x, step.spec, step.axes), step.spec)
     else:
         params = {name: arrays[key] for name, key in step.params}
     hat = quantizer.fake_quant(x, params, step.spec)
