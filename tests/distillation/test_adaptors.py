@@ -57,7 +57,7 @@ def test_adapted_features_fit_the_loss(name, shapes):
                 "key": jax.random.key(1),
                 "negatives": 4,
             }
-        takes = loss.__code__.co_varnames[: loss.__code__.co_argcount]
+        takes = losses.TABLE[name].inputs
         keywords = {k: v for k, v in more.items() if k in takes or k == "negatives"}
         values = loss(**{k: v for k, v in outputs.items() if k in takes}, **keywords)
         return values[0] if name == "crd" else values

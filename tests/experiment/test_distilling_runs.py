@@ -276,7 +276,7 @@ def test_every_loss_with_a_teacher_has_its_published_row():
     taught_by = {
         name
         for name, row in TABLE.items()
-        if any("teacher" in n for n in inspect.getfullargspec(row.function).args)
+        if any("teacher" in n for n in inspect.signature(row.function).parameters)
     }
     of_labels = {"tf_kd", "hxe", "tree_soft_labels", "lca_alignment"}
     assert taught_by == set(PUBLISHED) - of_labels
