@@ -39,7 +39,7 @@ class DamagedError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What cached logits are of.
+    """The identity of cached logits.
 
     Attributes:
         teacher_sha256: of all that makes the teacher: its program and its variables.

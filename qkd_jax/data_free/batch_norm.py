@@ -1,4 +1,4 @@
-"""What a net's BatchNorms normalise, measured, and its distance to what they remember of the data.
+"""Statistics of a net's BatchNorm inputs, and their distance to the running statistics.
 
 Inputs are read from the calls of BatchNorms, so any linen model with BatchNorm will do.
 """

@@ -1,4 +1,4 @@
-"""What the makers of images share: their result, checks of their numbers, and their reports."""
+"""Shared by the makers of images: their result, checks of their numbers, and their reports."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -29,7 +29,7 @@ CHUNK = 100  # steps in one compiled scan: how often there is progress to report
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a unit is learned; the fields are arguments of `reconstruct.qdrop`."""
+    """Settings for learning a unit; the fields are arguments of `reconstruct.qdrop`."""
 
     steps: int
     batch_size: int

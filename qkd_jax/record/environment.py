@@ -1,4 +1,4 @@
-"""What a result may depend on beside config and data: code, versions, machine."""
+"""The environment of a run: code, versions, machine, on which a result may depend."""
 
 import contextlib
 import importlib.metadata

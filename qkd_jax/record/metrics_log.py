@@ -47,7 +47,7 @@ class MetricsLog:
 
     @property
     def lines(self) -> int:
-        """How many lines there are; save it in the checkpoint's meta for `truncate`."""
+        """The number of lines; save it in the checkpoint's meta for `truncate`."""
         return len(_lines(self.path)[0]) if self._count is None else self._count
 
     def log(self, step: int, stage: str, split: str, values: Mapping[str, Any]) -> None:

@@ -54,7 +54,7 @@ HYGIENE_FIELDS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Hygiene:
-    """What is switched on: the static part, on which a step is compiled."""
+    """The active measures: the static part, on which a step is compiled."""
 
     track: bool = False
     freeze: bool = False
@@ -332,7 +332,7 @@ def apply(
 
 
 def _done(hyper: Tree, count: jax.Array) -> jax.Array:
-    """How much of the stage is over, 0 to 1; 1 at its last step."""
+    """Returns the share of the stage that is done, 0 to 1; 1 at its last step."""
     return jnp.clip(count / jnp.maximum(hyper["horizon"] - 1, 1), 0, 1)
 
 

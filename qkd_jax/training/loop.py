@@ -61,7 +61,7 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What the loop does between steps. Steps count from 1 and are those that are done.
+    """Actions of the loop between steps. Steps count from 1 and are those that are done.
 
     Attributes:
         log: called with (step, values) every `log_every` steps and at the end.

@@ -30,7 +30,7 @@ Features = dict[str, jax.Array]
 
 
 class _Outputs(NamedTuple):
-    """What the terms of a step read: the outputs of all nets, by slot, and the batch.
+    """Inputs of the terms of a step: the outputs of all nets, by slot, and the batch.
 
     `stale` has (logits, features) of the copies through which nets teach while they learn.
     """

@@ -183,7 +183,7 @@ def _description(dataset: Dataset) -> deploy.Description:
 
 
 def _made(folder: Path, name: str, target: str, written: deploy.OnnxFile) -> dict[str, Any]:
-    """What was written for a target, and what it cannot run on integers."""
+    """Returns the record of a target: the files written, and what it cannot run on integers."""
     takes = deploy.targets.lookup(target)
     path = written.path
     if takes.file == "stablehlo":
