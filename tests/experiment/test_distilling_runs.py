@@ -9,6 +9,7 @@ import pytest
 
 from configs import common, terms
 from qkd_jax import data, experiment
+from qkd_jax.experiment import orchestrate
 from qkd_jax.losses import TABLE
 from qkd_jax.record.checkpoint import Checkpoints
 from qkd_jax.training.loop import Preempted
@@ -73,7 +74,7 @@ def run_with_stops(config, folder, monkeypatch, questions):
     for count in (*questions, 1000):
         stop = StopAt(count)
         monkeypatch.setattr(
-            experiment, "GracefulStop", lambda stop=stop: contextlib.nullcontext(stop)
+            orchestrate, "GracefulStop", lambda stop=stop: contextlib.nullcontext(stop)
         )
         with contextlib.suppress(Preempted):
             experiment.run(config, folder, report=False, verbose=False)
