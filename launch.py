@@ -6,7 +6,8 @@ python launch.py --workdir=DIR --mode=eval|export|report
 python launch.py --workdir=DIR --mode=export --target=onnxruntime-x86   # of quantize/targets.py
 
 Exit codes: 0 done; 2 a mistake in the flags or the config; 3 a loss or gradient that is not
-finite; 75 stopped by SIGTERM or SIGINT after saving: the same command resumes the run.
+finite; 71 out of memory; 74 a file or folder that cannot be written or read; 75 stopped by SIGTERM
+or SIGINT after saving. After 71, 74 and 75 the same command resumes the run.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ takes the argument's name first.
 import difflib
 import math
 import numbers
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,6 +35,18 @@ def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
         hint = nearest(str(value), [str(a) for a in allowed])
         raise ValueError(
             f"{name} is {value!r}; allowed: {', '.join(repr(a) for a in allowed)}.{hint}"
+        )
+
+
+def name(where: str, value: Any) -> None:
+    """Raises ValueError unless `value` can name a file, a part of a path and a field.
+
+    That is: 1 to 64 of A-Z, a-z, 0-9, "_" and "-", the first of them a letter or a digit.
+    """
+    if not isinstance(value, str) or not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]{0,63}", value):
+        raise ValueError(
+            f"{where} has the name {value!r}; it names files too, so it must be 1 to 64 letters "
+            "(A-Z, a-z), digits, '_' and '-', the first of them a letter or a digit."
         )
 
 

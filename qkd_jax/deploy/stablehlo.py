@@ -29,6 +29,7 @@ from jax import export
 
 from qkd_jax import checks
 from qkd_jax.deploy.integer.program import IntegerModel, Multiply, run
+from qkd_jax.record.whole_files import replace_file
 from qkd_jax.weights.files import damaged, read_bytes
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -80,9 +81,7 @@ def save_stablehlo(
     with _without_locations():
         exported = export.export(jax.jit(forward), platforms=list(platforms))(*inputs)
     data = bytes(exported.serialize())
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    path = replace_file(path, data)
     card = {
         "format": FORMAT,
         "version": VERSION,
@@ -94,7 +93,7 @@ def save_stablehlo(
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
     }
-    _card(path).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    replace_file(_card(path), f"{json.dumps(card, indent=1)}\n".encode())
     return len(data)
 
 

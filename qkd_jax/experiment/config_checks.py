@@ -50,6 +50,8 @@ def check_frame(plain: Mapping[str, Any]) -> None:
     for key in ("nets", "stages"):
         mapping(f"config.{key}", plain[key], {"<name>": {}})
         checks.at_least_one(f"config.{key}", plain[key])
+        for name in plain[key]:
+            checks.name(f"config.{key}", name)
 
 
 def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:
@@ -156,6 +158,7 @@ def check_tables(where: str, fields: Mapping[str, Any]) -> None:
     row = {"loss": "ce", "weight": 1.0}
     for net, terms in mapping(f"{where}.learn", fields["learn"], {"<net>": {"ce": row}}).items():
         for label, term in mapping(f"{where}.learn.{net}", terms, {"ce": row}).items():
+            checks.name(f"{where}.learn.{net}", label)
             mapping(f"{where}.learn.{net}.{label}", term, row)
     rates = {"name": "sgd", "lr": 0.05}
     for net, numbers in mapping(f"{where}.optim", fields["optim"], {"<net>": rates}).items():

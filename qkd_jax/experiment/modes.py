@@ -1,14 +1,18 @@
 """The modes of the command line; eval, export and report read a run folder alone."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from qkd_jax.data import NotPreparedError
 from qkd_jax.experiment import soft_label_record
 from qkd_jax.experiment.orchestrate import run, step_cache
+from qkd_jax.experiment.origin import check_origin, origin_of
 from qkd_jax.experiment.overview import overview
 from qkd_jax.experiment.reading import check_sources, load_data, read
 from qkd_jax.experiment.results import (
@@ -22,9 +26,10 @@ from qkd_jax.experiment.results import (
 )
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.stages import STAGES
-from qkd_jax.record.checkpoint import Checkpoints
+from qkd_jax.record.checkpoint import SaveError
 from qkd_jax.record.folder import RunFolder
-from qkd_jax.record.stopping import EXIT_INTERRUPTED, EXIT_NONFINITE
+from qkd_jax.record.restoring import first_line, read_latest
+from qkd_jax.record.stopping import EXIT_FILES, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_NONFINITE
 from qkd_jax.training.loop import NonFiniteError, Preempted
 from qkd_jax.training.parallel import enable_compilation_cache
 
@@ -36,13 +41,13 @@ def _open(workdir: str | Path) -> tuple[RunFolder, Run]:
     dataset = load_data(plain)
     settings = read(plain, dataset)
     state = Run(settings, dataset, None, None, step_cache(settings))
-    with Checkpoints(folder.checkpoints) as checkpoints:
-        saved = checkpoints.restore_latest()
+    saved, _ = read_latest(folder.checkpoints)
     if saved is None:
         raise ValueError(
             f"{workdir} has no checkpoint yet; run it: python launch.py --config=... "
             f"--workdir={workdir}"
         )
+    check_origin(saved.meta.get("origin"), origin_of(plain, dataset), folder.path, known=True)
     state.load(saved)
     return folder, state
 
@@ -132,6 +137,19 @@ def inspect(config: Any, *, verbose: bool = True) -> str:
     return text
 
 
+def _os_message(error: OSError) -> str:
+    """Returns an error of the file system in a sentence, with the repair."""
+    if isinstance(error, SaveError):
+        text = str(error)
+    else:
+        name = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+        text = f"{name}{error.strerror or first_line(error)}."
+    return (
+        f"{text} Make room or give rights, and start the same command again: a run goes on from "
+        "its newest checkpoint."
+    )
+
+
 def main(mode: str, *, config: Any, workdir: str | Path, target: str = "") -> int:
     """Runs a mode of the command line; returns the exit code.
 
@@ -153,4 +171,18 @@ def main(mode: str, *, config: Any, workdir: str | Path, target: str = "") -> in
     except Preempted as error:
         print(f"asked to stop, saved at {error}; the same command resumes.", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"error: {_os_message(error)}", file=sys.stderr)
+        return EXIT_FILES
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"error: out of memory ({first_line(error) or 'MemoryError'}); take a smaller batch, "
+            "eval_batch_size, image or model. What was saved is whole: the same command resumes.",
+            file=sys.stderr,
+        )
+        return EXIT_MEMORY
     return 0

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from qkd_jax.experiment import soft_label_record
+from qkd_jax.experiment.origin import FREE_FIELDS, check_origin, lines_of, origin_of
 from qkd_jax.experiment.reading import check_sources, load_data, read
 from qkd_jax.experiment.results import is_older, printer, results_of, show, times_text, write_report
 from qkd_jax.experiment.run_state import Run
@@ -19,10 +20,6 @@ from qkd_jax.record.stopping import GracefulStop
 from qkd_jax.training.loop import Preempted
 from qkd_jax.training.parallel import StepCache, enable_compilation_cache
 from qkd_jax.trees import tree_sha256
-
-# What may differ between a run folder and the command that resumes it: none of it reaches a number
-# in results.json.
-FREE_FIELDS = ("checkpoint", "data.dir")
 
 
 def run(
@@ -66,7 +63,6 @@ def run(
         settings = read(plain, dataset)
         if not known:
             check_sources(settings)
-            folder.write_config(plain)
         for warning in settings.warnings():
             say(warning)
         with Checkpoints(folder.checkpoints) as checkpoints, GracefulStop() as stop:
@@ -78,12 +74,16 @@ def run(
                 step_cache(settings),
                 stopping=lambda: stop.requested,
                 verbose=verbose,
+                origin=origin_of(plain, dataset),
             )
-            _resume(state, folder, checkpoints, say)
+            changed = _resume(state, folder, checkpoints, say, known=known)
+            if not known:
+                folder.write_config(plain)
             folder.write_run(
                 seed=settings["seed"],
                 data={"name": dataset.name, "fingerprint": dataset.fingerprint},
                 resumed_from=state.step,
+                **({"changed": changed} if changed else {}),
             )
             before = state.timings.get("seconds", 0.0)
 
@@ -117,18 +117,31 @@ def step_cache(settings: Settings) -> StepCache:
 
 
 def _resume(
-    state: Run, folder: RunFolder, checkpoints: Checkpoints, say: Callable[[str], None]
-) -> None:
-    """Loads the newest whole checkpoint, and cuts the log back to it."""
+    state: Run,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    say: Callable[[str], None],
+    *,
+    known: bool,
+) -> dict[str, list[Any]]:
+    """Loads the newest whole checkpoint, and cuts the log back to it; returns what has changed.
+
+    Raises:
+        ValueError: the checkpoint is of another config or of other data (see `check_origin`).
+    """
     saved = checkpoints.restore_latest(report=say)
     if saved is None:
         folder.metrics.truncate(0, lines=0)
-        return
+        return {}
+    changed = check_origin(saved.meta.get("origin"), state.origin, folder.path, known=known)
+    for line in lines_of(changed):
+        say(line)
     state.load(saved)
     folder.metrics.truncate(saved.step, lines=saved.meta["lines"])
     where = "the end" if state.finished else f"stage {state.stage().name!r}"
     at = f", step {state.stage_step} of {state.stage().steps}" if state.stage_step else ""
     say(f"resuming from the checkpoint of step {saved.step}: {where}{at}")
+    return changed
 
 
 def walk(state: Run, clock: Callable[[], None] = lambda: None) -> None:

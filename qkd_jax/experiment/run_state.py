@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,9 @@ from qkd_jax.experiment.settings import Settings, shapes
 from qkd_jax.models import MODELS
 from qkd_jax.quantize import QuantizedModel, load_float
 from qkd_jax.quantize.variables import is_folded
-from qkd_jax.record.checkpoint import Checkpoints, Restored
+from qkd_jax.record.checkpoint import Checkpoints
+from qkd_jax.record.restoring import Restored
+from qkd_jax.record.whole_files import replace_file
 from qkd_jax.training.loop import Window
 from qkd_jax.training.parallel import StepCache
 from qkd_jax.training.state import jit_once, stream_key
@@ -81,6 +82,7 @@ class Run:
         steps: the compiled steps, shared by all stages.
         stopping: whether the run has been asked to stop.
         verbose: whether progress is shown.
+        origin: of `origin.origin_of`; each checkpoint carries it.
         variables: {net: variables}; a net is there once it has taken part in a stage.
         optimizers: {stage: {net: flat optimizer state}} of the stage that runs and of those that a
             later one continues.
@@ -103,6 +105,7 @@ class Run:
     steps: StepCache = dataclasses.field(default_factory=StepCache)
     stopping: Callable[[], bool] = lambda: False
     verbose: bool = True
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     variables: dict[str, Variables] = dataclasses.field(default_factory=dict)
     optimizers: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -210,11 +213,7 @@ class Run:
         self._images[stage] = {"images": images, "labels": labels}
         self.synthetic[stage] = {"sha256": tree_sha256(self._images[stage])}
         if self.folder is not None:
-            path = self._images_file(stage)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{stage}.tmp.npz")
-            np.savez(temporary, images=images, labels=labels)
-            os.replace(temporary, path)
+            replace_file(self._images_file(stage), weights.npz_bytes(self._images[stage]))
             self.folder.write_run(synthetic={stage: self.synthetic[stage]})
 
     def _images_file(self, stage: str) -> Path:
@@ -326,6 +325,7 @@ class Run:
             return
         tree = {"nets": self.variables, "optimizers": self.optimizers}
         meta = {
+            "origin": self.origin,
             "stage": "" if self.finished else self.stage().name,
             "stage_index": self.stage_index,
             "stage_step": self.stage_step,

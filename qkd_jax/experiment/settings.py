@@ -26,6 +26,7 @@ from qkd_jax.experiment.config_checks import (
 from qkd_jax.experiment.schedule import Kind, Stage, lay_out
 from qkd_jax.models import MODELS, BorrowedClassifier, create
 from qkd_jax.quantize import QuantizedModel, presets, quantize, targets
+from qkd_jax.record.folder import config_fields
 
 # Everything a config may say outside of `nets`, `stages` and `schedule`, with its default.
 DEFAULTS: dict[str, Any] = {
@@ -38,6 +39,8 @@ DEFAULTS: dict[str, Any] = {
     "parallel": {"mode": "jit", "devices": 0},
 }
 STRUCTURE = ("nets", "stages", "schedule")
+# Beyond it a float64 skips integers; nothing that a config counts comes near.
+LARGEST = 2**53
 NET_FIELDS = ("model", "rules", "init_from", "head_from", "reduce_range", "fresh")
 
 
@@ -114,11 +117,17 @@ def resolve(config: Any) -> dict[str, Any]:
         )
     try:
         plain = json.loads(json.dumps(config, allow_nan=False))
+        fields = config_fields(plain)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the config holds something that is not plain data ({error}); use numbers, text, "
             "booleans, tuples and dicts."
         ) from None
+    except RecursionError:
+        raise ValueError("the config is nested too deep to be read.") from None
+    for field, value in fields.items():
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"config.{field} is {value}; numbers must lie within +-{LARGEST:,}.")
     for key in plain:
         if key not in DEFAULTS and key not in STRUCTURE:
             raise checks.unknown("field config", key, [*DEFAULTS, *STRUCTURE])

@@ -4,23 +4,18 @@ What Orbax does: atomic writing (a step's folder appears complete or not at all)
 background, and deleting old steps. What is added here, because Orbax does not do it:
 
 * a sha256 of the tree and its meta: Orbax restores flipped bytes silently;
-* restoring goes back to the step before when the newest one is damaged, and says so;
+* restoring goes back to the step before when the newest one is damaged, and says so (`restoring`,
+  which is also what everything that only reads a run folder calls);
 * saving a step again that is already there (a stage that trains nothing does not move the step)
   replaces it without a moment in which neither exists;
 * the score of a step lives in its meta. Orbax forgets scores when the manager is opened again
   (it writes them only under `best_fn`, and `best_fn` with `max_to_keep` deletes the newest step).
-
-On disk a step is `<step>/meta/metadata` (JSON: meta, score, checksum, index of the arrays) and
-`<step>/tree` (arrays, see `packing`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import errno
 import json
-import logging
 import math
 import re
 import shutil
@@ -28,44 +23,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from qkd_jax import checks
-from qkd_jax.record.packing import pack, unpack
+from qkd_jax.record.packing import pack
+from qkd_jax.record.restoring import (
+    ASIDE,
+    FORMAT,
+    Damaged,
+    Restored,
+    canonical,
+    first_line,
+    quiet_orbax,
+    read_latest,
+    read_record,
+    read_step,
+)
 from qkd_jax.trees import arrays_sha256
 
-_FORMAT = 1
-_NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """A checkpoint read back: `tree` is flat, {"nets/net0/params/stem/kernel": array}.
-
-    Arrays are NumPy (dtype and bits as saved); typed random keys are typed JAX keys again. `meta`
-    is what was given to `save` after a round trip through JSON (tuples are lists).
-    """
-
-    step: int
-    tree: dict[str, Any]
-    meta: dict[str, Any]
-    score: float | None = None
-
-
-class _Damaged(Exception):
-    """A step's folder does not hold what was saved; the text says what is wrong."""
-
-
-def _json_value(value: Any) -> Any:
-    """NumPy and JAX scalars as Python numbers; other types are json's error."""
-    if hasattr(value, "item") and np.shape(value) == ():
-        return value.item()
-    raise TypeError(type(value).__name__)
-
-
-def _canonical(meta: Any) -> str:
-    return json.dumps(meta, sort_keys=True, default=_json_value)
+class SaveError(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class _BestScore:
@@ -86,26 +62,23 @@ def _best(scores: Mapping[int, float], steps: Sequence[int]) -> int | None:
 
 
 class Checkpoints:
-    """The checkpoints of a run: the newest `keep` and the one of the highest score.
+    """The checkpoints of a run, for its owner: the newest `keep` and the one of the highest score.
 
-    Use as a context manager, or call `close()` at the end. One process writes.
+    Use as a context manager, or call `close()` at the end. One process opens this and writes; all
+    others read with `restoring.read_latest`.
 
     Args:
         directory: folder of the checkpoints (made if absent).
         keep: how many of the newest to keep, at least 1. With 2, a damaged newest one costs the
             way back to the one before, not the run.
-        read_only: nothing is tidied, moved aside or saved, so that an active run in this folder is
-            not disturbed.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2, read_only: bool = False):
+    def __init__(self, directory: str | Path, *, keep: int = 2):
         checks.integer_in("keep", keep, 1)
         self.directory = Path(directory).absolute()
-        self.read_only = read_only
         self._scores: dict[int, float] = {}
-        if not read_only:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._tidy()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._tidy()
         self._manager = self._open(keep)
         self._load_scores()
 
@@ -115,12 +88,10 @@ class Checkpoints:
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
         self._args = ocp.args
-        _quiet()
+        quiet_orbax()
         policy = policies.AnyPreservationPolicy([policies.LatestN(keep), _BestScore(self._scores)])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
-            create=not self.read_only,
-            read_only=self.read_only,
             # Without this every step's metadata is parsed here, and one damaged file would stop
             # the manager from opening at all.
             lightweight_initialize=True,
@@ -131,7 +102,7 @@ class Checkpoints:
         """Repairs what a process killed at any moment may have left behind."""
         for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
-        for path in self.directory.glob("*.replaced"):
+        for path in self.directory.glob(f"*{ASIDE}"):
             final = path.with_suffix("")
             if final.exists():
                 shutil.rmtree(path, ignore_errors=True)
@@ -140,8 +111,8 @@ class Checkpoints:
 
     def _load_scores(self) -> None:
         for step in self.steps():
-            with contextlib.suppress(_Damaged):
-                score = self._read_meta(step).get("score")
+            with contextlib.suppress(Damaged):
+                score = read_record(self._path(step)).get("score")
                 if isinstance(score, int | float):
                     self._scores[step] = float(score)
 
@@ -177,14 +148,13 @@ class Checkpoints:
 
         Raises:
             ValueError: for a leaf or a meta that cannot be saved.
+            SaveError: this checkpoint, or the one before, cannot be written.
         """
         checks.integer_in("step", step, 0)
-        if self.read_only:
-            raise ValueError(f"{self.directory} was opened with read_only=True; open it without.")
         stored, index, arrays, impls = pack(tree)
         try:
             # Twice: keys that are numbers become text, and text sorts differently.
-            text = _canonical(json.loads(_canonical(dict(meta))))
+            text = canonical(json.loads(canonical(dict(meta))))
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"meta cannot be written as JSON ({error}); it must hold text, numbers, None, "
@@ -193,7 +163,7 @@ class Checkpoints:
         usable = score is not None and math.isfinite(score)
         kept = float(score) if usable else None
         record = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "step": int(step),
             "meta": json.loads(text),
             "score": kept,
@@ -213,9 +183,8 @@ class Checkpoints:
                 ),
                 force=True,
             )
-        except Exception:
-            self._recover()
-            raise
+        except Exception as error:
+            raise self._save_error(error) from error
         if blocking:
             self.wait()
 
@@ -225,26 +194,36 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         """Renames the folder of a step that exists; it is deleted once the new one is complete."""
         if self._path(step).exists():
-            self._path(step).rename(self.directory / f"{step}.replaced")
+            self._path(step).rename(self.directory / f"{step}{ASIDE}")
             self._manager.reload()
 
-    def _recover(self) -> None:
-        """Reads the folder again after a failed save."""
-        self._tidy()
+    def _save_error(self, error: Exception) -> SaveError:
+        """Reads the folder again after a failed save, and returns the error to raise."""
+        with contextlib.suppress(OSError):
+            self._tidy()
         self._manager.reload()
         self._scores.clear()
         self._load_scores()
+        kept = ", ".join(map(str, self.steps())) or "none"
+        # TensorStore names two paths before the system's words, which are what helps.
+        system = re.search(r": ([^:\[\]]+) \[os_error_code", str(error))
+        why = system.group(1) if system else first_line(error)
+        return SaveError(
+            f"a checkpoint cannot be written to {self.directory} ({why}); kept steps: {kept}."
+        )
 
     def wait(self) -> None:
-        """Waits until the last save is on disk; raises its error if it failed."""
+        """Waits until the last save is on disk.
+
+        Raises:
+            SaveError: it failed; the checkpoints before it can be restored.
+        """
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except Exception:
-            self._recover()
-            raise
-        if not self.read_only:
-            self._tidy()
+        except Exception as error:
+            raise self._save_error(error) from error
+        self._tidy()
 
     def close(self) -> None:
         """Waits for the last save and frees the threads."""
@@ -275,8 +254,8 @@ class Checkpoints:
             have = ", ".join(map(str, self.steps())) or "(none)"
             raise ValueError(f"step is {step}; {self.directory} holds checkpoints of steps {have}.")
         try:
-            return self._read(step)
-        except _Damaged as error:
+            return read_step(self._path(step), step)
+        except Damaged as error:
             raise ValueError(
                 f"the checkpoint of step {step} in {self.directory} is damaged: {error}. "
                 "Use another step."
@@ -296,28 +275,12 @@ class Checkpoints:
                 must not start from nothing as if it were new.
         """
         self.wait()
-        damaged: dict[int, str] = {}
-        for step in reversed(self.steps()):
-            try:
-                restored = self._read(step)
-            except _Damaged as error:
-                damaged[step] = str(error)
-                report(f"checkpoint of step {step} in {self.directory} is damaged: {error}")
-                continue
-            if damaged and not self.read_only:
-                for broken in damaged:
-                    self._move_broken(broken)
-                self._manager.reload()
-            if damaged:
-                report(f"going on from the checkpoint of step {step} instead")
-            return restored
+        restored, damaged = read_latest(self.directory, report)
+        for step in damaged:
+            self._move_broken(step)
         if damaged:
-            listed = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
-            raise ValueError(
-                f"all checkpoints in {self.directory} are damaged ({listed}). Restore the folder "
-                "from a copy, or delete it to start the run from the beginning."
-            )
-        return None
+            self._manager.reload()
+        return restored
 
     def _move_broken(self, step: int) -> None:
         target = self.directory / f"{step}.broken"
@@ -325,50 +288,3 @@ class Checkpoints:
             shutil.rmtree(target)
         self._path(step).rename(target)
         self._scores.pop(step, None)
-
-    def _read_meta(self, step: int) -> dict[str, Any]:
-        path = self._path(step) / "meta" / "metadata"
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise _Damaged(f"{path.relative_to(self.directory)} is missing") from None
-        except (OSError, ValueError) as error:
-            name = path.relative_to(self.directory)
-            raise _Damaged(f"{name} cannot be read ({_first_line(error)})") from None
-        if not isinstance(record, dict) or record.get("format") != _FORMAT:
-            raise _Damaged(f"{path.relative_to(self.directory)} is not a record of format 1")
-        return record
-
-    def _read(self, step: int) -> Restored:
-        record = self._read_meta(step)
-        try:
-            stored = self._manager.restore(
-                step, args=self._args.Composite(tree=self._args.StandardRestore())
-            )["tree"]
-            arrays, impls = unpack(stored, record["index"])
-            facts = f"{step} {record.get('score')!r} {_canonical(record['meta'])}"
-            digest = arrays_sha256(arrays, impls, facts)
-        except Exception as error:
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_DAMAGE:
-                raise  # the machine's trouble, not the file's: a good step must not be set aside
-            # Orbax and TensorStore raise many types for missing, cut and undecodable files.
-            reason = f"{type(error).__name__}: {_first_line(error)}"
-            raise _Damaged(f"its arrays cannot be read ({reason})") from error
-        if digest != record.get("sha256"):
-            raise _Damaged("its sha256 is not the one that was saved: bytes have changed")
-        tree: dict[str, Any] = dict(arrays)
-        for name, impl in impls.items():
-            tree[name] = jax.random.wrap_key_data(jax.numpy.asarray(arrays[name]), impl=impl)
-        return Restored(step, tree, record["meta"], record.get("score"))
-
-
-def _first_line(error: BaseException) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    return text[:200] + ("..." if len(text) > 200 else "")
-
-
-def _quiet() -> None:
-    """Orbax writes tens of absl lines a save at INFO; a run's terminal shows its progress."""
-    logger = logging.getLogger("absl")
-    if logger.getEffectiveLevel() < logging.WARNING:
-        logger.setLevel(logging.WARNING)

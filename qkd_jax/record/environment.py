@@ -37,6 +37,17 @@ def git_state(directory: str | Path | None = None) -> dict[str, Any]:
     return {"revision": revision, "dirty": None if status is None else bool(status)}
 
 
+def code_version() -> str:
+    """Returns the revision of the code, with "-dirty" where files differ from it, or the version.
+
+    The version is that of the installed package, for code outside of a checkout.
+    """
+    state = git_state()
+    if state["revision"] is None:
+        return f"qkd_jax {importlib.metadata.version('qkd_jax')}"
+    return state["revision"] + ("-dirty" if state["dirty"] else "")
+
+
 def environment() -> dict[str, Any]:
     """Returns the facts about code, versions and machine that run.json records."""
     versions = {"python": platform.python_version()}

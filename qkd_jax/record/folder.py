@@ -22,11 +22,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from qkd_jax.record.environment import environment
 from qkd_jax.record.json_files import plain, read_json, write_json
 from qkd_jax.record.metrics_log import MetricsLog
+from qkd_jax.record.whole_files import open_lock, remove_temporaries
 
 
 class RunFolder:
@@ -61,7 +62,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.metrics = MetricsLog(self.path)
-        self._lock: TextIO | None = None
+        self._lock: BinaryIO | None = None
         self._started = False
 
     def __enter__(self) -> RunFolder:
@@ -88,12 +89,12 @@ class RunFolder:
             return
         if self._lock is not None:
             return
-        file = open(self.path / ".lock", "a+", encoding="utf-8")
+        file = open_lock(self.path / ".lock")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "?"
+            holder = file.read(20).decode(errors="replace").strip()
+            holder = holder if holder.isdecimal() else "?"
             file.close()
             raise ValueError(
                 f"{self.path} is in use by another run (process {holder}); wait for its end or "
@@ -103,9 +104,9 @@ class RunFolder:
             file.close()
             return
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        file.write(f"{os.getpid()}\n".encode())
         self._lock = file
+        remove_temporaries(self.path)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Writes the resolved config (a nested mapping)."""
@@ -139,11 +140,9 @@ class RunFolder:
         saved = read_json(self.path / "config.json")
         if saved is None:
             return False
-        there, here = _flat_config(saved), _flat_config(json.loads(json.dumps(plain(config))))
+        there, here = (config_fields(c, ignore=ignore) for c in (saved, config))
         lines = []
         for field in sorted(there.keys() | here.keys()):
-            if any(field == name or field.startswith(f"{name}.") for name in ignore):
-                continue
             if field in there and field in here and there[field] == here[field]:
                 continue
             old, new = (
@@ -196,6 +195,16 @@ class RunFolder:
     def write_timings(self, timings: Mapping[str, Any]) -> None:
         """Writes timings.json."""
         write_json(self.path / "timings.json", timings)
+
+
+def config_fields(config: Any, *, ignore: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns a config as {"a.b": value}, as JSON keeps it, without the fields `ignore`.
+
+    "a" in `ignore` covers "a.b" too.
+    """
+    flat = _flat_config(json.loads(json.dumps(plain(config))))
+    ignored = lambda field: any(field == n or field.startswith(f"{n}.") for n in ignore)
+    return {field: value for field, value in flat.items() if not ignored(field)}
 
 
 def _flat_config(config: Any, prefix: str = "") -> dict[str, Any]:

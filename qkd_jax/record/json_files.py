@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from qkd_jax.record.whole_files import read_bytes, replace_file
+
 
 def plain(value: Any) -> Any:
     """Returns `value` as strict JSON can hold it.
@@ -43,32 +45,34 @@ def plain(value: Any) -> Any:
 
 def write_json(path: str | Path, value: Any) -> Path:
     """Writes JSON with sorted keys; a reader sees the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain(value), indent=1, sort_keys=True, allow_nan=False) + "\n"
-    replace_file(path, text.encode())
-    return path
+    return replace_file(path, text.encode())
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Replaces a file's content atomically, and only once the new one is on disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """Reads a JSON file, as `write_json` writes it; None if there is none.
 
-
-def read_json(path: str | Path) -> Any:
-    """Reads a JSON file; None if there is none.
+    Args:
+        path: the file.
+        kind: what it must hold: `dict` or `list`.
 
     Raises:
-        ValueError: it is not JSON; the message names the file.
+        ValueError: it holds something else, or is nested deeper than Python reads; the message
+            names the file.
+        OSError: it cannot be read.
     """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    data = read_bytes(path)
+    if data is None:
         return None
+    try:
+        found = json.loads(data)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep to be read; restore or delete it.") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); restore or delete it.") from error
+    if not isinstance(found, kind):
+        raise ValueError(
+            f"{path} holds a JSON {type(found).__name__}, not a {kind.__name__} as a run writes "
+            "it; restore or delete it."
+        )
+    return found

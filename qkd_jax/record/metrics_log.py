@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qkd_jax.record.json_files import plain, replace_file
+from qkd_jax.record.json_files import plain
+from qkd_jax.record.whole_files import append, read_bytes, replace_file
 
 FILE = "metrics.jsonl"
 
@@ -21,7 +22,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], bytes]:
     """Returns ((line, row) up to the first damaged line, all bytes of the file)."""
-    data = path.read_bytes() if path.exists() else b""
+    data = read_bytes(path) or b""
     lines = []
     for line in data.split(b"\n")[:-1]:
         try:
@@ -64,8 +65,7 @@ class MetricsLog:
         if self._count is None:  # a torn last line would be glued to the next one
             self.truncate()
         # One write a line: a process killed in between leaves at most one torn line, at the end.
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        append(self.path, f"{text}\n".encode())
         self._count = self.lines + 1
 
     def truncate(self, step: int | None = None, *, lines: int | None = None) -> None:

@@ -43,6 +43,11 @@ def pack(tree: Any) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]], d
     return stored, index, arrays, impls
 
 
+def stored_names(index: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Returns the names of the arrays that Orbax has."""
+    return {_PACKED, *(entry["array"] for entry in index.values() if "array" in entry)}
+
+
 def unpack(
     stored: Mapping[str, np.ndarray], index: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:

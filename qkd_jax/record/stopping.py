@@ -9,6 +9,9 @@ from types import FrameType
 from typing import Any
 
 EXIT_NONFINITE = 3
+# sysexits.h: EX_OSERR, the system gives no memory, and EX_IOERR, a file cannot be written or read.
+EXIT_MEMORY = 71
+EXIT_FILES = 74
 # sysexits.h EX_TEMPFAIL, "try again": a scheduler can requeue the job on this code, and it differs
 # from Python's 1 (an error) and from 143 (killed by SIGTERM without having saved).
 EXIT_INTERRUPTED = 75

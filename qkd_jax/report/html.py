@@ -6,7 +6,6 @@ page has no script, loads nothing, and shows its pictures as inline SVG.
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from qkd_jax.record.json_files import read_json
 from qkd_jax.record.metrics_log import read_metrics
+from qkd_jax.record.whole_files import replace_file
 from qkd_jax.report import plots, soft_label_figures, soft_labels
 from qkd_jax.report.page import (
     Column,
@@ -293,7 +293,7 @@ def render(folder: str | Path) -> str:
     results, timings, config, run = map(
         read, ("results.json", "timings.json", "config.json", "run.json")
     )
-    layers = read("model/layers.json") or []
+    layers = read_json(folder / "model" / "layers.json", list) or []
     metrics = read_metrics(folder)
 
     rows = results.get("rows") or []
@@ -374,8 +374,4 @@ def write(workdir: str | Path) -> Path:
         raise ValueError(
             f"workdir is {str(workdir)!r}, which is not a folder; give the --workdir of a run."
         )
-    path = folder / "report.html"
-    temporary = folder / ".report.html.tmp"
-    temporary.write_text(render(folder), encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return replace_file(folder / "report.html", render(folder).encode())

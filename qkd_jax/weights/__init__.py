@@ -19,12 +19,13 @@ import jax
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.record.checkpoint import Checkpoints
+from qkd_jax.record.restoring import read_latest
+from qkd_jax.record.whole_files import replace_file
 from qkd_jax.trees import flatten, nested
-from qkd_jax.weights.files import damaged, read_npz, read_safetensors, safetensors_bytes
+from qkd_jax.weights.files import damaged, npz_bytes, read_npz, read_safetensors, safetensors_bytes
 from qkd_jax.weights.layouts import from_torch, is_torch, to_torch
 
-__all__ = ["from_torch", "is_source", "load", "read_npz", "save", "to_torch"]
+__all__ = ["from_torch", "is_source", "load", "npz_bytes", "read_npz", "save", "to_torch"]
 
 SUFFIXES = (".npz", ".safetensors")
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".pickle")
@@ -93,12 +94,11 @@ def save(
                 f"array {name!r} is {array.dtype}, whose type a .npz file does not keep; give "
                 "path the ending '.safetensors'."
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npz":
-        np.savez(path, **arrays)
+        data = npz_bytes(arrays)
     else:
-        metadata = {"format": "pt" if layout == "torch" else "flax"}
-        path.write_bytes(safetensors_bytes(arrays, metadata))
+        data = safetensors_bytes(arrays, {"format": "pt" if layout == "torch" else "flax"})
+    replace_file(path, data)
 
 
 def _variables(flat: Mapping[str, np.ndarray], path: str) -> dict[str, Any]:
@@ -123,8 +123,7 @@ def _variables(flat: Mapping[str, np.ndarray], path: str) -> dict[str, Any]:
 
 
 def _from_run(path: str, name: str) -> dict[str, Any]:
-    with Checkpoints(Path(path) / "checkpoints") as checkpoints:
-        saved = checkpoints.restore_latest()
+    saved, _ = read_latest(Path(path) / "checkpoints")
     nets = nested(saved.tree).get("nets", {}) if saved else {}
     if name not in nets:
         raise checks.unknown(f"net in {path + '#' + name!r}", name, nets)

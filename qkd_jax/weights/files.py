@@ -5,6 +5,7 @@ is taken for sizes that the file only claims (deflated, it may hold a thousand t
 Nothing is unpickled.
 """
 
+import io
 import json
 import math
 import os
@@ -120,6 +121,13 @@ def safetensors_bytes(arrays: Mapping[str, Any], metadata: Mapping[str, str]) ->
             data_len=array.nbytes,
         )
     return bytes(safetensors.serialize(specs, metadata=dict(metadata) or None))
+
+
+def npz_bytes(arrays: Mapping[str, Any]) -> bytes:
+    """Returns the content of a .npz file; the same arrays give the same bytes."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
 
 
 def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

@@ -30,6 +30,7 @@ from qkd_jax.deploy.description import Description
 from qkd_jax.deploy.integer.pack import packed_bytes
 from qkd_jax.deploy.integer.program import IntegerModel, Program, Unpack, run
 from qkd_jax.deploy.integer.serial import decode, dtype_of, encode
+from qkd_jax.record.whole_files import replace_file
 from qkd_jax.weights.files import damaged, parse_safetensors, read_bytes, safetensors_bytes
 
 TENSORS, JSON = "model.safetensors", "model.json"
@@ -75,9 +76,8 @@ def save(
     data = safetensors_bytes(tensors, {"json": _digest(body)})
     text = _text({**body, "tensors": {"sha256": hashlib.sha256(data).hexdigest()}})
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TENSORS).write_bytes(data)
-    (folder / JSON).write_text(text, encoding="utf-8")
+    replace_file(folder / TENSORS, data)
+    replace_file(folder / JSON, text.encode())
     return {TENSORS: len(data), JSON: len(text.encode())}
 
 

@@ -31,6 +31,7 @@ from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.targets import TARGETS, file_options
 from qkd_jax.quantize.traced import trace_net
 from qkd_jax.quantize.variables import OPERANDS
+from qkd_jax.record.whole_files import replace_file
 
 OPSETS = (13, 21)
 ACTIVATIONS = ("uint8", "int8", "own")
@@ -140,9 +141,7 @@ def to_onnx(
     model = onnx_model(export, outputs)
     onnx.checker.check_model(model, full_check=True)
     data = model.SerializeToString()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    path = replace_file(path, data)
     counts = collections.Counter(node.op_type for node in model.graph.node)
     return OnnxFile(path, dict(counts), len(data), saturating, export.stored)
 

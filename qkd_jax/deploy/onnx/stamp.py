@@ -6,11 +6,11 @@ Both lie in the file's `metadata_props`, where every engine leaves them alone.
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from qkd_jax.deploy.description import Description
 from qkd_jax.deploy.onnx.engines import import_engine
+from qkd_jax.record.whole_files import replace_file
 from qkd_jax.weights.files import damaged, read_bytes
 
 DESCRIPTION, SHA256 = "qkd_jax.description", "qkd_jax.sha256"
@@ -25,7 +25,7 @@ def stamp_onnx(path: str | os.PathLike[str], description: Description) -> int:
     kept = {p.key: p.value for p in model.metadata_props}
     onnx.helper.set_model_props(model, {**kept, DESCRIPTION: text, SHA256: _digest(model, text)})
     data = model.SerializeToString()
-    Path(path).write_bytes(data)
+    replace_file(path, data)
     return len(data)
 
 

@@ -38,7 +38,6 @@ def calibrate(
         if run.folder is not None and not is_calibrated(
             run.variables[name]
         ):  # the report shows weights before and after
-            run.folder.model.mkdir(parents=True, exist_ok=True)
             floats = {k: v for k, v in run.variables[name].items() if k != "quant"}
             weights.save(run.folder.model / f"{name}_float.npz", floats)
         run.put(

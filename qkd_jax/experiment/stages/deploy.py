@@ -94,7 +94,6 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
     net, variables = run.nets[name], run.variables[name]
     images = np.zeros(run.example.shape, np.float32)
     folder = run.folder.model
-    folder.mkdir(parents=True, exist_ok=True)
     trained = run.evaluate(name)
 
     weights.save(folder / f"{name}.npz", variables)

@@ -1,0 +1,86 @@
+"""The origin of a checkpoint: which config, data, code and devices have made it.
+
+`config.json` alone does not guard a run: it can be deleted, or lie beside the checkpoints of
+another run. So each checkpoint carries its origin. Another config or other data make other numbers
+and are refused; other code or another number of devices may, and are said and recorded.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qkd_jax.data.dataset import Dataset
+from qkd_jax.record.environment import code_version
+from qkd_jax.record.folder import config_fields
+
+# What may differ between a run folder and the command that resumes it: none of it reaches a number
+# in results.json.
+FREE_FIELDS = ("checkpoint", "data.dir")
+
+
+def origin_of(config: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
+    """Returns {"config", "data", "code", "devices"} of a run: two SHA-256, a text, a count."""
+    text = json.dumps(config_fields(config, ignore=FREE_FIELDS), sort_keys=True)
+    return {
+        "config": hashlib.sha256(text.encode()).hexdigest(),
+        "data": dataset.fingerprint,
+        "code": code_version(),
+        "devices": config["parallel"]["devices"] or jax.device_count(),
+    }
+
+
+def check_origin(
+    there: Mapping[str, Any] | None, here: Mapping[str, Any], folder: Path, *, known: bool
+) -> dict[str, list[Any]]:
+    """Returns what differs and is no reason to stop: {"code": [there, here]} or "devices".
+
+    Args:
+        there: the origin in the checkpoint; None in one of before there were origins.
+        here: the origin of the run that reads it.
+        folder: the run folder, for messages.
+        known: whether config.json says that the folder is a run of this config.
+
+    Raises:
+        ValueError: the checkpoint is of another config or of other data.
+    """
+    repair = "Use another --workdir, or delete the folder."
+    if there is None:
+        if known:
+            return {}
+        raise ValueError(
+            f"{folder} has checkpoints but no config.json, and they do not say which config made "
+            f"them. Put the config.json back. {repair}"
+        )
+    if there.get("config") != here["config"]:
+        beside = (
+            "its config.json is not the one that they were made with: put that back."
+            if known
+            else "its config.json is missing, and this config is not the one that made them."
+        )
+        raise ValueError(
+            f"{folder} holds the checkpoints of a run of another config; {beside} {repair}"
+        )
+    if there.get("data") != here["data"]:
+        raise ValueError(
+            f"{folder} holds the checkpoints of a run on other data (fingerprint "
+            f"{str(there.get('data'))[:12]}..., here {str(here['data'])[:12]}...); point "
+            f"--config.data.dir at the data of that run. {repair}"
+        )
+    return {
+        key: [there.get(key), here[key]]
+        for key in ("code", "devices")
+        if there.get(key) != here[key]
+    }
+
+
+def lines_of(changed: Mapping[str, list[Any]]) -> list[str]:
+    """Returns a line of text for each thing that differs."""
+    what = {
+        "code": "code: made by {0}, going on with {1}; numbers may differ from those of either",
+        "devices": "devices: made on {0}, going on with {1}; sums round in another order",
+    }
+    return [f"WARNING: {what[key].format(*both)}" for key, both in changed.items()]

@@ -1,0 +1,120 @@
+"""Files of a run folder: read and written whole or not at all, and never through a symbolic link.
+
+A folder that somebody sent may hold a link where a file is expected; following it would write to
+whatever it points at.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+# `.<name>.<8 hex digits>.tmp`, beside the file that it becomes.
+_TEMPORARY = ".*.????????.tmp"
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+
+def read_bytes(path: str | Path) -> bytes | None:
+    """Returns a file's content; None if there is none.
+
+    Raises:
+        ValueError: it is a folder, a pipe or a device, which might never end.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file; it must be one. Remove it.")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Replaces a file's content atomically, and only once the new one is on disk.
+
+    A reader sees the old file or the new one. A link at `path` is replaced, not followed; a device
+    or a pipe (/dev/null) is written to.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if _is_stream(path):
+        path.write_bytes(data)
+        return path
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with _create(temporary) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            return path
+        except FileExistsError:
+            continue
+        except FileNotFoundError:
+            if not path.parent.is_dir():
+                raise
+            continue  # `remove_temporaries` of a run that started at this moment
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def _is_stream(path: Path) -> bool:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return False
+    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
+
+
+def _create(path: Path) -> BinaryIO:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666)
+    return os.fdopen(descriptor, "wb")
+
+
+def append(path: Path, data: bytes) -> None:
+    """Appends to a file in one write, and makes it where there is none.
+
+    Raises:
+        ValueError: it is a link.
+        OSError: it cannot be written.
+    """
+    with os.fdopen(_opened(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0) as file:
+        file.write(data)
+
+
+def open_lock(path: Path) -> BinaryIO:
+    """Opens a lock's file to read and write, and makes it where there is none.
+
+    Raises:
+        ValueError: it is a link.
+        OSError: it cannot be opened.
+    """
+    return os.fdopen(_opened(path, os.O_RDWR), "r+b", buffering=0)
+
+
+def _opened(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CREAT | _NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(
+            f"{path} is a symbolic link, and a run writes into its own folder only; remove it."
+        ) from None
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what writers that were killed have left in a folder and the folders below it."""
+    for path in folder.rglob(_TEMPORARY):
+        with contextlib.suppress(OSError):
+            path.unlink()
