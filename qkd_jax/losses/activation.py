@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks
-from qkd_jax.losses.inputs.feature_maps import check_tuple, prepare_feature_lists
+from qkd_jax.losses.inputs.feature_maps import check_tuple, prepare_feature_lists, rows
 from qkd_jax.losses.inputs.logits import keep
 from qkd_jax.losses.inputs.shapes import Array, Arrays, Mask, Scalar, Values
 
@@ -151,4 +151,4 @@ def ofd_margin(mean: Array, std: Array) -> Array:
 
 
 def _sums(x: Array) -> Array:
-    return jnp.sum(x.reshape(x.shape[0], -1), axis=-1)
+    return jnp.sum(rows(x), axis=-1)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from qkd_jax import checks
 from qkd_jax.losses.inputs.feature_maps import check_tuple, prepare_features
-from qkd_jax.losses.inputs.logits import divergence, hits, keep, prepare_logits, prepare_pair
+from qkd_jax.losses.inputs.logits import hits, keep, prepare_logits, prepare_pair
 from qkd_jax.losses.inputs.shapes import Array, Arrays, Logits, Mask, Matrix, Scalar, Values
+from qkd_jax.losses.inputs.softened import divergence
 
 
 def byot(
@@ -84,7 +85,7 @@ def byot(
         except ValueError as error:
             raise ValueError(f"heads_logits[{i}], student_features[{i}]: {error}") from error
         a, t, h = (jnp.asarray(number, z.dtype) for number in (alpha, temperature, hint))
-        soft = t * t * divergence(target / t, z / t)
+        soft = t * t * divergence(target, z, t)
         apart = jnp.sum(jnp.square(own - deep), axis=tuple(range(1, own.ndim)))
         values.append((1 - a) * _cross_entropy(z, labels) + a * soft + h * apart)
     return keep(sum(values[1:], values[0]), mask)
@@ -157,8 +158,8 @@ def one(
     ensemble = jnp.sum(keep(weights, mask)[:, :, None] * z, axis=1)
     hard = [_cross_entropy(x, labels) for x in (*jnp.unstack(z, axis=1)[1:], ensemble)]
     t = jnp.asarray(temperature, z.dtype)
-    target = jax.lax.stop_gradient(ensemble)[:, None] / t
-    soft = t * t * jnp.sum(divergence(target, z / t), axis=1)
+    target = jax.lax.stop_gradient(ensemble)[:, None]
+    soft = t * t * jnp.sum(divergence(target, z, t), axis=1)
     return keep(sum(hard[1:], hard[0]) + jnp.asarray(distil, z.dtype) * soft, mask)
 
 

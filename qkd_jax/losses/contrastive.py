@@ -264,7 +264,7 @@ def _integers(name: str, x: Array, features: Array) -> Array:
 def _log_mean_exp(scores: Array, kept: Array, axis_name: str | None) -> Array:
     """Log of the mean of exp(scores) [batch, k] over the kept rows of all devices."""
     scores = jax.lax.stop_gradient(scores)
-    top = jnp.max(jnp.where(kept[:, None], scores, -jnp.inf))
+    top = jnp.max(jnp.where(kept[:, None], scores, -jnp.inf), initial=-jnp.inf)
     top = top if axis_name is None else jax.lax.pmax(top, axis_name)
     top = jnp.where(jnp.isfinite(top), top, 0)
     sums = total(jnp.sum(jnp.where(kept[:, None], jnp.exp(scores - top), 0)), axis_name)

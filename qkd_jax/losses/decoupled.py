@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from qkd_jax import checks
 from qkd_jax.losses.inputs.logits import (
-    divergence,
     hits,
     keep,
     prepare_logits,
@@ -18,6 +17,7 @@ from qkd_jax.losses.inputs.logits import (
     standardized,
 )
 from qkd_jax.losses.inputs.shapes import Array, Logits, Mask, Scalar, Values
+from qkd_jax.losses.inputs.softened import divergence, log_mean_exp
 
 
 def dkd(
@@ -77,11 +77,11 @@ def dkd(
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
     t = jnp.asarray(temperature, student.dtype)
-    (own_s, rest_s, other_s), (own_t, rest_t, other_t) = (
-        _split(z / t, hit) for z in (student, teacher)
-    )
-    target = _term(own_t, own_s) + _term(rest_t, rest_s)
-    others = jnp.sum(_term(other_t, other_s), axis=-1)
+    (own_s, other_s), (own_t, other_t) = (_split(z, hit, t) for z in (student, teacher))
+    others_count = jnp.asarray(max(student.shape[-1] - 1, 0), student.dtype)
+    of_both = jnp.stack([jnp.zeros_like(others_count), jnp.log(others_count)])
+    target = divergence(own_t, own_s, t, log_weights=of_both)
+    others = divergence(other_t, other_s, t)
     return keep(jnp.where(known, t * t * (alpha * target + beta * others), jnp.nan), mask)
 
 
@@ -132,11 +132,15 @@ def nkd(
     student, teacher, mask = prepare_pair(student_logits, teacher_logits, where)
     hit, known = hits(labels, student)
     t = jnp.asarray(temperature, student.dtype)
-    (own_s, _, _), (own_t, _, _) = (_split(z, hit) for z in (student, teacher))
-    (_, _, other_s), (_, _, other_t) = (_split(z / t, hit) for z in (student, teacher))
+    own_s, own_t = (
+        jnp.sum(jnp.where(hit, jax.nn.log_softmax(z), 0), axis=-1) for z in (student, teacher)
+    )
     target = -jnp.exp(own_t) * own_s
-    share = jnp.exp(other_t)
-    others = -jnp.sum(share * jnp.where(share > 0, other_s, 0.0), axis=-1)
+    (_, other_s), (_, other_t) = (_split(z, hit, t) for z in (student, teacher))
+    log_share = jax.nn.log_softmax(other_t / t)
+    share = jnp.exp(log_share)
+    entropy = -jnp.sum(share * jnp.where(share > 0, log_share, 0), axis=-1)
+    others = divergence(other_t, other_s, t) + entropy
     return keep(jnp.where(known, target + gamma * t * t * others, jnp.nan), mask)
 
 
@@ -193,15 +197,11 @@ def tf_kd(
     return keep(jnp.where(known, value, jnp.nan), mask)
 
 
-def _split(logits: Array, hit: Array) -> tuple[Array, Array, Array]:
-    """Returns log p[y], log (1 - p[y]) and log q with -inf at y; p over all, q over the others."""
-    log_p = jax.nn.log_softmax(logits)
-    own = jnp.sum(jnp.where(hit, log_p, 0.0), axis=-1)
-    rest = jax.nn.logsumexp(log_p, axis=-1, where=~hit)
-    return own, rest, jax.nn.log_softmax(logits, where=~hit, axis=-1)
+def _split(logits: Array, hit: Array, t: Array) -> tuple[Array, Array]:
+    """Splits logits [batch, classes] into the labelled class against the others, and the others.
 
-
-def _term(log_target: Array, log_p: Array) -> Array:
-    """Returns p_target (log p_target - log p), 0 where p_target is."""
-    share = jnp.exp(log_target)
-    return share * jnp.where(share > 0, log_target - log_p, 0.0)
+    Returns ([batch, 2]: z_y and T log mean_(k != y) exp(z_k / T); the logits with -inf at y).
+    """
+    own = jnp.sum(jnp.where(hit, logits, 0), axis=-1)
+    rest = t * log_mean_exp(logits / t, where=~hit)
+    return jnp.stack([own, rest], axis=-1), jnp.where(hit, -jnp.inf, logits)

@@ -16,6 +16,7 @@ from qkd_jax.losses.inputs.feature_maps import (
     example_means,
     prepare_feature_lists,
     prepare_features,
+    rows,
     safe_norm,
     unit,
 )
@@ -137,7 +138,7 @@ def at(
     )
 
     def attention(x: Array) -> Array:
-        return unit(jnp.mean(jnp.abs(x) ** power, axis=-1).reshape(x.shape[0], -1))
+        return unit(rows(jnp.mean(jnp.abs(x) ** power, axis=-1)))
 
     value = jnp.zeros(pairs[0][0].shape[0], pairs[0][0].dtype)
     for student, teacher in pairs:
@@ -224,7 +225,7 @@ def ft(student_feature: Feature, teacher_feature: Array, *, where: Mask = None) 
         Kim, Park, Kwak, 2018, arXiv 1802.04977.
     """
     student, teacher, mask = prepare_features(student_feature, teacher_feature, where)
-    student, teacher = (unit(x.reshape(x.shape[0], -1)) for x in (student, teacher))
+    student, teacher = (unit(rows(x)) for x in (student, teacher))
     return keep(jnp.mean(jnp.abs(student - teacher), axis=-1), mask)
 
 

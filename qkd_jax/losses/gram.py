@@ -5,6 +5,7 @@ compare products of such matrices, example by example.
 """
 
 import itertools
+import math
 
 import jax.numpy as jnp
 
@@ -157,7 +158,7 @@ def ickd(student_feature: Feature, teacher_feature: Array, *, where: Mask = None
 
 def _matrix(x: Array) -> Array:
     """[batch, height, width, channels] -> [batch, positions, channels]."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def _products(x: Array, y: Array) -> Array:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from qkd_jax import checks
 from qkd_jax.losses.inputs.feature_maps import gather_batch, inner, safe_norm, total
-from qkd_jax.losses.inputs.logits import divergence, keep, prepare_pair, standardized
+from qkd_jax.losses.inputs.logits import keep, prepare_pair, standardized
 from qkd_jax.losses.inputs.shapes import Array, Logits, Mask, Scalar, Values
+from qkd_jax.losses.inputs.softened import divergence
 
 # Temperatures of `mlkd` beside its base.
 MORE_TEMPERATURES = (2.0, 3.0, 5.0, 6.0)
@@ -154,7 +155,8 @@ def mlkd(
     kept, classes = batch.all_kept[:, None], student.shape[1]
     certain = jax.nn.softmax(teacher)
     everywhere = jnp.where(kept, jax.nn.softmax(batch.all_teacher), 0)
-    typical = jnp.nanmedian(jnp.where(batch.all_kept, jnp.max(everywhere, axis=-1), jnp.nan))
+    surest = jnp.where(batch.all_kept, jnp.max(everywhere, axis=-1), jnp.nan)
+    typical = jnp.nanmedian(surest) if len(surest) else jnp.nan  # of an empty batch
     unsure = (jnp.max(certain, axis=-1) <= typical).astype(student.dtype)
     mass = jnp.sum(everywhere, axis=0)
     rare = (mass <= jnp.median(mass)).astype(student.dtype)
@@ -168,7 +170,7 @@ def mlkd(
     value = jnp.zeros(student.shape[0], student.dtype)
     for temperature_ in (temperature, *MORE_TEMPERATURES):
         t = jnp.asarray(temperature_, student.dtype)
-        value += unsure * t * t * divergence(soft_t / t, soft_s / t)
+        value += unsure * t * t * divergence(soft_t, soft_s, t)
         all_s, all_t = (
             jnp.where(kept, jax.nn.softmax(z / t), 0)
             for z in (batch.all_student, batch.all_teacher)

@@ -410,7 +410,7 @@ def irg(
 
 
 def _over_largest(x: Array, axis_name: str | None) -> Array:
-    largest = jnp.max(gathered(jnp.max(x)[None], axis_name))
+    largest = jnp.max(gathered(jnp.max(x, initial=0)[None], axis_name))
     return x / jnp.where(largest > 0, largest, 1)
 
 

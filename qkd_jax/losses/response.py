@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from qkd_jax import checks
 from qkd_jax.losses.inputs.gradients import reverse_gradient
 from qkd_jax.losses.inputs.logits import (
-    divergence,
     hits,
     keep,
     prepare_logits,
@@ -19,6 +18,7 @@ from qkd_jax.losses.inputs.logits import (
     standardized,
 )
 from qkd_jax.losses.inputs.shapes import Array, Logits, Mask, Scalar, Values
+from qkd_jax.losses.inputs.softened import divergence
 
 
 def ce(
@@ -118,7 +118,7 @@ def kd(
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
     t = jnp.asarray(temperature, student.dtype)
-    return keep(t * t * divergence(teacher / t, student / t), mask)
+    return keep(t * t * divergence(teacher, student, t), mask)
 
 
 def lskd(
@@ -318,7 +318,7 @@ def ctkd(
     t = t.astype(student.dtype)
     if mask is not None:
         t = jnp.where(mask, t, 1)
-    return keep(t * t * divergence(teacher / t[:, None], student / t[:, None]), mask)
+    return keep(t * t * divergence(teacher, student, t[:, None]), mask)
 
 
 def sqakd(

@@ -9,8 +9,13 @@ from jaxtyping import Float
 
 from qkd_jax import checks
 from qkd_jax.losses.inputs.feature_maps import check_tuple
-from qkd_jax.losses.inputs.logits import divergence, hits, keep, prepare_logits, prepare_pair
+from qkd_jax.losses.inputs.logits import hits, keep, prepare_logits, prepare_pair
 from qkd_jax.losses.inputs.shapes import Array, Arrays, Kept, Logits, Mask, Matrix, Scalar, Values
+from qkd_jax.losses.inputs.softened import (
+    divergence,
+    log_mean_exp,
+    relative_log_probabilities,
+)
 
 
 def kd_mean(
@@ -49,9 +54,9 @@ def kd_mean(
     """
     student, teachers, mask = _prepare(student_logits, teachers_logits, where)
     t = _temperature(temperature, student)
-    log_p = jax.nn.log_softmax(teachers / t)
-    log_mean = jax.nn.logsumexp(log_p, axis=0) - jnp.log(jnp.asarray(len(teachers), student.dtype))
-    return keep(t * t * divergence(log_mean, student / t), mask)
+    of_each = relative_log_probabilities(teachers / t)
+    log_mean = log_mean_exp(jnp.moveaxis(of_each, 0, -1))
+    return keep(t * t * divergence(t * log_mean, student, t), mask)
 
 
 def kd_sum(
@@ -171,4 +176,4 @@ def _temperature(temperature: Scalar, logits: Array) -> Array:
 def _divergences(student: Array, teachers: Array, temperature: Scalar) -> Array:
     """T^2 KL(p_m || p_student), [n, batch]."""
     t = _temperature(temperature, student)
-    return t * t * jax.vmap(divergence, (0, None))(teachers / t, student / t)
+    return t * t * jax.vmap(lambda teacher: divergence(teacher, student, t))(teachers)

@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ import pytest
 from PIL import Image
 from tiny_config import get_config
 
-from qkd_jax import experiment
+from qkd_jax import experiment, weights
 from qkd_jax.deploy import predict as predictor
 from qkd_jax.experiment import orchestrate
 from qkd_jax.record.checkpoint import Checkpoints
@@ -369,20 +371,50 @@ def test_sigterm_saves_and_leaves_with_its_own_code(tmp_path):
     assert saved.meta["stage"] == "pretrain_teacher" and saved.meta["stage_step"] > 0
 
 
+def readers(folder, stop):
+    """Reads a run folder in a loop, in every way there is; returns how often each way worked."""
+    ways = {
+        "weights": lambda: weights.load(f"{folder}#student"),
+        "eval": lambda: experiment.evaluate(folder, verbose=False),
+        "report": lambda: experiment.report(folder, verbose=False),
+        "export": lambda: experiment.export(folder, verbose=False),
+    }
+    worked = dict.fromkeys(ways, 0)
+    while not stop.is_set():
+        for name, read in ways.items():
+            try:
+                read()
+                worked[name] += 1
+            except ValueError as error:  # the first net is not saved or trained yet
+                early = ("no checkpoint", "unknown net", "not been trained", "which is float")
+                assert any(text in str(error) for text in early), error
+    return worked
+
+
 @pytest.mark.slow
-def test_killed_five_times_it_ends_with_the_same_bits(tmp_path):
+def test_killed_twenty_times_beside_readers_it_ends_with_the_same_bits(tmp_path):
+    arg = "steps=40,save_steps=2,deploy=True"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert launch(whole).wait(timeout=300) == 0, said(whole)
+    assert launch(whole, arg=arg).wait(timeout=300) == 0, said(whole)
     total = (whole / "metrics.jsonl").read_bytes().count(b"\n")
-    rng = random.Random(0)
-    for kill in range(5):
-        process = launch(killed)
-        wait_for(process, killed, round(total * (kill + 1) / 7))
-        time.sleep(0.2 * rng.random())
-        process.kill()
-        process.wait()
-    assert launch(killed).wait(timeout=300) == 0, said(killed)
-    assert said(killed).count("resuming from the checkpoint") >= 4
+    rng, stop = random.Random(0), threading.Event()
+    with ThreadPoolExecutor() as pool:
+        reading = None
+        try:
+            for kill in range(20):
+                process = launch(killed, arg=arg)
+                wait_for(process, killed, round(total * kill / 24) + 1)
+                reading = reading or pool.submit(readers, killed, stop)
+                time.sleep(0.2 * rng.random())
+                process.kill()
+                process.wait()
+                assert not reading.done(), reading.exception()
+            assert launch(killed, arg=arg).wait(timeout=300) == 0, said(killed)
+        finally:
+            stop.set()
+        worked = reading.result()
+    assert min(worked.values()) > 0, worked
+    assert said(killed).count("resuming from the checkpoint") >= 15
     same(whole, killed)
     before, after = tree_of(whole).tree, tree_of(killed).tree
     assert before.keys() == after.keys()

@@ -328,7 +328,7 @@ def test_finite_with_two_classes(name):
     assert_finite(run(name, extreme(name, 1, classes=2)))
 
 
-@pytest.mark.parametrize("batch", [1, BATCH])
+@pytest.mark.parametrize("batch", [0, 1, BATCH])
 def test_finite_where_everything_is_equal(name, batch):
     args = per_example(arguments(name), lambda a: np.zeros_like(a[:batch]))
     assert_finite(run(name, args))

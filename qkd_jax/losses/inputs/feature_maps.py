@@ -3,6 +3,7 @@
 A feature is a vector [batch, channels] or a map [batch, height, width, channels].
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -175,7 +176,7 @@ def check_tuple(name: str, given: Any, meaning: str) -> None:
 
 def example_means(x: Prepared) -> Values:
     """Mean over all axes but the first."""
-    return jnp.mean(x.reshape(x.shape[0], -1), axis=-1)
+    return jnp.mean(rows(x), axis=-1)
 
 
 def gathered(x: Array, axis_name: str | None) -> Array:
@@ -220,7 +221,7 @@ def gather_batch(
 ) -> GatheredBatch:
     """Flattens prepared features to vectors and gathers those of all devices."""
     batch = student.shape[0]
-    student, teacher = student.reshape(batch, -1), teacher.reshape(batch, -1)
+    student, teacher = rows(student), rows(teacher)
     kept = jnp.ones(batch, bool) if mask is None else mask
     all_kept = gathered(kept, axis_name)
     offset = 0 if axis_name is None else jax.lax.axis_index(axis_name) * batch
@@ -234,6 +235,11 @@ def gather_batch(
         count=jnp.maximum(jnp.sum(all_kept), 1).astype(student.dtype),
         position=jnp.arange(batch, dtype=jnp.int32) + offset,
     )
+
+
+def rows(x: Array) -> Float[Array, "batch numbers"]:
+    """Returns [batch, ...] as [batch, numbers]; an empty batch too, for which -1 says nothing."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def inner(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:

@@ -61,25 +61,16 @@ def standardized(logits: Matrix) -> Matrix:
     """Returns the z-scores of each row of [batch, classes]: (z - mean) / (std + 1e-7).
 
     The standard deviation is the unbiased one (divided by classes - 1), as in the code of Sun et
-    al., 2024 (arXiv 2403.01427).
+    al., 2024 (arXiv 2403.01427). Classes of logit -inf are forbidden: they stay so, and count in
+    neither mean nor deviation.
     """
-    centred = logits - jnp.mean(logits, axis=-1, keepdims=True)
+    allowed = logits != -jnp.inf
+    known = jnp.where(allowed, logits, 0)
+    classes = jnp.sum(allowed, axis=-1, keepdims=True).astype(logits.dtype)
+    mean = jnp.sum(known, axis=-1, keepdims=True) / jnp.maximum(classes, 1)
+    centred = jnp.where(allowed, known - mean, 0)
     total = jnp.sum(jnp.square(centred), axis=-1, keepdims=True)
     # The root has no gradient at 0: a row of equal logits gets 0, and no gradient, instead of NaN.
     some = total > 0
-    std = jnp.sqrt(jnp.where(some, total, 1) / max(logits.shape[-1] - 1, 1))
-    return jnp.where(some, centred / (std + 1e-7), 0)
-
-
-def divergence(
-    target_logits: Float[Array, " *#batch classes"],
-    logits: Float[Array, " *#batch classes"],
-) -> Float[Array, " *_"]:
-    """Returns KL(softmax(target_logits) || softmax(logits)) over the last axis."""
-    log_target = jax.nn.log_softmax(target_logits)
-    log_p = jax.nn.log_softmax(logits)
-    target = jnp.exp(log_target)
-    # 0 log 0 is 0: classes whose target underflows are left out before the product, so that an
-    # infinite log-probability (a class masked with -inf in both nets) does not become NaN.
-    gap = jnp.where(target > 0, log_target - log_p, 0.0)
-    return jnp.sum(target * gap, axis=-1)
+    std = jnp.sqrt(jnp.where(some, total, 1) / jnp.maximum(classes - 1, 1))
+    return jnp.where(allowed, jnp.where(some, centred / (std + 1e-7), 0), -jnp.inf)
