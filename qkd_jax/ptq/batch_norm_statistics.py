@@ -16,6 +16,7 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax import checks
+from qkd_jax.ptq.stream import check_finite
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.calibration import model_arguments
 from qkd_jax.quantize.variables import is_folded
@@ -71,10 +72,12 @@ def reestimate_batch_norm(
     if is_folded(variables):
         raise ValueError("a BatchNorm of this net is folded; re-estimate first, then fold.")
     seen: list[tuple[int, Tree]] = []
-    for batch in batches:
+    for index, batch in enumerate(batches):
         arguments = tuple(batch) if isinstance(batch, list) else model_arguments(batch)
         count = arguments[0].shape[0]
         if count:
+            for argument in arguments:
+                check_finite(f"batches[{index}]", argument)
             stats = _batch_statistics(net, variables, arguments, tuple(sorted(kwargs.items())))
             seen.append((count, jax.tree.map(lambda a: np.asarray(a, np.float64), stats)))
     checks.at_least_one("batches", seen)

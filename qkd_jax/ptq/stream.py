@@ -75,6 +75,21 @@ class Stream:
                 del env[v]
 
 
+def check_finite(name: str, array: Any) -> None:
+    """Raises ValueError if an array [examples, ...] holds NaN or infinite values."""
+    if not jnp.issubdtype(jnp.result_type(array), jnp.inexact):  # tokens, random keys
+        return
+    array = np.asarray(array)
+    if np.isfinite(array).all():
+        return
+    rows = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
+    bad = "NaN" if np.isnan(array).any() else "infinite values"
+    raise ValueError(
+        f"{name} holds {bad} in {np.count_nonzero(rows)} of {len(array)} examples, the first of "
+        f"them example {int(np.argmax(rows))}; take these out."
+    )
+
+
 def image_batches(batches: Iterable[Any]) -> list[np.ndarray]:
     """Returns batches as image arrays; padding is left out.
 
@@ -83,11 +98,12 @@ def image_batches(batches: Iterable[Any]) -> list[np.ndarray]:
             one array.
 
     Raises:
-        ValueError: no batch, one batch in place of a list, an empty one, or more arguments.
+        ValueError: no batch, one batch in place of a list, an empty one, more arguments, or an
+            image with NaN or infinite values: one such pixel moves what a whole layer learns.
     """
     checks.list_of_batches(batches)
     arrays = []
-    for batch in batches:
+    for index, batch in enumerate(batches):
         arguments = tuple(batch) if isinstance(batch, list) else model_arguments(batch)
         if len(arguments) != 1:
             raise ValueError(
@@ -96,5 +112,6 @@ def image_batches(batches: Iterable[Any]) -> list[np.ndarray]:
             )
         if len(arguments[0]):
             arrays.append(np.asarray(arguments[0]))
+            check_finite(f"batches[{index}]", arrays[-1])
     checks.at_least_one("batches", arrays)
     return arrays
