@@ -58,6 +58,7 @@ from qkd_jax.numerics.stats import (
     measure,
     merge,
     reduced_axes,
+    unit_of,
 )
 
 __all__ = [
@@ -122,5 +123,6 @@ __all__ = [
     "sum_to",
     "symmetric_scale",
     "through_rounding",
+    "unit_of",
     "within",
 ]

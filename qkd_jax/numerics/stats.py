@@ -3,7 +3,8 @@
 `measure` reduces one batch, `merge` joins two, `finish` turns the sums into `Stats`. Never a mean
 of means: a last batch of another size counts by its size. The spread travels as the sum of squared
 deviations from the batch's own mean (joined by the parallel-variance formula of Chan, Golub and
-LeVeque, 1979), since a difference of large float32 sums would lose it.
+LeVeque, 1979), since a difference of large float32 sums would lose it. Sums of very large or small
+data are in a power of two of their own, so that no square leaves float32.
 """
 
 import math
@@ -17,6 +18,13 @@ import numpy as np
 from qkd_jax.numerics.arrays import Axes, AxisName
 from qkd_jax.numerics.rounding import compute_dtype
 
+# Data beyond it are refused: the reciprocal of a scale, 1 / (2 |x|) with one code, and a range of
+# both signs must be normal float32 numbers.
+LARGEST = 1e37
+# Squares of values between 1 / USUAL and USUAL, and their sums, are far inside of float32.
+_USUAL = 2.0**40
+_SMALLEST_UNIT = 2.0**-126
+
 
 class Sums(NamedTuple):
     """Sums of a tensor that add up over batches and devices. All arrays have one shape.
@@ -27,10 +35,11 @@ class Sums(NamedTuple):
 
     lo: jax.Array  # smallest value; +inf before any data
     hi: jax.Array  # largest value; -inf before any data
-    abs_sum: jax.Array  # sum |x|
-    sum: jax.Array  # sum x
-    deviations: jax.Array  # sum (x - mean)^2
+    abs_sum: jax.Array  # sum |x / unit|
+    sum: jax.Array  # sum x / unit
+    deviations: jax.Array  # sum ((x - mean) / unit)^2
     count: jax.Array  # number of elements, as a float
+    unit: jax.Array  # a power of two, `unit_of` the largest magnitude
 
 
 class Stats(NamedTuple):
@@ -64,7 +73,19 @@ def empty(shape: Sequence[int] = ()) -> Sums:
     """The sums of no data: the neutral element of `merge`."""
     zero = jnp.zeros(shape, jnp.float32)
     inf = jnp.full(shape, jnp.inf, jnp.float32)
-    return Sums(lo=inf, hi=-inf, abs_sum=zero, sum=zero, deviations=zero, count=zero)
+    unit = jnp.full(shape, _SMALLEST_UNIT, jnp.float32)
+    return Sums(lo=inf, hi=-inf, abs_sum=zero, sum=zero, deviations=zero, count=zero, unit=unit)
+
+
+def unit_of(largest: jax.Array) -> jax.Array:
+    """Returns the power of two in which numbers up to `largest` have squares in float32.
+
+    1 for the usual ones, so that these are computed as they are; else `largest` is 1 to 2 units.
+    """
+    usual = (largest * _USUAL >= 1) & (largest <= _USUAL)
+    usual |= ~((largest > 0) & (largest <= LARGEST))
+    exponent = jnp.maximum(jnp.frexp(jnp.where(usual, 1, largest))[1] - 1, -126)
+    return jnp.where(usual, jnp.ones_like(largest), jnp.ldexp(jnp.ones_like(largest), exponent))
 
 
 def measure(x: jax.Array, *, channel_axes: Axes = (), axis_name: AxisName = None) -> Sums:
@@ -86,6 +107,10 @@ def measure(x: jax.Array, *, channel_axes: Axes = (), axis_name: AxisName = None
 
     lo = reduce(jnp.min, x, initial=jnp.inf)
     hi = reduce(jnp.max, x, initial=-jnp.inf)
+    if axis_name is not None:
+        lo, hi = jax.lax.pmin(lo, axis_name), jax.lax.pmax(hi, axis_name)
+    unit = unit_of(jnp.maximum(jnp.abs(lo), jnp.abs(hi)))
+    x = x * (1 / unit)
     abs_sum = reduce(jnp.sum, jnp.abs(x))
     total = reduce(jnp.sum, x)
     per = math.prod(x.shape[i] for i in axes)
@@ -93,17 +118,18 @@ def measure(x: jax.Array, *, channel_axes: Axes = (), axis_name: AxisName = None
     if axis_name is None:
         mean = total / max(per, 1)
     else:
-        lo, hi = jax.lax.pmin(lo, axis_name), jax.lax.pmax(hi, axis_name)
         abs_sum, total, count = jax.lax.psum((abs_sum, total, count), axis_name)
         mean = total / jnp.maximum(count, 1)
     deviations = reduce(jnp.sum, jnp.square(x - mean))
     if axis_name is not None:
         deviations = jax.lax.psum(deviations, axis_name)
-    return Sums(lo, hi, abs_sum, total, deviations, count)
+    return Sums(lo, hi, abs_sum, total, deviations, count, unit)
 
 
 def merge(a: Sums, b: Sums) -> Sums:
     """Joins the sums of two parts of the data."""
+    unit = jnp.maximum(a.unit, b.unit)
+    a, b = _in_units(a, unit), _in_units(b, unit)
     count = a.count + b.count
     gap = b.sum / jnp.maximum(b.count, 1) - a.sum / jnp.maximum(a.count, 1)
     between = jnp.square(gap) * (a.count * (b.count / jnp.maximum(count, 1)))
@@ -114,6 +140,17 @@ def merge(a: Sums, b: Sums) -> Sums:
         sum=a.sum + b.sum,
         deviations=a.deviations + b.deviations + between,
         count=count,
+        unit=unit,
+    )
+
+
+def _in_units(sums: Sums, unit: jax.Array) -> Sums:
+    """The same sums in a larger power of two."""
+    share = sums.unit * (1 / unit)
+    return sums._replace(
+        abs_sum=sums.abs_sum * share,
+        sum=sums.sum * share,
+        deviations=sums.deviations * share * share,
     )
 
 
@@ -121,23 +158,23 @@ def finish(sums: Sums) -> Stats:
     """Turns sums into statistics.
 
     Raises:
-        ValueError: no data, or data that are NaN or infinite. Seen only where the values are known
-            (outside `jit`); inside, they pass through.
+        ValueError: no data, or data that are NaN, infinite or beyond `LARGEST`. Seen only where the
+            values are known (outside `jit`); inside, they pass through.
     """
     check_data(sums.lo, sums.hi, empty=sums.count == 0)
     count = jnp.maximum(sums.count, 1)
     return Stats(
         lo=sums.lo,
         hi=sums.hi,
-        abs_mean=sums.abs_sum / count,
-        mean=sums.sum / count,
-        std=jnp.sqrt(sums.deviations / count),
+        abs_mean=sums.abs_sum / count * sums.unit,
+        mean=sums.sum / count * sums.unit,
+        std=jnp.sqrt(sums.deviations / count) * sums.unit,
         count=sums.count,
     )
 
 
 def check_data(lo: jax.Array, hi: jax.Array, *, empty: jax.Array) -> None:
-    """Raises ValueError for a range that came from no data or from non-finite data.
+    """Raises ValueError for a range that came from no data, from non-finite or too large ones.
 
     Looks at values, so it does nothing on traced arrays.
     """
@@ -154,4 +191,11 @@ def check_data(lo: jax.Array, hi: jax.Array, *, empty: jax.Array) -> None:
         raise ValueError(
             f"the calibration data contain {bad} (range {low.min()} to {high.max()}); a range "
             "needs finite data. Check the normalisation of the inputs and the float net's weights."
+        )
+    if low.min() < -LARGEST or high.max() > LARGEST:
+        raise ValueError(
+            f"the calibration data go from {low.min():.4g} to {high.max():.4g}, beyond the "
+            f"{LARGEST:g} up to which float32 holds a range and the reciprocal of its scale. Such "
+            "numbers are those of a mask or of a net that diverges: quantize what lies before the "
+            "mask, or check the normalisation of the inputs and the float net's weights."
         )

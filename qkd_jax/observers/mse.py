@@ -84,11 +84,14 @@ def update(
     # With an observer quantizers start from the range, and not from other moments.
     searched, quantizer = dataclasses.replace(spec, observer="mse"), QUANTIZERS[spec.quantizer]
 
+    # The gaps' squares stay in float32; losses are compared with those of the same range alone.
+    unit = numerics.unit_of(jnp.maximum(jnp.abs(stats.lo), jnp.abs(stats.hi)))
+
     def error(fraction: jax.Array) -> jax.Array:
         params = quantizer.init(
             stats._replace(lo=stats.lo * fraction, hi=stats.hi * fraction), searched
         )
-        gap = jnp.abs(wide - quantizer.fake_quant(wide, params, searched))
+        gap = jnp.abs(wide - quantizer.fake_quant(wide, params, searched)) * (1 / unit)
         gap = jnp.square(gap) if power == 2 else gap**power
         return jnp.sum(gap, axis=axes, keepdims=bool(channel_axes))
 

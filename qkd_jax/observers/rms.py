@@ -60,7 +60,9 @@ def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:
     stats = numerics.finish(Sums(**state))
     if spec.symmetric:
         k = gaussian_multiple(code_format(spec))
-        middle, deviation = 0.0, jnp.sqrt(jnp.square(stats.mean) + jnp.square(stats.std))
+        unit = numerics.unit_of(jnp.maximum(jnp.abs(stats.lo), jnp.abs(stats.hi)))
+        squares = (jnp.square(moment * (1 / unit)) for moment in (stats.mean, stats.std))
+        middle, deviation = 0.0, jnp.sqrt(sum(squares)) * unit
     else:
         k = gaussian_multiple(IntFormat(spec.bits))
         middle, deviation = stats.mean, stats.std

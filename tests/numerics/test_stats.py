@@ -93,3 +93,28 @@ def test_channel_axes_are_checked():
     for wrong in ((3,), (-4,), (0, 0), (1, -2)):
         with pytest.raises(ValueError, match="channel_axes is"):
             reduced_axes(3, wrong)
+
+
+@pytest.mark.parametrize("exponent", [100, 60, -60, -100])
+@pytest.mark.parametrize("channel_axes", [(), (1,)])
+def test_huge_and_tiny_data_have_the_statistics_of_the_usual_ones(exponent, channel_axes):
+    """A power of two moves every statistic by itself, exactly: no square leaves float32."""
+    x = np.random.default_rng(2).normal(0.5, 1.0, (40, 3)).astype(np.float32)
+    parts = lambda x: functools.reduce(merge, [measure(p, channel_axes=channel_axes) for p in x])
+    usual = finish(parts(np.split(x, [7, 20])))
+    moved = finish(parts(np.split(np.ldexp(x, exponent), [7, 20])))
+    for name in ("lo", "hi", "abs_mean", "mean", "std"):
+        wanted = np.ldexp(getattr(usual, name), exponent)
+        np.testing.assert_array_equal(getattr(moved, name), wanted, err_msg=name)
+
+
+def test_parts_of_different_size_are_added_in_the_larger_unit():
+    x = np.concatenate([np.full(3, 1e-25), np.full(4, 2.0), np.full(5, -3e25)]).astype(np.float32)
+    stats = finish(functools.reduce(merge, map(measure, np.split(x, [3, 7]))))
+    agree(Stats(*(np.asarray(v) / 1e25 for v in stats)), truth(x.astype(np.float64) / 1e25, (0,)))
+
+
+@pytest.mark.parametrize("x", [[0.0, 3.4e38], [-3.4e38, 1.0], [np.finfo(np.float32).min] * 2])
+def test_data_at_the_end_of_float32_are_refused(x):
+    with pytest.raises(ValueError, match=r"3.4\S*e\+38.*beyond the 1e\+37.*mask"):
+        finish(measure(jnp.asarray(x, jnp.float32)))

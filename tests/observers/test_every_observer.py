@@ -61,6 +61,28 @@ def test_the_range_is_within_the_data_and_makes_a_grid(name, channel_axes, spec)
 
 
 @every
+@pytest.mark.parametrize("exponent", [100, 60, -30])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_huge_and_tiny_data_have_the_range_of_the_usual_ones(name, exponent, symmetric):
+    spec = Spec(4, symmetric=symmetric)
+    data = batches(spec)
+    usual, moved = (
+        OBSERVERS[name].range(observe(name, spec, x), spec)
+        for x in (data, jnp.ldexp(data, exponent))
+    )
+    np.testing.assert_array_equal(np.asarray(moved), np.ldexp(np.asarray(usual), exponent))
+
+
+@every
+def test_data_at_the_end_of_float32_are_refused(name):
+    spec = Spec(8)
+    usual = measured(batches(spec))
+    state = observe(name, spec, jnp.full((1, 4, 6, 3), 3.4e38), stats=usual._replace(hi=3.4e38))
+    with pytest.raises(ValueError, match=r"3.4e\+38.*beyond"):
+        OBSERVERS[name].range(state, spec)
+
+
+@every
 def test_a_channel_is_observed_alone(name):
     spec = Spec(4)
     data = batches(spec)
