@@ -2,7 +2,7 @@
 
     python launch.py --config=configs/dynamic.py --workdir=runs/dynamic
 
-Every row of an input (every example, for a convolution) has its own range, so no calibration data
+Every row of an input (every image, for a convolution) has its own range, so no calibration data
 decide anything. The integer model and the ONNX file compute the same ranges.
 
 Expect, on the digits, seed 0: 42 s on two cores of an AMD EPYC beside other work; W8A8 97.86 %

@@ -39,9 +39,11 @@ class Spec:
         granularity: which elements share parameters. "tensor": all. "channel": those of an output
             channel (weights). A number: that many neighbours along the weight's last contraction
             axis (a convolution's input channels, with the whole window), per output channel; it
-            must divide that axis. "token" (one per row of the
-            product's left operand) and "example" (one per entry of axis 0) are for inputs of
-            dynamic specs.
+            must divide that axis. For inputs of dynamic specs: "token" (one for each vector that a
+            product reads: a row of a dense layer's input, each query, key and value of a head, each
+            position of a sequence that is convolved, but each whole image), under which no position
+            sees a later one; and "example" (one per entry of axis 0), which sees all of them, as
+            "tensor" sees the whole batch.
         observer: a key of `qkd_jax.observers.OBSERVERS` that finds the range from calibration
             data, or None for the quantizer's own initial value.
         mask: which elements pass the gradient: "strict", "rounded" or "none" (see

@@ -13,7 +13,7 @@ evaluation and the integer path see the same sums.
 import dataclasses
 import functools
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,12 +34,14 @@ class Contraction:
         lhs_axes: per axis of the left operand, the output axis it becomes, or None.
         rhs_axes: the same for the right operand.
         rank: of the output.
+        positions: axes of the left operand that a window moves along, in a sequence.
     """
 
     fn: Callable[[jax.Array, jax.Array], jax.Array]
     lhs_axes: Axes
     rhs_axes: Axes
     rank: int
+    positions: tuple[int, ...] = ()
 
     @property
     def weight_channels(self) -> tuple[int, ...]:
@@ -54,8 +56,31 @@ class Contraction:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """Axes of the left operand along which a scale may vary: one scale per row ("token")."""
-        return tuple(i for i, out in enumerate(self.lhs_axes) if out is not None)
+        """Axes of the left operand with ranges of their own under "token".
+
+        Those that reach the output, and the positions of a sequence: a window sees some of them,
+        and a range over all would show a causal net its future.
+        """
+        axes = enumerate(self.lhs_axes)
+        return tuple(i for i, out in axes if out is not None or i in self.positions)
+
+    @property
+    def right_rows(self) -> tuple[int, ...]:
+        """The same for a right operand that is an activation whose sums may be masked.
+
+        Attention's weights hide some of the values that are summed over, so that these share no
+        range; what only the right operand brings to the output is the row.
+        """
+        axes = enumerate(self.rhs_axes)
+        return tuple(i for i, out in axes if out is None or out in self.lhs_axes)
+
+    def takes_out(self, lhs: "OperandGrid", rhs: "OperandGrid") -> bool:
+        """Whether both operands' scales are constant along each sum."""
+        return all(
+            jnp.ndim(scale) == 0
+            or all(scale.shape[i] == 1 for i, out in enumerate(axes) if out is None)
+            for scale, axes in ((lhs.scale, self.lhs_axes), (rhs.scale, self.rhs_axes))
+        )
 
     def scales_in_output(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         """Returns the product of both operands' scales, at the output's rank."""
@@ -67,7 +92,7 @@ class OperandGrid(NamedTuple):
     """The grid on which an operand enters a contraction as codes.
 
     Attributes:
-        scale: size 1 on every axis that is summed over.
+        scale: its size is 1 on every axis that is summed over where sums are of codes.
         format: of the codes.
         affine: whether the grid has a zero point.
     """
@@ -83,7 +108,17 @@ def conv_contraction(
     """Returns the contraction `base(lhs, rhs, *args, **kwargs)` of a `conv_general_dilated`."""
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, kwargs.get("dimension_numbers"))
     axes = output_axes("conv_general_dilated", numbers, (lhs.ndim, rhs.ndim))
-    return Contraction(lambda a, b: base(a, b, *args, **kwargs), *axes, lhs.ndim)
+    return Contraction(
+        lambda a, b: base(a, b, *args, **kwargs),
+        *axes,
+        lhs.ndim,
+        sequence_positions(numbers.lhs_spec),
+    )
+
+
+def sequence_positions(axes: Sequence[int]) -> tuple[int, ...]:
+    """Returns the time axis of a convolution's operand of (batch, features, time), else ()."""
+    return tuple(axes[2:]) if len(axes) == 3 else ()
 
 
 def dot_contraction(

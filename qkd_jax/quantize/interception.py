@@ -38,6 +38,7 @@ from qkd_jax.quantize.layer_fields import (
     ContractionFactory,
     Promotion,
     bias_in_output,
+    check_positions,
     describe,
     injected,
     set_fields,
@@ -57,6 +58,12 @@ from qkd_jax.quantize.operands import (
 )
 from qkd_jax.quantize.variables import FOLDED
 from qkd_jax.quantizers import QUANTIZERS
+
+ATTENTION_PARTS = {
+    "qk_attn_weights_einsum_cls": "query_key",
+    "attn_weights_value_einsum_cls": "weights_value",
+}
+"""Attention's fields for its products, and the names under which rules know these."""
 
 
 @dataclasses.dataclass
@@ -143,6 +150,7 @@ class Frame:
             fields = {"axis_name": module.axis_name or self.axis_name}
         elif isinstance(module, _Conv) and module.shared_weights:
             base = injected(module.conv_general_dilated_cls, module.conv_general_dilated)
+            check_positions(module, path, self.spec_of(path, "input"))
             function = self._contraction(
                 module, path, "conv", conv_contraction, base or lax.conv_general_dilated
             )
@@ -182,7 +190,7 @@ class Frame:
             folded = read_variable(module, "", FOLDED) or {}
             if self.traced and "multiplier" in folded:
                 raise ValueError(f"layer {path!r} is folded already; trace it unfolded.")
-            if x_grid is None or w_grid is None:
+            if x_grid is None or w_grid is None or not contraction.takes_out(x_grid, w_grid):
                 out = contraction.fn(x_hat, w_hat)
             else:
                 out = quantized_contraction(
@@ -196,10 +204,7 @@ class Frame:
 
     def _attention(self, module: nn.MultiHeadDotProductAttention, path: str) -> dict[str, Any]:
         """The two einsum fields of attention, for the contractions that a rule quantizes."""
-        parts = {
-            "qk_attn_weights_einsum_cls": "query_key",
-            "attn_weights_value_einsum_cls": "weights_value",
-        }
+        parts = ATTENTION_PARTS
         named = {field: f"{path}/{part}" if path else part for field, part in parts.items()}
         self.modules.update(named.values())
         wanted = any(self.spec_of(layer, "input") is not None for layer in named.values())
@@ -233,12 +238,13 @@ class Frame:
                 part=part,
                 batch_axes=batch_axes_of(lhs),
             )
-            # "token" means a row of either operand: what is summed over shares a scale.
-            other = OperandAxes(rows=contraction.weight_channels)
+            masked = part == ATTENTION_PARTS["attn_weights_value_einsum_cls"]
+            rows = contraction.right_rows if masked else contraction.weight_channels
+            other = OperandAxes(rows=rows)
             y_hat, y_grid = self._operand(
                 module, layer, "other", rhs, other, part=part, batch_axes=batch_axes_of(rhs)
             )
-            if x_grid is None or y_grid is None:
+            if x_grid is None or y_grid is None or not contraction.takes_out(x_grid, y_grid):
                 return contraction.fn(x_hat, y_hat)
             out = quantized_contraction(contraction, x_hat, y_hat, x_grid, y_grid)
             return self._output_gradient(module, layer, out)
@@ -280,7 +286,7 @@ class Frame:
             x_hat, x_grid = self._operand(
                 module, path, "input", x, left_axes(contraction), batch_axes=batch_axes_of(x)
             )
-            if x_grid is None or w_grid is None:
+            if x_grid is None or w_grid is None or not contraction.takes_out(x_grid, w_grid):
                 return (x_hat, w_hat) if isinstance(module, nn.Embed) else (x_hat, w_hat, bias)
             x_scale, w_scale = (lax.stop_gradient(grid.scale) for grid in (x_grid, w_grid))
             scaling["multiplier"] = contraction.scales_in_output(x_scale, w_scale)

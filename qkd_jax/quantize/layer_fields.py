@@ -12,8 +12,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.linen.linear import _Conv
 
-from qkd_jax.quantize.contraction import Contraction, einsum_contraction
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize.contraction import Contraction, einsum_contraction, sequence_positions
 
 
 class ContractionFactory:
@@ -83,7 +86,34 @@ def describe(
     out_axis = w.ndim - 2 if module.transpose_kernel else w.ndim - 1
     rhs_axes = tuple(x.ndim - 1 if i == out_axis else None for i in range(w.ndim))
     lhs_axes = (0,) + (None,) * (x.ndim - 1)
-    return Contraction(_not_ours, lhs_axes, rhs_axes, x.ndim), "conv_transpose"
+    positions = sequence_positions((0, x.ndim - 1, *range(1, x.ndim - 1)))
+    return Contraction(_not_ours, lhs_axes, rhs_axes, x.ndim, positions), "conv_transpose"
+
+
+def check_positions(module: _Conv, path: str, spec: Spec | None) -> None:
+    """Raises ValueError for a range over an image of which the layer hides a part from a position.
+
+    A mask hides one, and padding that lies in front of the window alone.
+    """
+    sizes, padding = module.kernel_size, module.padding
+    if spec is None or not spec.dynamic or spec.granularity != "token":
+        return
+    if isinstance(sizes, int) or len(sizes) == 1:
+        return  # a sequence has a range for each position
+    hides = module.mask is not None
+    if not hides and not isinstance(padding, str | int):
+        steps = np.broadcast_to(module.kernel_dilation or 1, len(sizes))
+        hides = any(
+            size > 1 and tuple(np.broadcast_to(pair, 2)) == ((size - 1) * step, 0)
+            for size, step, pair in zip(sizes, steps, padding, strict=True)
+        )
+    if hides:
+        raise ValueError(
+            f"the input of the masked or causal convolution {path!r} has a dynamic range with "
+            "granularity='token', which is one for each example: what it hides would change the "
+            "codes of what it shows. Use dynamic=False and calibrate, there and in the net's other "
+            "convolutions, or granularity='example' if a range may see the whole image."
+        )
 
 
 def bias_in_output(module: nn.Module, contraction: Contraction, bias: jax.Array) -> jax.Array:

@@ -98,7 +98,8 @@ def post_training(
         weight_bits: bits of the inner layers' weights.
         input_bits: bits of the inner layers' inputs.
         granularity: of the weights: "channel", "tensor", or a group size.
-        dynamic: dynamic input ranges, one a token (a row; for a convolution an example).
+        dynamic: dynamic input ranges, one a token (a row, a position of a sequence; for a
+            convolution of images an example).
     """
     where = dict(dynamic=True, granularity="token") if dynamic else {}
 

@@ -5,6 +5,7 @@ operations that only move numbers (`LAYOUT`) to the marker that the net's trace 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,6 +82,12 @@ class Operand:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+    def moved(self, array: np.ndarray) -> np.ndarray:
+        """Returns an array of the marker's shape in the layout that the contraction reads."""
+        for node in self.moves:
+            array = np.asarray(graphs.execute(node, [array])[0])
+        return array
+
 class TracedContraction:
     """A convolution or `dot_general` of the graph.
 
@@ -256,6 +263,18 @@ def _known_grid_of(traced: TracedNet, marker: Node) -> Grid | None:
         elif quantizer.live(np.zeros((1,), np.float32), params, spec) is not params:
             return None  # parameters that depend on activations are computed at run time only
     stated = facts(spec.quantizer)
+def takes_out_dynamic_scales(traced: TracedNet, operand: Operand) -> bool:
+    """Whether the dynamic scales of an operand are constant along each of its product's sums."""
+    assert operand.marker is not None
+    _, axes = dynamic_grid(traced, operand.marker)
+    shape = [n if i in axes else 1 for i, n in enumerate(operand.marker_shape)]
+    # Numbers that all differ stand for the scales: equal ones must meet along each sum.
+    probe = np.broadcast_to(np.arange(math.prod(shape)).reshape(shape), operand.marker_shape)
+    probe = operand.moved(probe)
+    summed = tuple(i for i, out in enumerate(operand.output_axes) if out is None)
+    return not summed or bool(np.all(probe.max(summed) == probe.min(summed)))
+
+
     if stated.step and stated.step not in stated.size:
         # Nothing learns it, so one that is 0 or below is no step that shrank but a mistake.
         check_scale(f"the scale of {_named(traced, marker)}", params[stated.step])
@@ -294,8 +313,7 @@ def scale_in_output(contraction: TracedContraction, side: int, scale: np.ndarray
     if operand.marker is not None and operand.moves:
         whole = np.broadcast_to(scale, operand.marker_shape)
         # A scale per channel moves with the weight: move it whole and keep one entry an axis.
-        for node in operand.moves:
-            (whole,) = graphs.execute(node, [whole])
+        whole = operand.moved(np.broadcast_to(scale, operand.marker_shape))
         first = (slice(0, 1) if out is None else slice(None) for out in operand.output_axes)
         scale = np.asarray(whole)[tuple(first)]
     try:

@@ -37,6 +37,19 @@ class Attention(nn.Module):
         return nn.Dense(5, name="head")(x.mean(1))
 
 
+class Sequence(nn.Module):
+    """Causal convolutions and causal attention over a sequence."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = x.reshape(x.shape[0], -1, 27)
+        x = nn.relu(nn.Conv(8, (3,), padding="CAUSAL", name="causal")(x))
+        mask = jnp.tril(jnp.ones((1, 1, x.shape[1], x.shape[1])))
+        x = x + nn.MultiHeadDotProductAttention(2, name="attention")(x, mask=mask)
+        x = nn.gelu(nn.Conv(8, (1,), use_bias=False, name="point")(x))
+        return nn.Dense(5, name="head")(x[:, -1])
+
+
 NETS = {
     "affine rows": (small_nets.Mixed(), (Rule(".*", weight=WEIGHT, input=affine("token")),)),
     "one range": (small_nets.Mixed(), (Rule(".*", weight=WEIGHT, input=affine("tensor")),)),
@@ -54,6 +67,7 @@ NETS = {
         # The second operand of a product of activations has rows of its own.
         (Rule(".*", weight=WEIGHT, input=found("token"), other=found("token")),),
     ),
+    "sequence": (Sequence(), (Rule(".*", weight=WEIGHT, input=affine("token")),)),
     "mixed": (
         Attention(),
         (
@@ -117,6 +131,8 @@ KINDS = {
     "one range": {"MatMulInteger": 2, "ConvInteger": 4},
     "symmetric": {"MatMulInteger": 2, "ConvInteger": 3, "Conv": 1},  # the stem is float
     "attention": {"MatMulInteger": 5, "ConvInteger": 1, "MatMul": 2},
+    # Each position has a range of its own: convolutions, and the product with the values, in float.
+    "sequence": {"MatMulInteger": 5, "Conv": 2, "MatMul": 2},
     "mixed": {"ConvInteger": 1, "Gemm": 1, "MatMul": 6},
 }
 

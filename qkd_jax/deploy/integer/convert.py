@@ -34,7 +34,7 @@ from qkd_jax.deploy.integer.program import (
     run,
     unique_name,
 )
-from qkd_jax.deploy.integer.sum_bounds import check_dynamic_scales, code_range, sum_bound
+from qkd_jax.deploy.integer.sum_bounds import code_range, sum_bound, sums_codes
 from qkd_jax.graph import Node
 from qkd_jax.numerics import codes_of
 from qkd_jax.ptq.fold_bn import fold_bn
@@ -85,9 +85,10 @@ def convert(
         An `IntegerModel` for `integer_apply`.
 
     Raises:
-        ValueError: the net is not calibrated; the sums of a layer could exceed int32; an operand
-            has no codes, or ranges that vary along its product's sum; with `integer_only`, an
-            operation that needs floats, such as computing a dynamic range.
+        ValueError: the net is not calibrated, or a part of it is not; a learned step or level at
+            or below 0; the sums of a layer could exceed int32; an operand
+            has no codes; with `integer_only`, an operation that needs floats, such as computing a
+            dynamic range.
     """
     if not variables.get("quant"):
         raise ValueError(
@@ -150,7 +151,7 @@ class _Converter:
                     self.alias[node.outputs[0]] = node.inputs[0]
                 elif node.outputs[0] not in self.graph.constants:
                     self.quantize(node)
-            elif node in self.products and self.products[node].quantized:
+            elif node in self.products and self.on_codes(self.products[node]):
                 self.multiply(self.products[node])
             else:
                 self.operation(node)
@@ -170,6 +171,10 @@ class _Converter:
 
     def new(self) -> int:
         self.next += 1
+    def on_codes(self, product: TracedContraction) -> bool:
+        """Whether a product is one of codes; else it runs on floats, which lie on their grids."""
+        return product.quantized and sums_codes(self.traced, product)
+
         return self.next - 1
 
     def operation(self, node: Node) -> None:
@@ -277,7 +282,7 @@ class _Converter:
                 "weight or its input fewer bits."
             )
         dynamic_scales = tuple(
-            (self.operand_scale(product, operand), operand.output_axes)
+            (self.operand_scale(operand), operand.output_axes)
             for operand in product.operands
             if is_dynamic(self.traced, operand.marker)
         )
@@ -316,10 +321,9 @@ class _Converter:
             self.codes[origin] = self.weight(operand.marker, as_float=False).codes
         return self.moved(self.codes, origin, operand)
 
-    def operand_scale(self, product: TracedContraction, operand: Operand) -> int:
+    def operand_scale(self, operand: Operand) -> int:
         """Returns the value of an operand's dynamic scales, moved as its floats are."""
         assert operand.marker is not None
-        check_dynamic_scales(self.traced, product, operand)
         return self.moved(self.scales, operand.marker.outputs[0], operand)
 
     def moved(self, known: dict[int, int], origin: int, operand: Operand) -> int:

@@ -10,17 +10,16 @@ import math
 
 import numpy as np
 
-from qkd_jax import graph as graphs
 from qkd_jax.deploy.integer.program import FLOAT32_EXACT, cut_axes, cut_ends
 from qkd_jax.graph import Node
 from qkd_jax.numerics import codes_of
 from qkd_jax.quantize.traced import (
-    Operand,
     TracedContraction,
     TracedNet,
     dynamic_grid,
     grid_of,
     is_dynamic,
+    takes_out_dynamic_scales,
 )
 
 MOST_PIECES = 16  # beyond, int32
@@ -57,7 +56,7 @@ def sum_bound(
             assert operand.marker is not None
             hat = np.asarray(traced.graph.constants[operand.marker.outputs[0]], np.float32)
             codes = np.abs(codes_of(hat, grid_of(traced, operand.marker).scale)).astype(np.int32)
-            codes = _moved(codes, operand).astype(np.int64) * largest[1 - side]
+            codes = operand.moved(codes).astype(np.int64) * largest[1 - side]
             summed = tuple(i for i, out in enumerate(operand.output_axes) if out is None)
             bound = int(codes.sum(axis=summed).max(initial=0))
             if bound <= FLOAT32_EXACT or cut is None:
@@ -75,26 +74,13 @@ def sum_bound(
     return bound, _pieces(np.full((1, size), bound // size, np.int64))
 
 
-def check_dynamic_scales(traced: TracedNet, product: TracedContraction, operand: Operand) -> None:
-    """Raises ValueError for an operand whose dynamic scales vary along its product's sum."""
-    assert operand.marker is not None
-    _, axes = dynamic_grid(traced, operand.marker)
-    shape = [n if i in axes else 1 for i, n in enumerate(operand.marker_shape)]
-    # Numbers that all differ stand for the scales: equal ones must meet along each sum.
-    probe = np.broadcast_to(np.arange(math.prod(shape)).reshape(shape), operand.marker_shape)
-    probe = _moved(probe, operand)
-    summed = tuple(i for i, out in enumerate(operand.output_axes) if out is None)
-    if summed and np.any(probe.max(summed) != probe.min(summed)):
-        raise ValueError(
-            f"the {operand.name} of layer {product.path!r} has ranges that vary along its "
-            "product's sum; use granularity='tensor', or 'token' on the layer's own input."
-        )
-
-
-def _moved(array: np.ndarray, operand: Operand) -> np.ndarray:
-    for node in operand.moves:
-        array = np.asarray(graphs.execute(node, [array])[0])
-    return array
+def sums_codes(traced: TracedNet, product: TracedContraction) -> bool:
+    """Whether a quantized product is one of codes: no dynamic scale varies along its sums."""
+    return all(
+        takes_out_dynamic_scales(traced, operand)
+        for operand in product.operands
+        if is_dynamic(traced, operand.marker)
+    )
 
 
 def _pieces(sums: np.ndarray) -> int:

@@ -5,13 +5,18 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from qkd_jax import graph as graphs
 from qkd_jax.deploy.onnx.context import DynamicRange, Export
-from qkd_jax.deploy.onnx.values import unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
 from qkd_jax.numerics import codes_of
-from qkd_jax.quantize.traced import Operand, TracedContraction, grid_of, is_dynamic, scale_in_output
+from qkd_jax.quantize.traced import (
+    Operand,
+    TracedContraction,
+    grid_of,
+    is_dynamic,
+    scale_in_output,
+    takes_out_dynamic_scales,
+)
 
 BYTES = (np.dtype(np.int8), np.dtype(np.uint8))
 INT16_LIMIT = 32767
@@ -90,8 +95,7 @@ def constant_operand(export: Export, product: TracedContraction, side: int) -> C
     scale, zero_point, format = grid_of(export.traced, operand.marker)
     hat = np.asarray(export.graph.constants[operand.marker.outputs[0]], np.float32)
     codes = (codes_of(hat, scale) + zero_point).astype(np.int32)
-    for node in operand.moves:
-        codes = np.asarray(graphs.execute(node, [codes])[0])
+    codes = operand.moved(codes)
     multiplier = scale_in_output(product, side, scale).astype(np.float64)
     if product.path in export.traced.multipliers and other.quantized:
         assert other.marker is not None
@@ -115,16 +119,18 @@ def constant_operand(export: Export, product: TracedContraction, side: int) -> C
     if zero_point.any():
         stored_zero_point = scale_in_output(product, side, zero_point).astype(storage)
     coarse, dynamic, on_codes = False, None, False
+    in_float = False
     if is_dynamic(export.traced, other.marker):
         coarse = True
+        in_float = not takes_out_dynamic_scales(export.traced, other)
         dequantized = export.dequantized.get(export.tensors[other.value].name)
         dynamic = None if dequantized is None else dequantized.range
         plain = storage in BYTES and stored_zero_point is None
         if dynamic is not None and not (plain and np.dtype(dynamic.format.storage) in BYTES):
             dynamic = None
+        if in_float:
+            dynamic = None
         if dynamic is not None:
-            if any(other.output_axes[axis] is None for axis in dynamic.axes):
-                raise unsupported(product.node, "its input's ranges vary along the sum")
             on_codes = True
             if product.node.op == "conv_general_dilated":
                 stretched = any(d != 1 for d in product.node.params["lhs_dilation"])
@@ -132,7 +138,7 @@ def constant_operand(export: Export, product: TracedContraction, side: int) -> C
     elif other.quantized:
         assert other.marker is not None
         coarse = min(format.bits, grid_of(export.traced, other.marker).format.bits) < FINE_BITS
-    if dynamic is None or on_codes:
+    if (dynamic is None or on_codes) and not in_float:
         _note_saturation(export, product.path, other, codes)
     scale32 = multiplier.astype(np.float32)
     stored = codes.astype(storage)
