@@ -18,8 +18,15 @@ from qkd_jax import graph as graphs
 from qkd_jax.graph import CONTRACTIONS, LAYOUT, Axes, Graph, Node, output_axes
 from qkd_jax.numerics import Grid, IntFormat, Spec, check_scale
 from qkd_jax.quantize.model import QuantizedModel
-from qkd_jax.quantize.variables import quantizer_path, split_multipliers
-from qkd_jax.quantizers import QUANTIZERS, dynamic_params, facts, in_use, learns_bits
+from qkd_jax.quantize.variables import is_calibrated, quantizer_path, split_multipliers
+from qkd_jax.quantizers import (
+    QUANTIZERS,
+    check_sizes,
+    dynamic_params,
+    facts,
+    in_use,
+    learns_bits,
+)
 from qkd_jax.trees import get
 
 
@@ -262,22 +269,7 @@ def _known_grid_of(traced: TracedNet, marker: Node) -> Grid | None:
             params = quantizer.live(traced.graph.constants[marker.inputs[0]], params, spec)
         elif quantizer.live(np.zeros((1,), np.float32), params, spec) is not params:
             return None  # parameters that depend on activations are computed at run time only
-    stated = facts(spec.quantizer)
-def takes_out_dynamic_scales(traced: TracedNet, operand: Operand) -> bool:
-    """Whether the dynamic scales of an operand are constant along each of its product's sums."""
-    assert operand.marker is not None
-    _, axes = dynamic_grid(traced, operand.marker)
-    shape = [n if i in axes else 1 for i, n in enumerate(operand.marker_shape)]
-    # Numbers that all differ stand for the scales: equal ones must meet along each sum.
-    probe = np.broadcast_to(np.arange(math.prod(shape)).reshape(shape), operand.marker_shape)
-    probe = operand.moved(probe)
-    summed = tuple(i for i, out in enumerate(operand.output_axes) if out is None)
-    return not summed or bool(np.all(probe.max(summed) == probe.min(summed)))
-
-
-    if stated.step and stated.step not in stated.size:
-        # Nothing learns it, so one that is 0 or below is no step that shrank but a mistake.
-        check_scale(f"the scale of {_named(traced, marker)}", params[stated.step])
+    check_sizes(_named(traced, marker), params, spec)
     return known_grid(params, spec)
 
 

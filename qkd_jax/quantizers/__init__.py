@@ -22,6 +22,8 @@ A module may have more functions, for a grid that needs them:
 - `clip_range(params, spec) -> (low, high)`: the values beyond which `x` is clipped, where `x` is
   bent before it is rounded; elsewhere they are the grid's ends;
 - `output_gradient(out, spec, *, batch_axes, key) -> out`: rounds the gradient of a layer's output;
+- `grid_sizes(params, spec) -> {name: array}`: what must be above 0 for the grid to be more than a
+  point, where that is not `STEP` and `SIZE`;
 - `used_bits(params, spec)` and `fewest_bits(spec)`, with the option `learn_bits`: the bits in use,
   and the fewest that can be.
 
@@ -82,10 +84,12 @@ __all__ = [
     "QUANTIZERS",
     "Facts",
     "check",
+    "check_sizes",
     "code_format",
     "dynamic_params",
     "facts",
     "fewest_bits",
+    "grid_sizes",
     "in_use",
     "is_uniform",
     "learns_bits",
@@ -198,6 +202,47 @@ def dynamic_params(
     sums = stats.measure(jax.lax.stop_gradient(x), channel_axes=axes, axis_name=axis_name)
     params = QUANTIZERS[spec.quantizer].init(stats.finish(sums), spec)
     return jax.tree.map(jax.lax.stop_gradient, params)
+
+
+def grid_sizes(params: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """Returns {name: array} of what must be above 0 for a grid to be more than a point.
+
+    A learned size that is not computes with the smallest scale, so that training can bring it back.
+    """
+    module, stated = QUANTIZERS[spec.quantizer], facts(spec.quantizer)
+    if hasattr(module, "grid_sizes"):
+        return module.grid_sizes(params, spec)
+    names = dict.fromkeys((stated.step, *stated.size))
+    return {
+        name: jnp.exp2(params[name]) if name.startswith("log2_") else params[name]
+        for name in names
+        if name in params
+    }
+
+
+def check_sizes(where: str, params: Mapping[str, Any], spec: Spec) -> None:
+    """Raises ValueError for a grid of which a size is NaN, infinite, zero or negative.
+
+    Args:
+        where: whose grid, such as "weight of layer 'stem' (int4 lsq)".
+        params: the quantizer's parameters, as they are for the tensor.
+        spec: its spec.
+    """
+    learned = facts(spec.quantizer).size
+    for name, size in grid_sizes(params, spec).items():
+        values = np.asarray(size)
+        bad = values[~(np.isfinite(values) & (values > 0))]
+        if bad.size:
+            raise ValueError(
+                f"{name} of the {where} holds {bad.reshape(-1)[0]}; it must be finite and greater "
+                "than 0, for with this one the grid is a point. "
+                + (
+                    "Training carried it there: train with a lower quant_lr, or keep it near its "
+                    "start with hygiene.<net>.max_ratio; or calibrate again."
+                    if learned
+                    else "Calibrate again on finite data; `calibrate` gives all-zero tensors 1."
+                )
+            )
 
 
 def learns_bits(spec: Spec) -> bool:

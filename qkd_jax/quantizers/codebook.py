@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from qkd_jax import numerics
 from qkd_jax.numerics import Array, Axes, Key, OnGrid, Params, Spec, Stats, Values
 
-__all__ = ["check", "fake_quant", "init", "integer_view", "values"]
+__all__ = ["check", "fake_quant", "grid_sizes", "init", "integer_view", "values"]
 
 PRESET = {"input": {"quantizer": "lsq"}}
 
@@ -69,6 +69,12 @@ def init(stats: Stats, spec: Spec) -> Params:
     check(spec)
     scale = numerics.guarded(jnp.maximum(-stats.lo, stats.hi), spec.power_of_two)
     return {"scale": scale}
+
+
+def grid_sizes(params: Params, spec: Spec) -> Params:
+    """The scale."""
+    del spec
+    return {"scale": params["scale"]}
 
 
 def integer_view(params: Params, spec: Spec) -> None:

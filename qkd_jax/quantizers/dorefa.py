@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from qkd_jax import numerics
 from qkd_jax.numerics import Array, Axes, Grid, IntFormat, Key, OnGrid, Params, Spec, Stats, Values
 
-__all__ = ["check", "clip_range", "code_stride", "fake_quant", "init", "integer_view", "live"]
+__all__ = [
+    "check",
+    "clip_range",
+    "code_stride",
+    "fake_quant",
+    "grid_sizes",
+    "init",
+    "integer_view",
+    "live",
+]
 
 OPTIONS = {"gradient_bits": 0, "restore": True}
 MIN_BITS, SIGNED_INPUTS = 1, False
@@ -82,6 +91,12 @@ def integer_view(params: Params, spec: Spec) -> Grid:
     scale = jnp.maximum(scale * (1 / _levels(spec)), numerics.MIN_SCALE)
     format = IntFormat(spec.bits + 1, True, True) if spec.signed else spec.format
     return Grid.symmetric(scale, format)
+
+
+def grid_sizes(params: Params, spec: Spec) -> Params:
+    """The bound."""
+    del spec
+    return {"bound": params["bound"]}
 
 
 def clip_range(params: Params, spec: Spec) -> tuple[Array, Array]:

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 from qkd_jax import numerics
 from qkd_jax.numerics import Array, Axes, Grid, IntFormat, Key, OnGrid, Params, Spec, Stats, Values
 
-__all__ = ["check", "clip_range", "code_stride", "fake_quant", "init", "integer_view", "pre_affine"]
+__all__ = [
+    "check",
+    "clip_range",
+    "code_stride",
+    "fake_quant",
+    "grid_sizes",
+    "init",
+    "integer_view",
+    "pre_affine",
+]
 
 OPTIONS = {"delta": 1e-3}
 SIZE = ("lower", "upper", "gain")
@@ -86,6 +95,13 @@ def pre_affine(params: Params, spec: Spec) -> tuple[Array, Array]:
     width = jnp.maximum(params["upper"] - params["lower"], MIN_WIDTH)
     slope = jnp.abs(params["gain"]) * (1 / width)
     return slope, -params["lower"] * slope
+
+
+def grid_sizes(params: Params, spec: Spec) -> Params:
+    """The interval's width, and the size of the output."""
+    del spec
+    width = params["upper"] - params["lower"]
+    return {"upper - lower": width, "|gain|": jnp.abs(params["gain"])}
 
 
 def clip_range(params: Params, spec: Spec) -> tuple[Array, Array]:

@@ -22,7 +22,7 @@ from qkd_jax.numerics import (
     Values,
 )
 
-__all__ = ["check", "fake_quant", "init", "integer_view"]
+__all__ = ["check", "fake_quant", "grid_sizes", "init", "integer_view"]
 
 OPTIONS = {"format": "", "learned": False}
 # Inputs have a sign too, which ReLUs leave unused.
@@ -74,6 +74,12 @@ def init(stats: Stats, spec: Spec) -> Params:
     scale = far / _format(spec).max
     scale = jnp.where(far == 0, jnp.ones_like(far), jnp.maximum(scale, numerics.MIN_SCALE))
     return {"scale": numerics.power_of_two_above(scale) if spec.power_of_two else scale}
+
+
+def grid_sizes(params: Params, spec: Spec) -> Params:
+    """The scale."""
+    del spec
+    return {"scale": params["scale"]}
 
 
 def integer_view(params: Params, spec: Spec) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from qkd_jax import numerics
 from qkd_jax.numerics import Array, Axes, Grid, IntFormat, Key, OnGrid, Params, Spec, Stats, Values
 
-__all__ = ["check", "clip_range", "fake_quant", "init", "integer_view", "pre_affine"]
+__all__ = ["check", "clip_range", "fake_quant", "grid_sizes", "init", "integer_view", "pre_affine"]
 
 SIZE, NARROW = ("center", "half_width"), True
 
@@ -95,6 +95,13 @@ def integer_view(params: Params, spec: Spec) -> Grid:
     format = _narrow(spec).format
     scale = jax.lax.stop_gradient(_scale(low, half, format))
     return Grid.symmetric(scale, format)
+
+
+def grid_sizes(params: Params, spec: Spec) -> Params:
+    """The interval's half width, and its upper end."""
+    del spec
+    half = params["half_width"]
+    return {"half_width": half, "center + half_width": params["center"] + half}
 
 
 def clip_range(params: Params, spec: Spec) -> tuple[Array, Array]:

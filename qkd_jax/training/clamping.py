@@ -1,4 +1,4 @@
-"""Learned sizes of a quantizer's grid, kept within a factor of their initial values.
+"""Learned sizes of a quantizer's grid: kept within a factor of their initial values, or collapsed.
 
 A quantizer names them in its `SIZE`. They are kept between start / ratio and start ratio, those
 whose name begins with `log2_` within log2(ratio) of their start, and `lower` to `upper` by their
@@ -6,15 +6,38 @@ width, about their middle.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qkd_jax.numerics import Spec
-from qkd_jax.quantizers import facts
+from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.variables import quantizer_key, quantizers
+from qkd_jax.quantizers import facts, grid_sizes
+from qkd_jax.trees import join
 
 _LOG2 = "log2_"
 _ENDS = ("lower", "upper")
+
+
+def collapsed(net: QuantizedModel, variables: Mapping[str, Any]) -> dict[str, float]:
+    """Returns {"<layer>/<operand>_quantizer/<size>": the lowest value} of grids that are a point.
+
+    A size at 0 or below is computed with as the smallest scale: what passes the grid is 0 for
+    every purpose, the net may train on without it, and `convert` and `to_onnx` refuse it.
+    """
+    found = {}
+    for path, operand, params in quantizers(variables):
+        spec = net.spec_of(path, operand)
+        if spec is None or spec.dynamic:
+            continue
+        for name, size in grid_sizes(params, spec).items():
+            lowest = float(np.min(np.asarray(size)))
+            if not lowest > 0:
+                found[join(path, quantizer_key(operand), name)] = lowest
+    return found
 
 
 def clamps(spec: Spec, name: str) -> bool:

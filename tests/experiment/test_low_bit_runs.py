@@ -362,3 +362,20 @@ def test_each_kind_runs_from_the_float_net_to_the_report(tmp_path, kind, arg):
     wanted = {"weight"} if kind == "weight_only" else {"weight", "input"}
     assert {d["operand"] for d in operands} == wanted
     assert "<h2>Quantizers</h2>" in (tmp_path / "report.html").read_text()
+
+
+def test_a_step_that_training_carries_below_zero_is_said_and_recorded(tmp_path, capsys):
+    config = get_config("steps=3").unlock()
+    config.log = dict(every_steps=3, eval_every_steps=0, quant_every_steps=2)
+    config.stages.qat_only.optim.qat_only.quant_lr = 1e3
+    config.schedule = ("calibrate", "qat_only")
+    experiment.run(config, tmp_path, report=False, verbose=True)
+    rows = [r for r in lines(tmp_path) if r["split"] in ("quant", "collapsed")]
+    means = {k: v for r in rows if r["split"] == "quant" for k, v in r["values"].items()}
+    found = [r for r in rows if r["split"] == "collapsed"]
+    assert found and found[-1]["stage"] == "qat_only" and found[-1]["step"] == rows[-1]["step"]
+    below = {name for name, mean in means.items() if name.endswith("/step") and mean <= 0}
+    assert below and set(found[-1]["values"]) == below
+    out = capsys.readouterr().out
+    assert "qat_only, step 3: a grid's size is not above 0" in out
+    assert all(name in out for name in below)

@@ -400,6 +400,24 @@ def test_negative_data_under_an_unsigned_symmetric_spec_are_refused(spec):
         QUANTIZERS[spec.quantizer].init(stats, spec)
 
 
+@over(4, keep=lambda spec: spec.granularity == "channel")
+def test_a_grid_of_no_size_is_refused(spec):
+    """All sizes are above 0 at the start; what training learns of them is refused below."""
+    _, params = fresh(spec, data(spec))
+    quantizers.check_sizes("input", params, spec)
+    sizes = quantizers.grid_sizes(params, spec)
+    assert all(np.all(size > 0) for size in sizes.values())
+    stated = quantizers.facts(spec.quantizer)
+    learned = [n for n in stated.size if not stated.size_option or spec.option("static", False)]
+    if not learned:
+        return
+    gone = {
+        n: jnp.full_like(p, -jnp.inf if n.startswith("log2_") else 0) for n, p in params.items()
+    }
+    with pytest.raises(ValueError, match=r"of the input holds .*greater than 0.*Training"):
+        quantizers.check_sizes("input", {**params, **{n: gone[n] for n in learned}}, spec)
+
+
 @over(4)
 def test_traces_once_for_one_spec(spec):
     x = data(spec)

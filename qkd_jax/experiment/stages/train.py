@@ -14,6 +14,7 @@ from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.stages.teacher_cache import cached_nets, prepare
 from qkd_jax.record.progress import Progress
+from qkd_jax.training.clamping import collapsed
 from qkd_jax.training.loop import Hooks, Window, run_steps
 from qkd_jax.training.oscillation import oscillating
 from qkd_jax.training.plan import Plan, plan_step
@@ -250,6 +251,7 @@ def _hooks(run: Run, stage: Stage, plan: Plan) -> Hooks:
 
     def look(step: int, state: TrainState) -> None:
         nets = net_variables(plan, state)
+        _report_collapsed(run, stage, step, nets)
         if at(step, quant_every):
             paths = quantizer_means(nets)
             if paths:
@@ -281,12 +283,32 @@ def _hooks(run: Run, stage: Stage, plan: Plan) -> Hooks:
     return Hooks(
         log=log,
         look=look,
-        look_at=lambda step: at(step, eval_every) or at(step, quant_every),
+        look_at=lambda step: at(step, eval_every) or at(step, quant_every) or step == stage.steps,
         save=save,
         save_at=save_at,
         stop=run.stopping,
         log_every=every["every_steps"],
     )
+
+
+def _report_collapsed(run: Run, stage: Stage, step: int, nets: Mapping[str, Any]) -> None:
+    """Records the grids that training has carried to 0 or below, and says so."""
+    values = {
+        f"{net}/{path}": lowest
+        for net, variables in nets.items()
+        for path, lowest in collapsed(run.nets[net], jax.device_get(variables)).items()
+    }
+    if not values:
+        return
+    run.log(stage, step, "collapsed", values)
+    if run.verbose:
+        listed = ", ".join(f"{name} {lowest:.3g}" for name, lowest in values.items())
+        print(
+            f"{stage.name}, step {step}: a grid's size is not above 0, so that nothing passes it: "
+            f"{listed}. Train with a lower quant_lr or with hygiene.<net>.max_ratio; such a net is "
+            "not deployed.",
+            flush=True,
+        )
 
 
 def _oscillating(plan: Plan, state: TrainState) -> dict[str, float]:
