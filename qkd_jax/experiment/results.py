@@ -37,8 +37,8 @@ def row(
     if variables.get("quant"):
         # A net is called by its lowest widths; the first and the last layer have more.
         infos = layers(net, variables, run.example, **arguments)
-        weight_bits = min(x.weight.bits if x.weight else 32 for x in infos)
-        activation_bits = min(x.input.bits if x.input else 32 for x in infos)
+        weight_bits = min(x.width("weight") for x in infos)
+        activation_bits = min(x.width("input") for x in infos)
     # With a class tree: None where no mistake was made.
     of_tree: dict[str, Any] = {"severity": found.get("severity")} if run.settings.tree else {}
     shared = ("top1", "top5", "loss", "count", "severity")

@@ -21,8 +21,14 @@ from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.operands import OperandHook, OperandUse
 from qkd_jax.quantize.variables import (
+    ATTENDED,
+    OBSERVED,
     OPERANDS,
+    TABLES,
+    parameter_modules,
     quantizer_path,
+    quantizers,
+    refuse_own_names,
     split_multipliers,
     split_states,
     state_key,
@@ -30,11 +36,11 @@ from qkd_jax.quantize.variables import (
     without_quantizers,
 )
 from qkd_jax.quantizers import QUANTIZERS, is_uniform
-from qkd_jax.trees import insert, join, merged
+from qkd_jax.trees import flatten, insert, join, merged
 
 Tree = dict[str, Any]
 Key = tuple[str, str]  # (layer path, operand)
-_KIND = "observed"
+_KIND = OBSERVED
 
 
 def calibrate(
@@ -51,8 +57,9 @@ def calibrate(
 
     Args:
         net: the net; its rules say what is quantized, by which quantizer.
-        variables: its float variables. Old quantizers are replaced; what `fold_bn` left for float
-            layers stays.
+        variables: its float variables. Old quantizers are replaced, but for those of operands that
+            have a spec and that these calls do not reach (of a decoder, where `method="encode"` is
+            called), which stay. What `fold_bn` left for float layers stays.
         batches: an iterable of model inputs: arrays [batch, ...], dicts with the key "image" (and
             "mask", which leaves out padding), or tuples of positional arguments. Batches of one
             shape compile once. A second pass is made for observers that need one, so all batches
@@ -81,19 +88,24 @@ def calibrate(
     inputs = [model_arguments(batch) for batch in batches]
     if not inputs:
         raise ValueError("batches is empty; give at least one batch of real inputs.")
-    chosen = OPERANDS if operands is None else _chosen(operands)
+    chosen = _chosen(OPERANDS if operands is None else operands)
     specs = _Specs(net, observer, observer_options)
     _refuse_multipliers(variables)
+    refuse_own_names(flatten(variables.get("params", {})))
     start = without_quantizers(variables, chosen)
 
     frames: list[Frame] = []
     first = _observe(net, start, inputs, kwargs, specs, chosen, frames=frames)
     # `init` has checked this, but a net may start from a float checkpoint without it.
-    net.check_rules(frames[0].modules, frames[0].seen.keys())
+    modules, layers = frames[0].modules, set(frames[0].seen)
+    if kwargs.get("method") not in (None, "__call__"):  # it may reach a part of the net
+        modules |= parameter_modules(variables)
+        layers |= parameter_modules(variables, TABLES)
+    net.check_rules(modules, layers)
     if not first:
         raise ValueError(
             "no operand of this net is quantized: none of its rules gives a layer it uses a "
-            f"{' or '.join(chosen)} spec. `coverage` lists what the rules reach."
+            f"{' or '.join(operands or OPERANDS)} spec. `coverage` lists what the rules reach."
         )
     measured = {key: _named(key, stats.finish, found["sums"]) for key, found in first.items()}
     searching = {key for key in first if OBSERVERS[specs.observer(*key)].NEEDS_STATS}
@@ -118,6 +130,9 @@ def calibrate(
         lo, hi = _named(key, OBSERVERS[specs.observer(path, operand)].range, state, spec)
         params = QUANTIZERS[spec.quantizer].init(moments._replace(lo=lo, hi=hi), spec)
         result = insert(result, quantizer_path(path, operand), params)
+    for path, operand, params in quantizers(variables):
+        if operand in chosen and (path, operand) not in measured and net.spec_of(path, operand):
+            result = insert(result, quantizer_path(path, operand), params)
     return result
 
 
@@ -192,7 +207,7 @@ def _chosen(operands: Sequence[str]) -> tuple[str, ...]:
     for operand in operands:
         if operand not in OPERANDS:
             raise checks.unknown("operand", operand, OPERANDS)
-    return tuple(operands)
+    return (*operands, ATTENDED) if "output" in operands else tuple(operands)
 
 
 def _refuse_multipliers(variables: Mapping[str, Any]) -> None:
@@ -227,7 +242,7 @@ def _observing(
         if use.operand not in observed:
             x_hat, grid, _ = use.quantize()
             # Layers that read a module's output without a spec of their own read it as a float.
-            return x_hat, None if use.operand == "output" else grid
+            return x_hat, None if use.operand in ("output", ATTENDED) else grid
         key = state_key(use.operand, _KIND)
         # Of a dynamic operand nothing is kept but that it is quantized.
         use.write(key, record(use.read(key), use, () if use.spec.dynamic else use.axes))

@@ -23,11 +23,11 @@ from qkd_jax.quantize.contraction import OperandGrid
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.operands import OperandUse
-from qkd_jax.quantize.variables import split_states, state_key, states
+from qkd_jax.quantize.variables import DIAGNOSED, split_states, state_key, states
 from qkd_jax.quantizers import QUANTIZERS, in_use, learns_bits
 
 Tree = dict[str, Any]
-_KIND = "diagnosed"
+_KIND = DIAGNOSED
 # Where a grid has no codes to ask, its ends are what these two are rounded to.
 _FAR = 1e15
 

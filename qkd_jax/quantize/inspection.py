@@ -14,11 +14,9 @@ from qkd_jax.graph import CONTRACTIONS, LAYOUT, MARKERS, Graph, Node, bodies, tr
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize.interception import Frame, LayerUse
 from qkd_jax.quantize.model import QuantizedModel
-from qkd_jax.quantize.variables import quantizer_key
+from qkd_jax.quantize.variables import TABLES, is_calibrated, quantizer_key
 from qkd_jax.quantizers import QUANTIZERS, in_use
 from qkd_jax.trees import find
-
-_TABLES = ("kernel", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +33,10 @@ class LayerInfo:
             use. Likewise the others.
         input: spec of the input, or None.
         output: spec of the output, or None.
-        bits: storage of the layer's parameters in bits (kernel at its width, the rest float32).
-        calibrated: whether the layer's quantizers have their variables.
+        bits: storage of the layer's parameters in bits (kernel at its width, the rest float32), as
+            its rule plans it before calibration, afterwards as its quantizers are.
+        uncalibrated: operands that have a spec and no quantizer in the variables: they run in
+            float.
     """
 
     path: str
@@ -47,7 +47,17 @@ class LayerInfo:
     input: Spec | None
     output: Spec | None
     bits: int
-    calibrated: bool
+    uncalibrated: tuple[str, ...]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every operand with a spec has its quantizer."""
+        return not self.uncalibrated
+
+    def width(self, operand: str) -> int:
+        """Bits with which "weight", "input" or "output" runs: 32 in float."""
+        spec = getattr(self, operand)
+        return 32 if spec is None or operand in self.uncalibrated else spec.bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,17 +123,22 @@ def layers(
         **kwargs: further arguments of the model's call.
 
     Returns:
-        One `LayerInfo` a layer. An uncalibrated net lists what its rules plan.
+        One `LayerInfo` a layer. A net without any quantizer lists what its rules plan.
     """
-    found = []
+    found, planned = [], not is_calibrated(variables)
     for path, use in _seen(net, variables, images, **kwargs).seen.items():
         params = find(variables.get("params", {}), path, {})
         quant = find(variables.get("quant", {}), path, {})
         weight = _spec(net, path, "weight", quant) if "weight" in use.shapes else None
         params = {k: v for k, v in params.items() if not isinstance(v, Mapping)}
-        table = _count({k: v for k, v in params.items() if k in _TABLES})
+        table = _count({k: v for k, v in params.items() if k in TABLES})
         bits = 32 * _count(params)
-        if weight is not None:
+        uncalibrated = tuple(
+            operand
+            for operand in use.shapes
+            if net.spec_of(path, operand) is not None and quantizer_key(operand) not in quant
+        )
+        if weight is not None and (planned or "weight" not in uncalibrated):
             scales = _scales(weight, quant.get(quantizer_key("weight")), use)
             bits += table * (weight.bits - 32) + 32 * scales
         found.append(
@@ -136,18 +151,18 @@ def layers(
                 input=_spec(net, path, "input", quant) if "input" in use.shapes else None,
                 output=_spec(net, path, "output", quant),
                 bits=bits,
-                calibrated=bool(quant),
+                uncalibrated=uncalibrated,
             )
         )
     return found
 
 
 def size(net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any) -> Size:
-    """Counts a net's parameters and their bytes, quantized as its rules say if it is calibrated."""
+    """Counts a net's parameters and their bytes; weights that have a quantizer count as codes."""
     total = _count(variables.get("params", {}))
     bits = 32 * total
-    for layer in layers(net, variables, images, **kwargs):
-        if layer.calibrated:
+    if is_calibrated(variables):
+        for layer in layers(net, variables, images, **kwargs):
             bits += layer.bits - 32 * layer.params
     return Size(params=total, float_bytes=4 * total, bytes=math.ceil(bits / 8))
 
@@ -162,7 +177,9 @@ class Covered:
         op: the jaxpr's operation, "dot_general" or "conv_general_dilated".
         macs: multiply-accumulates for one example.
         status: "quantized", "weight only", "input only", "skipped" (a rule leaves it in float, or
-            no rule speaks of the layer) or "MISSED" (a product that no rule can reach).
+            no rule speaks of the layer), "NOT CALIBRATED" (a rule quantizes an operand that has no
+            quantizer, while others of the net have theirs: it runs in float) or "MISSED" (a product
+            that no rule can reach).
         bits: (weight bits, input bits); 32 is float, and learned bits are those in use.
     """
 
@@ -185,20 +202,33 @@ class Coverage:
         """Products that no rule can reach: `x @ w`, `jnp.dot`, custom code."""
         return tuple(p for p in self.products if p.status == "MISSED")
 
+    @property
+    def uncalibrated(self) -> tuple[Covered, ...]:
+        """Products that a rule quantizes and that have not been calibrated with the others."""
+        return tuple(p for p in self.products if p.status == "NOT CALIBRATED")
+
+    def share(self, status: str) -> float:
+        """The share of multiply-accumulates with a status, 0 to 1."""
+        total = sum(p.macs for p in self.products) or 1
+        return sum(p.macs for p in self.products if p.status == status) / total
+
     def __str__(self) -> str:
         width = max([len(p.path) for p in self.products] + [4])
         lines = [f"{'path':{width}}  {'op':20}  {'weight':>6}  {'input':>5}  {'MACs':>12}  status"]
-        total = sum(p.macs for p in self.products) or 1
         for p in self.products:
             weight, inputs = ("float" if b == 32 else str(b) for b in p.bits)
             lines.append(
                 f"{p.path:{width}}  {p.op:20}  {weight:>6}  {inputs:>5}  {p.macs:12,}  {p.status}"
             )
-        share = sum(p.macs for p in self.products if p.status == "quantized") / total
         state = "" if self.calibrated else " (planned: the net is float until it is calibrated)"
+        parts = [f"{self.share('quantized'):.1%} of multiply-accumulates quantized"]
+        partly = [s for s in ("weight only", "input only") if self.share(s)]
+        parts += [f"{self.share(status):.1%} {status}" for status in partly]
+        parts[-1] += state
+        if self.uncalibrated:
+            parts.append(f"{len(self.uncalibrated)} NOT CALIBRATED")
         lines.append(
-            f"{len(self.products)} products, {share:.1%} of multiply-accumulates quantized{state}, "
-            f"{len(self.missed)} MISSED"
+            ", ".join([f"{len(self.products)} products", *parts, f"{len(self.missed)} MISSED"])
         )
         return "\n".join(lines)
 
@@ -210,7 +240,7 @@ _BETWEEN = LAYOUT | {"broadcast_in_dim", "convert_element_type", "reduce_sum"}
 def coverage(
     net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
 ) -> Coverage:
-    """Reports every matmul and convolution: quantized, skipped by a rule, or MISSED.
+    """Reports every matmul and convolution: quantized, skipped, NOT CALIBRATED or MISSED.
 
     The products are read from the jaxpr, not from the list of layers, so `x @ w`, `jnp.dot`,
     `jnp.einsum` and `lax.dot_general` in a model's own code are found too, inside `jit`, `remat`,
@@ -228,11 +258,10 @@ def coverage(
     """
     traced = trace(lambda v, x: net.trace_apply(v, x, **kwargs), variables, images, evaluate=False)
     examples = jax.tree.leaves(images)[0].shape[0]
-    quant = variables.get("quant", {})
     covered = (
-        _covered(net, quant, inside, node, examples) for inside, node in _contractions(traced)
+        _covered(net, variables, inside, node, examples) for inside, node in _contractions(traced)
     )
-    return Coverage(tuple(covered), bool(variables.get("quant")))
+    return Coverage(tuple(covered), is_calibrated(variables))
 
 
 def _contractions(traced: Graph) -> Iterator[tuple[Graph, Node]]:
@@ -257,12 +286,12 @@ def _mark(traced: Graph, value: int) -> Node | None:
 
 def _covered(
     net: QuantizedModel,
-    quant: Mapping[str, Any],
+    variables: Mapping[str, Any],
     traced: Graph,
     node: Node,
     examples: int,
 ) -> Covered:
-    bits = {"input": 32, "weight": 32}
+    bits, planned, uncalibrated = {"input": 32, "weight": 32}, not is_calibrated(variables), False
     path = node.scope
     marks = [_mark(traced, value) for value in node.inputs[:2]]
     for mark in marks:
@@ -270,11 +299,17 @@ def _covered(
             continue
         path, operand = mark.params["path"], mark.params["operand"]
         if mark.op == "quantizer":
-            spec = _spec(net, path, operand, find(quant, path, {}))
+            quant = find(variables.get("quant", {}), path, {})
+            if not planned and quantizer_key(operand) not in quant:
+                uncalibrated = True
+                continue
+            spec = _spec(net, path, operand, quant)
             assert spec is not None
             bits["weight" if operand in ("weight", "other") else "input"] = spec.bits
     quantized = [b < 32 for b in bits.values()]
-    if all(quantized):
+    if uncalibrated:
+        status = "NOT CALIBRATED"
+    elif all(quantized):
         status = "quantized"
     elif any(quantized):
         status = "input only" if bits["weight"] == 32 else "weight only"

@@ -56,7 +56,7 @@ from qkd_jax.quantize.operands import (
     read_variable,
     right_axes,
 )
-from qkd_jax.quantize.variables import FOLDED
+from qkd_jax.quantize.variables import ATTENDED, FOLDED, quantizer_key
 from qkd_jax.quantizers import QUANTIZERS
 
 ATTENTION_PARTS = {
@@ -111,6 +111,7 @@ class Frame:
         self.modules: set[str] = set()
         self._active: dict[object, tuple[int, str]] = {}
         self._paths: list[str] = []
+        self._called: set[str] = set()  # paths of modules whose `__call__` has run
 
     # -- the interceptor ---------------------------------------------------------------------
 
@@ -128,7 +129,7 @@ class Frame:
         self._paths.append(path)
         try:
             out = self._run(module, path, method, next_fun, args, kwargs)
-            return self._output(module, path, out) if outermost else out
+            return self._output(module, path, method, out) if outermost else out
         finally:
             self._paths.pop()
             del self._active[key]
@@ -149,8 +150,8 @@ class Frame:
                 return args[0] if args else kwargs["x"]
             fields = {"axis_name": module.axis_name or self.axis_name}
         elif isinstance(module, _Conv) and module.shared_weights:
-            base = injected(module.conv_general_dilated_cls, module.conv_general_dilated)
             check_positions(module, path, self.spec_of(path, "input"))
+            base = injected(module.conv_general_dilated_cls, module.conv_general_dilated)
             function = self._contraction(
                 module, path, "conv", conv_contraction, base or lax.conv_general_dilated
             )
@@ -323,7 +324,9 @@ class Frame:
         key = module.make_rng(ROUNDING) if module.scope.has_rng(ROUNDING) else None
         return function(out, spec, batch_axes=batch_axes_of(out), key=key)
 
-    def _output(self, module: nn.Module, path: str, out: Any) -> Any:
+    def _output(self, module: nn.Module, path: str, method: str, out: Any) -> Any:
+        if method == "__call__":
+            self._called.add(path)
         if self.spec_of(path, "output") is None:
             if self.mark_outputs and isinstance(out, jax.Array):
                 return mark_skipped(path, "output", out)
@@ -335,9 +338,23 @@ class Frame:
             )
         # A module's output has no contraction here: its rows are what its last axis is a vector of.
         axes = OperandAxes(rows=tuple(range(out.ndim - 1)))
-        out, grid = self._operand(module, path, "output", out, axes, batch_axes=batch_axes_of(out))
+        operand = self._output_operand(module, path, method)
+        out, grid = self._operand(module, path, operand, out, axes, batch_axes=batch_axes_of(out))
         self._on_grid[id(out)] = (out, grid)
         return out
+
+    def _output_operand(self, module: nn.Module, path: str, method: str) -> str:
+        """The operand that a module's output is: a table's lookups are no logits.
+
+        A module of which `attend` alone was calibrated may keep that under the name of the output.
+        """
+        if method == "__call__":
+            return "output"
+        own, shared = (
+            read_variable(module, "", quantizer_key(name)) for name in (ATTENDED, "output")
+        )
+        old = own is None and shared is not None and path not in self._called
+        return "output" if old else ATTENDED
 
     # -- one operand -------------------------------------------------------------------------
 

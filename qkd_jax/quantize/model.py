@@ -23,7 +23,8 @@ from qkd_jax.numerics import Spec
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.operands import mark_operand, quantize_operand, watching
 from qkd_jax.quantize.rules import Rule, first_match
-from qkd_jax.quantize.variables import is_own_key, join_quant, split_quant
+from qkd_jax.quantize.variables import ATTENDED, join_quant, refuse_own_names, split_quant
+from qkd_jax.trees import flatten
 
 Variables = dict[str, Any]
 
@@ -48,6 +49,7 @@ class QuantizedModel:
         frame = Frame(self.spec_of)
         with nn.intercept_methods(frame):
             variables = self.model.init(rngs, *args, **kwargs)
+        refuse_own_names(flatten(variables.get("params", {})))
         self.check_rules(frame.modules, frame.seen.keys())
         return unfreeze(variables)
 
@@ -111,6 +113,8 @@ class QuantizedModel:
         rule = first_match(self.rules, path)
         if rule is None:
             return None
+        if operand == ATTENDED:
+            return rule.output
         return getattr(rule, operand) or (rule.input if operand == "other" else None)
 
     def check_rules(self, paths: Iterable[str], layers: Set[str]) -> None:
@@ -121,13 +125,7 @@ class QuantizedModel:
             layers: those of them that have operands.
         """
         paths = sorted(paths)
-        for path in paths:
-            ours = [name for name in path.split("/") if is_own_key(name)]
-            if ours:
-                raise ValueError(
-                    f"the model names a module {ours[0]!r} (at {path!r}); quantizers keep their "
-                    "variables under that name. Rename the module."
-                )
+        refuse_own_names(paths)
         for index, rule in enumerate(self.rules):
             if not any(re.fullmatch(rule.pattern, path) for path in paths):
                 shown = ", ".join(repr(p) for p in paths if p)

@@ -21,7 +21,7 @@ class Rule:
             one whose input is the very tensor that a module with an `output` spec returns reads
             that.
         output: spec of what the module returns; it may sit on any module, the net included (path
-            "").
+            ""). What a table's `attend` returns has a quantizer of its own.
         other: spec of the second operand of an attention product; None takes `input`.
     """
 

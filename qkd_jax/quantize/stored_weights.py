@@ -9,12 +9,11 @@ import jax.numpy as jnp
 
 from qkd_jax.numerics import Spec, codes_of
 from qkd_jax.quantize.model import QuantizedModel
-from qkd_jax.quantize.variables import quantizer_params, quantizers
+from qkd_jax.quantize.variables import TABLES, quantizer_params, quantizers
 from qkd_jax.quantizers import QUANTIZERS, live
 from qkd_jax.trees import get, join, put
 
 Tree = Mapping[str, Any]
-NAMES = ("kernel", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,7 @@ def quantized_weights(net: QuantizedModel, learned: Tree) -> Iterator[StoredWeig
             continue
         spec = net.spec_of(path, "weight")
         layer = get(learned["params"], path)
-        name = next((n for n in NAMES if n in layer), None)
+        name = next((n for n in TABLES if n in layer), None)
         if spec is None or name is None or spec.dynamic:
             continue
         weight = StoredWeight(path, name, spec)

@@ -82,6 +82,12 @@ class Operand:
         """Whether the operand comes from a calibrated quantizer."""
         return is_quantizer(self.marker)
 
+    def moved(self, array: np.ndarray) -> np.ndarray:
+        """Returns an array of the marker's shape in the layout that the contraction reads."""
+        for node in self.moves:
+            array = np.asarray(graphs.execute(node, [array])[0])
+        return array
+
     @property
     def name(self) -> str:
         """The operand's name: "input", "other", "weight", or "" without a marker."""
@@ -89,12 +95,6 @@ class Operand:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-    def moved(self, array: np.ndarray) -> np.ndarray:
-        """Returns an array of the marker's shape in the layout that the contraction reads."""
-        for node in self.moves:
-            array = np.asarray(graphs.execute(node, [array])[0])
-        return array
-
 class TracedContraction:
     """A convolution or `dot_general` of the graph.
 
@@ -148,6 +148,24 @@ def trace_net(
 def is_quantizer(node: Node | None) -> bool:
     """Whether a node is a calibrated quantizer; before calibration it has no parameters."""
     return node is not None and node.op == "quantizer" and len(node.inputs) > 1
+
+
+def refuse_uncalibrated(traced: TracedNet) -> None:
+    """Raises ValueError for operands of a calibrated net that have a spec and no quantizer."""
+    if not is_calibrated(traced.variables):
+        return
+    missing = [
+        f"{node.params['operand']} of layer {node.params['path']!r}"
+        for node in traced.graph.nodes
+        if node.op == "quantizer" and not is_quantizer(node)
+    ]
+    if missing:
+        raise ValueError(
+            f"NOT CALIBRATED: {', '.join(dict.fromkeys(missing))}. Rules quantize them, and they "
+            "have no quantizer, so they would run in float beside the rest. Calibrate them (a call "
+            "of `calibrate` with another `method` keeps the quantizers that it does not reach), or "
+            "leave them in float with a rule without specs before the others."
+        )
 
 
 def contractions(graph: Graph) -> list[TracedContraction]:
@@ -245,6 +263,18 @@ def dynamic_grid(traced: TracedNet, marker: Node) -> tuple[IntFormat, tuple[int,
     return found.format, axes
 
 
+def takes_out_dynamic_scales(traced: TracedNet, operand: Operand) -> bool:
+    """Whether the dynamic scales of an operand are constant along each of its product's sums."""
+    assert operand.marker is not None
+    _, axes = dynamic_grid(traced, operand.marker)
+    shape = [n if i in axes else 1 for i, n in enumerate(operand.marker_shape)]
+    # Numbers that all differ stand for the scales: equal ones must meet along each sum.
+    probe = np.broadcast_to(np.arange(math.prod(shape)).reshape(shape), operand.marker_shape)
+    probe = operand.moved(probe)
+    summed = tuple(i for i, out in enumerate(operand.output_axes) if out is None)
+    return not summed or bool(np.all(probe.max(summed) == probe.min(summed)))
+
+
 def _check_granularity(where: str, spec: Spec) -> None:
     if isinstance(spec.granularity, int):
         raise ValueError(
@@ -303,11 +333,10 @@ def scale_in_output(contraction: TracedContraction, side: int, scale: np.ndarray
     if scale.ndim == 0 or scale.size == 1:
         return scale.reshape(())
     if operand.marker is not None and operand.moves:
-        whole = np.broadcast_to(scale, operand.marker_shape)
         # A scale per channel moves with the weight: move it whole and keep one entry an axis.
         whole = operand.moved(np.broadcast_to(scale, operand.marker_shape))
         first = (slice(0, 1) if out is None else slice(None) for out in operand.output_axes)
-        scale = np.asarray(whole)[tuple(first)]
+        scale = whole[tuple(first)]
     try:
         return graphs.scale_in_output(scale, operand.output_axes, contraction.rank)
     except ValueError as error:

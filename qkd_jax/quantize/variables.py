@@ -9,7 +9,7 @@ and, while a net is observed, the state `<operand>_<kind>` next to the quantizer
 No other file spells these keys.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,9 +24,20 @@ Tree = dict[str, Any]
 OPERANDS = ("weight", "input", "other", "output")
 """`other` is the second operand of a contraction of two activations (attention)."""
 
+ATTENDED = "attend_output"
+"""Output of a module's `attend`, whose range is not that of its `__call__`: `Rule.output` too."""
+
 FOLDED = "folded"
 """Key of what a folded BatchNorm left at a module."""
-_OPERAND_OF = {f"{operand}_quantizer": operand for operand in OPERANDS}
+
+OBSERVED, DIAGNOSED = "observed", "diagnosed"
+"""Kinds of states: those of `calibrate` and of `diagnose`."""
+
+TABLES = ("kernel", "embedding")
+"""Names under which linen's layers keep what is quantized as their weight."""
+
+_OPERANDS = (*OPERANDS, ATTENDED)
+_OPERAND_OF = {f"{operand}_quantizer": operand for operand in _OPERANDS}
 
 
 def quantizer_key(operand: str) -> str:
@@ -46,6 +57,31 @@ def _is_folded_key(key: str) -> bool:
 def is_own_key(key: str) -> bool:
     """Whether a key belongs to the `quant` collection, not to the model."""
     return key == FOLDED or key in _OPERAND_OF
+
+
+def refuse_own_names(paths: Iterable[str]) -> None:
+    """Raises ValueError for modules or parameters that have the name of a variable of ours.
+
+    Args:
+        paths: of modules and of parameters.
+    """
+    states = {state_key(operand, kind) for operand in _OPERANDS for kind in (OBSERVED, DIAGNOSED)}
+    for path in paths:
+        for name in path.split("/"):
+            if is_own_key(name) or name in states:
+                raise ValueError(
+                    f"the model names a module or parameter {name!r} (at {path!r}); quantizers "
+                    "keep their variables under that name. Rename it."
+                )
+
+
+def parameter_modules(variables: Mapping[str, Any], names: Iterable[str] = ()) -> set[str]:
+    """Returns the paths of the modules that lead to parameters, or that own one named so."""
+    leaves = [path.split("/") for path in flatten(variables.get("params", {}))]
+    if names:
+        wanted = set(names)
+        return {join(*path[:i]) for path in leaves for i, name in enumerate(path) if name in wanted}
+    return {join(*path[:i]) for path in leaves for i in range(len(path))}
 
 
 def quantizer_path(layer: str, operand: str, name: str = "") -> str:
@@ -126,7 +162,7 @@ def unfolded(variables: Mapping[str, Any]) -> Tree:
     return _with_quant(variables, quant)
 
 
-def without_quantizers(variables: Mapping[str, Any], operands: Any = OPERANDS) -> Tree:
+def without_quantizers(variables: Mapping[str, Any], operands: Any = _OPERANDS) -> Tree:
     """Returns variables without the quantizers of some operands; what was folded stays folded."""
     dropped = {quantizer_key(operand) for operand in operands}
     quant, _ = partition(variables.get("quant") or {}, dropped.__contains__)
@@ -170,13 +206,13 @@ def state_key(operand: str, kind: str) -> str:
 
 def split_states(params: Mapping[str, Any], kind: str) -> Tree:
     """Returns the part of `params` that holds the operands' states of a kind."""
-    keys = {state_key(operand, kind) for operand in OPERANDS}
+    keys = {state_key(operand, kind) for operand in _OPERANDS}
     return partition(params, keys.__contains__)[1]
 
 
 def states(tree: Mapping[str, Any], kind: str) -> Iterator[tuple[str, str, Any]]:
     """Yields (layer path, operand, state) out of what `split_states` returned."""
-    operand_of = {state_key(operand, kind): operand for operand in OPERANDS}
+    operand_of = {state_key(operand, kind): operand for operand in _OPERANDS}
     for path, key, state in entries(tree, operand_of.__contains__):
         yield path, operand_of[key], state
 

@@ -63,6 +63,28 @@ def test_every_product_and_its_fate(net):
     assert "planned" not in str(coverage(net, calibrated, x))
 
 
+def test_weights_alone_have_a_share_of_their_own():
+    x = jnp.ones((2, 8))
+    net = quantize(nn.Dense(4), [Rule(".*", weight=W)])
+    found = coverage(net, calibrate(net, net.init(KEY, x), [x]), x)
+    assert found.share("weight only") == 1 and found.share("quantized") == 0
+    last = str(found).splitlines()[-1]
+    assert last == (
+        "1 products, 0.0% of multiply-accumulates quantized, 100.0% weight only, 0 MISSED"
+    )
+
+
+def test_operands_that_wait_for_their_calibration_are_named(net):
+    net, variables, x = net
+    weights = calibrate(net, variables, [x], operands=("weight",))
+    found = coverage(net, weights, x)
+    assert [(p.status, p.bits) for p in found.products[:2]] == [
+        ("NOT CALIBRATED", (2, 32)),
+        ("weight only", (2, 32)),
+    ]
+    assert size(net, weights, x).bytes == size(net, calibrate(net, variables, [x]), x).bytes
+
+
 def test_coverage_needs_shapes_only(net):
     net, variables, x = net
     shapes = jax.eval_shape(lambda: (variables, x))

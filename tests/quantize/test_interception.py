@@ -11,6 +11,7 @@ import pytest
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, load_float, quantize
 from qkd_jax.quantize.calibration import calibrate
+from qkd_jax.quantize.inspection import layers
 
 W4 = Spec(4, granularity="channel")
 A8 = Spec(8, symmetric=False)
@@ -331,14 +332,83 @@ def test_an_unbatched_call_is_one_example():
     assert net.apply(variables, one).shape == (4, 4, 5)
 
 
-def test_reserved_names_are_refused():
+class Coder(nn.Module):
+    """A table that is looked up and attended to; `tied=False` has a dense layer for the second."""
+
+    tied: bool = True
+
+    def setup(self):
+        self.table = nn.Embed(40, 16, embedding_init=nn.initializers.normal(0.02))
+        self.hidden = nn.Dense(16)
+        if not self.tied:
+            self.head = nn.Dense(40, use_bias=False)
+
+    def embed(self, tokens):
+        return self.hidden(self.table(tokens))
+
+    def logits(self, h):
+        return self.table.attend(h) if self.tied else self.head(h)
+
+    def __call__(self, tokens):
+        return self.logits(8 * self.embed(tokens))
+
+
+def test_what_a_table_returns_and_what_attends_to_it_have_grids_of_their_own():
+    tokens = jax.random.randint(KEY, (6, 5), 0, 40)
+    floats = Coder().init(KEY, tokens)
+    head = {"kernel": floats["params"]["table"]["embedding"].T}
+    untied = {"params": {**floats["params"], "head": head}}
+    rules = [Rule("table|head", output=Spec(8))]
+    net, twin = quantize(Coder(), rules), quantize(Coder(False), rules)
+    variables = calibrate(net, floats, [tokens])
+    wanted = calibrate(twin, untied, [tokens])
+    quant = variables["quant"]["table"]
+    assert set(quant) == {"output_quantizer", "attend_output_quantizer"}
+    for key, path in (("output_quantizer", "table"), ("attend_output_quantizer", "head")):
+        of_twin = wanted["quant"][path]["output_quantizer"]["scale"]
+        np.testing.assert_allclose(quant[key]["scale"], of_twin, rtol=1e-6)
+    np.testing.assert_allclose(net.apply(variables, tokens), twin.apply(wanted, tokens), atol=1e-6)
+    # One after the other, by the methods of the net.
+    first = calibrate(net, floats, [tokens], method="embed")
+    assert set(first["quant"]["table"]) == {"output_quantizer"}
+    assert layers(net, first, tokens)[0].uncalibrated == ("attend_output",)
+    h = 8 * net.apply(first, tokens, method="embed")
+    both = calibrate(net, first, [h], method="logits")
+    assert set(both["quant"]["table"]) == set(quant)
+    weights = calibrate(net, variables, [tokens], operands=("output",))
+    assert set(weights["quant"]["table"]) == set(quant)
+
+
+def test_a_net_that_only_attends_may_keep_its_grid_under_the_name_of_the_output():
+    class Attends(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Embed(40, 16, name="table").attend(x)
+
+    net, x = quantize(Attends(), [Rule("table", output=Spec(8))]), images(4, 16)
+    variables = calibrate(net, net.init(KEY, x), [x])
+    (params,) = variables["quant"]["table"].values()
+    named = {**variables, "quant": {"table": {"output_quantizer": params}}}
+    np.testing.assert_array_equal(net.apply(named, x), net.apply(variables, x))
+    assert layers(net, named, x)[0].calibrated
+    assert not np.array_equal(net.apply(named, x), Attends().apply(net.init(KEY, x), x))
+
+
+@pytest.mark.parametrize("name", ["folded", "weight_quantizer", "weight_observed"])
+@pytest.mark.parametrize("kind", ["module", "parameter"])
+def test_reserved_names_are_refused(name, kind):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(4, name="folded")(x)
+            if kind == "module":
+                return nn.Dense(4, name=name)(x)
+            return nn.Dense(4)(x * self.param(name, nn.initializers.ones, (1, 3)))
 
-    with pytest.raises(ValueError, match=r"'folded'.*Rename the module"):
-        quantize(Net(), ALL).init(KEY, images(2, 3))
+    x = images(2, 3)
+    with pytest.raises(ValueError, match=f"'{name}'.*Rename it"):
+        quantize(Net(), ALL).init(KEY, x)
+    with pytest.raises(ValueError, match=f"'{name}'.*Rename it"):  # a float checkpoint
+        calibrate(quantize(Net(), ALL), Net().init(KEY, x), [x])
 
 
 def test_remat_and_plain_give_the_same_values_and_gradients():

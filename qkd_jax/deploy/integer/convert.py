@@ -49,6 +49,7 @@ from qkd_jax.quantize.traced import (
     is_dynamic,
     is_quantizer,
     quantizer_params,
+    refuse_uncalibrated,
     scale_in_output,
     trace_net,
 )
@@ -96,6 +97,7 @@ def convert(
         )
     folded = fold_bn(net, variables, images, **kwargs)
     traced = trace_net(net, folded, images, **kwargs)
+    refuse_uncalibrated(traced)
     model = _Converter(traced).model()
     return integer_only_program(model, traced.graph) if integer_only else model
 
@@ -169,12 +171,12 @@ class _Converter:
         )
         return IntegerModel({k: jnp.asarray(a) for k, a in self.arrays.items()}, program)
 
-    def new(self) -> int:
-        self.next += 1
     def on_codes(self, product: TracedContraction) -> bool:
         """Whether a product is one of codes; else it runs on floats, which lie on their grids."""
         return product.quantized and sums_codes(self.traced, product)
 
+    def new(self) -> int:
+        self.next += 1
         return self.next - 1
 
     def operation(self, node: Node) -> None:

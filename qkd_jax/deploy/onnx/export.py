@@ -29,7 +29,7 @@ from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.ptq.integer_bias import integer_bias
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.targets import TARGETS, file_options
-from qkd_jax.quantize.traced import trace_net
+from qkd_jax.quantize.traced import refuse_uncalibrated, trace_net
 from qkd_jax.quantize.variables import OPERANDS
 from qkd_jax.record.whole_files import replace_file
 
@@ -104,7 +104,8 @@ def to_onnx(
     Raises:
         ImportError: the `export` extra is not installed.
         ValueError: an operation that cannot be written (named with its module), an `opset` or
-            `target` out of range, or layers that saturate on the target.
+            `target` out of range, layers that saturate on the target, a calibrated net of which a
+            part is not, or a learned step or level at or below 0.
     """
     onnx = import_engine("onnx")
     checks.one_of("target", target, (None, HOST, *TARGETS))
@@ -127,6 +128,7 @@ def to_onnx(
     rounds = engine is not None and engine.integer_bias and bool(variables.get("quant"))
     folded = (integer_bias if rounds else fold_bn)(net, variables, images, **kwargs)
     traced = trace_net(net, folded, images, **kwargs)
+    refuse_uncalibrated(traced)
     options: dict[str, Any] = {"opset": opset, "int4": int4}
     options["offset_before_rounding"] = engine is not None and engine.offset_before_rounding
     export = Export(traced, activations=activations, **options)
