@@ -129,7 +129,9 @@ def main(argv: list[str]) -> int:
     except (flags.Error, ValueError) as error:
         if "debug" in FLAGS and FLAGS["debug"].value:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # The package is there where a file of a run folder can be the cause.
+        checks = sys.modules.get("qkd_jax.checks")
+        print(f"error: {checks.printable(error) if checks else error}", file=sys.stderr)
         return USAGE_ERROR
 
 

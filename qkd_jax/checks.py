@@ -9,6 +9,7 @@ import difflib
 import math
 import numbers
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,21 @@ def nearest(word: str, options: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the option closest to `word`, or an empty string."""
     found = difflib.get_close_matches(str(word), [str(o) for o in options], n=1, cutoff=0.5)
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def printable(text: Any) -> str:
+    """Returns text for a terminal: what would move its cursor or reverse its lines is written out.
+
+    Names in files that somebody sent may hold such characters; lines and tabs stay.
+    """
+    shown = str(text)
+    if shown.isascii() and shown.replace("\n", "").replace("\t", "").isprintable():
+        return shown
+    odd = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        f"\\u{ord(c):04x}" if c not in "\n\t" and unicodedata.category(c) in odd else c
+        for c in shown
+    )
 
 
 def unknown(kind: str, word: str, options: Iterable[str]) -> ValueError:

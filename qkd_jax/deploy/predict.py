@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         predictor = open_predictor(given.model, engine=given.engine, net=given.net)
         results = predict(predictor, given.images, top=given.top)
     except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(checks.printable(f"error: {error}"), file=sys.stderr)
         return 2
     if given.json:
         print(json.dumps(results, indent=1))
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         classes = ", ".join(
             f"{p['class']} {100 * p['probability']:.2f} %" for p in entry["predictions"]
         )
-        print(f"{entry['image']}: {classes}")
+        print(checks.printable(f"{entry['image']}: {classes}"))
     return 0
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 
+from qkd_jax import checks
 from qkd_jax.data import NotPreparedError
 from qkd_jax.experiment import soft_label_record
 from qkd_jax.experiment.orchestrate import run, step_cache
-from qkd_jax.experiment.origin import check_origin, origin_of
+from qkd_jax.experiment.origin import check_config, check_origin, config_digest, origin_of
 from qkd_jax.experiment.overview import overview
 from qkd_jax.experiment.reading import check_sources, load_data, read
 from qkd_jax.experiment.results import (
@@ -25,6 +26,7 @@ from qkd_jax.experiment.results import (
     write_report,
 )
 from qkd_jax.experiment.run_state import Run
+from qkd_jax.experiment.settings import resolve
 from qkd_jax.experiment.stages import STAGES
 from qkd_jax.record.checkpoint import SaveError
 from qkd_jax.record.folder import RunFolder
@@ -37,17 +39,19 @@ from qkd_jax.training.parallel import enable_compilation_cache
 def _open(workdir: str | Path) -> tuple[RunFolder, Run]:
     """Opens a run folder to read: settings, data and the newest checkpoint."""
     folder = RunFolder(workdir, create=False)
-    plain = folder.read_config()
-    dataset = load_data(plain)
-    settings = read(plain, dataset)
-    state = Run(settings, dataset, None, None, step_cache(settings))
+    plain = resolve(folder.read_config())
     saved, _ = read_latest(folder.checkpoints)
     if saved is None:
         raise ValueError(
             f"{workdir} has no checkpoint yet; run it: python launch.py --config=... "
             f"--workdir={workdir}"
         )
-    check_origin(saved.meta.get("origin"), origin_of(plain, dataset), folder.path, known=True)
+    there = saved.meta.get("origin")
+    check_config(there, config_digest(plain), folder.path, known=True)
+    dataset = load_data(plain)
+    settings = read(plain, dataset)
+    check_origin(there, origin_of(plain, dataset), folder.path, known=True)
+    state = Run(settings, dataset, None, None, step_cache(settings))
     state.load(saved)
     return folder, state
 
@@ -137,6 +141,10 @@ def inspect(config: Any, *, verbose: bool = True) -> str:
     return text
 
 
+def _complain(text: str) -> None:
+    print(checks.printable(text), file=sys.stderr)
+
+
 def _os_message(error: OSError) -> str:
     """Returns an error of the file system in a sentence, with the repair."""
     if isinstance(error, SaveError):
@@ -166,23 +174,22 @@ def main(mode: str, *, config: Any, workdir: str | Path, target: str = "") -> in
         else:
             {"eval": evaluate, "report": report}[mode](workdir)
     except NonFiniteError as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        _complain(f"stopped: {error}")
         return EXIT_NONFINITE
     except Preempted as error:
-        print(f"asked to stop, saved at {error}; the same command resumes.", file=sys.stderr)
+        _complain(f"asked to stop, saved at {error}; the same command resumes.")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(f"error: {_os_message(error)}", file=sys.stderr)
+        _complain(f"error: {_os_message(error)}")
         return EXIT_FILES
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(
+        _complain(
             f"error: out of memory ({first_line(error) or 'MemoryError'}); take a smaller batch, "
-            "eval_batch_size, image or model. What was saved is whole: the same command resumes.",
-            file=sys.stderr,
+            "eval_batch_size, image or model. What was saved is whole: the same command resumes."
         )
         return EXIT_MEMORY
     return 0

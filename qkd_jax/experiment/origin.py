@@ -20,17 +20,53 @@ from qkd_jax.record.folder import config_fields
 # What may differ between a run folder and the command that resumes it: none of it reaches a number
 # in results.json.
 FREE_FIELDS = ("checkpoint", "data.dir")
+_REPAIR = "Use another --workdir, or delete the folder."
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a resolved config without its free fields."""
+    text = json.dumps(config_fields(config, ignore=FREE_FIELDS), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def origin_of(config: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
     """Returns {"config", "data", "code", "devices"} of a run: two SHA-256, a text, a count."""
-    text = json.dumps(config_fields(config, ignore=FREE_FIELDS), sort_keys=True)
     return {
-        "config": hashlib.sha256(text.encode()).hexdigest(),
+        "config": config_digest(config),
         "data": dataset.fingerprint,
         "code": code_version(),
         "devices": config["parallel"]["devices"] or jax.device_count(),
     }
+
+
+def check_config(
+    there: Mapping[str, Any] | None, digest: str, folder: Path, *, known: bool
+) -> None:
+    """Refuses the checkpoint of another config, before anything is built from this one.
+
+    Args:
+        there: the origin in the checkpoint; None in one that has none.
+        digest: of `config_digest`.
+        folder: the run folder, for messages.
+        known: whether config.json says that the folder is a run of this config.
+
+    Raises:
+        ValueError: the checkpoint is of another config, or nothing says of which.
+    """
+    if there is None and not known:
+        raise ValueError(
+            f"{folder} has checkpoints but no config.json, and they do not say which config made "
+            f"them. Put the config.json back. {_REPAIR}"
+        )
+    if there is not None and there.get("config") != digest:
+        beside = (
+            "its config.json is not the one that they were made with: put that back."
+            if known
+            else "its config.json is missing, and this config is not the one that made them."
+        )
+        raise ValueError(
+            f"{folder} holds the checkpoints of a run of another config; {beside} {_REPAIR}"
+        )
 
 
 def check_origin(
@@ -39,36 +75,22 @@ def check_origin(
     """Returns what differs and is no reason to stop: {"code": [there, here]} or "devices".
 
     Args:
-        there: the origin in the checkpoint; None in one of before there were origins.
-        here: the origin of the run that reads it.
+        there: as for `check_config`.
+        here: the origin of the run that reads the checkpoint.
         folder: the run folder, for messages.
-        known: whether config.json says that the folder is a run of this config.
+        known: as for `check_config`.
 
     Raises:
         ValueError: the checkpoint is of another config or of other data.
     """
-    repair = "Use another --workdir, or delete the folder."
+    check_config(there, here["config"], folder, known=known)
     if there is None:
-        if known:
-            return {}
-        raise ValueError(
-            f"{folder} has checkpoints but no config.json, and they do not say which config made "
-            f"them. Put the config.json back. {repair}"
-        )
-    if there.get("config") != here["config"]:
-        beside = (
-            "its config.json is not the one that they were made with: put that back."
-            if known
-            else "its config.json is missing, and this config is not the one that made them."
-        )
-        raise ValueError(
-            f"{folder} holds the checkpoints of a run of another config; {beside} {repair}"
-        )
+        return {}
     if there.get("data") != here["data"]:
         raise ValueError(
             f"{folder} holds the checkpoints of a run on other data (fingerprint "
             f"{str(there.get('data'))[:12]}..., here {str(here['data'])[:12]}...); point "
-            f"--config.data.dir at the data of that run. {repair}"
+            f"--config.data.dir at the data of that run. {_REPAIR}"
         )
     return {
         key: [there.get(key), here[key]]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from qkd_jax import metrics, report
+from qkd_jax import checks, metrics, report
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.quantize.inspection import layers, size
@@ -100,14 +100,27 @@ def results_of(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def printer(verbose: bool) -> Callable[[str], None]:
     """Returns a function that prints a text at once, or drops it."""
-    return (lambda text: print(text, flush=True)) if verbose else (lambda text: None)
+    return (
+        (lambda text: print(checks.printable(text), flush=True)) if verbose else (lambda text: None)
+    )
 
 
 def show(results: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Prints the results table."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    """Prints the results table.
+
+    Raises:
+        ValueError: these are no results of a run.
+    """
+    # Without colours: `say` writes out what a terminal would take for commands.
+    console = Console(width=None if sys.stdout.isatty() else 160, color_system=None)
     with console.capture() as text:
-        console.print(report.table(results))
+        try:
+            table = report.table(results)
+        except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"results.json does not hold the results of a run ({error}); restore it."
+            ) from error
+        console.print(table)
     say(text.get())
 
 

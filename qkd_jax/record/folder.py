@@ -181,8 +181,18 @@ class RunFolder:
         write_json(self.path / "run.json", record)
 
     def read_run(self) -> dict[str, Any] | None:
-        """Returns {"schema": 1, "starts": [facts of each start]}, None if there is none."""
-        return read_json(self.path / "run.json")
+        """Returns {"schema": 1, "starts": [facts of each start]}, None if there is none.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        record = read_json(self.path / "run.json")
+        starts = [] if record is None else record.get("starts")
+        if not isinstance(starts, list) or not all(isinstance(s, dict) for s in starts):
+            raise ValueError(
+                f"{self.path / 'run.json'} has no list of starts; restore or delete it."
+            )
+        return record
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Writes results.json; no times belong in there."""

@@ -1,6 +1,7 @@
 """The log of metrics: one JSON line for each logged step, cut back on resume."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,45 @@ from qkd_jax.record.json_files import plain
 from qkd_jax.record.whole_files import append, read_bytes, replace_file
 
 FILE = "metrics.jsonl"
+_LARGEST = sys.float_info.max
+_LARGEST_STEP = 2**53
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics.jsonl (or of the one in a run folder), without torn lines.
+    """Returns the rows of a metrics.jsonl (or of the one in a run folder), without damaged lines.
 
     A row is {"step": int, "stage": str, "split": str, "values": {name: float or None}}.
     """
+    return read_log(path)[0]
+
+
+def read_log(path: str | Path) -> tuple[list[dict[str, Any]], int]:
+    """Returns the rows of a metrics.jsonl, as `read_metrics`, and the number of damaged lines.
+
+    The last line of a run that was killed may be torn; that is not counted.
+    """
     path = Path(path)
-    return [row for _, row in _lines(path / FILE if path.is_dir() else path)[0]]
+    *whole, _ = (read_bytes(path / FILE if path.is_dir() else path) or b"").split(b"\n")
+    rows = [_row(line) for line in whole]
+    return [row for row in rows if row is not None], rows.count(None)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """Returns what a line says, None where it is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not {"step", "stage", "split", "values"} <= row.keys():
+        return None
+    step, values = row["step"], row["values"]
+    numbers = isinstance(values, dict) and all(
+        v is None or (isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= _LARGEST)
+        for v in values.values()
+    )
+    texts = isinstance(row["stage"], str) and isinstance(row["split"], str)
+    known = type(step) is int and 0 <= step <= _LARGEST_STEP
+    return row if numbers and texts and known else None
 
 
 def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], bytes]:
@@ -25,11 +56,7 @@ def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], bytes]:
     data = read_bytes(path) or b""
     lines = []
     for line in data.split(b"\n")[:-1]:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or not {"step", "stage", "split", "values"} <= row.keys():
+        if (row := _row(line)) is None:
             break
         lines.append((line + b"\n", row))
     return lines, data

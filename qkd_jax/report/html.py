@@ -4,15 +4,17 @@ Every part is left out when its file is not there, so a run that was interrupted
 page has no script, loads nothing, and shows its pictures as inline SVG.
 """
 
+import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from qkd_jax.record.json_files import read_json
-from qkd_jax.record.metrics_log import read_metrics
+from qkd_jax.record.metrics_log import FILE as LOG
+from qkd_jax.record.metrics_log import read_log
 from qkd_jax.record.whole_files import replace_file
 from qkd_jax.report import plots, soft_label_figures, soft_labels
 from qkd_jax.report.page import (
@@ -21,8 +23,8 @@ from qkd_jax.report.page import (
     cell,
     code,
     column_table,
+    document,
     figure,
-    page,
     quiet,
     record_table,
     safe,
@@ -279,58 +281,91 @@ def _histogram_part(histograms: Mapping[str, Any], order: Sequence[str]) -> str:
     )
 
 
+@dataclasses.dataclass
+class _Page:
+    """The parts of the page so far, and what was left out of it because a file is damaged."""
+
+    folder: Path
+    parts: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)
+
+    def read(self, name: str, kind: type = dict) -> Any:
+        """Returns the content of a file; an empty one where there is none or it is damaged."""
+        try:
+            return read_json(self.folder / name, kind) or kind()
+        except ValueError as error:
+            self.left_out.append(escape(str(error)))
+            return kind()
+
+    def made(self, what: str, file: str, make: Callable[[], Any], otherwise: Any = "") -> Any:
+        """Returns `make()`; `otherwise`, and a note, where the file does not hold what it should.
+
+        JSON has no types, so any of Python's complaints about a value may come.
+        """
+        try:
+            return make()
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {error}"
+            self.left_out.append(escape(f"{what}: {file} does not hold what a run writes ({why})."))
+            return otherwise
+
+    def add(self, anchor: str, title: str, file: str, make: Callable[[], str]) -> None:
+        """Adds a part, unless it is empty."""
+        if body := self.made(title, file, make):
+            self.parts.append((anchor, title, body))
+
+
 def render(folder: str | Path) -> str:
     """Returns the page of a run folder as text.
 
-    Raises:
-        ValueError: if a file of the folder cannot be read; files that are absent are left out.
+    Files that are absent are left out; what is left out because a file is damaged is said.
     """
     folder = Path(folder)
-
-    def read(name: str) -> Any:
-        return read_json(folder / name) or {}
-
+    page = _Page(folder)
     results, timings, config, run = map(
-        read, ("results.json", "timings.json", "config.json", "run.json")
+        page.read, ("results.json", "timings.json", "config.json", "run.json")
     )
-    layers = read_json(folder / "model" / "layers.json", list) or []
-    metrics = read_metrics(folder)
+    layers = page.read("model/layers.json", list)
+    metrics, torn = page.made("Metrics", LOG, lambda: read_log(folder), ([], 0))
+    if torn:
+        lines = f"{torn:,} of {torn + len(metrics):,} lines are"
+        page.left_out.append(f"{LOG}: {lines} damaged and left out of the figures.")
 
     rows = results.get("rows") or []
     dataset = results.get("dataset") or {}
-    parts: list[tuple[str, str, str]] = []
-
-    def add(anchor: str, title: str, body: str) -> None:
-        if body:
-            parts.append((anchor, title, body))
-
+    add, read = page.add, page.read
     if rows:
-        add("results", "Results", _headline(rows, dataset.get("test_examples")))
-    latency = as_records(timings.get("latency"), "model")
-    add("latency", "Latency", record_table(latency) if latency else "")
-    add("curves", "Loss and accuracy", _curves_part(metrics))
-    add("soft-labels", "Soft and hard labels", _soft_labels_part(read("soft_labels.json")))
-    order = [str(layer.get("path")) for layer in layers]
-    nets = _net_order(rows, config)
-    add("steps", "Step sizes and ranges", _quantizers_part(metrics, nets, order))
+        headline = lambda: _headline(rows, dataset.get("test_examples"))
+        add("results", "Results", "results.json", headline)
+    add("latency", "Latency", "timings.json", lambda: _latency(timings))
+    add("curves", "Loss and accuracy", LOG, lambda: _curves_part(metrics))
+    soft = read("soft_labels.json")
+    add("soft-labels", "Soft and hard labels", "soft_labels.json", lambda: _soft_labels_part(soft))
+    paths = lambda: [str(layer.get("path")) for layer in layers]
+    order = page.made("Layers", "model/layers.json", paths, [])
+    nets = page.made("Nets", "results.json", lambda: _net_order(rows, config), [])
+    add("steps", "Step sizes and ranges", LOG, lambda: _quantizers_part(metrics, nets, order))
+    histograms = read("model/histograms.json")
     add(
-        "weights", "Weights on the code grid", _histogram_part(read("model/histograms.json"), order)
+        *("weights", "Weights on the code grid", "model/histograms.json"),
+        lambda: _histogram_part(histograms, order),
     )
-    add("layers", "Layers", _layers(layers))
-    schedule = list(config.get("schedule") or [])
-    add("quantizers", "Quantizers", _quantizers(read("diagnosis.json"), schedule))
-    stages = as_records(timings.get("stages"), "stage")
-    stages.sort(key=lambda r: schedule.index(r["stage"]) if r.get("stage") in schedule else 999)
-    if stages:
-        add("time", "Where the time went", record_table(stages) + quiet("Seconds."))
-    add("run", "Run", _facts(run))
+    add("layers", "Layers", "model/layers.json", lambda: _layers(layers))
+    schedule = page.made("Schedule", "config.json", lambda: list(config.get("schedule") or []), [])
+    diagnosis = read("diagnosis.json")
+    add("quantizers", "Quantizers", "diagnosis.json", lambda: _quantizers(diagnosis, schedule))
+    add("time", "Where the time went", "timings.json", lambda: _times(timings, schedule))
+    add("run", "Run", "run.json", lambda: _facts(run))
     if config:
         text = escape(json.dumps(config, indent=2, sort_keys=True))
-        add("config", "Config", f"<details><summary>show</summary><pre>{text}</pre></details>")
-    notes = "".join(f"<li>{note}</li>" for note in _notes(results, config, run))
-    add("notes", "Read with care", f"<ul>{notes}</ul>")
+        shown = f"<details><summary>show</summary><pre>{text}</pre></details>"
+        add("config", "Config", "config.json", lambda: shown)
+    notes = page.made("Notes", "results.json", lambda: _notes(results, config, run), [])
+    listed = "".join(f"<li>{note}</li>" for note in notes)
+    add("notes", "Read with care", "results.json", lambda: f"<ul>{listed}</ul>")
 
     title = str(results.get("experiment") or config.get("experiment") or folder.resolve().name)
+    subtitle = page.made("Subtitle", "results.json", lambda: _subtitle(rows, dataset))
     warning = ""
     if not rows:
         last = f" Its last logged step is {metrics[-1]['step']}." if metrics else ""
@@ -338,7 +373,21 @@ def render(folder: str | Path) -> str:
             '<p class="warn">This run has no results yet: it is running, or was interrupted.'
             f"{last} Started again with the same command, it continues.</p>"
         )
-    return page(title, _subtitle(rows, dataset), warning, parts)
+    if page.left_out:
+        found = "".join(f"<li>{line}</li>" for line in page.left_out)
+        warning += f'<div class="warn">Files of this run are damaged:<ul>{found}</ul></div>'
+    return document(title, subtitle, warning, page.parts)
+
+
+def _latency(timings: Mapping[str, Any]) -> str:
+    latency = as_records(timings.get("latency"), "model")
+    return record_table(latency) if latency else ""
+
+
+def _times(timings: Mapping[str, Any], schedule: Sequence[str]) -> str:
+    stages = as_records(timings.get("stages"), "stage")
+    stages.sort(key=lambda r: schedule.index(r["stage"]) if r.get("stage") in schedule else 999)
+    return record_table(stages) + quiet("Seconds.") if stages else ""
 
 
 def _subtitle(rows: Sequence[Mapping[str, Any]], dataset: Mapping[str, Any]) -> str:
@@ -367,7 +416,7 @@ def write(workdir: str | Path) -> Path:
         workdir: a run folder; any of its files may be missing.
 
     Raises:
-        ValueError: if there is no such folder, or one of its files is damaged.
+        ValueError: there is no such folder. Damaged files are said on the page.
     """
     folder = Path(workdir)
     if not folder.is_dir():

@@ -132,7 +132,7 @@ def as_records(value: Any, name: str) -> list[Mapping[str, Any]]:
     return [item for item in value or [] if isinstance(item, Mapping)]
 
 
-def page(title: str, subtitle: str, warning: str, parts: Sequence[tuple[str, str, str]]) -> str:
+def document(title: str, subtitle: str, warning: str, parts: Sequence[tuple[str, str, str]]) -> str:
     """Returns the whole document; parts are (anchor, heading, HTML), subtitle and warning HTML."""
     links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in parts)
     body = "\n".join(

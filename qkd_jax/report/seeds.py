@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--against", default="QKD", help="the method whose differences are shown")
     args = parser.parse_args()
-    print(markdown(collect(args.folders), against=args.against))
+    print(checks.printable(markdown(collect(args.folders), against=args.against)))
 
 
 if __name__ == "__main__":

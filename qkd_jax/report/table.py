@@ -137,7 +137,7 @@ def table(results: Mapping[str, Any]) -> Table:
     """
     rows = results.get("rows") or []
     made = Table(
-        title=str(results.get("experiment") or "results"),
+        title=Text(str(results.get("experiment") or "results")),
         caption=Text(_caption(results)),
         box=box.SIMPLE_HEAD,
         pad_edge=False,

@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from qkd_jax import weights
+from qkd_jax import checks, weights
 from qkd_jax.trees import flatten
 
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         variables = weights.load(args.source)
         weights.save(args.target, variables, layout=args.layout)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(checks.printable(f"error: {error}"), file=sys.stderr)
         return 2
     print(f"{args.target}: {len(flatten(variables))} arrays read from {args.source}")
     return 0

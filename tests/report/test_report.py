@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import re
 import shutil
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mutation import mutated_json
 from rich.console import Console
 
 from qkd_jax import report
+from qkd_jax.experiment.results import printer, show
 from qkd_jax.record.folder import RunFolder
 from qkd_jax.record.metrics_log import read_metrics
 from qkd_jax.report import plots
@@ -135,8 +138,8 @@ def test_a_damaged_file_and_no_folder(tmp_path):
     with pytest.raises(ValueError, match="not a folder"):
         report.write(tmp_path / "absent")
     (tmp_path / "results.json").write_text('{"rows": [')
-    with pytest.raises(ValueError, match=r"results\.json is not valid JSON"):
-        report.write(tmp_path)
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    assert re.search(r"Files of this run are damaged:.*results\.json is not valid JSON", page)
 
 
 def test_names_are_escaped(tmp_path):
@@ -220,3 +223,39 @@ def test_matplotlib_is_imported_only_when_drawing():
     code = "import qkd_jax.report, sys; sys.exit('matplotlib' in sys.modules)"
     root = str(Path(__file__).parents[2])
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_a_damaged_log_says_what_it_left_out(small, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(small, folder)
+    log = folder / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    odd = [b'{"step": "x"}\n', b"\xff\n", b"[" * 10_000 + b"\n", lines[0].replace(b":", b"")]
+    log.write_bytes(b"".join([*odd, *lines, b'{"torn": ']))
+    page = report.html.render(folder)
+    assert f"metrics.jsonl: 4 of {len(lines) + 4} lines are damaged" in page
+    assert 'id="curves"' in page
+    log.write_bytes(b"".join(lines))
+    assert "Files of this run are damaged" not in report.html.render(folder)
+
+
+@pytest.mark.slow
+def test_pages_of_damaged_files(small, tmp_path):
+    """Any value anywhere: the page is made."""
+    folder, rng = tmp_path / "run", random.Random(0)
+    shutil.copytree(small, folder)
+    files = [p for p in sorted(folder.rglob("*.json")) if p.stat().st_size]
+    for _ in range(40):  # each damages every file
+        for path in files:
+            value = json.loads((small / path.relative_to(folder)).read_text())
+            path.write_text(json.dumps(mutated_json(value, rng)))
+        page = report.html.render(folder)
+        assert page.endswith("</html>\n")
+
+
+def test_escapes_in_names_are_written_out(capsys):
+    rows = [{"net": "a\x1b[31mred\u202e", "method": "x", "top1": 0.5, "loss": 1.0}]
+    show({"experiment": "[bold]b[/bold]", "rows": rows}, printer(True))
+    said = capsys.readouterr().out
+    assert "a\\u001b[31mred\\u202e" in said and "[bold]b[/bold]" in said
+    assert "\x1b" not in said and "\u202e" not in said
