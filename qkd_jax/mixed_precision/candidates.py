@@ -35,8 +35,11 @@ class Sensitivity:
         bits: the choices, the columns: weight bits, or (weight bits, input bits).
         layers: path -> one candidate for each choice, in the order in which the layers run.
         other_bits: storage in bits of all parameters outside these layers.
-        other_bops: bit operations of all other products.
+        other_bops: bit operations of all other products, with the bits that the net's rules give.
         rules: the rules of the net, which hold for everything else.
+        modules: paths of the net's modules and of its products without a weight.
+        other_layers: those of them that have operands and are not among `layers`: products without
+            a weight (attention), layers whose weight has no spec.
     """
 
     metric: str
@@ -45,6 +48,8 @@ class Sensitivity:
     other_bits: int
     other_bops: int
     rules: tuple[Rule, ...]
+    modules: tuple[str, ...]
+    other_layers: tuple[str, ...]
 
     def __str__(self) -> str:
         wide = max([len(path) for path in self.layers] + [len("total KiB, rest included")])

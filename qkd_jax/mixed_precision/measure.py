@@ -95,6 +95,8 @@ def sensitivity(
         raise ValueError("batches is empty; give at least one batch of real inputs.")
     images = [x for x, _ in given]
     floats = without_quantizers(variables)
+    frame = Frame(net.spec_of)
+    jax.eval_shape(lambda v, x: net.apply_in(frame, v, x, **kwargs), floats, images[0])
     infos = {info.path: info for info in inspection.layers(net, floats, images[0], **kwargs)}
     infos = {path: info for path, info in infos.items() if info.weight is not None}
     if not infos:
@@ -116,7 +118,7 @@ def sensitivity(
         shapes = {path: info.weight_shape for path, info in infos.items()}
         curvatures = mean_curvatures(logits_of, floats, given, shapes, probes=probes, seed=seed)
 
-    macs, other_bops = _operations(net, floats, images[0], infos, kwargs)
+    operations, other_bops = _operations(net, floats, images[0], infos, kwargs)
     columns: list[dict[str, Candidate]] = []
     for choice in choices:
         chosen = quantize(net.model, [_measured(r, choice) for r in rules[choice].values()])
@@ -135,8 +137,13 @@ def sensitivity(
                     f"layer {path!r} at {label(choice)} bits has the {metric} {loss[path]}; leave "
                     "it out with a rule without a weight spec, or use another observer."
                 )
-            operations = macs[path] * _width(rule.weight) * _width(rule.input)
-            column[path] = Candidate(loss[path], kept[path], operations, rule)
+            assert rule.weight is not None
+            # Without a spec of its own the input may lie on the grid of another module's output.
+            bops = sum(
+                macs * rule.weight.bits * (rule.input.bits if rule.input else input_bits)
+                for macs, input_bits in operations[path]
+            )
+            column[path] = Candidate(loss[path], kept[path], bops, rule)
         columns.append(column)
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(floats.get("params", {})))
     return Sensitivity(
@@ -146,6 +153,8 @@ def sensitivity(
         other_bits=32 * (total - sum(info.params for info in infos.values())),
         other_bops=other_bops,
         rules=net.rules,
+        modules=tuple(sorted(frame.modules)),
+        other_layers=tuple(path for path in frame.seen if path not in infos),
     )
 
 
@@ -198,25 +207,22 @@ def _measured(rule: Rule, choice: Bits) -> Rule:
     return dataclasses.replace(rule, input=inputs, output=None)
 
 
-def _width(spec: Spec | None) -> int:
-    return 32 if spec is None else spec.bits
-
-
 def _operations(
     net: QuantizedModel,
     floats: Tree,
     images: Any,
     paths: Iterable[str],
     kwargs: Mapping[str, Any],
-) -> tuple[dict[str, int], int]:
-    """Returns (multiply-accumulates of each layer, bit operations of all other products)."""
-    macs, other = dict.fromkeys(paths, 0), 0
+) -> tuple[dict[str, list[tuple[int, int]]], int]:
+    """Returns ({layer: (multiply-accumulates, input bits) of its products}, bops of all others)."""
+    own: dict[str, list[tuple[int, int]]] = {path: [] for path in paths}
+    other = 0
     for p in inspection.coverage(net, floats, images, **kwargs).products:
-        if p.path in macs and p.status != "MISSED":
-            macs[p.path] += p.macs
+        if p.path in own and p.status != "MISSED":
+            own[p.path].append((p.macs, p.bits[1]))
         else:
             other += p.macs * p.bits[0] * p.bits[1]
-    return macs, other
+    return own, other
 
 
 def _unpacked(batch: Any) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ import scipy.optimize
 from qkd_jax import checks
 from qkd_jax.mixed_precision.candidates import Bits, Candidate, Sensitivity, label
 from qkd_jax.quantize import Rule
+from qkd_jax.quantize.rules import first_match
 
 
 def allocate(
@@ -36,7 +37,8 @@ def allocate(
 
     Returns:
         One rule for each layer, its path escaped, and then those of the net's own rules that still
-        have something to say: an argument of `quantize`.
+        decide for something, such as the products of attention, whose bit operations count with the
+        bits that they have: an argument of `quantize`.
 
     Raises:
         ValueError: no budget, one that no choice meets (the least that can be met is named), or a
@@ -61,16 +63,27 @@ def allocate(
     picked = _solve(rows, lambda c: c.loss, limits)
     if picked is None:
         raise ValueError(_too_small(table, rows, budgets))
-    # A rule whose layers all have one of their own by now would never be reached, which `quantize`
-    # refuses; outputs may be those of other modules.
-    rest = [
-        rule
-        for rule in table.rules
-        if rule.pattern == ".*"
-        or rule.output is not None
-        or not any(re.fullmatch(rule.pattern, path) for path in table.layers)
-    ]
-    return (*(c.rule for c in picked), *rest)
+    return (*(c.rule for c in picked), *_other_rules(table))
+
+
+def _other_rules(table: Sensitivity) -> list[Rule]:
+    """The net's own rules that decide for anything else: products without a weight, outputs.
+
+    A rule that nothing is left for, or that has operands to quantize and meets none, is refused by
+    `quantize`.
+    """
+    kept = []
+    for rule in table.rules:
+        left = [
+            path
+            for path in table.modules
+            if path not in table.layers and first_match(table.rules, path) is rule
+        ]
+        if rule.pattern == ".*" or not set(table.other_layers).isdisjoint(left):
+            kept.append(rule)
+        elif left:  # it gives these an output, or keeps them from the rules behind it
+            kept.append(Rule(rule.pattern, output=rule.output))
+    return kept
 
 
 def _solve(

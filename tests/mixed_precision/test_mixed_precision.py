@@ -219,7 +219,7 @@ def test_random_tables_with_losses_over_ten_decades(seed):
         )
         for i in range(6)
     }
-    found = Sensitivity("mse", (2, 4, 8), layers, 12_345, 0, ())
+    found = Sensitivity("mse", (2, 4, 8), layers, 12_345, 0, (), (), ())
     every = [costs(found, p) for p in itertools.product(*layers.values())]
     budget = int(np.quantile([c[1] for c in every], 0.3))
     least = min(c[0] for c in every if c[1] <= budget)
@@ -421,7 +421,7 @@ def test_two_budgets_that_exclude_each_other():
     # The choice of few bits is the one of many operations.
     rules = [Rule("a", dataclasses.replace(W, bits=b)) for b in (2, 8)]
     row = (Candidate(1.0, 80, 100, rules[0]), Candidate(0.5, 800, 10, rules[1]))
-    found = Sensitivity("mse", (2, 8), {"a": row}, 0, 0, ())
+    found = Sensitivity("mse", (2, 8), {"a": row}, 0, 0, (), (), ())
     with pytest.raises(ValueError) as error:
         allocate(found, budget_bytes=50, budget_bops=50)
     assert "budget_bytes is 50, and 10 is the least possible (100 within budget_bops)" in str(
@@ -442,3 +442,91 @@ def test_two_budgets_that_exclude_each_other():
 def test_bad_pins(pin, message):
     with pytest.raises(ValueError, match=message):
         allocate(table(), budget_bytes=10**6, pin=pin)
+
+
+class Attending(nn.Module):
+    """Attention of 2 heads of 3 features over 5 positions, between two dense layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(6, name="stem")(x)
+        x = x + nn.MultiHeadDotProductAttention(2, name="att")(x)
+        return nn.Dense(3, name="head")(x.mean(1))
+
+
+def operations_by_hand(weights, products):
+    """Bit operations of `Attending` for one example; inputs have 8 bits, products' operands 4."""
+    macs = {"stem": 5 * 4 * 6, "head": 6 * 3}
+    macs |= {f"att/{name}": 5 * 6 * 6 for name in ("query", "key", "value", "out")}
+    macs_of_products = 2 * (2 * 5 * 5 * 3)
+    return sum(macs[p] * bits * 8 for p, bits in weights.items()) + macs_of_products * products**2
+
+
+@pytest.mark.parametrize(
+    ("rules", "products"),
+    [
+        ((Rule("att/.*", W, Spec(8)), Rule("stem|head", W, Spec(8))), 8),
+        ((Rule("att/.*", W, Spec(8)), Rule(".*", W, Spec(8), other=Spec(4))), 8),
+        ((Rule("stem|head|att/[a-z]*", W, Spec(8)), Rule("att/.*", input=Spec(4))), 4),
+        ((Rule("att/.*_.*"), Rule(".*", W, Spec(8))), 32),
+    ],
+)  # fmt: skip
+def test_products_without_a_weight_keep_their_rule_and_count(rules, products):
+    x = jax.random.normal(jax.random.key(0), (8, 5, 4))
+    net = quantize(Attending(), rules)
+    variables = net.init(jax.random.key(1), x)
+    found = sensitivity(net, variables, [x], bits=(2, 8), observer="minmax")
+    every = []
+    for picked in itertools.product((0, 1), repeat=len(found.layers)):
+        row = [c[i] for c, i in zip(found.layers.values(), picked, strict=True)]
+        weights = {p: (2, 8)[i] for p, i in zip(found.layers, picked, strict=True)}
+        every.append((sum(c.loss for c in row), operations_by_hand(weights, products)))
+    for bops in sorted({e[1] for e in every})[3::12]:
+        chosen = allocate(found, budget_bops=bops)
+        mixed = quantize(net.model, chosen)
+        report = inspection.coverage(mixed, variables, x)
+        counted = sum(p.macs * p.bits[0] * p.bits[1] for p in report.products)
+        weights = {p: mixed.spec_of(p, "weight").bits for p in found.layers}
+        assert counted == operations_by_hand(weights, products) <= bops
+        loss = sum(
+            c.loss
+            for path, row in found.layers.items()
+            for c in row
+            if c.rule.weight.bits == weights[path]
+        )
+        assert loss == pytest.approx(min(e[0] for e in every if e[1] <= bops), rel=1e-12)
+        for path in ("att/query_key", "att/weights_value"):
+            for operand in ("input", "other", "output"):
+                assert mixed.spec_of(path, operand) == net.spec_of(path, operand)
+        mixed.init(jax.random.key(1), x)  # no rule that nothing is left for
+    with pytest.raises(ValueError, match=f"{min(e[1] for e in every)} is the least possible"):
+        allocate(found, budget_bops=min(e[1] for e in every) - 1)
+
+
+def test_outputs_keep_their_rules_and_an_input_on_their_grid_counts_with_its_bits():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.relu(nn.Dense(6, name="dense")(x))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="head")(Block(name="block")(x))
+
+    rules = (
+        Rule("head", W, output=Spec(8)),
+        Rule("block.*", W, Spec(8), output=Spec(4, signed=False)),
+    )
+    x = jax.random.normal(jax.random.key(0), (8, 4))
+    net = quantize(Net(), rules)
+    variables = net.init(jax.random.key(1), x)
+    found = sensitivity(net, variables, [x], bits=(2, 8), observer="minmax")
+    # The head reads the block's output, at 4 bits, without a spec of its own.
+    assert [c.bops for c in found.layers["head"]] == [6 * 3 * 2 * 4, 6 * 3 * 8 * 4]
+    mixed = quantize(Net(), allocate(found, budget_bops=10**9))
+    mixed.init(jax.random.key(1), x)
+    for path in ("", "block", "head", "block/dense"):
+        assert mixed.spec_of(path, "output") == net.spec_of(path, "output")
+    report = inspection.coverage(mixed, variables, x)
+    assert {p.path: p.bits for p in report.products} == {"block/dense": (8, 8), "head": (8, 4)}
