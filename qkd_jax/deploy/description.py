@@ -12,6 +12,7 @@ import numpy as np
 from qkd_jax import checks
 
 LARGEST = 1 << 26  # numbers of an image, so that a damaged file cannot exhaust the memory
+MAX_PIXELS = 50_000_000  # of an image file, unless told otherwise
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
 
 
@@ -93,7 +94,7 @@ class Description:
         scaled = np.multiply(images, gain, dtype=np.float32)
         return np.add(scaled, offset, out=scaled)
 
-    def read_image(self, path: str) -> np.ndarray:
+    def read_image(self, path: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Reads an image file as the net's size and channels: uint8 [height, width, channels].
 
         The image is turned as its EXIF orientation says and, where it is transparent, laid over
@@ -101,8 +102,8 @@ class Description:
         bilinear filter, which averages where it shrinks.
 
         Raises:
-            ValueError: the file is no image of 8 bits a channel, or the net takes neither 1 nor 3
-                channels.
+            ValueError: the file is no image of 8 bits a channel or has more pixels than
+                `max_pixels`, or the net takes neither 1 nor 3 channels.
         """
         from PIL import Image, ImageOps
 
@@ -114,6 +115,11 @@ class Description:
             )
         try:
             with Image.open(path) as file:
+                if file.width * file.height > max_pixels:
+                    raise ValueError(
+                        f"{path} has {file.width} x {file.height} pixels, and up to {max_pixels:,} "
+                        "are read; a small file may hold very many. Raise max_pixels for this one."
+                    )
                 if file.mode.startswith(("I", "F")):
                     raise ValueError(
                         f"{path} has pixels of mode {file.mode!r}; save it with 8 bits a channel."

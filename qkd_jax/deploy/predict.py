@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.deploy.description import Description
+from qkd_jax.deploy.description import MAX_PIXELS, Description
 from qkd_jax.deploy.integer.convert import integer_apply
 from qkd_jax.deploy.integer.saved_model import JSON, describe, load
 from qkd_jax.deploy.onnx.engines import ONNX_ENGINES, import_engine, open_onnx, without_telemetry
@@ -139,7 +139,11 @@ def _need(package: str) -> None:
 
 
 def predict(
-    predictor: Predictor, paths: Sequence[str | os.PathLike[str]], *, top: int = 3
+    predictor: Predictor,
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    top: int = 3,
+    max_pixels: int = MAX_PIXELS,
 ) -> list[dict[str, Any]]:
     """Classifies image files.
 
@@ -147,21 +151,22 @@ def predict(
         predictor: from `open_predictor`.
         paths: image files that Pillow reads.
         top: how many classes to give for each image.
+        max_pixels: images with more are refused, before they are decoded.
 
     Returns:
         One {"image", "predictions": [{"class", "index", "probability"}]} for each image, the most
         probable class first. A class without a name is called by its number.
 
     Raises:
-        ValueError: a file that is no image, `top` out of range, or logits that are not finite or
-            do not fit the class names.
+        ValueError: a file that is no image or a very large one, `top` out of range, or logits that
+            are not finite or do not fit the class names.
     """
     checks.integer_in("top", top, 1)
     description, names = predictor.description, predictor.description.classes
     results: list[dict[str, Any]] = []
     for start in range(0, len(paths), BATCH):
         files = [os.fspath(path) for path in paths[start : start + BATCH]]
-        batch = np.stack([description.read_image(path) for path in files])
+        batch = np.stack([description.read_image(path, max_pixels=max_pixels) for path in files])
         logits = np.asarray(predictor.logits(description.normalize(batch)), np.float64)
         if logits.ndim != 2 or len(logits) != len(batch):
             raise ValueError(
@@ -206,11 +211,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", choices=list(ENGINES), help="default: jax, or onnxruntime")
     parser.add_argument("--net", default="", help="which net of a run folder")
     parser.add_argument("--top", type=int, default=3, help="classes to show (3)")
+    parser.add_argument(
+        "--max_pixels", type=int, default=MAX_PIXELS, help="of an image, at most (50 million)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(arguments)
     try:
         predictor = open_predictor(given.model, engine=given.engine, net=given.net)
-        results = predict(predictor, given.images, top=given.top)
+        results = predict(predictor, given.images, top=given.top, max_pixels=given.max_pixels)
     except (ValueError, ImportError) as error:
         print(checks.printable(f"error: {error}"), file=sys.stderr)
         return 2

@@ -30,6 +30,7 @@ __all__ = ["from_torch", "is_source", "load", "npz_bytes", "read_npz", "save", "
 SUFFIXES = (".npz", ".safetensors")
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".pickle")
 COLLECTIONS = ("params", "batch_stats", "quant")
+DEEPEST = 100  # parts of an array's path
 LAYOUTS = ("flax", "torch")
 FORMS = "<run folder>#<net>, a .safetensors or .npz file, or the folder of an Orbax checkpoint"
 
@@ -107,12 +108,14 @@ def _variables(flat: Mapping[str, np.ndarray], path: str) -> dict[str, Any]:
             return from_torch(flat)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    names = set(flat)
-    for name in flat:
-        parts = name.split("/")
-        above = {"/".join(parts[:i]) for i in range(1, len(parts))}
-        if not all(parts) or above & names:
-            raise damaged(path, f"{name!r} is no path of an array, or lies under another array")
+    # Sorted by their parts, what lies under an array comes right behind it.
+    paths = sorted(name.split("/") for name in flat)
+    for before, parts in zip([[], *paths], paths, strict=False):
+        under = bool(before) and parts[: len(before)] == before
+        if under or not all(parts) or len(parts) > DEEPEST:
+            name = "/".join(parts)
+            why = f"{name!r:.200} is no path of an array, or lies under another array"
+            raise damaged(path, why)
     found = nested(flat)
     if not set(found) <= set(COLLECTIONS) or not isinstance(found.get("params"), dict):
         raise ValueError(

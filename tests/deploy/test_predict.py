@@ -184,7 +184,7 @@ def test_images_are_read_batch_by_batch(run, monkeypatch):
     read, opened = Description.read_image, open_predictor(run[0])
     monkeypatch.setattr(predict, "BATCH", 2)
     monkeypatch.setattr(
-        Description, "read_image", lambda self, path: (seen.append(path), read(self, path))[1]
+        Description, "read_image", lambda self, path, **_: (seen.append(path), read(self, path))[1]
     )
     logits = lambda images: (calls.append((len(images), len(seen))), opened.logits(images))[1]
     paths = [run[0] / f"{i % 2}.png" for i in range(5)]
@@ -220,3 +220,12 @@ def test_fuzzed_onnx_files(run, tmp_path):
         else:
             assert predictor.logits(np.zeros((2, *SHAPE), np.float32)).shape == (2, 3)
     assert accepted < 100
+
+
+def test_an_image_of_very_many_pixels_needs_to_be_asked_for(tmp_path):
+    path = tmp_path / "large.png"
+    Image.new("1", (8_000, 7_000)).save(path)
+    description = Description((8, 8, 1), (0.0,), (1.0,))
+    with pytest.raises(ValueError, match=r"8000 x 7000 pixels, and up to 50,000,000 are read"):
+        description.read_image(str(path))
+    assert description.read_image(str(path), max_pixels=60_000_000).shape == (8, 8, 1)

@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 
 import jax
@@ -208,3 +209,15 @@ def test_a_lying_npz_takes_no_memory(tmp_path):
         read_npz(tmp_path / "x.npz")
     with pytest.raises(ValueError, match="there is no file"):
         read_npz(tmp_path / "y.npz")
+
+
+@pytest.mark.parametrize("parts", [101, 50_000])
+def test_a_name_of_very_many_parts_costs_nothing(tmp_path, parts):
+    path = tmp_path / "deep.safetensors"
+    path.write_bytes(safetensors_bytes({"params/" + "/".join("a" * parts): np.ones(1)}, {}))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="is no path of an array"):
+        weights.load(path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 100 * path.stat().st_size + 1_000_000

@@ -36,7 +36,9 @@ from qkd_jax.weights.files import damaged, parse_safetensors, read_bytes, safete
 TENSORS, JSON = "model.safetensors", "model.json"
 FORMAT, VERSION = "qkd_jax integer model", 1
 ALONE = 1024  # bytes
-LARGEST = 2**31  # elements of a value, at a batch of `TRIAL`
+# A value may have so many elements an example, and so many times those of the images and weights:
+# a number in a small file must not decide how much memory is taken.
+USUAL, TIMES = 2**22, 256
 TRIAL = 31  # no ordinary dimension
 BATCH = "batch"
 FIELDS = ("format", "version", "written_by", "description", "outputs", "arrays", "program")
@@ -268,6 +270,12 @@ def _shapes(program: Program, arrays: Mapping[str, np.ndarray]) -> list[Any]:
                     "not fit together"
                 )
     sizes = [math.prod(v.aval.shape) for e in closed.jaxpr.eqns for v in e.outvars]
-    if max(sizes, default=0) > LARGEST:
-        raise ValueError(f"a value of its program would have {max(sizes):,} elements")
+    examples = TRIAL if program.batch else 1
+    held = sum(math.prod(a.shape) for a in inputs) // examples
+    held += sum(array.size for array in arrays.values())
+    if (most := max(sizes, default=0) // examples) > max(USUAL, TIMES * held):
+        raise ValueError(
+            f"a value of its program would have {most:,} elements an example, and its images and "
+            f"weights have {held:,}"
+        )
     return list(closed.out_avals)

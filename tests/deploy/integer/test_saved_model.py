@@ -253,6 +253,29 @@ def leaves(tree, path=()):
             yield from leaves(value, (*path, key))
 
 
+def test_a_number_does_not_decide_how_much_memory_is_taken(saved, tmp_path):
+    """A padding of a million in a small file: refused before anything is computed."""
+    content, text = files(saved[0])
+    tensors, _ = parse_safetensors(content, "x")
+    body = json.loads(text)
+    del body["tensors"]
+    padded = 0
+    for place in list(leaves(body)):
+        if place[-1] == "padding":
+            changed = copy.deepcopy(body)
+            at = changed
+            for key in place[:-1]:
+                at = at[key]
+            if not isinstance(at["padding"], list) or not at["padding"]:
+                continue
+            at["padding"][0] = [10**6] * len(at["padding"][0])
+            sealed(tmp_path, changed, tensors)
+            with pytest.raises(ValueError, match=r"elements an example|does not fit together"):
+                deploy.load(tmp_path)
+            padded += 1
+    assert padded
+
+
 @pytest.mark.slow
 def test_fuzzed_json_with_right_hashes(saved, tmp_path):
     """1,000 changes of a value: refused with a ValueError, or a model of the declared shape."""
