@@ -50,7 +50,9 @@ def language(preset):
     return calibrated(preset, Language(), TOKENS)
 
 
-@pytest.mark.parametrize("preset", ["dynamic", "w4a4:dynamic"])
+@pytest.mark.parametrize(
+    "preset", ["dynamic", pytest.param("w4a4:dynamic", marks=pytest.mark.slow)]
+)
 def test_a_language_model_decodes_what_it_computes_for_the_whole_sequence(preset):
     net, variables = language(preset)
     apply = jax.jit(net.apply)
