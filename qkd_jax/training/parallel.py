@@ -3,6 +3,14 @@
 Under `jit` the program is written for the whole batch and XLA divides it, so BatchNorm and the
 quantizers' statistics are global by construction. Under `pmap` each device runs its share and the
 step gets `axis_name`: sums, counts and gradients are added over it. Both equal one device.
+
+From JAX 0.10.0 to 0.12.0.1, `pmap` is `jit` of `shard_map(..., check_vma=False)` over a mesh of one
+axis (`jax/_src/pmap.py`); its docstring calls it the "old way of doing parallel map", and it warns
+of nothing. Three things here rest on that. Nothing tracks what differs between devices, so a
+gradient is the device's own until the step adds it up (`numerics.rounding.match_cotangent`).
+`out_axes=None` declares a result replicated without a look: what the step did not reduce would be
+one device's. And replicated arrays go in and out with the sharding that `replicate` gives them, so
+the state stays in place and can be donated.
 """
 
 import functools
@@ -67,6 +75,7 @@ class CompiledStep:
                 axis_name=AXIS,
                 in_axes=(None, 0, None),
                 out_axes=None,
+                donate_argnums=0,
                 devices=self.devices,
             )
 

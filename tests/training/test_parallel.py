@@ -102,10 +102,26 @@ def test_a_stage_traces_its_step_once(alone, stored):
     assert len(stored) == WARM + STATES and alone.traces == 1
 
 
-def test_state_is_donated_and_frozen_is_not():
+def test_pmap_is_jit_of_an_untracked_shard_map():
+    """What parallel.py says of it; an array that it calls replicated may differ by device."""
+    mapped = jax.pmap(
+        lambda x: (jax.lax.psum(x.sum(), "batch"), x.mean()), axis_name="batch", out_axes=None
+    )
+    x = np.arange(8, dtype=np.float32).reshape(4, 2)
+    (outer,) = jax.make_jaxpr(mapped)(x).eqns
+    (inner,) = outer.params["jaxpr"].eqns
+    assert (outer.primitive.name, inner.primitive.name) == ("jit", "shard_map")
+    assert inner.params["check_vma"] is False
+    total, mean = mapped(x)
+    assert total == 28 and total.sharding.is_fully_replicated and mean.sharding.is_fully_replicated
+    assert [float(shard.data) for shard in mean.addressable_shards] == [0.5, 2.5, 4.5, 6.5]
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_state_is_donated_and_frozen_is_not(mode):
     modules, variables = tiny_nets.mlps()
     plan = plan_step(modules, {"a": {"kd": {"source": "b"}}}, {"a": {"lr": 0.1}}, horizon=9)
-    compiled = compile_step(make_step(plan.structure), devices=jax.devices()[:2])
+    compiled = compile_step(make_step(plan.structure), mode=mode, devices=jax.devices()[:2])
     frozen = compiled.replicate(frozen_variables(plan, variables))
     state = compiled.replicate(start_state(plan, variables))
     batch = compiled.shard_batch(tiny_nets.batch())
@@ -114,7 +130,8 @@ def test_state_is_donated_and_frozen_is_not():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, frozen, batch)))
     # The caller's own variables live on.
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(variables))
-    assert batch["image"].sharding.shard_shape(batch["image"].shape)[0] == 8
+    rows = 8 if mode == "jit" else 1  # under pmap a device's rows are the second axis
+    assert batch["image"].sharding.shard_shape(batch["image"].shape)[0] == rows
 
 
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
