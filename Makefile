@@ -1,11 +1,13 @@
 # make run   create .venv and run the main experiment
 # make test  create .venv and run the tests, the fast ones first
+# make newest  types, the main experiment and a part of the tests with the newest JAX, on Python 3.13
 # make lint  create .venv, check format, lint and types
 # make docs  create .venv-docs and build the site into site/
 # make pages create .venv and rewrite what the pages take from the code: methods, rooms, figures
 
 VENV ?= .venv
 DOCS_VENV ?= .venv-docs
+LOCK ?= requirements.lock
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 CONFIG ?= configs/qkd.py
 WORKDIR ?= runs/qkd_digits
@@ -17,7 +19,7 @@ READY := $(VENV)/.ready
 DOCS_READY := $(DOCS_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test lint docs pages format clean
+.PHONY: help env run test newest lint docs pages format clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -26,11 +28,11 @@ env: $(READY)
 
 # The lock has everything (run, export, tests), so one environment serves every target. The stamp is
 # written last: an interrupted installation starts over.
-$(READY): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("qkd_jax needs Python 3.11 or newer; this is %s. Set PYTHON=." % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
-	@echo "Creating $(VENV) from requirements.lock (about two minutes) ..."
+$(READY): $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("qkd_jax needs Python 3.11 to 3.13; this is %s. Set PYTHON=." % sys.version.split()[0] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
+	@echo "Creating $(VENV) from $(LOCK) (about two minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -r requirements.lock
+	@$(PIP) install -r $(LOCK)
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -40,6 +42,9 @@ run: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m slow
+
+newest:
+	.ci/newest
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -65,4 +70,4 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) site build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest $(DOCS_VENV) site build *.egg-info .pytest_cache .ruff_cache

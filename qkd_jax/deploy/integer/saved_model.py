@@ -261,7 +261,8 @@ def _shapes(program: Program, arrays: Mapping[str, np.ndarray]) -> list[Any]:
         raise ValueError(
             f"its program does not fit together: {lines[0] if lines else type(error).__name__}"
         ) from error
-    for eqn in closed.jaxpr.eqns:
+    equations: list[Any] = closed.jaxpr.eqns
+    for eqn in equations:
         if eqn.primitive.name == "reshape":  # the one whose primitive does not check
             (before,), (after,) = eqn.invars, eqn.outvars
             if math.prod(before.aval.shape) != math.prod(after.aval.shape):
@@ -269,7 +270,7 @@ def _shapes(program: Program, arrays: Mapping[str, np.ndarray]) -> list[Any]:
                     f"its program reshapes {before.aval.shape} to {after.aval.shape}, which does "
                     "not fit together"
                 )
-    sizes = [math.prod(v.aval.shape) for e in closed.jaxpr.eqns for v in e.outvars]
+    sizes = [math.prod(v.aval.shape) for e in equations for v in e.outvars]
     examples = TRIAL if program.batch else 1
     held = sum(math.prod(a.shape) for a in inputs) // examples
     held += sum(array.size for array in arrays.values())
