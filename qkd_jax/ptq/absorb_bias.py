@@ -144,6 +144,7 @@ def _data(graph: Graph, node: Node) -> int | None:
 
 def _measured(values: list[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation per channel over batches."""
+    # Widened first: NumPy adds bfloat16 in bfloat16 (findings/numpy_bfloat16_mean.sh).
     flat = [np.asarray(v, np.float64).reshape(-1, v.shape[-1]) for v in values]
     count = sum(len(v) for v in flat)
     mean = np.sum([v.sum(axis=0) for v in flat], axis=0) / count
