@@ -37,6 +37,7 @@ from qkd_jax.numerics.rounding import (
     round_ste,
     sum_to,
     through_rounding,
+    widened,
     within,
 )
 from qkd_jax.numerics.spec import (
@@ -124,5 +125,6 @@ __all__ = [
     "symmetric_scale",
     "through_rounding",
     "unit_of",
+    "widened",
     "within",
 ]

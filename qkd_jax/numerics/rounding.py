@@ -31,6 +31,22 @@ def compute_dtype(x: Any) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
+def widened(x: jax.Array) -> jax.Array:
+    """Returns `x` in `compute_dtype(x)`, with the values that its own type holds.
+
+    A compiler may hand on what a product of bfloat16 or float16 was before it was rounded to that
+    type (XLA's excess precision), and codes would depend on what is compiled together
+    (findings/xla_keeps_bfloat16_products_in_float32.sh).
+    """
+    if x.dtype == jnp.bfloat16:
+        return jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+    if x.dtype == jnp.float16:
+        # Not reduce_precision, which takes numbers below float16's normal ones to zero
+        # (findings/reduce_precision_is_no_cast_to_float16.sh).
+        return jax.lax.optimization_barrier(x).astype(jnp.float32)
+    return x
+
+
 @jax.custom_vjp
 def round_ste(x: jax.Array) -> jax.Array:
     """Rounds half to even; the gradient passes as if it were the identity."""

@@ -7,7 +7,8 @@ output, for any layout.
 
 `quantized_contraction` computes on codes and scales once:
 `contraction(codes_x, codes_w) * (s_x * s_w)`. Integer codes are exact in float32, so training,
-evaluation and the integer path see the same sums.
+evaluation and the integer path see the same sums. That holds for layers of bfloat16 and float16
+too: their codes and sums are float32, and the scaled output is cast to the layer's type once.
 """
 
 import dataclasses
@@ -42,6 +43,10 @@ class Contraction:
     rhs_axes: Axes
     rank: int
     positions: tuple[int, ...] = ()
+
+    def dtype(self, lhs: Any, rhs: Any) -> Any:
+        """Returns the type in which `fn` gives its result for two operands."""
+        return jax.eval_shape(self.fn, lhs, rhs).dtype
 
     @property
     def weight_channels(self) -> tuple[int, ...]:
@@ -167,16 +172,6 @@ def code_dtype(format: IntFormat, zero_point: bool) -> Any:
     return np.int8 if widest <= 127 else np.int16 if widest <= 32767 else np.int32
 
 
-def sum_dtype(dtype: Any, *formats: IntFormat) -> Any:
-    """Returns the dtype in which sums of codes are formed for operands of `dtype`.
-
-    float16 overflows on unscaled sums, and bfloat16 holds no code above 8 bits: both widen.
-    """
-    if dtype == jnp.bfloat16 and all(f.bits <= 8 for f in formats):
-        return dtype
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 class _Static(NamedTuple):
     """The static arguments of a compiled contraction: the dtypes of its stages, its folding."""
 
@@ -184,7 +179,6 @@ class _Static(NamedTuple):
     kept_x: Any  # codes between the passes
     kept_w: Any
     sums: Any
-    operands: Any
     out: Any
     folded: bool  # whether a multiplier was given in place of the scales' product
 
@@ -209,8 +203,7 @@ def _forward(
     w_scale: jax.Array,
     multiplier: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    codes_x = codes_of(x_hat, x_scale).astype(static.sums)
-    codes_w = codes_of(w_hat, w_scale).astype(static.sums)
+    codes_x, codes_w = codes_of(x_hat, x_scale), codes_of(w_hat, w_scale)
     out = (static.contraction.fn(codes_x, codes_w) * multiplier).astype(static.out)
     # Residuals: codes in their own width (a quarter of float32 or less), and two small scales.
     kept = codes_x.astype(static.kept_x), codes_w.astype(static.kept_w)
@@ -222,7 +215,7 @@ def _backward(
 ) -> tuple[jax.Array, ...]:
     codes_x, codes_w, x_scale, w_scale, multiplier = residuals
     # The derivative is that of fn(x_hat, w_hat), times what batch normalization does to it; scales
-    # multiply the weight-sized side, where the sums' dtype has room for unscaled codes.
+    # multiply the weight-sized side; unscaled codes have room in the sums' dtype.
     if static.folded:
         grad = grad * (multiplier / static.contraction.scales_in_output(x_scale, w_scale))
     grad = grad.astype(static.sums)
@@ -234,7 +227,7 @@ def _backward(
         x, after = (codes_x.astype(jnp.float32) * x_scale).astype(static.sums), 1
     grad_w = jax.vjp(lambda b: static.contraction.fn(x, b), w)[1](grad)[0] * after
     zeros = jax.tree.map(jnp.zeros_like, (x_scale, w_scale, multiplier))
-    return (grad_x.astype(static.operands), grad_w.astype(static.operands), *zeros)
+    return (grad_x.astype(static.sums), grad_w.astype(static.sums), *zeros)
 
 
 _contracted.defvjp(_forward, _backward)
@@ -247,6 +240,7 @@ def quantized_contraction(
     x_grid: OperandGrid,
     w_grid: OperandGrid,
     multiplier: jax.Array | None = None,
+    dtype: Any = None,
 ) -> jax.Array:
     """Computes `fn(codes_x, codes_w) * (s_x * s_w)`; differentiates `fn(x_hat, w_hat)`.
 
@@ -257,14 +251,17 @@ def quantized_contraction(
 
     Args:
         contraction: its `fn` is computed.
-        x_hat: left operand on its grid, `scale * centred codes`.
-        w_hat: right operand on its grid.
+        x_hat: left operand on its grid, `scale * centred codes`, in float32 or wider: a narrower
+            type has not every code.
+        w_hat: right operand on its grid, likewise.
         x_grid: grid of the left operand.
         w_grid: grid of the right operand.
         multiplier: replaces `s_x * s_w` in the output (batch normalization folded in), or None.
+        dtype: of the output; by default what `fn` gives x_hat and w_hat. Sums are as wide as the
+            operands, whatever it is.
 
     Returns:
-        The output, in the dtype that `fn` gives the operands.
+        The output.
     """
     (x_scale, x_format, x_affine), (w_scale, w_format, w_affine) = x_grid, w_grid
     folded = multiplier is not None
@@ -277,9 +274,8 @@ def quantized_contraction(
         contraction,
         code_dtype(x_format, x_affine),
         code_dtype(w_format, w_affine),
-        sum_dtype(x_hat.dtype, x_format, w_format),
         x_hat.dtype,
-        jax.eval_shape(contraction.fn, x_hat, w_hat).dtype,
+        contraction.dtype(x_hat, w_hat) if dtype is None else dtype,
         folded,
     )
     return _contracted(static, x_hat, w_hat, stop(x_scale), stop(w_scale), stop(multiplier))

@@ -32,7 +32,6 @@ from qkd_jax.quantize.contraction import (
     dot_contraction,
     einsum_contraction,
     quantized_contraction,
-    sum_dtype,
 )
 from qkd_jax.quantize.layer_fields import (
     ContractionFactory,
@@ -105,8 +104,8 @@ class Frame:
         self.axis_name = axis_name
         self.traced = traced
         self.mark_outputs = mark_outputs
-        # id of a module's quantized output -> (the output, which keeps the id its own, its grid)
-        self._on_grid: dict[int, tuple[jax.Array, OperandGrid | None]] = {}
+        # id of a module's quantized output -> the output, which keeps the id its own, x_hat, grid
+        self._on_grid: dict[int, tuple[jax.Array, jax.Array, OperandGrid | None]] = {}
         self.seen: dict[str, LayerUse] = {}
         self.modules: set[str] = set()
         self._active: dict[object, tuple[int, str]] = {}
@@ -192,10 +191,11 @@ class Frame:
             if self.traced and "multiplier" in folded:
                 raise ValueError(f"layer {path!r} is folded already; trace it unfolded.")
             if x_grid is None or w_grid is None or not contraction.takes_out(x_grid, w_grid):
-                out = contraction.fn(x_hat, w_hat)
+                out = contraction.fn(x_hat.astype(lhs.dtype), w_hat.astype(rhs.dtype))
             else:
+                multiplier, dtype = folded.get("multiplier"), contraction.dtype(lhs, rhs)
                 out = quantized_contraction(
-                    contraction, x_hat, w_hat, x_grid, w_grid, folded.get("multiplier")
+                    contraction, x_hat, w_hat, x_grid, w_grid, multiplier, dtype
                 )
             if "bias" in folded:
                 out = out + jnp.reshape(folded["bias"], (1,) * (out.ndim - 1) + (-1,))
@@ -246,8 +246,9 @@ class Frame:
                 module, layer, "other", rhs, other, part=part, batch_axes=batch_axes_of(rhs)
             )
             if x_grid is None or y_grid is None or not contraction.takes_out(x_grid, y_grid):
-                return contraction.fn(x_hat, y_hat)
-            out = quantized_contraction(contraction, x_hat, y_hat, x_grid, y_grid)
+                return contraction.fn(x_hat.astype(lhs.dtype), y_hat.astype(rhs.dtype))
+            dtype = contraction.dtype(lhs, rhs)
+            out = quantized_contraction(contraction, x_hat, y_hat, x_grid, y_grid, dtype=dtype)
             return self._output_gradient(module, layer, out)
 
         return einsum
@@ -283,20 +284,17 @@ class Frame:
             self._use(path, kind, contraction)
             w_hat, w_grid = self._operand(module, path, "weight", w, right_axes(contraction))
             if x is None:
-                return (w_hat,)
+                return (w_hat.astype(w.dtype),)
             x_hat, x_grid = self._operand(
                 module, path, "input", x, left_axes(contraction), batch_axes=batch_axes_of(x)
             )
             if x_grid is None or w_grid is None or not contraction.takes_out(x_grid, w_grid):
-                return (x_hat, w_hat) if isinstance(module, nn.Embed) else (x_hat, w_hat, bias)
+                both = x_hat.astype(x.dtype), w_hat.astype(w.dtype)
+                return both if isinstance(module, nn.Embed) else (*both, bias)
             x_scale, w_scale = (lax.stop_gradient(grid.scale) for grid in (x_grid, w_grid))
             scaling["multiplier"] = contraction.scales_in_output(x_scale, w_scale)
-            sums = sum_dtype(x_hat.dtype, x_grid.format, w_grid.format)
-            scaling["dtype"] = x_hat.dtype
-            codes = (
-                _straight_codes(x_hat.astype(sums), x_scale),
-                _straight_codes(w_hat.astype(sums), w_scale),
-            )
+            scaling["dtype"] = x.dtype
+            codes = _straight_codes(x_hat, x_scale), _straight_codes(w_hat, w_scale)
             if isinstance(module, nn.Embed):
                 return codes
             if bias is not None:
@@ -339,8 +337,11 @@ class Frame:
         # A module's output has no contraction here: its rows are what its last axis is a vector of.
         axes = OperandAxes(rows=tuple(range(out.ndim - 1)))
         operand = self._output_operand(module, path, method)
-        out, grid = self._operand(module, path, operand, out, axes, batch_axes=batch_axes_of(out))
-        self._on_grid[id(out)] = (out, grid)
+        x_hat, grid = self._operand(
+            module, path, operand, out, axes, batch_axes=batch_axes_of(out)
+        )
+        out = x_hat.astype(out.dtype)
+        self._on_grid[id(out)] = (out, x_hat, grid)
         return out
 
     def _output_operand(self, module: nn.Module, path: str, method: str) -> str:
@@ -383,7 +384,7 @@ class Frame:
         spec = self.spec_of(path, operand)
         if spec is None:
             if id(x) in self._on_grid:
-                return self._on_grid[id(x)]
+                return self._on_grid[id(x)][1:]
             return (mark_skipped(path, operand, x) if self.traced else x), None
         own, group = parameter_axes(spec, axes, path, operand, x)
         # A range over all examples is one over all devices; other ranges lie within an example.

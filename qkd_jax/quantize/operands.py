@@ -1,12 +1,12 @@
 """One operand of a layer while a net runs: what a hook of `Frame` is given, and the usual hooks.
 
 A hook is a function `hook(use: OperandUse) -> (x_hat, grid)`; it is called for every operand that
-has a spec, inside the trace. `grid` is an `OperandGrid`, or None where the contraction has to run
-on `x_hat`: the operand is float, its grid is not uniform, or its scale
-varies along an axis that is summed over. `quantize_operand` is the hook of an ordinary application.
-Write another one to observe operands, to switch quantizers or to look at them; state that a hook
-writes next to a quantizer comes out of `nn.scan`, `nn.vmap` and `nn.remat` as the layer's
-parameters do, where values handed to a callback would leak.
+has a spec, inside the trace. `grid` is an `OperandGrid`, and `x_hat` then float32 or wider; or None
+where the contraction has to run on `x_hat`: the operand is float, its grid is not uniform, or its
+scale varies along an axis that is summed over. `quantize_operand` is the hook of an ordinary
+application. Write another one to observe operands, to switch quantizers or to look at them; state
+that a hook writes next to a quantizer comes out of `nn.scan`, `nn.vmap` and `nn.remat` as the
+layer's parameters do, where values handed to a callback would leak.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qkd_jax.graph import marker_name
-from qkd_jax.numerics import Spec
+from qkd_jax.numerics import Spec, widened
 from qkd_jax.quantize.contraction import Contraction, OperandGrid
 from qkd_jax.quantize.variables import quantizer_key
 from qkd_jax.quantizers import QUANTIZERS, dynamic_params, live
@@ -46,7 +46,8 @@ class QuantizedOperand(NamedTuple):
     """An operand on its grid.
 
     Attributes:
-        x_hat: the operand as its layer reads it; x itself where it is not calibrated.
+        x_hat: the operand as its layer reads it; x itself where it is not calibrated. In float32 or
+            wider where it has a grid: bfloat16 has not every code.
         grid: of its codes, or None; see the module's docstring.
         params: the quantizer's parameters as they are for x, or None where it is not calibrated.
     """
@@ -108,9 +109,9 @@ class OperandUse:
     def fake_quant(
         self, x: jax.Array, params: Mapping[str, jax.Array], **options: Any
     ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-        """Returns (x on the grid of `params`, the parameters as they are for x)."""
+        """Returns (x on the grid of `params`, in float32 or wider, the parameters for x)."""
         axis_name = options.pop("axis_name", None)
-        cut = self.cut(x)
+        cut = self.cut(widened(x))
         if self.spec.dynamic:
             params = dynamic_params(cut, self.spec, self.axes, axis_name=axis_name)
         params = live(cut, params, self.spec)
@@ -133,7 +134,7 @@ class OperandUse:
         if self.group is None:
             grid = QUANTIZERS[spec.quantizer].integer_view(params, spec)
         if grid is None:
-            return QuantizedOperand(x_hat, None, params)
+            return QuantizedOperand(x_hat.astype(self.x.dtype), None, params)
         scale, _, format = grid
         return QuantizedOperand(x_hat, OperandGrid(scale, format, not spec.symmetric), params)
 
@@ -159,7 +160,10 @@ def watching(watch: Callable[..., None]) -> OperandHook:
 
 
 def mark_operand(use: OperandUse) -> tuple[jax.Array, None]:
-    """Hook of a traced application: each quantizer is one named equation, for `graph`."""
+    """Hook of a traced application: each quantizer is one named equation, for `graph`.
+
+    Its result is float32 or wider: a layer of bfloat16 casts it, and what reads codes need not.
+    """
     dynamic_axes = ""
     if use.spec.dynamic:  # no parameter shows which axes have a range of their own
         dynamic_axes = "".join("01"[axis in use.axes] for axis in range(use.x.ndim))

@@ -67,7 +67,8 @@ class Operand:
         output_axes: per axis, the output axis it becomes, or None where it is summed over.
         marker: the quantizer (or the mark of a skipped one) it comes from, or None.
         marker_shape: shape of what the marker writes.
-        moves: the layout operations between the two, first one first.
+        moves: the layout operations between the two, first one first. Casts are left out, for
+            they change no code.
     """
 
     value: int
@@ -343,6 +344,12 @@ def scale_in_output(contraction: TracedContraction, side: int, scale: np.ndarray
         raise ValueError(f"layer {contraction.path!r}: {error}") from None
 
 
+def _is_cast(graph: Graph, node: Node) -> bool:
+    """Whether a node casts from one float type to another."""
+    types = (graph.dtype(v) for v in (*node.inputs, *node.outputs))
+    return node.op == "convert_element_type" and all(jnp.issubdtype(t, jnp.floating) for t in types)
+
+
 def _operand(graph: Graph, value: int, axes: tuple[int | None, ...]) -> Operand:
     moves: list[Node] = []
     at = value
@@ -350,8 +357,9 @@ def _operand(graph: Graph, value: int, axes: tuple[int | None, ...]) -> Operand:
         if node.op in graphs.MARKERS:
             origin = graph.shape(node.outputs[0])
             return Operand(value, graph.shape(value), axes, node, origin, tuple(reversed(moves)))
-        if node.op not in LAYOUT:
+        if node.op in LAYOUT:
+            moves.append(node)
+        elif not _is_cast(graph, node):
             break
-        moves.append(node)
         at = node.inputs[0]
     return Operand(value, graph.shape(value), axes)

@@ -250,6 +250,8 @@ class _Rewriter:
             self.env[step.hat] = None  # no float value is available
 
     def multiply(self, step: Multiply) -> None:
+        if step.dtype.name in COARSE:
+            raise self.refuse(step.node, f"it rounds to {step.dtype.name}")
         inputs = []
         for value in step.inputs:
             x = self.env[value]

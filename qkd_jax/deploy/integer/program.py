@@ -29,7 +29,7 @@ from qkd_jax import graph as graphs
 from qkd_jax.deploy.integer import fixed_point
 from qkd_jax.deploy.integer.pack import unpack
 from qkd_jax.graph import Axes, Node, scale_in_output
-from qkd_jax.numerics import IntFormat, Spec, codes_of
+from qkd_jax.numerics import IntFormat, Spec, codes_of, widened
 from qkd_jax.quantizers import QUANTIZERS, dynamic_params, live
 
 FLOAT32_EXACT = 2**24
@@ -250,7 +250,7 @@ def run(integer: IntegerModel, images: Any, capture: bool, formulation: str) -> 
 
 def _quantize(step: Quantize, env: dict[int, Any], arrays: Mapping[str, Any]) -> jax.Array:
     """Writes x_hat and centred codes; returns the codes as the format numbers them."""
-    x, quantizer = env[step.input], QUANTIZERS[step.spec.quantizer]
+    x, quantizer = widened(env[step.input]), QUANTIZERS[step.spec.quantizer]
     if step.spec.dynamic:
         params = live(x, dynamic_params(x, step.spec, step.axes), step.spec)
     else:

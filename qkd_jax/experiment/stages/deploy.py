@@ -32,7 +32,7 @@ from qkd_jax.experiment.results import row
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.hierarchy import TREES
-from qkd_jax.numerics import codes_of
+from qkd_jax.numerics import codes_of, widened
 from qkd_jax.quantize import QuantizedModel, targets
 from qkd_jax.quantize.inspection import LayerInfo, layers
 from qkd_jax.quantize.variables import quantizer_params
@@ -289,6 +289,7 @@ def _histograms(
         found = {}
         for path, (kernel, params) in given.items():
             quantizer, spec = QUANTIZERS[specs[path].quantizer], specs[path]
+            kernel = widened(kernel)
             params = live(kernel, params, spec)
             scale, _, _ = quantizer.integer_view(params, spec)
             hat = quantizer.fake_quant(kernel, params, spec)
