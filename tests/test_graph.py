@@ -170,3 +170,24 @@ def test_a_number_that_is_derived_from_the_batch_size_is_refused():
 
     with pytest.raises(ValueError, match="depends on the batch size"):
         graph.trace(mean, {"w": jnp.ones(())}, jnp.ones((4, 3)), any_batch=True)
+
+
+def test_constants_have_the_bits_of_the_compiled_function():
+    """A mean over 27 elements divides by a number, which compilers multiply by its reciprocal."""
+
+    def standardized(variables, x):
+        kernel = variables["params"]["kernel"]
+        centred = kernel - kernel.mean((0, 1, 2), keepdims=True)
+        variance = jnp.square(centred).mean((0, 1, 2), keepdims=True)
+        return x + centred / jnp.sqrt(variance * 27 + 1e-4), kernel * 3
+
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 3, 512))
+    variables = {"params": {"kernel": kernel}}
+    traced = graph.trace(standardized, variables, jnp.zeros(kernel.shape))
+    (add,) = (node for node in traced.nodes if node.op == "add")
+    compiled, thrice = jax.jit(standardized)(variables, jnp.zeros(kernel.shape))
+    found = traced.constants[next(v for v in add.inputs if v in traced.constants)]
+    np.testing.assert_array_equal(found, compiled)
+    one_by_one, _ = standardized(variables, jnp.zeros(kernel.shape))
+    assert np.any(np.asarray(one_by_one) != np.asarray(compiled))  # else this shows nothing
+    np.testing.assert_array_equal(traced.constants[traced.outputs[1]], thrice)

@@ -1,13 +1,13 @@
 """The graph of a traced function: its operations and the values between them."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from qkd_jax.graph.execution import Node, execute
+from qkd_jax.graph.execution import Node, execute, is_exact
 
 
 @dataclasses.dataclass(eq=False)
@@ -82,22 +82,65 @@ class Graph:
 
 
 class Constants(Mapping[int, np.ndarray]):
-    """Arrays known before the inputs are; computed when first read, then kept."""
+    """Arrays known before the inputs are; computed when first read, then kept.
 
-    def __init__(self, known: dict[int, Any], nodes: Sequence[Node]):
+    They have the bits of the compiled function: what leads to them runs one operation after the
+    other where each of these rounds by itself, and else as one compiled program.
+
+    Args:
+        known: value -> array: variables, literals and arrays of the model's code.
+        nodes: what computes the others, in order.
+        variables: the values that are variables; a compiler sees the numbers of the others.
+        read: the values that the rest of the graph reads, which are compiled together.
+    """
+
+    def __init__(
+        self,
+        known: dict[int, Any],
+        nodes: Sequence[Node],
+        variables: Collection[int] = (),
+        read: Collection[int] = (),
+    ):
         self.known = known
         self.pending = {v: node for node in nodes for v in node.outputs}
+        self.variables, self.read = frozenset(variables), frozenset(read)
+        self.compiled: set[int] = set()  # values that an operation leads to which is not exact
+        for node in nodes:
+            if not is_exact(node) or not self.compiled.isdisjoint(node.inputs):
+                self.compiled.update(node.outputs)
 
     def __getitem__(self, value: int) -> np.ndarray:
         if value not in self.known:
-            node = self.pending[value]
             # Also when first read while something else is traced.
             with jax.ensure_compile_time_eval():
-                results = execute(node, [self[v] for v in node.inputs])
-            self.known.update(
-                (v, np.asarray(r)) for v, r in zip(node.outputs, results, strict=True)
-            )
+                if value in self.compiled:
+                    self._compile(value)
+                else:
+                    node = self.pending[value]
+                    self._keep(node.outputs, execute(node, [self[v] for v in node.inputs]))
         return self.known[value]
+
+    def _keep(self, values: Sequence[int], results: Sequence[Any]) -> None:
+        self.known.update((v, np.asarray(r)) for v, r in zip(values, results, strict=True))
+
+    def _compile(self, value: int) -> None:
+        """Computes a value and the others of its kind that are read, in one compiled program."""
+        wanted = [v for v in {value, *self.read} if v in self.compiled and v not in self.known]
+        needed, nodes = set(wanted), []
+        for node in reversed(dict.fromkeys(self.pending.values())):
+            if not needed.isdisjoint(node.outputs):
+                nodes.append(node)
+                needed.update(node.inputs)
+        variables = {v: self.known[v] for v in needed & self.variables}
+
+        def program(variables: dict[int, Any]) -> list[Any]:
+            env = {**self.known, **variables}
+            for node in reversed(nodes):
+                results = execute(node, [env[v] for v in node.inputs])
+                env.update(zip(node.outputs, results, strict=True))
+            return [env[v] for v in wanted]
+
+        self._keep(wanted, jax.jit(program)(variables))
 
     def __contains__(self, value: object) -> bool:
         return value in self.known or value in self.pending

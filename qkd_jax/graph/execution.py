@@ -46,6 +46,14 @@ NUMPY: dict[str, Callable[..., Any]] = {
 }
 
 
+# Beside these, operations on single elements that compiled programs round as they do alone. Not
+# "div": compilers multiply by the reciprocal of a constant.
+EXACT = frozenset(NUMPY) - {"div"} | frozenset(
+    "and clamp eq floor ge gt integer_pow is_finite le lt ne not or rsqrt select_n sign slice "
+    "sqrt square".split()
+)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Node:
     """One operation.
@@ -71,6 +79,26 @@ class Node:
     def describe(self) -> str:
         """Returns "op at scope" for messages."""
         return f"{self.op!r} in {self.scope or 'the root module'!r}"
+
+
+def is_exact(node: Node) -> bool:
+    """Whether a node's result does not depend on what is compiled with it, to the last bit.
+
+    Sums do, which are formed in another order, and divisions. In a quantizer divisions are by
+    scales, whose reciprocal is written out.
+    """
+    if node.op in MARKERS:
+        return _all_exact(node.params["jaxpr"].jaxpr)
+    return node.op in EXACT
+
+
+def _all_exact(jaxpr: Any) -> bool:
+    return all(
+        _all_exact(called_jaxpr(eqn.params).jaxpr)
+        if eqn.primitive.name in INLINED
+        else eqn.primitive.name in EXACT | {"div", "optimization_barrier"}
+        for eqn in jaxpr.eqns
+    )
 
 
 def execute(

@@ -87,7 +87,9 @@ def trace(
         inputs=tuple(values[len(paths) :]),
         outputs=outputs,
         leaves={v: p for v, p in leaves.items() if v in needed},
-        constants=Constants({v: builder.known[v] for v in builder.known if v in needed}, pending),
+        constants=Constants(
+            {v: builder.known[v] for v in builder.known if v in needed}, pending, leaves, read
+        ),
         sources={v: s for v, s in builder.sources.items() if v in needed or v in read},
         avals=builder.avals,
         batch=batch,

@@ -61,7 +61,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.numerics import Array, IntFormat, Spec, stats
+from qkd_jax.numerics import Array, IntFormat, Spec, check_sign, stats
 from qkd_jax.quantizers import (
     apot,
     binary,
@@ -199,6 +199,15 @@ def dynamic_params(
         axes: of `x`, whose entries have a range of their own.
         axis_name: mapped axes to find the range over.
     """
+    if spec.symmetric and not spec.signed and not isinstance(x, jax.core.Tracer):
+        check_sign(jnp.min(x), spec.format)
+    return _dynamic_params(x, spec, tuple(axes), axis_name)
+
+
+# Compiled outside of jit too: a compiler multiplies by the reciprocal of a constant, and a division
+# on its own does not, so that codes would depend on what is compiled together.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _dynamic_params(x: Array, spec: Spec, axes: tuple[int, ...], axis_name: Any) -> dict[str, Any]:
     sums = stats.measure(jax.lax.stop_gradient(x), channel_axes=axes, axis_name=axis_name)
     params = QUANTIZERS[spec.quantizer].init(stats.finish(sums), spec)
     return jax.tree.map(jax.lax.stop_gradient, params)

@@ -100,8 +100,11 @@ def init(stats: Stats, spec: Spec) -> Params:
 
 def live(x: Values, params: Params, spec: Spec) -> Params:
     """With `normalize`, the mean and deviation of these weights, without gradient."""
-    if not spec.option("normalize", False):
-        return params
+    return _live(x, params) if spec.option("normalize", False) else params
+
+
+@jax.jit  # not one operation at a time, which rounds more
+def _live(x: Values, params: Params) -> Params:
     wide = jax.lax.stop_gradient(x).astype(numerics.compute_dtype(x))
     mean = numerics.mean_of(lambda x: x, wide, params["mean"])
     variance = numerics.mean_of(lambda x: jnp.square(x - mean), wide, params["mean"])

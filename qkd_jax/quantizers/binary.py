@@ -50,9 +50,12 @@ def init(stats: Stats, spec: Spec) -> Params:
 
 def live(x: Values, params: Params, spec: Spec) -> Params:
     """The magnitude of this tensor, E|x| over what shares it (equation 6), without gradient."""
-    if spec.option("static", False):
-        return params
-    alpha, wide = params["alpha"], jax.lax.stop_gradient(x).astype(numerics.compute_dtype(x))
+    return params if spec.option("static", False) else _live(x, params["alpha"])
+
+
+@jax.jit  # one operation at a time the mean would round differently, and so would the weights
+def _live(x: Values, alpha: Array) -> Params:
+    wide = jax.lax.stop_gradient(x).astype(numerics.compute_dtype(x))
     return {"alpha": numerics.guarded(numerics.mean_of(jnp.abs, wide, alpha))}
 
 

@@ -63,9 +63,11 @@ def init(stats: Stats, spec: Spec) -> Params:
 
 def live(x: Values, params: Params, spec: Spec) -> Params:
     """The grid of these weights: M = max tanh|w|, or E|w| for 1 bit, without gradient."""
-    if not spec.signed:
-        return params
-    bound = params["bound"]
+    return _live(x, params["bound"], spec) if spec.signed else params
+
+
+@functools.partial(jax.jit, static_argnums=2)  # not one operation at a time, which rounds more
+def _live(x: Values, bound: Array, spec: Spec) -> Params:
     wide = jax.lax.stop_gradient(x).astype(numerics.compute_dtype(x))
     if spec.bits == 1:
         bound = numerics.mean_of(jnp.abs, wide, bound)

@@ -1,5 +1,7 @@
 """Ternary weights: -1, 0 or 1 times a magnitude (Li et al., 2016, arXiv 1605.04711)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -47,6 +49,7 @@ def init(stats: Stats, spec: Spec) -> Params:
     return {"alpha": 1.47 * mean, "threshold": spec.option("threshold", 0.7) * mean}
 
 
+@functools.partial(jax.jit, static_argnums=2)  # not one operation at a time, which rounds more
 def live(x: Values, params: Params, spec: Spec) -> Params:
     """Threshold 0.7 E|w| and magnitude E[|w| : |w| > threshold] of these weights (section 2.2)."""
     shape = params["alpha"].shape

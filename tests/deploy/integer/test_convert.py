@@ -217,3 +217,32 @@ def test_a_float_net_is_refused():
     net, variables = small_nets.float_net(small_nets.Mixed(), x, small_nets.rules(4, 4))
     with pytest.raises(ValueError, match="calibrate it first"):
         convert(net, variables, x)
+
+
+class StandardizedConv(nn.Conv):
+    """Its codes lie behind a mean over 27 weights, whose sum is divided by a number."""
+
+    def param(self, name, *args, **kwargs):
+        value = super().param(name, *args, **kwargs)
+        if name != "kernel":
+            return value
+        centred = value - value.mean((0, 1, 2), keepdims=True)
+        variance = jnp.square(centred).mean((0, 1, 2), keepdims=True)
+        return centred / jnp.sqrt(variance * 27 + 1e-4)
+
+
+class Standardized(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for name in ("first", "second"):
+            x = nn.relu(StandardizedConv(1024, (3, 3), name=name)(x[..., :3]))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+def test_weights_that_are_computed_from_variables_have_the_nets_codes():
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+    spec = Spec(12, granularity="channel")  # many codes, so that some lie at a border
+    rules = (Rule(".*", weight=spec, input=Spec(8)),)
+    net, variables = small_nets.calibrated(Standardized(), rules, x)
+    found = integer_apply(convert(net, variables, x), x)
+    np.testing.assert_array_equal(found, jax.jit(net.apply)(variables, x))
