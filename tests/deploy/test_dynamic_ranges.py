@@ -133,7 +133,7 @@ KINDS = {
     "attention": {"MatMulInteger": 5, "ConvInteger": 1, "MatMul": 2},
     # Each position has a range of its own: convolutions, and the product with the values, in float.
     "sequence": {"MatMulInteger": 5, "Conv": 2, "MatMul": 2},
-    "mixed": {"ConvInteger": 1, "Gemm": 1, "MatMul": 6},
+    "mixed": {"ConvInteger": 1, "MatMul": 7},
 }
 
 
@@ -180,3 +180,31 @@ def test_what_has_no_integers_says_why(rule, options, message):
     net, variables = small_nets.calibrated(Dense(), (rule,), x)
     with pytest.raises(ValueError, match=message):
         convert(net, variables, x, **options)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        Spec(2, quantizer="ternary", granularity="channel"),
+        Spec(1, quantizer="binary"),
+        Spec(4, quantizer="dorefa", granularity="channel"),
+    ],
+    ids=lambda spec: spec.quantizer,
+)
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+def test_weights_that_find_their_own_magnitude_agree_to_the_bit(weight, granularity):
+    """Compiled, one operation at a time and as integers: each magnitude is the same mean."""
+    x = jax.random.normal(jax.random.key(1), (16, 9, 11, 3))
+    rules = (Rule(".*", weight=weight, input=affine(granularity)),)
+    net, variables = small_nets.calibrated(Plain(), rules, x)
+    integer = integer_apply(convert(net, variables, x), x)
+    np.testing.assert_array_equal(jax.jit(net.apply)(variables, x), integer)
+    np.testing.assert_array_equal(net.apply(variables, x), integer)
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for features in (16, 24):
+            x = nn.relu(nn.Conv(features, (3, 3), strides=2)(x))
+        return nn.Dense(5)(nn.relu(nn.Dense(40)(x.reshape(x.shape[0], -1))))

@@ -19,7 +19,7 @@ from qkd_jax.quantize.traced import (
 )
 
 BYTES = (np.dtype(np.int8), np.dtype(np.uint8))
-INT16_LIMIT = 32767
+INT16_LIMIT, INT32_LIMIT = 32767, 2.0**31
 FINE_BITS = 7
 
 
@@ -32,9 +32,13 @@ class ConstantOperand:
         scale: per output channel, or a scalar; None for a float weight.
         zero_point: as scale; None for 0.
         flip: output channels whose result is to be negated, or None.
-        coarse: whether the bias must stay outside the product. ONNX Runtime rounds the bias of a
-            quantized product to the unit of its sums, s_x * s_w: harmless at 8 bits, but enough to
-            change most logits at 2.
+        bias_outside: whether the bias must stay outside the product: between codes of few bits,
+            whose unit is coarse, behind a dynamic range, and beside a `guarded` weight.
+        guarded: whether a Sub must follow the product, of 0 where it has no bias. ONNX Runtime
+            takes a product that stands between two grids for one of integers, and rounds a float
+            weight to 8 bits (findings/onnxruntime_quantizes_float_weights.sh).
+        unit: of the product's sums, s_x * s_w, in the output's rank, where the engine rounds a bias
+            inside the product to it; else None.
         dynamic: the other operand's range, where it is dynamic and both sides are codes of at most
             8 bits: the product is then one of codes, scaled once.
         on_codes: whether that product is one of integers. ONNX's convolutions have one zero point
@@ -45,9 +49,27 @@ class ConstantOperand:
     scale: np.ndarray | None = None
     zero_point: np.ndarray | None = None
     flip: np.ndarray | None = None
-    coarse: bool = False
+    bias_outside: bool = False
+    guarded: bool = False
+    unit: np.ndarray | None = None
     dynamic: DynamicRange | None = None
     on_codes: bool = False
+
+    def takes(self, bias: np.ndarray) -> bool:
+        """Whether a bias can stand inside the product, and stay what it is.
+
+        Inside a quantized product ONNX Runtime (its WeightBiasQuantization) makes an int32 of it,
+        in the unit of the sums (findings/onnxruntime_rounds_float_bias.sh): right for biases that
+        are such multiples already, as those of `ptq.integer_bias` are, to float32's precision.
+        """
+        if self.flip is not None or self.bias_outside:
+            return False
+        if self.unit is None:
+            return True
+        multiples = np.asarray(bias, np.float64) / self.unit
+        whole = np.round(multiples)
+        near = np.abs(multiples - whole) <= np.abs(whole) * 2.0**-22
+        return bool(np.all(near & (np.abs(whole) < INT32_LIMIT)))
 
     def other_input(self, export: Export, value: int) -> Tensor:
         """Returns what the contraction reads for the other operand: its codes if it is dynamic."""
@@ -72,7 +94,9 @@ class ConstantOperand:
             zero_point = np.broadcast_to(self.zero_point.reshape(-1), scale.shape).copy()
             if not scale.ndim:
                 zero_point = zero_point.reshape(())
-        grid.append(export.writer.constant(zero_point, f"{name}_zero_point"))
+        # Not shared: with session.x64quantprecision ONNX Runtime makes uint8 of int8 weights, and
+        # fails to load a file in which two of them have one zero point.
+        grid.append(export.writer.constant(zero_point, f"{name}_zero_point", owner=stored))
         attributes = {"axis": axis} if scale.ndim else {}
         return export.add("DequantizeLinear", [stored, *grid], node, **attributes)
 
@@ -90,7 +114,10 @@ def constant_operand(export: Export, product: TracedContraction, side: int) -> C
     """Takes a weight as codes with the output multiplier in their scale, or as floats."""
     operand, other = product.operands[side], product.operands[1 - side]
     if not operand.quantized:
-        return ConstantOperand(export.values.fixed(operand.value))
+        # Some grid is in front, perhaps moved or pooled, and one may follow.
+        guarded = bool(export.dequantized) and not export.float_biases
+        array = export.values.fixed(operand.value)
+        return ConstantOperand(array, bias_outside=guarded, guarded=guarded)
     assert operand.marker is not None
     scale, zero_point, format = grid_of(export.traced, operand.marker)
     hat = np.asarray(export.graph.constants[operand.marker.outputs[0]], np.float32)
@@ -118,10 +145,10 @@ def constant_operand(export: Export, product: TracedContraction, side: int) -> C
     stored_zero_point = None
     if zero_point.any():
         stored_zero_point = scale_in_output(product, side, zero_point).astype(storage)
-    coarse, dynamic, on_codes = False, None, False
+    bias_outside, unit, dynamic, on_codes = False, None, None, False
     in_float = False
     if is_dynamic(export.traced, other.marker):
-        coarse = True
+        bias_outside = True
         in_float = not takes_out_dynamic_scales(export.traced, other)
         dequantized = export.dequantized.get(export.tensors[other.value].name)
         dynamic = None if dequantized is None else dequantized.range
@@ -137,12 +164,24 @@ def constant_operand(export: Export, product: TracedContraction, side: int) -> C
                 on_codes = not stretched and not (dynamic.zero_point and dynamic.axes)
     elif other.quantized:
         assert other.marker is not None
-        coarse = min(format.bits, grid_of(export.traced, other.marker).format.bits) < FINE_BITS
+        other_scale, _, other_format = grid_of(export.traced, other.marker)
+        bias_outside = min(format.bits, other_format.bits) < FINE_BITS
+        if not export.float_biases:
+            unit = multiplier * np.float64(other_scale)
     if (dynamic is None or on_codes) and not in_float:
         _note_saturation(export, product.path, other, codes)
     scale32 = multiplier.astype(np.float32)
     stored = codes.astype(storage)
-    return ConstantOperand(stored, scale32, stored_zero_point, flip, coarse, dynamic, on_codes)
+    return ConstantOperand(
+        stored,
+        scale32,
+        stored_zero_point,
+        flip,
+        bias_outside,
+        unit=unit,
+        dynamic=dynamic,
+        on_codes=on_codes,
+    )
 
 
 def _note_saturation(export: Export, path: str, other: Operand, codes: np.ndarray) -> None:

@@ -63,6 +63,7 @@ class Export:
         int4: store weights of up to 4 bits in types of 4 bits.
         activations: the type of activations' codes: "uint8", "int8" or "own".
         offset_before_rounding: the engine adds a grid's lowest code before it rounds.
+        float_biases: the engine adds the bias of a quantized product in float.
         writer: nodes and constants that are written.
         products: node -> its product.
         tensors: value -> the tensor that holds it.
@@ -81,10 +82,12 @@ class Export:
         int4: bool = False,
         activations: str = "uint8",
         offset_before_rounding: bool = False,
+        float_biases: bool = False,
     ):
         self.traced, self.graph, self.values = traced, traced.graph, Values(traced.graph)
         self.int4, self.activations = int4, activations
         self.offset_before_rounding = offset_before_rounding
+        self.float_biases = float_biases
         self.writer = Writer(opset)
         self.products = {p.node: p for p in contractions(traced.graph)}
         self.tensors: dict[int, Tensor] = {}

@@ -27,6 +27,8 @@ def write_product(export: Export, product: TracedContraction) -> Tensor:
     channels = [i for i in range(product.rank) if i in product.operands[side].output_axes]
     weight = constant_operand(export, product, side)
     bias = _bias(export, product, channels)
+    if bias is not None and not weight.takes(bias):
+        weight = dataclasses.replace(weight, bias_outside=True)
     if node.op == "conv_general_dilated":
         out = _conv(export, product, weight, bias)
     else:
@@ -108,7 +110,7 @@ def _conv(
         attributes["pads"] = [pair[i] for i in (0, 1) for pair in params["padding"]]
     inputs = [x.name, weight.add_input(export, node, kernel, 1 if stretched else 0)]
     op = "ConvTranspose" if stretched else "ConvInteger" if weight.on_codes else "Conv"
-    fused = bias is not None and weight.flip is None and not weight.coarse
+    fused = bias is not None and not weight.bias_outside
     if fused:
         channels = kernel.shape[1] if stretched else len(kernel)
         vector = np.broadcast_to(bias.reshape(-1), (channels,)).astype(np.float32)
@@ -124,9 +126,13 @@ def _conv(
     if weight.flip is not None:
         signs = export.writer.constant(export.writer.like(weight.flip, out), "signs")
         name = export.add("Mul", [name, signs], node)
-    if bias is not None and not fused:
-        added = export.writer.constant(export.writer.like(bias, out), f"{node.scope}/bias")
-        name = export.add("Add", [name, added], node)
+    if weight.guarded or (bias is not None and not fused):
+        # A product of floats takes an Add back in, and is rounded then; not a Sub.
+        op, sign = ("Sub", -1) if weight.guarded else ("Add", 1)
+        array = np.zeros((), np.float32) if bias is None else sign * bias
+        added = export.writer.like(array, out)
+        stored = export.writer.constant(added, f"{node.scope}/bias")
+        name = export.add(op, [name, stored], node)
     return dataclasses.replace(out, name=name)
 
 
@@ -214,7 +220,7 @@ def _matmul(
     matrix = np.ascontiguousarray(matrix)
     inputs = [name, weight.add_input(export, node, matrix, 1)]
     vector = None if bias is None else np.broadcast_to(np.ravel(flat(bias)), (channels,))
-    if len(lead) == 1 and vector is not None and weight.flip is None and not weight.coarse:
+    if len(lead) == 1 and vector is not None and not weight.bias_outside:
         stored = export.writer.constant(vector.astype(np.float32), f"{node.scope}/bias")
         name = export.add("Gemm", [*inputs, stored], node)
     else:
@@ -235,7 +241,7 @@ def _matmul(
             name = export.add("Mul", [name, signs], node)
         if vector is not None:
             # ONNX Runtime fuses an Add back into a Gemm, and then rounds it; not a Sub.
-            op, sign = ("Sub", -1) if weight.coarse else ("Add", 1)
+            op, sign = ("Sub", -1) if weight.bias_outside else ("Add", 1)
             stored = export.writer.constant(sign * vector.astype(np.float32), f"{node.scope}/bias")
             name = export.add(op, [name, stored], node)
     shape = export.shape(node)

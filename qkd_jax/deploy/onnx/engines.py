@@ -77,7 +77,8 @@ def onnx_session(
     if is_x86() and not has_vnni():
         options.add_session_config_entry("session.x64quantprecision", "1")
     # Two optimizations that change numbers: a fused 4- or 8-bit MatMul of lower accuracy, and the
-    # removal of one of two neighbouring grids as if they were the same.
+    # removal of one of two neighbouring grids as if they were the same. A third one,
+    # WeightBiasQuantization, finds nothing to round in files of `to_onnx` (`ConstantOperand`).
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return runtime.InferenceSession(
         os.fspath(path),

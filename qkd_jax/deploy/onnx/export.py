@@ -19,12 +19,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from qkd_jax import checks
 from qkd_jax.deploy.onnx.assemble import onnx_model
 from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.engines import has_vnni, import_engine, is_x86
 from qkd_jax.deploy.onnx.walk import write
 from qkd_jax.deploy.onnx.writer import Writer
+from qkd_jax.graph import Graph
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.ptq.integer_bias import integer_bias
 from qkd_jax.quantize import QuantizedModel
@@ -38,6 +41,7 @@ ACTIVATIONS = ("uint8", "int8", "own")
 DEFAULTS = {"opset": 17, "int4": False, "activations": "uint8"}
 INT4_OPSET = 21  # and of codes of more than 8 bits
 HOST = "host"
+HALF = ("bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +107,10 @@ def to_onnx(
 
     Raises:
         ImportError: the `export` extra is not installed.
-        ValueError: an operation that cannot be written (named with its module), an `opset` or
-            `target` out of range, layers that saturate on the target, a calibrated net of which a
-            part is not, or a learned step or level at or below 0.
+        ValueError: an operation that cannot be written (named with its module), one that computes
+            in bfloat16 or float16, images of such a type, an `opset` or `target` out of range,
+            layers that saturate on the target, a calibrated net of which a part is not, or a
+            learned step or level at or below 0. Nothing is written then.
     """
     onnx = import_engine("onnx")
     checks.one_of("target", target, (None, HOST, *TARGETS))
@@ -124,13 +129,16 @@ def to_onnx(
         )
     if int4 and opset < INT4_OPSET:
         raise ValueError(f"opset is {opset}, and ONNX has int4 since {INT4_OPSET}; give opset=21.")
+    _check_inputs(images)
     engine = TARGETS.get(target or "")
     rounds = engine is not None and engine.integer_bias and bool(variables.get("quant"))
     folded = (integer_bias if rounds else fold_bn)(net, variables, images, **kwargs)
     traced = trace_net(net, folded, images, **kwargs)
     refuse_uncalibrated(traced)
+    _check_types(traced.graph)
     options: dict[str, Any] = {"opset": opset, "int4": int4}
     options["offset_before_rounding"] = engine is not None and engine.offset_before_rounding
+    options["float_biases"] = engine is not None and not engine.integer_bias
     export = Export(traced, activations=activations, **options)
     outputs = write(export)
     if engine and not engine.keeps_sum_grids and chosen is None and _sums_grids(export.writer):
@@ -146,6 +154,27 @@ def to_onnx(
     path = replace_file(path, data)
     counts = collections.Counter(node.op_type for node in model.graph.node)
     return OnnxFile(path, dict(counts), len(data), saturating, export.stored)
+
+
+def _check_inputs(images: Any) -> None:
+    for leaf in jax.tree.leaves(images):
+        if str(leaf.dtype) in HALF:
+            raise ValueError(
+                f"images have dtype {leaf.dtype}; a file takes float32 images. Cast the example."
+            )
+
+
+def _check_types(graph: Graph) -> None:
+    """Raises ValueError for a net that computes in half precision."""
+    for node in graph.nodes:
+        for value in node.outputs:
+            if graph.dtype(value).name in HALF:
+                raise ValueError(
+                    f"operation {node.describe()} computes in {graph.dtype(value).name}; to_onnx "
+                    "writes float32 nets, for engines round half precision elsewhere than the net "
+                    "or not at all. Build the model with dtype=jnp.float32 and give it the same "
+                    "variables; compare its logits, which lack the roundings."
+                )
 
 
 def _sums_grids(writer: Writer) -> bool:

@@ -66,6 +66,8 @@ def _write_dynamic(export: Export, node: Node) -> Tensor:
         x = writer.ordered(x, node.scope)
     add = lambda op, *inputs, **attributes: export.add(op, list(inputs), node, **attributes)
     number = lambda value: writer.constant(np.float32(value), "number")
+    # As XLA compiles the net's division by a number.
+    divided = lambda name, by: add("Mul", name, number(np.float32(1) / np.float32(by)))
     reduced = [i for i, axis in enumerate(x.perm) if axis not in axes]
     if writer.opset >= 18:  # the axes are an input since
         axes_input, options = (writer.shape_constant(reduced, "axes"),), {}
@@ -77,14 +79,14 @@ def _write_dynamic(export: Export, node: Node) -> Tensor:
         ends[kind] = add(kind, end, number(0))
     lo, hi = ends["Min"], ends["Max"]
     if not spec.symmetric:
-        width = add("Div", add("Sub", hi, lo), number(format.qmax - format.qmin))
+        width = divided(add("Sub", hi, lo), format.qmax - format.qmin)
     elif spec.scaling != "cover":
         half = 0.5 if spec.scaling == "qmax_half" else 0
-        width = add("Div", add("Max", hi, add("Neg", lo)), number(format.qmax + half))
+        width = divided(add("Max", hi, add("Neg", lo)), format.qmax + half)
     else:
-        width = add("Div", hi, number(format.qmax))
+        width = divided(hi, format.qmax)
         if format.signed:
-            width = add("Max", width, add("Div", lo, number(format.qmin)))
+            width = add("Max", width, divided(lo, format.qmin))
     is_constant = add("Equal", width, number(0))
     scale = add("Where", is_constant, number(1), add("Max", width, number(MIN_SCALE)))
     inverse, zero_point = add("Div", number(1), scale), ""

@@ -76,10 +76,10 @@ class Writer:
         self._names.add(name)
         return name
 
-    def constant(self, array: Any, hint: str) -> str:
-        """Adds a constant; equal ones share a name."""
+    def constant(self, array: Any, hint: str, owner: str = "") -> str:
+        """Adds a constant; equal ones share a name, unless they have different owners."""
         array = np.asarray(array)
-        key = (array.dtype.name, array.shape, array.tobytes())
+        key = (array.dtype.name, array.shape, array.tobytes(), owner)
         if key not in self._constants:
             self._constants[key] = self.unique(hint)
             self.constants[self._constants[key]] = array
