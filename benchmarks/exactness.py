@@ -6,9 +6,9 @@ Each net is compared with itself as `jax.jit(net.apply)` runs it, on the same im
 
     codes that differ / logits: largest difference over the largest logit / argmax that differ
 
-With `target=` ONNX Runtime is given the net `ptq.integer_bias`, and compared with it. Another session
-is one that sets none of the options of `onnx_session`. Codes are those of all quantized operands, in
-JAX alone: engines do not show theirs.
+With `target=` ONNX Runtime is given the net `ptq.integer_bias`, and compared with it. Another
+session is one that sets none of the options of `onnx_session`. Codes are those of all quantized
+operands, in JAX alone: engines do not show theirs.
 Nets are not trained: random weights and biases leave more values near the border of two codes, and
 more logits near each other, than trained ones do. Prints a Markdown table.
 """
@@ -151,26 +151,15 @@ def by_batch(call, images):
     return [jax.tree.map(np.asarray, call(images[i : i + BATCH])) for i in starts]
 
 
-def ways(net, variables, images, folder, weight_only):
+def ways(net, variables, images, folder):
     """Yields (way, call) of everything that runs this net; call gives logits, or with codes."""
     run = watched(net)
     yield "jit", lambda x: jax.jit(run)(variables, x)
     yield "eager", lambda x: run(variables, x)
-    if weight_only:
-        reason = "no products of integers"
-        yield "`integer_apply`", reason
-        yield "StableHLO", reason
-    else:
-        integer = qk.convert(net, variables, images[:2])
-
-        def captured(x):
-            logits, codes = qk.integer_apply(integer, x, capture=True)
-            return logits, codes
-
-        yield "`integer_apply`", captured
-        deploy.save_stablehlo(integer, folder / "net.stablehlo", platforms=["cpu"])
-        loaded = jax.jit(deploy.load_stablehlo(folder / "net.stablehlo"))
-        yield "StableHLO", loaded
+    integer = qk.convert(net, variables, images[:2])
+    yield "`integer_apply`", lambda x: qk.integer_apply(integer, x, capture=True)
+    deploy.save_stablehlo(integer, folder / "net.stablehlo", platforms=["cpu"])
+    yield "StableHLO", jax.jit(deploy.load_stablehlo(folder / "net.stablehlo"))
     vnni = "-vnni" if deploy.has_vnni() else ""
     for way, engine, target in (
         ("ONNX Runtime", "onnxruntime", None),
@@ -216,6 +205,8 @@ def differing(wanted, found):
         for name in one.keys() & two.keys():
             total += one[name].size
             wrong += int((one[name] != two[name]).sum())
+    if not total:
+        return "-"
     return "0" if not wrong else f"{100 * wrong / total:.2g} %"
 
 
@@ -253,8 +244,7 @@ def main():
             net, variables = made(name, rules, dtype, images[:64])
             with tempfile.TemporaryDirectory() as folder:
                 reference = None
-                weight_only = label.startswith("weight-only")
-                for way, call in ways(net, variables, images, pathlib.Path(folder), weight_only):
+                for way, call in ways(net, variables, images, pathlib.Path(folder)):
                     if isinstance(call, str):
                         refused[call] = None
                         result = f"refused ({list(refused).index(call) + 1})"
@@ -268,6 +258,7 @@ def main():
                             rounded = by_batch(lambda x, r=run, v=given: r(v, x), images)
                             result = cell(rounded, results)
                     table.setdefault(way, []).append(result)
+                    print(f"{name}, {label}, {way}: {result}", file=sys.stderr, flush=True)
         print(f"| {name} | " + " | ".join(labels) + " |")
         print("|---|" + "---|" * len(labels))
         for way, cells in table.items():

@@ -8,14 +8,17 @@
 # Truth: with DequantizeLinear in front and QuantizeLinear behind (a ReLU between) the optimizer
 #   WeightBiasQuantization, on by default, rounds the float weight to 8 bits with one scale for all
 #   channels: small channels lose most of their digits. So for Conv, ConvTranspose and Gemm, with a bias
-#   and without, and with an Add behind, which is fused. Not for a MatMul, nor with a Sub behind (of 0,
-#   if need be), which is not fused.
+#   and without, and with an Add behind, which is fused. Not for a MatMul, nor with an operation behind
+#   that is not fused: a Sub (of zeros, one for each channel, for a Sub of the number 0 is removed), or
+#   the Max with the lowest number.
 #
 # Output seen:
 #   weights 0.3 (summed three times) and 30; true results 0.9 and 90
 #   Conv: [0.9, 90.0] without a grid behind, [1.06, 90.0] with one
-#   Conv, Add 0: [0.9, 90.0] without a grid behind, [1.06, 90.0] with one
-#   Conv, Sub 0: [0.9, 90.0] without a grid behind, [0.9, 90.0] with one
+#   Conv, Add zeros: [0.9, 90.0] without a grid behind, [1.06, 90.0] with one
+#   Conv, Sub zeros: [0.9, 90.0] without a grid behind, [0.9, 90.0] with one
+#   Conv, Sub number 0: [0.9, 90.0] without a grid behind, [1.06, 90.0] with one
+#   Conv, Max lowest: [0.9, 90.0] without a grid behind, [0.9, 90.0] with one
 #   Gemm: [0.9, 90.0] without a grid behind, [1.06, 90.0] with one
 #   MatMul: [0.9, 90.0] without a grid behind, [0.9, 90.0] with one
 set -euo pipefail
@@ -39,7 +42,9 @@ def result(product, after, grid):
         "hundredth": np.float32(0.01),
         "zero": np.uint16(0),
         "weight": weight.T.reshape(2, 3, 1, 1) if conv else weight,
-        "nothing": np.zeros((2, 1, 1) if conv else 2, np.float32),
+        "zeros": np.zeros((2, 1, 1) if conv else 2, np.float32),
+        "number 0": np.float32(0),
+        "lowest": np.finfo(np.float32).min,
     }
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["q"]),
@@ -47,7 +52,8 @@ def result(product, after, grid):
         helper.make_node(product, ["x_hat", "weight"], ["0"]),
     ]
     if after:
-        nodes.append(helper.make_node(after, ["0", "nothing"], ["1"]))
+        op, constant = after.split(" ", 1)
+        nodes.append(helper.make_node(op, ["0", constant], ["1"]))
     if grid:
         name = nodes[-1].output[0]
         nodes.append(helper.make_node("QuantizeLinear", [name, "hundredth", "zero"], ["2"]))
@@ -73,8 +79,9 @@ def result(product, after, grid):
 
 
 print("weights 0.3 (summed three times) and 30; true results 0.9 and 90")
-for product, after in (("Conv", ""), ("Conv", "Add"), ("Conv", "Sub"), ("Gemm", ""), ("MatMul", "")):
-    name = f"{product}, {after} 0" if after else product
+ENDS = ("", "Add zeros", "Sub zeros", "Sub number 0", "Max lowest")
+for product, after in (*(("Conv", end) for end in ENDS), ("Gemm", ""), ("MatMul", "")):
+    name = f"{product}, {after}" if after else product
     print(
         f"{name}: {result(product, after, False)} without a grid behind, "
         f"{result(product, after, True)} with one"

@@ -337,9 +337,7 @@ class Frame:
         # A module's output has no contraction here: its rows are what its last axis is a vector of.
         axes = OperandAxes(rows=tuple(range(out.ndim - 1)))
         operand = self._output_operand(module, path, method)
-        x_hat, grid = self._operand(
-            module, path, operand, out, axes, batch_axes=batch_axes_of(out)
-        )
+        x_hat, grid = self._operand(module, path, operand, out, axes, batch_axes=batch_axes_of(out))
         out = x_hat.astype(out.dtype)
         self._on_grid[id(out)] = (out, x_hat, grid)
         return out

@@ -33,10 +33,10 @@ class ConstantOperand:
         zero_point: as scale; None for 0.
         flip: output channels whose result is to be negated, or None.
         bias_outside: whether the bias must stay outside the product: between codes of few bits,
-            whose unit is coarse, behind a dynamic range, and beside a `guarded` weight.
-        guarded: whether a Sub must follow the product, of 0 where it has no bias. ONNX Runtime
-            takes a product that stands between two grids for one of integers, and rounds a float
-            weight to 8 bits (findings/onnxruntime_quantizes_float_weights.sh).
+            whose unit is coarse, and behind a dynamic range.
+        fenced: whether no grid may follow the product at once. ONNX Runtime takes a product that
+            stands between two grids for one of integers, and rounds a float weight to 8 bits
+            (findings/onnxruntime_quantizes_float_weights.sh).
         unit: of the product's sums, s_x * s_w, in the output's rank, where the engine rounds a bias
             inside the product to it; else None.
         dynamic: the other operand's range, where it is dynamic and both sides are codes of at most
@@ -50,7 +50,7 @@ class ConstantOperand:
     zero_point: np.ndarray | None = None
     flip: np.ndarray | None = None
     bias_outside: bool = False
-    guarded: bool = False
+    fenced: bool = False
     unit: np.ndarray | None = None
     dynamic: DynamicRange | None = None
     on_codes: bool = False
@@ -115,9 +115,8 @@ def constant_operand(export: Export, product: TracedContraction, side: int) -> C
     operand, other = product.operands[side], product.operands[1 - side]
     if not operand.quantized:
         # Some grid is in front, perhaps moved or pooled, and one may follow.
-        guarded = bool(export.dequantized) and not export.float_biases
-        array = export.values.fixed(operand.value)
-        return ConstantOperand(array, bias_outside=guarded, guarded=guarded)
+        fenced = bool(export.dequantized) and export.onnxruntime
+        return ConstantOperand(export.values.fixed(operand.value), fenced=fenced)
     assert operand.marker is not None
     scale, zero_point, format = grid_of(export.traced, operand.marker)
     hat = np.asarray(export.graph.constants[operand.marker.outputs[0]], np.float32)
@@ -166,7 +165,7 @@ def constant_operand(export: Export, product: TracedContraction, side: int) -> C
         assert other.marker is not None
         other_scale, _, other_format = grid_of(export.traced, other.marker)
         bias_outside = min(format.bits, other_format.bits) < FINE_BITS
-        if not export.float_biases:
+        if export.onnxruntime:
             unit = multiplier * np.float64(other_scale)
     if (dynamic is None or on_codes) and not in_float:
         _note_saturation(export, product.path, other, codes)

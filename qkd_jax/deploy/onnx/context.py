@@ -63,7 +63,8 @@ class Export:
         int4: store weights of up to 4 bits in types of 4 bits.
         activations: the type of activations' codes: "uint8", "int8" or "own".
         offset_before_rounding: the engine adds a grid's lowest code before it rounds.
-        float_biases: the engine adds the bias of a quantized product in float.
+        onnxruntime: ONNX Runtime may run the file, whose optimizer takes floats near a grid for
+            codes: they are written out of its reach.
         writer: nodes and constants that are written.
         products: node -> its product.
         tensors: value -> the tensor that holds it.
@@ -82,12 +83,12 @@ class Export:
         int4: bool = False,
         activations: str = "uint8",
         offset_before_rounding: bool = False,
-        float_biases: bool = False,
+        onnxruntime: bool = True,
     ):
         self.traced, self.graph, self.values = traced, traced.graph, Values(traced.graph)
         self.int4, self.activations = int4, activations
         self.offset_before_rounding = offset_before_rounding
-        self.float_biases = float_biases
+        self.onnxruntime = onnxruntime
         self.writer = Writer(opset)
         self.products = {p.node: p for p in contractions(traced.graph)}
         self.tensors: dict[int, Tensor] = {}
@@ -116,6 +117,14 @@ class Export:
     def cast(self, name: str, dtype: Any, node: Node) -> str:
         """Adds a Cast to a NumPy type."""
         return self.add("Cast", [name], node, to=self.element_type(dtype))
+
+    def fenced(self, name: str, node: Node) -> str:
+        """Adds max(x, lowest number), a change of nothing that ONNX Runtime does not look through.
+
+        A sum with the number 0, or a product with 1, its optimizer would take out.
+        """
+        lowest = self.writer.constant(np.finfo(np.float32).min, "lowest")
+        return self.add("Max", [name, lowest], node)
 
     def shape(self, node: Node) -> tuple[int, ...]:
         """Returns the shape of a node's result, with -1 for the batch."""

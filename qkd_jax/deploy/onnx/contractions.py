@@ -126,13 +126,11 @@ def _conv(
     if weight.flip is not None:
         signs = export.writer.constant(export.writer.like(weight.flip, out), "signs")
         name = export.add("Mul", [name, signs], node)
-    if weight.guarded or (bias is not None and not fused):
-        # A product of floats takes an Add back in, and is rounded then; not a Sub.
-        op, sign = ("Sub", -1) if weight.guarded else ("Add", 1)
-        array = np.zeros((), np.float32) if bias is None else sign * bias
-        added = export.writer.like(array, out)
-        stored = export.writer.constant(added, f"{node.scope}/bias")
-        name = export.add(op, [name, stored], node)
+    if bias is not None and not fused:
+        added = export.writer.constant(export.writer.like(bias, out), f"{node.scope}/bias")
+        name = export.add("Add", [name, added], node)
+    if weight.fenced:
+        name = export.fenced(name, node)
     return dataclasses.replace(out, name=name)
 
 
@@ -244,6 +242,8 @@ def _matmul(
             op, sign = ("Sub", -1) if weight.bias_outside else ("Add", 1)
             stored = export.writer.constant(sign * vector.astype(np.float32), f"{node.scope}/bias")
             name = export.add(op, [name, stored], node)
+    if weight.fenced:
+        name = export.fenced(name, node)
     shape = export.shape(node)
     if shape != (*lead, channels):
         name = export.add("Reshape", [name, export.writer.shape_constant(shape)], node)

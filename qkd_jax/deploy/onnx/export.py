@@ -138,7 +138,7 @@ def to_onnx(
     _check_types(traced.graph)
     options: dict[str, Any] = {"opset": opset, "int4": int4}
     options["offset_before_rounding"] = engine is not None and engine.offset_before_rounding
-    options["float_biases"] = engine is not None and not engine.integer_bias
+    options["onnxruntime"] = engine is None or engine.engine == "onnxruntime"
     export = Export(traced, activations=activations, **options)
     outputs = write(export)
     if engine and not engine.keeps_sum_grids and chosen is None and _sums_grids(export.writer):

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 
 from qkd_jax.deploy.onnx.context import Dequantized, DynamicRange, Export
-from qkd_jax.deploy.onnx.writer import Tensor
+from qkd_jax.deploy.onnx.writer import Tensor, Writer
 from qkd_jax.graph import Node
 from qkd_jax.numerics import MIN_SCALE, Grid
 from qkd_jax.quantize.traced import dynamic_grid, grid_of, is_dynamic, quantizer_params
 from qkd_jax.quantizers import QUANTIZERS, facts
+
+# Operations that grids are moved across before neighbours are compared.
+MOVED = frozenset("MaxPool Reshape Transpose Squeeze Unsqueeze Slice Gather".split())
 
 
 def write_quantizer(export: Export, node: Node) -> Tensor:
@@ -151,6 +154,13 @@ def _floored(export: Export, node: Node, name: str, grid: Grid) -> str:
     return export.add("Mul", [codes, back], node)
 
 
+def _reads_grid(writer: Writer, name: str) -> bool:
+    """Whether a tensor is a dequantized one, or such a one moved or pooled."""
+    while (producer := writer.producer(name)) is not None and producer.op in MOVED:
+        name = producer.inputs[0]
+    return producer is not None and producer.op == "DequantizeLinear"
+
+
 def _write_grid(export: Export, node: Node, name: str, grid: Grid) -> str:
     """Writes a static grid; returns the name of the dequantized form."""
     writer, (scale, zero_point, format) = export.writer, grid
@@ -164,6 +174,9 @@ def _write_grid(export: Export, node: Node, name: str, grid: Grid) -> str:
     if producer is not None and producer.op == "Relu":
         if format.qmin == zero_point and not clipped:
             name = producer.inputs[0]
+    if export.onnxruntime and _reads_grid(writer, name):
+        # Of two grids in a row it keeps one (its DoubleQDQPairsRemover), as if they were the same.
+        name = export.fenced(name, node)
     written_out = export.offset_before_rounding and stored_zero_point != np.iinfo(storage).min
     if written_out and format.signed:  # as they are: no offset to add and take off again
         storage, stored_zero_point = np.dtype(format.storage), zero_point

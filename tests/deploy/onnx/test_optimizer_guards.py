@@ -1,4 +1,4 @@
-"""Biases of quantized products in ONNX files: as the net has them, in any session."""
+"""What ONNX Runtime's optimizer would round in a file: biases, float weights, grids in a row."""
 
 import flax.linen as nn
 import jax
@@ -144,3 +144,26 @@ def test_float_weights_between_grids_stay_float(tmp_path, target):
     for session in (onnx_session, plain_session):
         found = session(path).run(None, fed(x))[0]
         assert (np.abs(found - wanted) > 1e-6).mean() < 0.05  # logits on a grid, few one code off
+
+
+class GridsInARow(nn.Module):
+    """A grid behind a layer and another one before the next, a pool between them or nothing."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.max_pool(nn.Conv(6, (3, 3), name="first")(x), (2, 2), (2, 2))
+        x = nn.Conv(6, (3, 3), name="second")(x)
+        return nn.Conv(5, (3, 3), name="third")(x).mean((1, 2))
+
+
+@pytest.mark.parametrize("session", [onnx_session, plain_session])
+def test_each_of_two_grids_in_a_row_rounds(tmp_path, session):
+    x = jax.random.normal(jax.random.key(1), (16, 6, 6, 3))
+    rules = (Rule(".*", weight=WEIGHT, input=Spec(8), output=Spec(8, symmetric=False)),)
+    net, variables = small_nets.calibrated(GridsInARow(), rules, x)
+    # A coarse grid behind the first layer, a fine one before the next: the first one decides.
+    coarse = variables["quant"]["first"]["output_quantizer"]
+    coarse["scale"] = coarse["scale"] * 8
+    path = to_onnx(net, variables, x, tmp_path / "m.onnx").path
+    found = session(path).run(None, fed(x))[0]
+    assert np.median(gaps(found, jax.jit(net.apply)(variables, x))) < 1e-6
