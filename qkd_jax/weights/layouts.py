@@ -29,8 +29,8 @@ from qkd_jax.trees import flatten, nested
 LAYERS: tuple[tuple[str, str, str], ...] = (
     (r"conv1", "stem", "conv"),
     (r"bn1", "stem_bn", "norm"),
-    (r"layer(\d+)\.(\d+)\.conv(\d)", "stage{}_block{}/conv{}", "conv"),
-    (r"layer(\d+)\.(\d+)\.bn(\d)", "stage{}_block{}/bn{}", "norm"),
+    (r"layer(\d+)\.(\d+)\.conv(\d+)", "stage{}_block{}/conv{}", "conv"),
+    (r"layer(\d+)\.(\d+)\.bn(\d+)", "stage{}_block{}/bn{}", "norm"),
     (r"layer(\d+)\.(\d+)\.downsample\.0", "stage{}_block{}/shortcut", "conv"),
     (r"layer(\d+)\.(\d+)\.downsample\.1", "stage{}_block{}/shortcut_bn", "norm"),
     (r"fc", "head", "dense"),
@@ -70,20 +70,26 @@ def from_torch(arrays: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: names that are in no line of `LAYERS`, two names of one array, or weights of
             the wrong rank.
     """
+    names = {full: full.removeprefix("module.").rpartition(".") for full in arrays}
+    layers = {full: (*parts[::2], _layer(parts[0])) for full, parts in names.items()}
+    known = {
+        full: (ARRAYS[found[1]][leaf], *found)
+        for full, (_, leaf, found) in layers.items()
+        if found is not None and leaf in ARRAYS[found[1]]
+    }
+    foreign = [f for f, (_, leaf, _) in layers.items() if f not in known and leaf != IGNORED]
+    # Before any shape: a net of another kind may well have a "conv1" of its own.
+    if foreign or not known:
+        listed = ", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else "")
+        raise ValueError(
+            f"{len(foreign)} of {len(arrays)} arrays have names of no known layer: "
+            f"{listed or '(none)'}. Read are {FAMILIES}; this is the file of another net, unless "
+            "these alone are strange. Give every array the name of its linen parameter, "
+            '"params/<layer>/kernel" and so on, with linen\'s order of axes.'
+        )
     flat: dict[str, np.ndarray] = {}
-    foreign = []
-    for full, array in arrays.items():
-        name = full.removeprefix("module.")
-        layer, _, leaf = name.rpartition(".")
-        if leaf == IGNORED:
-            continue
-        found = _layer(layer)
-        if found is None or leaf not in ARRAYS[found[1]]:
-            foreign.append(full)
-            continue
-        path, kind = found
-        collection, leaf = ARRAYS[kind][leaf]
-        array = np.asarray(array)
+    for full, ((collection, leaf), path, kind) in known.items():
+        array = np.asarray(arrays[full])
         if leaf == "kernel":
             wanted = "[out, in, height, width]" if kind == "conv" else "[out, in]"
             checks.rank(full, array, len(AXES[kind]), wanted)
@@ -97,13 +103,6 @@ def from_torch(arrays: Mapping[str, Any]) -> dict[str, Any]:
                 'with and without "module.", or of two families. Keep one of them.'
             )
         flat[where] = array
-    if foreign or not flat:
-        listed = ", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else "")
-        raise ValueError(
-            f"{len(foreign)} of {len(arrays)} arrays have names of no known layer: "
-            f"{listed or '(none)'}. Read are {FAMILIES}; rename the others to "
-            '"params/<layer>/kernel" and so on, with linen\'s order of axes.'
-        )
     return nested(flat)
 
 

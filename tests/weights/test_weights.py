@@ -142,6 +142,28 @@ def test_what_npz_cannot_keep_is_refused_both_ways(tmp_path):
     assert weights.load(tmp_path / "y.safetensors")["params"]["a"].dtype == jnp.bfloat16
 
 
+def test_a_file_of_another_net_is_not_taken_for_a_resnet(tmp_path):
+    # Its first convolution has a ResNet's name, and one spatial axis.
+    state = {"conv1.weight": np.zeros((8, 2, 3)), "conv1.bias": np.zeros(8)}
+    state |= {f"lstm.{name}": np.zeros((8, 8)) for name in ("weight_ih", "weight_hh")}
+    (tmp_path / "voice.safetensors").write_bytes(safetensors_bytes(state, {}))
+    with pytest.raises(ValueError, match=r"2 of 4 arrays have names of no known layer: lstm.*anot"):
+        weights.load(tmp_path / "voice.safetensors")
+
+
+def test_layers_are_counted_past_nine():
+    kernel, gain = np.arange(24.0).reshape(2, 3, 2, 2), np.arange(2.0)
+    state = {"layer1.0.conv10.weight": kernel, "layer1.11.bn12.weight": gain}
+    found = weights.from_torch({"module." + name: array for name, array in state.items()})
+    here = found["params"]["stage1_block0"]["conv10"]["kernel"]
+    np.testing.assert_array_equal(here, np.moveaxis(kernel, (0, 1), (3, 2)))
+    np.testing.assert_array_equal(found["params"]["stage1_block11"]["bn12"]["scale"], gain)
+    back = weights.to_torch(found)
+    assert back.keys() == state.keys()
+    for name, array in state.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
 def test_names_of_no_known_layer_are_listed(tmp_path):
     state = state_dict("repdistiller") | {"classifier.weight": np.zeros((2, 2), np.float32)}
     (tmp_path / "x.safetensors").write_bytes(safetensors_bytes(state, {}))
