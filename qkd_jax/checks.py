@@ -196,3 +196,16 @@ def images(name: str, array: Any) -> None:
             f"{name} has dtype {array.dtype}; it must be floating: normalise the pixels "
             "first, e.g. (images / 255 - mean) / std."
         )
+
+
+def rows_within(name: str, index: Any, count: int) -> None:
+    """Raises ValueError unless every number of an array is a row of a table of `count` rows.
+
+    NumPy takes -1 for the last row.
+    """
+    lowest, highest = (int(end(initial=0)) for end in (index.min, index.max))
+    if lowest < 0 or highest >= count:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"{name} holds {wrong}; it must hold the numbers of examples, from 0 to {count - 1}."
+        )

@@ -21,7 +21,7 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.hierarchy import ClassTree, find
-from qkd_jax.losses.inputs.logits import prepare_logits
+from qkd_jax.losses.inputs.logits import prepare_labels, prepare_logits
 
 
 def classification(
@@ -55,11 +55,9 @@ def classification(
         does a label outside [0, classes), which cannot be checked while tracing.
     """
     logits, mask = prepare_logits("logits", logits, where)
-    labels = jnp.asarray(labels)
-    checks.class_labels("labels", labels, logits)
     batch, classes = logits.shape
 
-    own = labels.astype(jnp.int32)[:, None]
+    own = prepare_labels(labels, logits)[:, None]
     index = jnp.arange(classes)[None, :]
     hit = own == index
     mine = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1, keepdims=True)
@@ -152,16 +150,16 @@ def hierarchical(
             number of classes.
 
     Note:
-        An example with a NaN among its logits is a mistake and makes the sums NaN. Classes are
-        leaves, so D, which the paper writes I(label) - I(ancestor), is the same in both directions.
+        An example with a NaN among its logits, or a label outside [0, classes), is a mistake and
+        makes the sums NaN. Classes are leaves, so D, which the paper writes I(label) - I(ancestor),
+        is the same in both directions.
 
     Reference:
         Bertinetto et al., 2020, arXiv 1912.09393 (d, severity); Deng et al., 2010, and Frome et
         al., 2013 (precision); Shi et al., 2024, arXiv 2407.16067 (D, ELCA).
     """
     logits, mask = prepare_logits("logits", logits, where)
-    labels = jnp.asarray(labels)
-    checks.class_labels("labels", labels, logits)
+    labels = prepare_labels(labels, logits)
     batch, classes = logits.shape
     for k in ks:
         checks.integer_in("k in ks", k, 1)
@@ -169,13 +167,14 @@ def hierarchical(
     heights = jnp.asarray(tree.heights, jnp.float32)
     bits = jnp.asarray(tree.information, jnp.float32)[labels]
 
-    ordered = ~jnp.any(jnp.isnan(logits), axis=-1)
+    known = (labels >= 0) & (labels < classes)
+    ordered = known & ~jnp.any(jnp.isnan(logits), axis=-1)
     # top_k puts -0 below 0; for everyone else they are a tie.
     _, best = jax.lax.top_k(jnp.where(logits == 0, 0, logits), min(max(ks, default=1), classes))
     d = jnp.where(ordered[:, None], heights[labels[:, None], best], jnp.nan)
     wrong = (best[:, 0] != labels) | ~ordered
     of_first = jnp.take_along_axis(bits, best[:, :1], axis=1)[:, 0]
-    elca = jnp.sum(jax.nn.softmax(logits) * bits, axis=-1)
+    elca = jnp.where(known, jnp.sum(jax.nn.softmax(logits) * bits, axis=-1), jnp.nan)
     sums = {
         "count": _total(jnp.ones(batch, bool), mask),
         "mistakes": _total(wrong, mask),

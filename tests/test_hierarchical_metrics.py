@@ -99,6 +99,34 @@ def test_not_a_number_is_seen():
     assert sums["mistakes"] == 1 and np.isnan(sums["severity"]) and np.isnan(sums["hier_dist5"])
 
 
+def test_labels_in_small_types_count_as_they_are():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((64, 300)).astype(np.float32)
+    tree, *_ = tree_of(3, 300)
+    logits = np.pad(logits, ((0, 0), (0, len(tree.leaves) - 300)))
+    for dtype in (np.int8, np.uint8, np.int16, np.uint16):
+        labels = rng.integers(0, min(300, np.iinfo(dtype).max + 1), 64)
+        want = metrics.hierarchical(logits, labels.astype(np.int32), tree=tree)
+        found = metrics.hierarchical(logits, labels.astype(dtype), tree=tree)
+        assert {k: float(v) for k, v in found.items()} == {k: float(v) for k, v in want.items()}
+        want = metrics.classification(logits, labels.astype(np.int32))
+        assert metrics.classification(logits, labels.astype(dtype)) == want
+
+
+@pytest.mark.parametrize("wrong", [-1, 10])
+def test_a_label_that_is_no_class_is_seen(wrong):
+    labels = np.arange(10, dtype=np.int32)
+    labels[4] = wrong
+    where = np.ones(10)
+    logits = 50 * np.eye(10, dtype=np.float32)
+    sums = metrics.hierarchical(logits, labels, tree="digits", where=where)
+    assert sums["mistakes"] == 1
+    for name in sums.keys() - {"count", "mistakes"}:
+        assert np.isnan(sums[name]), name
+    where[4] = 0
+    assert metrics.hierarchical(logits, labels, tree="digits", where=where)["mistakes"] == 0
+
+
 def test_distances_of_shipped_trees():
     fashion = TREES["fashion_mnist"]()
     names = [fashion.names[n] for n in fashion.classes]

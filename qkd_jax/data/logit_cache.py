@@ -108,7 +108,13 @@ class CachedLogits:
         self.records = records
 
     def rows(self, index: np.ndarray, view: np.ndarray | int) -> np.ndarray:
-        """Returns the logits of training examples in views, float32 [batch, classes]."""
+        """Returns the logits of training examples in views, float32 [batch, classes].
+
+        Raises:
+            ValueError: a number that is no example's, or no view's.
+        """
+        checks.rows_within("index", np.asarray(index), self.wanted.examples)
+        checks.rows_within("view", np.asarray(view), self.wanted.views)
         found = self.records[view, index]
         if not self.wanted.top_k:
             return found["logits"].astype(np.float32)

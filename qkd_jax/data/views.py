@@ -56,8 +56,13 @@ class Views:
         return raw.reshape(count, each)
 
     def images(self, rows: np.ndarray, views: np.ndarray | int) -> np.ndarray:
-        """Returns uint8 [rows, H, W, C]: row `rows[i]` of the split as view `views[i]` shows it."""
+        """Returns uint8 [rows, H, W, C]: row `rows[i]` of the split as view `views[i]` shows it.
+
+        Raises:
+            ValueError: a number that is no row's.
+        """
         rows = np.asarray(rows)
+        checks.rows_within("rows", rows, len(self.dataset.train_images))
         views = np.broadcast_to(views, rows.shape)
         images = self.dataset.train_images[rows]
         for view in np.unique(views) if self._augment else ():

@@ -63,4 +63,5 @@ def classes_wanted(labels: Any, count: int, classes: int) -> np.ndarray:
             f"labels is {wanted.shape} from {wanted.min()} to {wanted.max()}; it must be one class "
             f"below {classes} for each of the {count} images."
         )
-    return wanted
+    # A gather by int8 overflows from 128 classes on.
+    return wanted.astype(np.promote_types(wanted.dtype, np.int32))

@@ -105,7 +105,9 @@ def crd(
         where: [batch] mask; examples where it is 0 or False give 0 and leave the banks alone.
 
     Returns:
-        ([batch] values, float32 or wider; the new memory). The authors weight it by 0.8.
+        ([batch] values, float32 or wider; the new memory). The authors weight it by 0.8. An id
+        outside [0, N), which cannot be checked while tracing, gives NaN for its example, unless
+        `where` leaves it out, and neither the banks nor the other examples' values change by it.
 
     Raises:
         ValueError: for shapes that do not fit, or numbers out of range.
@@ -141,6 +143,10 @@ def crd(
         )
     batch = gather_batch(student, teacher, mask, axis_name)
     student, teacher = unit(batch.student), unit(batch.teacher)
+    inside = (index >= 0) & (index < size)
+    batch = batch._replace(
+        kept=batch.kept & inside, all_kept=batch.all_kept & gathered(inside, axis_name)
+    )
     # Rows out of range are dropped by the scatters below; the mask sends its rows there.
     everywhere = gathered(jnp.where(batch.kept, index, size), axis_name)
     known = memory["label"].at[everywhere].set(gathered(labels, axis_name), mode="drop")
@@ -173,7 +179,7 @@ def crd(
         updated[name] = memory[name].at[everywhere].set(new.astype(memory[name].dtype), mode="drop")
     updated["log_z"] = jnp.stack(log_z).astype(jnp.float32)
     updated["started"] = memory["started"] | jnp.any(batch.all_kept)
-    return keep(value, mask), updated
+    return keep(jnp.where(inside, value, jnp.nan), mask), updated
 
 
 def crd_in_batch(
@@ -258,7 +264,9 @@ def _integers(name: str, x: Array, features: Array) -> Array:
             f"{name} has dtype {x.dtype} and shape {tuple(x.shape)}; it must hold integers of "
             f"shape ({features.shape[0]},), one per example."
         )
-    return x.astype(jnp.int32)
+    # In 64 bits 2^32 would become 0, a plausible id.
+    held = x if x.dtype.itemsize < 8 else jnp.where(abs(x) < 2**31, x, -1)
+    return held.astype(jnp.int32)
 
 
 def _log_mean_exp(scores: Array, kept: Array, axis_name: str | None) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.hierarchy import ClassTree, find
-from qkd_jax.losses.inputs.logits import keep, prepare_logits
+from qkd_jax.losses.inputs.logits import keep, prepare_labels, prepare_logits
 from qkd_jax.losses.inputs.shapes import Array, Logits, Mask, Scalar, Values
 
 
@@ -68,8 +68,7 @@ def hxe(
     """
     checks.number("alpha", alpha, low=0.0)
     logits, mask = prepare_logits("logits", logits, where)
-    labels = jnp.asarray(labels)
-    checks.class_labels("labels", labels, logits)
+    labels = prepare_labels(labels, logits)
     tree = find(tree, logits.shape[1])
     path, above, depth = (jnp.asarray(table)[labels] for table in _paths(tree))
     sums = _log_sums(tree, keep(logits, mask))
@@ -121,8 +120,7 @@ def tree_soft_labels(
     """
     checks.number("beta", beta, low=0.0)
     logits, mask = prepare_logits("logits", logits, where)
-    labels = jnp.asarray(labels)
-    checks.class_labels("labels", labels, logits)
+    labels = prepare_labels(labels, logits)
     heights = find(tree, logits.shape[1]).heights
     near = jnp.asarray(-heights / max(heights.max(), 1), logits.dtype)[labels]
     target = jax.nn.softmax(jnp.asarray(beta, logits.dtype) * near)
@@ -174,8 +172,7 @@ def lca_alignment(
     checks.number("power", power, low=0.0, low_allowed=False)
     checks.number("ce_weight", ce_weight, low=0.0)
     logits, mask = prepare_logits("logits", logits, where)
-    labels = jnp.asarray(labels)
-    checks.class_labels("labels", labels, logits)
+    labels = prepare_labels(labels, logits)
     bits = find(tree, logits.shape[1]).information
     # Scaling does not see a common factor: without it 10 bits to the 25th leave float32's range
     # of exact sums. The least value of a column is the label's own 0.
@@ -183,7 +180,7 @@ def lca_alignment(
     far = jnp.power(scaled, jnp.asarray(power, logits.dtype))
     far = far / jnp.maximum(jnp.max(far, axis=0, keepdims=True), jnp.finfo(logits.dtype).tiny)
     log_p = jax.nn.log_softmax(keep(logits, mask))
-    own = -jnp.take_along_axis(log_p, labels[:, None].astype(jnp.int32), axis=1)[:, 0]
+    own = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
     pulled = -jnp.mean((1 - far.T[labels]) * log_p, axis=-1)
     return _kept(jnp.asarray(ce_weight, logits.dtype) * own + pulled, labels, logits, mask)
 

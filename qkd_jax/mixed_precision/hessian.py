@@ -62,7 +62,8 @@ def mean_curvatures(
         if labels is None:
             target = jnp.exp(jax.lax.stop_gradient(logits))
         else:
-            target = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+            # In the labels' own type the classes from 128 on would be counted as int8.
+            target = jax.nn.one_hot(labels.astype(int), logits.shape[-1], dtype=logits.dtype)
         return -jnp.sum(target * logits) / (logits.size // logits.shape[-1])
 
     @jax.jit

@@ -46,6 +46,16 @@ def test_all_logits_come_back_in_float16(tmp_path):
     np.testing.assert_allclose(found.rows(index, view), logits[view, index], rtol=2**-11)
 
 
+@pytest.mark.parametrize("index", [[0, -1], [EXAMPLES], [2**40]])
+def test_a_number_that_is_no_example_is_refused(tmp_path, index):
+    found = cached.write(tmp_path / "cache", WANTED, parts(made()))
+    with pytest.raises(ValueError, match=rf"index holds {index[-1]}; .* from 0 to {EXAMPLES - 1}"):
+        found.rows(np.array(index), 0)
+    with pytest.raises(ValueError, match="view holds -1"):
+        found.rows(np.array([0]), -1)
+    assert found.rows(np.zeros(0, int), 0).shape[0] == 0
+
+
 def test_the_k_largest_keep_the_distribution_and_the_tail_is_flat(tmp_path):
     wanted = dataclasses.replace(WANTED, top_k=3)
     logits = made(wanted)

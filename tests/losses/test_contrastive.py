@@ -152,6 +152,52 @@ def test_hidden_examples_leave_the_memory_alone():
     assert not memory["started"]
 
 
+@pytest.mark.parametrize("negatives", [3, 64])  # a gather of rows, a product with the bank
+@pytest.mark.parametrize("wrong", [-1, 40, 2**31 - 1, -(2**31)])
+def test_an_id_that_is_none_is_not_a_number_and_changes_nothing_else(negatives, wrong):
+    student, teacher = waves((4, 6), 5), waves((4, 6), 6)
+    memory = crd_memory(40, 6, key=jax.random.key(3), labels=jnp.arange(40) % 4)
+    labels, ids = np.array([0, 1, 2, 3]), np.array([4, 9, 2, wrong], np.int32)
+
+    def run(where=None, mode="exact"):
+        def total(student):
+            value, new = crd(
+                *(student, teacher, labels, ids, memory, jax.random.key(9)),
+                negatives=negatives, mode=mode, where=where,
+            )  # fmt: skip
+            return jnp.sum(value[:3]), (value, new)
+
+        return jax.value_and_grad(total, has_aux=True)(student)
+
+    for mode in ("exact", "relax"):
+        (_, (value, new)), slope = run(mode=mode)
+        # Truth: what a batch gives that leaves the example out.
+        (_, (want, kept)), want_slope = run(np.array([1, 1, 1, 0]), mode)
+        assert np.isnan(value[3]) and want[3] == 0
+        np.testing.assert_array_equal(value[:3], want[:3])
+        np.testing.assert_array_equal(slope, want_slope)
+        for name in kept:
+            np.testing.assert_array_equal(new[name], kept[name], err_msg=name)
+        changed = np.flatnonzero(np.any(new["student"] != memory["student"], axis=1))
+        assert changed.tolist() == [2, 4, 9] and np.isfinite(new["log_z"]).all()
+
+
+def test_a_first_batch_without_a_known_id_starts_nothing():
+    ids = np.array([2, -1])
+    value, new = crd(STUDENT, TEACHER, LABELS, ids, MEMORY, jax.random.key(0), negatives=3)
+    assert np.isnan(value).all() and not new["started"]
+    np.testing.assert_array_equal(new["student"], MEMORY["student"])
+    np.testing.assert_array_equal(new["label"], MEMORY["label"])
+
+
+def test_ids_in_64_bits_are_not_cut():
+    with jax.enable_x64(True):
+        ids = np.array([1, 2**32], np.int64)
+        value, new = crd(STUDENT, TEACHER, LABELS, ids, MEMORY, jax.random.key(0), negatives=3)
+    assert np.isnan(value[1]) and np.isfinite(value[0])
+    np.testing.assert_array_equal(new["student"][0], MEMORY["student"][0])
+
+
 def test_four_devices_keep_one_memory():
     student, teacher = waves((8, 6), 1), waves((8, 6), 2)
     labels, index = np.arange(8) % 3, np.arange(8)

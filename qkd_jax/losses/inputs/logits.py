@@ -43,6 +43,17 @@ def keep(x: Float[Array, " batch *rest"], mask: Kept) -> Float[Array, " batch *r
     return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, 0.0)
 
 
+def prepare_labels(labels: Array, logits: Matrix) -> Array:
+    """Checks labels; returns them in a type that holds every class.
+
+    An index into a table of 200 rows, or a comparison with 200, overflows in int8.
+    """
+    labels = jnp.asarray(labels)
+    checks.class_labels("labels", labels, logits)
+    # Wider ones stay: 2^32 would become class 0. Large uint32 become negative, which no class is.
+    return labels if labels.dtype.itemsize > 4 else labels.astype(jnp.int32)
+
+
 def hits(
     labels: Array, logits: Matrix
 ) -> tuple[Bool[Array, "batch classes"], Bool[Array, " batch"]]:
@@ -51,9 +62,7 @@ def hits(
     A comparison instead of a gather: its gradient is a product, not a scatter, and a label that is
     out of range hits no class instead of wrapping around.
     """
-    labels = jnp.asarray(labels)
-    checks.class_labels("labels", labels, logits)
-    hit = labels.astype(jnp.int32)[:, None] == jnp.arange(logits.shape[1])[None, :]
+    hit = prepare_labels(labels, logits)[:, None] == jnp.arange(logits.shape[1])[None, :]
     return hit, jnp.any(hit, axis=-1)
 
 
