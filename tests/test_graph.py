@@ -191,3 +191,11 @@ def test_constants_have_the_bits_of_the_compiled_function():
     one_by_one, _ = standardized(variables, jnp.zeros(kernel.shape))
     assert np.any(np.asarray(one_by_one) != np.asarray(compiled))  # else this shows nothing
     np.testing.assert_array_equal(traced.constants[traced.outputs[1]], thrice)
+
+
+def test_a_reshape_that_reorders_axes_first_is_evaluated_so():
+    # As jax.vmap writes the kernels of a convolution's members side by side.
+    table = np.arange(6, dtype=np.float32).reshape(2, 3)
+    read = lambda v, x: x + jax.lax.reshape(v["table"], (6,), (1, 0))
+    traced = graph.trace(read, {"table": table}, np.zeros(6, np.float32))
+    np.testing.assert_array_equal(traced.run(np.zeros(6, np.float32)), [0, 3, 1, 4, 2, 5])

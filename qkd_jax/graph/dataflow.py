@@ -52,6 +52,13 @@ class Graph:
         """Returns a value's dtype."""
         return self.avals[value].dtype
 
+    def batch_axis(self, value: int) -> int:
+        """Returns the axis of a value that counts examples; 0 where none is recognised."""
+        batch = self.batch
+        if batch is None:
+            return 0
+        return next((i for i, n in enumerate(self.shape(value)) if n and n % batch == 0), 0)
+
     def producer(self, value: int) -> Node | None:
         """Returns the node that writes a value, a constant's too; None for inputs and leaves."""
         pending = getattr(self.constants, "pending", {})

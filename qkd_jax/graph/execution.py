@@ -12,7 +12,7 @@ from qkd_jax.graph.families import MARKERS
 
 INLINED = frozenset(
     "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call "
-    "custom_vjp_call_jaxpr custom_lin".split()
+    "custom_vjp_call_jaxpr custom_lin custom_vmap_call".split()
 )
 
 
@@ -21,6 +21,16 @@ def _broadcast_in_dim(params: Mapping[str, Any], x: np.ndarray) -> np.ndarray:
     for axis, size in zip(params["broadcast_dimensions"], x.shape, strict=True):
         shape[axis] = size
     return np.broadcast_to(x.reshape(shape), params["shape"])
+
+
+def _reordered(x: np.ndarray, dimensions: Any) -> np.ndarray:
+    return x if dimensions is None else x.transpose(dimensions)
+
+
+def _slices(params: Mapping[str, Any]) -> tuple[slice, ...]:
+    ends = params["start_indices"], params["limit_indices"]
+    steps = params["strides"] or (1,) * len(ends[0])
+    return tuple(map(slice, *ends, steps))
 
 
 # Constants are many and small: these operations give the same bits in NumPy, without a compilation
@@ -36,9 +46,10 @@ NUMPY: dict[str, Callable[..., Any]] = {
     "min": lambda _, x, y: np.minimum(x, y),
     "mul": lambda _, x, y: x * y,
     "neg": lambda _, x: -x,
-    "reshape": lambda p, x: x.reshape(p["new_sizes"]),
+    "reshape": lambda p, x: _reordered(x, p["dimensions"]).reshape(p["new_sizes"]),
     "round": lambda p, x: np.rint(x) if int(p["rounding_method"]) else jax.lax.round(x),
     "rev": lambda p, x: np.flip(x, p["dimensions"]),
+    "slice": lambda p, x: x[_slices(p)],
     "squeeze": lambda p, x: np.squeeze(x, p["dimensions"]),
     "stop_gradient": lambda _, x: x,
     "sub": lambda _, x, y: x - y,
@@ -165,7 +176,7 @@ def literal(v: Any) -> np.ndarray:
 
 def called_jaxpr(params: Mapping[str, Any]) -> core.ClosedJaxpr:
     """Returns the jaxpr that a call-like equation runs."""
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         if isinstance(params.get(key), core.ClosedJaxpr):
             return params[key]
         if isinstance(params.get(key), core.Jaxpr):

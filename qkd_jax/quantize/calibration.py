@@ -18,6 +18,7 @@ from qkd_jax.numerics import Spec, stats
 from qkd_jax.observers import OBSERVERS
 from qkd_jax.quantize.contraction import OperandGrid
 from qkd_jax.quantize.interception import Frame
+from qkd_jax.quantize.lifted import StackedAxes, like, of_rank, probes, stacked_axes
 from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.operands import OperandHook, OperandUse
 from qkd_jax.quantize.variables import (
@@ -95,7 +96,7 @@ def calibrate(
     start = without_quantizers(variables, chosen)
 
     frames: list[Frame] = []
-    first = _observe(net, start, inputs, kwargs, specs, chosen, frames=frames)
+    first, stacked = _observe(net, start, inputs, kwargs, specs, chosen, frames=frames)
     # `init` has checked this, but a net may start from a float checkpoint without it.
     modules, layers = frames[0].modules, set(frames[0].seen)
     if kwargs.get("method") not in (None, "__call__"):  # it may reach a part of the net
@@ -112,24 +113,26 @@ def calibrate(
     second: dict[Key, Tree] = {}
     if searching:
         known = {key: measured[key] for key in searching}
-        second = _observe(net, start, inputs, kwargs, specs, chosen, known)
+        second, _ = _observe(net, start, inputs, kwargs, specs, chosen, known)
 
     result = {**start, "quant": start.get("quant", {})}
     for key, moments in measured.items():
         path, operand = key
-        spec = specs(path, operand)
+        spec, axes = specs(path, operand), stacked[key]
         assert spec is not None
+        moments = axes.in_front(moments)
         if spec.dynamic:
             # Nothing is kept but that the operand is quantized from now on.
             mark = jax.numpy.ones_like(moments.count)  # one for each step of a scanned layer
-            result = insert(result, quantizer_path(path, operand), {"dynamic": mark})
+            result = insert(result, quantizer_path(path, operand), axes.in_place({"dynamic": mark}))
             continue
         _check_sign(path, operand, spec, moments)
         _check_silent(path, operand, moments)
         state = second[key]["observer"] if key in searching else first[key]["observer"]
+        state = axes.in_front(state)
         lo, hi = _named(key, OBSERVERS[specs.observer(path, operand)].range, state, spec)
         params = QUANTIZERS[spec.quantizer].init(moments._replace(lo=lo, hi=hi), spec)
-        result = insert(result, quantizer_path(path, operand), params)
+        result = insert(result, quantizer_path(path, operand), axes.in_place(params))
     for path, operand, params in quantizers(variables):
         if operand in chosen and (path, operand) not in measured and net.spec_of(path, operand):
             result = insert(result, quantizer_path(path, operand), params)
@@ -260,8 +263,8 @@ def _observe(
     chosen: Sequence[str],
     known: Mapping[Key, Any] | None = None,
     frames: list[Frame] | None = None,
-) -> dict[Key, Tree]:
-    """Runs the net over all inputs and returns each operand's state.
+) -> tuple[dict[Key, Tree], dict[Key, StackedAxes]]:
+    """Runs the net over all inputs; returns each operand's state and its stacked axes.
 
     Args:
         net: the net.
@@ -298,7 +301,13 @@ def _observe(
             frames.append(frame)
         return split_states(out["params"], _KIND)
 
-    def start(_: Tree | None, use: OperandUse, axes: tuple[int, ...]) -> Tree:
+    kept: dict[Key, tuple[int, bool]] = {}  # (rank, whether all of the operand shares parameters)
+
+    def keep(tree: Tree, use: OperandUse, axes: tuple[int, ...]) -> Tree:
+        kept[use.path, use.operand] = rank, shared = use.cut(use.x).ndim, not axes
+        return of_rank(tree, rank, shared=shared)
+
+    def empty(use: OperandUse, axes: tuple[int, ...]) -> Tree:
         key, x = (use.path, use.operand), use.cut(use.x)
         shape = tuple(n if i in axes else 1 for i, n in enumerate(x.shape)) if axes else ()
         observer = OBSERVERS[specs.observer(*key)]
@@ -306,11 +315,21 @@ def _observe(
         has_state = not observer.NEEDS_STATS if known is None else key in known
         if has_state:
             state["observer"] = observer.init(shape, use.spec)
+            if known is not None:
+                state["stats"] = stats.Stats(*[jax.numpy.zeros(shape)] * len(stats.Stats._fields))
         return state
+
+    def start(_: Tree | None, use: OperandUse, axes: tuple[int, ...]) -> Tree:
+        state = empty(use, axes)
+        return keep({name: state[name] for name in state if name != "stats"}, use, axes)
+
+    def probe(_: Tree | None, use: OperandUse, axes: tuple[int, ...]) -> Tree:
+        return probes(kept[use.path, use.operand][0])
 
     def update(state: Tree | None, use: OperandUse, axes: tuple[int, ...]) -> Tree:
         # The moments lie beside the state, so that a scanned layer sees its own slice of them.
-        state, new = state or {}, {}
+        state, template, new = state or {}, empty(use, axes), {}
+        state = like(state, {name: template[name] for name in state})
         x = jax.lax.stop_gradient(use.cut(use.x))
         if "sums" in state:
             new["sums"] = stats.merge(state["sums"], stats.measure(x, channel_axes=axes))
@@ -321,17 +340,23 @@ def _observe(
             new["observer"] = observer.update(
                 state["observer"], x, use.spec, channel_axes=axes, **moments
             )
-        return new
+        return keep(new, use, axes)
 
     # The states' tree comes from a run of which nothing but the empty states is computed.
     observed = jax.jit(lambda v, a: run(v, {}, a, start))(variables, inputs[0])
+    found = {key: StackedAxes(*kept[key]) for key in kept}
+    if any(s["sums"].lo.ndim > kept[p, o][0] for p, o, s in states(observed, _KIND) if "sums" in s):
+        shapes = jax.eval_shape(lambda v, a: run(v, {}, a, probe), variables, inputs[0])
+        probed = {(path, operand): state for path, operand, state in states(shapes, _KIND)}
+        found = {key: stacked_axes(*kept[key], probed[key]) for key in kept}
     for (path, operand), moments in (known or {}).items():
         observed = insert(observed, join(path, state_key(operand, _KIND), "stats"), moments)
     # The variables are arguments: XLA would fold the statistics of constants, slowly.
     step = jax.jit(lambda v, s, a: run(v, s, a, update))
     for arguments in inputs:
         observed = step(variables, observed, arguments)
-    return {(path, operand): state for path, operand, state in states(observed, _KIND) if state}
+    seen = {(path, operand): state for path, operand, state in states(observed, _KIND) if state}
+    return seen, found
 
 
 def _named(key: Key, function: Callable[..., Any], *args: Any) -> Any:

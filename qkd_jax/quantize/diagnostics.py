@@ -21,6 +21,7 @@ from qkd_jax.numerics import Spec, codes_of, compute_dtype
 from qkd_jax.quantize.calibration import model_arguments
 from qkd_jax.quantize.contraction import OperandGrid
 from qkd_jax.quantize.interception import Frame
+from qkd_jax.quantize.lifted import like
 from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.operands import OperandUse
 from qkd_jax.quantize.variables import DIAGNOSED, split_states, state_key, states
@@ -176,9 +177,9 @@ def diagnose(
 
 def _runner(
     net: QuantizedModel, kwargs: Mapping[str, Any]
-) -> tuple[Callable[..., Tree], dict[tuple[str, str], None]]:
-    """Returns (compiled function of variables and arguments, the operands in running order)."""
-    order: dict[tuple[str, str], None] = {}
+) -> tuple[Callable[..., Tree], dict[tuple[str, str], int]]:
+    """Returns (compiled function of variables and arguments, {operand in running order: rank})."""
+    order: dict[tuple[str, str], int] = {}
 
     def hook(use: OperandUse) -> tuple[jax.Array, OperandGrid | None]:
         """Quantizes an operand and adds what it does to the sums next to its quantizer."""
@@ -186,12 +187,14 @@ def _runner(
         if params is not None:
             key = state_key(use.operand, _KIND)
             sums = _sums(use.cut(use.x), use.cut(x_hat), use.spec, params, use.operand)
-            before = use.read(key)  # a layer that the net calls again
-            if before is None:
-                use.write(key, sums)
-            elif use.operand != "weight":
-                use.write(key, _added(before, sums))
-            order[use.path, use.operand] = None
+            before, rank = use.read(key), use.x.ndim
+            if before is not None:  # a layer that the net calls again
+                before = like(before, sums)
+                sums = before if use.operand == "weight" else _added(before, sums)
+            # All of the operand's rank, so that a lifted layer stacks them along one axis.
+            fill = {name: (1,) * (rank - value.ndim) for name, value in sums.items()}
+            use.write(key, {n: jnp.reshape(v, fill[n] + v.shape) for n, v in sums.items()})
+            order[use.path, use.operand] = rank
         return x_hat, grid
 
     def run(variables: Mapping[str, Any], arguments: tuple[Any, ...]) -> Tree:
@@ -202,16 +205,19 @@ def _runner(
     return jax.jit(run), order
 
 
-def _separate(summed: Tree, order: Iterable[tuple[str, str]]):
+def _separate(summed: Tree, ranks: Mapping[tuple[str, str], int]):
     """Yields ((path, operand, step of a scan or None), sums) of one batch, in running order."""
     found = {(path, operand): sums for path, operand, sums in states(summed, _KIND)}
-    for path, operand in order:
+    for (path, operand), rank in ranks.items():
         sums = found[path, operand]
         shape = np.shape(sums["count"])
         # The steps of a scanned or vmapped layer are layers, each with quantizers of its own.
-        for step, index in enumerate(np.ndindex(*shape)):
-            key = (path, operand, step if shape else None)
-            yield key, {name: value[index] for name, value in sums.items()}
+        stacked = [axis for axis, size in enumerate(shape) if size != 1]
+        flat = {name: np.moveaxis(a, stacked, range(len(stacked))) for name, a in sums.items()}
+        for step in range(math.prod(shape)):
+            key = (path, operand, step if len(shape) > rank else None)
+            of_step = {n: a.reshape(math.prod(shape), -1)[step] for n, a in flat.items()}
+            yield key, {n: a if n == "codes" else a[0] for n, a in of_step.items()}
 
 
 def _sums(x: Any, x_hat: Any, spec: Spec, params: Any, operand: str) -> Tree:

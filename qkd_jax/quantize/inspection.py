@@ -93,8 +93,11 @@ def _spec(net: QuantizedModel, path: str, operand: str, quant: Any) -> Spec | No
     return None if spec is None else in_use(spec, quant.get(quantizer_key(operand)))
 
 
-def _scales(spec: Spec, params: Any, use: LayerUse) -> int:
-    """Counts a weight's scales and zero points (float32 numbers), as stored or as planned."""
+def _scales(spec: Spec, params: Any, use: LayerUse, layers: int) -> int:
+    """Counts a weight's scales and zero points (float32 numbers), as stored or as planned.
+
+    A scanned or vmapped layer is several `layers`, with scales of their own.
+    """
     if params is not None and not spec.dynamic:
         grid_of = QUANTIZERS[spec.quantizer].integer_view
         scale = jax.eval_shape(lambda p: (grid_of(p, spec) or (None,))[0], params)
@@ -102,10 +105,10 @@ def _scales(spec: Spec, params: Any, use: LayerUse) -> int:
             return _count(params)
         count = math.prod(scale.shape)
     elif spec.granularity == "tensor":
-        count = 1
+        count = layers
     else:
         shape = use.shapes["weight"]
-        count = math.prod(shape[axis] for axis in use.weight_channels)
+        count = layers * math.prod(shape[axis] for axis in use.weight_channels)
         if isinstance(spec.granularity, int):
             count *= shape[use.group_axis] // spec.granularity
     return count if spec.symmetric else 2 * count
@@ -139,7 +142,8 @@ def layers(
             if net.spec_of(path, operand) is not None and quantizer_key(operand) not in quant
         )
         if weight is not None and (planned or "weight" not in uncalibrated):
-            scales = _scales(weight, quant.get(quantizer_key("weight")), use)
+            stacked = max(table // max(math.prod(use.shapes["weight"]), 1), 1)
+            scales = _scales(weight, quant.get(quantizer_key("weight")), use, stacked)
             bits += table * (weight.bits - 32) + 32 * scales
         found.append(
             LayerInfo(

@@ -10,13 +10,14 @@ layer's parameters do, where values handed to a callback would leak.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from qkd_jax.graph import marker_name
 from qkd_jax.numerics import Spec, widened
@@ -87,8 +88,14 @@ class OperandUse:
 
     @property
     def params(self) -> Mapping[str, jax.Array] | None:
-        """The quantizer's parameters, or None before calibration."""
-        return self.read(quantizer_key(self.operand))
+        """The quantizer's parameters, or None before calibration; numbers where all x shares them.
+
+        Those of a lifted layer (`nn.scan`, `nn.vmap`) are kept with the rank of x.
+        """
+        params = self.read(quantizer_key(self.operand))
+        if params is None or self.axes:
+            return params
+        return jax.tree.map(lambda a: jnp.reshape(a, ()) if a.size == 1 else a, params)
 
     def read(self, key: str) -> Any:
         """Returns a variable next to the quantizer, or None."""
@@ -164,11 +171,12 @@ def mark_operand(use: OperandUse) -> tuple[jax.Array, None]:
 
     Its result is float32 or wider: a layer of bfloat16 casts it, and what reads codes need not.
     """
-    dynamic_axes = ""
+    own = None
     if use.spec.dynamic:  # no parameter shows which axes have a range of their own
-        dynamic_axes = "".join("01"[axis in use.axes] for axis in range(use.x.ndim))
-    name, params = marker_name("quantizer", use.path, use.operand, dynamic_axes), use.params
+        own = tuple(axis in use.axes for axis in range(use.x.ndim))
+    params = use.params
     if params is None:
+        name = marker_name("quantizer", use.path, use.operand, _axes_text(own))
         return _marked(name, _unchanged, use.x), None
     keys = sorted(params)
 
@@ -176,7 +184,59 @@ def mark_operand(use: OperandUse) -> tuple[jax.Array, None]:
         given = dict(zip(keys, leaves, strict=True))
         return use.fake_quant(x, given, batch_axes=(), key=None)[0]
 
-    return _marked(name, fake_quant, use.x, *(params[k] for k in keys)), None
+    values = [params[k] for k in keys]
+    return _marked_quantizer(use.path, use.operand, own, fake_quant, use.x, values), None
+
+
+def _axes_text(own: tuple[bool, ...] | None) -> str:
+    return "" if own is None else "".join("01"[axis] for axis in own)
+
+
+def _marked_quantizer(
+    path: str,
+    operand: str,
+    own: tuple[bool, ...] | None,
+    function: Callable[..., jax.Array],
+    x: jax.Array,
+    params: Sequence[jax.Array],
+) -> jax.Array:
+    """Runs a quantizer as one equation, whose parameters broadcast against x under vmap too.
+
+    The members of a vmapped layer lie along the first axis of what the equation reads and writes.
+
+    Args:
+        path: the layer's path.
+        operand: the operand's name.
+        own: per axis of x, whether it has dynamic ranges of its own; None for static ones.
+        function: the quantizer, of x and its parameters.
+        x: the operand.
+        params: its parameters, numbers or of the rank of x with its groups cut.
+    """
+    name = marker_name("quantizer", path, operand, _axes_text(own))
+    call = custom_vmap(lambda x, *params: _marked(name, function, x, *params))
+
+    @call.def_vmap
+    def _(size: int, is_mapped: Any, x: jax.Array, *params: jax.Array) -> tuple[jax.Array, bool]:
+        x_mapped, *mapped = is_mapped
+        if own is not None and not x_mapped:  # the range is that of x: one for all members
+            one = [p[0] if m else p for p, m in zip(params, mapped, strict=True)]
+            return _marked_quantizer(path, operand, own, function, x, one), False
+        rank, stacked = x.ndim - x_mapped, []
+        for param, is_stacked in zip(params, mapped, strict=True):
+            if is_stacked and param.ndim == 1:  # a number of each member
+                param = jnp.reshape(param, (size, *(1,) * rank))
+            stacked.append(param if is_stacked or param.ndim == 0 else param[None])
+
+        def members(x: jax.Array, *params: jax.Array) -> jax.Array:
+            shared = [p.ndim == 0 or p.shape[0] == 1 for p in params]
+            args = [p[0] if s and p.ndim else p for p, s in zip(params, shared, strict=True)]
+            return jax.vmap(function, (0, *(None if s else 0 for s in shared)))(x, *args)
+
+        x = x if x_mapped else jnp.broadcast_to(x, (size, *x.shape))
+        ranges = None if own is None else (True, *own)
+        return _marked_quantizer(path, operand, ranges, members, x, stacked), True
+
+    return call(x, *params)
 
 
 def mark_skipped(path: str, operand: str, x: jax.Array) -> jax.Array:

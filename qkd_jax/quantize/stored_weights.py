@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from qkd_jax.numerics import Spec, codes_of
 from qkd_jax.quantize.model import QuantizedModel
+from qkd_jax.quantize.operands import split_groups
 from qkd_jax.quantize.variables import TABLES, quantizer_params, quantizers
 from qkd_jax.quantizers import QUANTIZERS, live
 from qkd_jax.trees import get, join, put
@@ -33,6 +34,9 @@ class StoredWeight:
 @dataclasses.dataclass(frozen=True)
 class Rounded:
     """A weight on its grid, all in the array's own shape but for the groups that are cut.
+
+    Where a lifted layer (`nn.scan`, `nn.vmap`) stacks steps or members between the groups' two
+    axes, those of the groups' entries lie behind them, as in the parameters.
 
     Attributes:
         values: the float weights, in float32 or wider.
@@ -81,14 +85,9 @@ def rounded(learned: Tree, weight: StoredWeight) -> Rounded:
     params = jax.tree.map(jax.lax.stop_gradient, params)
     spec, quantizer = weight.spec, QUANTIZERS[weight.spec.quantizer]
     if isinstance(spec.granularity, int):
-        wide = _cut(wide, spec.granularity, jax.tree.leaves(params)[0].shape)
-    # A layer in nn.scan or nn.vmap has a first axis of its own, also where its scale is a number.
-    params = {
-        key: jnp.reshape(value, (*value.shape, *(1,) * (wide.ndim - value.ndim)))
-        if 0 < value.ndim < wide.ndim
-        else value
-        for key, value in params.items()
-    }
+        size = spec.granularity
+        axis, entries = _group_axes(wide.shape, size, jax.tree.leaves(params)[0].shape)
+        wide = jnp.moveaxis(split_groups(wide, axis, size), axis + 1, entries)
     params = live(wide, params, spec)
     on_grid = quantizer.fake_quant(wide, params, spec)
     scale, *_ = quantizer.integer_view(params, spec)
@@ -99,22 +98,27 @@ def rounded(learned: Tree, weight: StoredWeight) -> Rounded:
 
 
 def with_weight(learned: Tree, weight: StoredWeight, values: jax.Array) -> dict[str, Any]:
-    """Returns the tree with other values of a weight, of its shape up to groups that are cut."""
-    return put(learned, weight.array, jnp.reshape(values, get(learned, weight.array).shape))
+    """Returns the tree with other values of a weight, in the shape of `Rounded`."""
+    shape, size = get(learned, weight.array).shape, weight.spec.granularity
+    if isinstance(size, int):
+        params = quantizer_params(learned, weight.path, "weight")
+        axis, entries = _group_axes(shape, size, jax.tree.leaves(params)[0].shape)
+        values = jnp.moveaxis(values, entries, axis + 1)
+    return put(learned, weight.array, jnp.reshape(values, shape))
 
 
-def _cut(values: jax.Array, size: int, shape: tuple[int, ...]) -> jax.Array:
-    """Cuts the axis that the parameters' shape says: [..., n / size, 1, ...]."""
-    for axis, count in enumerate(values.shape):
-        fits = shape[axis] * size == count and shape[axis + 1] == 1
-        if fits and all(
-            n in (1, m)
-            for n, m in zip(
-                (*shape[:axis], *shape[axis + 2 :]),
-                (*values.shape[:axis], *values.shape[axis + 1 :]),
-                strict=True,
-            )
-        ):
-            cut = (*values.shape[:axis], count // size, size, *values.shape[axis + 1 :])
-            return jnp.reshape(values, cut)
-    raise ValueError(f"parameters of shape {shape} fit no groups of {size} in {values.shape}.")
+def _group_axes(array: tuple[int, ...], size: int, params: tuple[int, ...]) -> tuple[int, int]:
+    """Returns (the axis of an array that groups cut, the axis of their entries in parameters)."""
+    for entries, one in enumerate(params):
+        if one != 1:
+            continue
+        rest = (*params[:entries], *params[entries + 1 :])
+        for axis in range(min(entries, len(array))):
+            fits = [n in (1, m) for n, m in zip(rest, array, strict=True)]
+            fits[axis] = rest[axis] * size == array[axis]
+            if all(fits):
+                return axis, entries
+    raise ValueError(
+        f"parameters of shape {params} fit no groups of {size} in a weight of shape {array}. "
+        "Calibrate again."
+    )

@@ -246,11 +246,6 @@ def dynamic_grid(traced: TracedNet, marker: Node) -> tuple[IntFormat, tuple[int,
     spec, where = traced.spec(marker), _named(traced, marker)
     _check_granularity(where, spec)
     own = marker.params["dynamic_axes"]
-    if len(own) != len(traced.graph.shape(marker.inputs[0])):
-        raise ValueError(
-            f"{where} finds its range at run time under a transformation such as nn.vmap, which "
-            "moves its axes. Use dynamic=False and calibrate."
-        )
     axes = tuple(axis for axis, kept in enumerate(own) if kept == "1")
     params = dynamic_params(jnp.ones((1,) * len(own)), spec, axes)
     found = QUANTIZERS[spec.quantizer].integer_view(params, spec)
@@ -325,7 +320,8 @@ def scale_in_output(contraction: TracedContraction, side: int, scale: np.ndarray
     Args:
         contraction: the contraction.
         side: 0 for the left operand, 1 for the right one.
-        scale: a scalar, or one value per entry of the axes that reach the output.
+        scale: a scalar, or one value per entry of the axes that reach the output; of the input of
+            a grouped convolution also one for each group.
 
     Raises:
         ValueError: the scale varies along an axis that is summed over.
@@ -338,6 +334,16 @@ def scale_in_output(contraction: TracedContraction, side: int, scale: np.ndarray
         whole = operand.moved(np.broadcast_to(scale, operand.marker_shape))
         first = (slice(0, 1) if out is None else slice(None) for out in operand.output_axes)
         scale = whole[tuple(first)]
+        if operand.name != "weight":  # broadcast over examples, whose number is another one at run
+            for axis in range(scale.ndim):
+                one = scale.take([0], axis)
+                if np.array_equal(np.broadcast_to(one, scale.shape), scale):
+                    scale = one
+        if not np.array_equal(np.broadcast_to(scale, whole.shape), whole):
+            by_group = _scale_of_groups(contraction, side, whole)
+            if by_group is not None:
+                return by_group
+            scale = whole  # refused below
     try:
         return graphs.scale_in_output(scale, operand.output_axes, contraction.rank)
     except ValueError as error:
@@ -348,6 +354,27 @@ def _is_cast(graph: Graph, node: Node) -> bool:
     """Whether a node casts from one float type to another."""
     types = (graph.dtype(v) for v in (*node.inputs, *node.outputs))
     return node.op == "convert_element_type" and all(jnp.issubdtype(t, jnp.floating) for t in types)
+
+
+def _scale_of_groups(
+    contraction: TracedContraction, side: int, whole: np.ndarray
+) -> np.ndarray | None:
+    """Returns the scales of a grouped convolution's input in its output: one for each group.
+
+    So `nn.vmap` runs convolutions: the members are the groups. None where there is no such scale.
+    """
+    params = contraction.node.params
+    groups = params.get("feature_group_count", 1)
+    if side == 1 or groups == 1:
+        return None
+    numbers = params["dimension_numbers"]
+    moved = np.moveaxis(whole, numbers.lhs_spec[1], 0).reshape(groups, -1)
+    if (moved != moved[:, :1]).any():
+        return None
+    channels = contraction.operands[1].shape[numbers.rhs_spec[0]]
+    shape = [1] * contraction.rank
+    shape[numbers.out_spec[1]] = channels
+    return np.repeat(moved[:, 0], channels // groups).reshape(shape)
 
 
 def _operand(graph: Graph, value: int, axes: tuple[int | None, ...]) -> Operand:
