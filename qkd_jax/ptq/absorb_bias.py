@@ -94,14 +94,16 @@ def absorb_bias(
         layer = link.source.layer
         own = bias_site(traced, link.source.product, variable_readers)
         if node.op in ("add", "sub"):  # the last constant before the ReLU, of a BatchNorm say
-            own = BiasSite(link.shifts[-1], 1 if node.op == "add" else -1, node)
+            last = len(traced.graph.shape(node.outputs[0])) - 1
+            own = BiasSite(link.shifts[-1], 1 if node.op == "add" else -1, node, (last,))
         sites = [bias_site(traced, t.product, variable_readers) for t in link.targets]
         norm = norms.get(layer)
         if how == "empirical":
             moments = _measured(stream.values(node.outputs[0]))
         else:
             moments = output_moments(result, norm) if norm else None
-        if own is None or moments is None or None in sites:
+        one = all(kernel.one_output for kernel in (link.source, *link.targets))
+        if own is None or moments is None or None in sites or not one:
             if report is not None:
                 lacks = "are no statistics" if moments is None else "is no place for a bias"
                 report(f"left {layer}: there {lacks}")

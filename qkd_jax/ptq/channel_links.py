@@ -151,7 +151,7 @@ def _is_homogeneous(graph: Graph, node: Node, hits: list[int], channels: int) ->
     if node.op in ("reshape", "squeeze", "expand_dims"):
         # In the row-major order of both, an element's index in the last axis, modulo the number of
         # channels, stays as it is.
-        return after[-1] % channels == 0
+        return after[-1] % channels == 0 and not (node.op == "reshape" and params["dimensions"])
     if node.op == "slice":
         return before[-1] == after[-1] and (params["strides"] or (1,))[-1] == 1
     if node.op == "pad":

@@ -128,10 +128,10 @@ def _empirical(
             if site is not None and twin_site is not None:
                 layers.append((product, site, twin_site))
     for product, site, twin_site in sorted(layers, key=lambda row: quantized.index[row[1].node]):
-        error = _mean(product, quantized.values(site.value))
-        error = error - _mean(product, floats.values(twin_site.value))
+        error = _mean(site, quantized.values(site.value))
+        error = error - _mean(twin_site, floats.values(twin_site.value))
         result = add_to_output(result, site, -error)
-        shift = _in_output(product, error)
+        shift = _in_output(site, error, len(traced.graph.shape(site.value)))
         quantized.replace(site.value, lambda y, shift=shift: y - jnp.asarray(shift, y.dtype))
         say(_corrected(product, site, error))
     return result
@@ -153,7 +153,7 @@ def _analytic(
         layer_kernel = kernel(traced, product, variable_readers)
         if site is None or layer_kernel is None:
             continue
-        if layer_kernel.in_axis is None or layer_kernel.out_axis is None:
+        if layer_kernel.in_axis is None or not layer_kernel.one_output:
             continue
         mean = means.get(product.path)
         if mean is None:
@@ -166,22 +166,17 @@ def _analytic(
     return result
 
 
-def _features(product: TracedContraction) -> tuple[int, ...]:
-    """The output's axes that come from the weight."""
-    return tuple(sorted(o for o in product.operands[1].output_axes if o is not None))
-
-
-def _mean(product: TracedContraction, values: list[Any]) -> np.ndarray:
-    """Mean per output channel over all batches."""
-    axes = tuple(i for i in range(product.rank) if i not in _features(product))
+def _mean(site: BiasSite, values: list[Any]) -> np.ndarray:
+    """Mean per feature over all batches."""
+    axes = tuple(i for i in range(values[0].ndim) if i not in site.features)
     sums = [np.asarray(v, np.float64).sum(axis=axes) for v in values]
     return sum(sums) * (sums[0].size / sum(v.size for v in values))
 
 
-def _in_output(product: TracedContraction, error: np.ndarray) -> np.ndarray:
-    """Reshapes a number per output channel to the output's rank."""
-    shape = [1] * product.rank
-    for axis, size in zip(_features(product), error.shape, strict=True):
+def _in_output(site: BiasSite, error: np.ndarray, rank: int) -> np.ndarray:
+    """Reshapes a number per feature to the output's rank."""
+    shape = [1] * rank
+    for axis, size in zip(site.features, error.shape, strict=True):
         shape[axis] = size
     return error.reshape(shape)
 

@@ -17,13 +17,13 @@ from qkd_jax.numerics import Spec
 from qkd_jax.ptq.gptq_core import quantize_columns
 from qkd_jax.ptq.kernel_matrices import KernelMatrices, hessian, kernel_matrices
 from qkd_jax.ptq.kernels import kernel
-from qkd_jax.ptq.leaves import readers
+from qkd_jax.ptq.leaves import entries, put_entries, readers
 from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import contractions, quantizer_params, trace_net
-from qkd_jax.quantize.variables import quantizer_path, quantizers, refuse_folded, without_quantizers
+from qkd_jax.quantize.variables import quantizers, refuse_folded, without_quantizers
 from qkd_jax.quantizers import QUANTIZERS
-from qkd_jax.trees import get, put
+from qkd_jax.trees import get
 
 
 def gptq(
@@ -99,9 +99,9 @@ def gptq(
                 f"weight of layer {product.path!r} has dynamic=True: its grid would move with the "
                 "rounding. Use dynamic=False and calibrate."
             )
-        layer_kernel = kernel(traced, product, variable_readers)
+        layer_kernel = kernel(traced, product, variable_readers, part=True)
         layout = kernel_matrices(layer_kernel, spec) if layer_kernel is not None else None
-        if layout is None or hasattr(QUANTIZERS[spec.quantizer], "live"):
+        if layer_kernel is None or layout is None or hasattr(QUANTIZERS[spec.quantizer], "live"):
             if report is not None:
                 report(f"left {product.path}: its weight is shared or rearranged")
             continue
@@ -111,7 +111,8 @@ def gptq(
                 f"inputs of layer {product.path!r} are not all finite; check the images' "
                 "normalisation and the weights."
             )
-        old = np.asarray(get(result, layout.path), np.float32)
+        old = np.asarray(get(result, layer_kernel.path), np.float32)
+        old = old.reshape(-1)[layer_kernel.entries]
         params = quantizer_params(traced, weight.marker)
         new, params = _rounded(layout, old, h, params, spec, percdamp, block)
         leaves = [jnp.asarray(params[k]) for k in sorted(params)]
@@ -122,9 +123,10 @@ def gptq(
                 "its own grid, so rounded weights would be rounded again. Use a quantizer without "
                 "a transform of its own, such as 'uniform' or 'lsq'."
             )
-        result = put(result, layout.path, new)
-        for name, value in params.items():
-            result = put(result, quantizer_path(product.path, "weight", name), value)
+        result = put_entries(result, layer_kernel.path, layer_kernel.entries, new)
+        for value, kept in zip(weight.marker.inputs[1:], leaves, strict=True):
+            if (found := entries(traced.graph, value)) is not None:
+                result = put_entries(result, *found, kept)
         if sequential:
             stream.replace(weight.marker.outputs[0], lambda _, w=again: w)
         if report is not None:

@@ -23,16 +23,14 @@ class KernelMatrices:
     """The layout of a kernel as [matrices, rows, columns].
 
     Attributes:
-        path: of the kernel.
-        shape: its shape.
-        outs: its axes that reach the output.
+        shape: the kernel's shape.
+        outs: its axes that reach the output; those that the input has too come first.
         ins: its axes that are summed over; a spec with groups cuts the last one.
-        count: the number of matrices: the groups of a convolution.
+        count: the number of matrices: groups of a convolution, members with their own inputs.
         width: entries of the last summed axis that share parameters: all, or a spec's group.
         cut: whether parameters are kept against the kernel with that axis cut in two.
     """
 
-    path: str
     shape: tuple[int, ...]
     outs: tuple[int, ...]
     ins: tuple[int, ...]
@@ -104,16 +102,18 @@ def kernel_matrices(kernel: Kernel, spec: Spec) -> KernelMatrices | None:
     product, weight = kernel.product, kernel.product.operands[1]
     outs = tuple(i for i, out in enumerate(weight.output_axes) if out is not None)
     ins = tuple(i for i, out in enumerate(weight.output_axes) if out is None)
-    params = product.node.params
+    params, count = product.node.params, kernel.groups
     if product.node.op == "conv_general_dilated":
         plain = all(d == 1 for d in params["lhs_dilation"]) and kernel.in_axis == ins[-1]
         if not plain or min(n for pair in params["padding"] for n in pair) < 0:
             return None
-    elif params["dimension_numbers"][1] != ((), ()):
-        return None
+    else:
+        batch = params["dimension_numbers"][1][1]
+        outs = (*batch, *(a for a in outs if a not in batch))
+        count = math.prod(weight.shape[a] for a in batch)
     cut = isinstance(spec.granularity, int)
     width = spec.granularity if isinstance(spec.granularity, int) else weight.shape[ins[-1]]
-    return KernelMatrices(kernel.path, weight.shape, outs, ins, kernel.groups, width, cut)
+    return KernelMatrices(weight.shape, outs, ins, count, width, cut)
 
 
 def hessian(product: TracedContraction, x: Any) -> np.ndarray:
@@ -126,12 +126,12 @@ def hessian(product: TracedContraction, x: Any) -> np.ndarray:
         channels_last = jnp.transpose(x, (spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1]))
         groups = node.params["feature_group_count"]
         return np.asarray(_conv_hessian(channels_last, tuple(window), *static, groups), float)
-    (left, right), _ = node.params["dimension_numbers"]
+    (left, right), (batch, _) = node.params["dimension_numbers"]
     order = [axis for _, axis in sorted(zip(right, left, strict=True))]
-    free = [i for i in range(x.ndim) if i not in left]
-    size = math.prod(x.shape[i] for i in order)
-    flat = jnp.transpose(x, (*free, *order)).reshape(-1, size).astype(jnp.float32)
-    return np.asarray(flat.T @ flat, np.float64)[None]
+    free = [i for i in range(x.ndim) if i not in left and i not in batch]
+    size, count = (math.prod(x.shape[i] for i in axes) for axes in (order, batch))
+    flat = jnp.transpose(x, (*batch, *free, *order)).reshape(count, -1, size).astype(jnp.float32)
+    return np.stack([np.asarray(rows.T @ rows, np.float64) for rows in flat])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from qkd_jax.ptq.leaves import IDENTITY, Readers, leaf
+from qkd_jax.graph import Graph, Node
+from qkd_jax.ptq.leaves import IDENTITY, Readers, entries, leaf
 from qkd_jax.quantize.traced import TracedContraction, TracedNet
 
 
@@ -15,6 +16,7 @@ class Kernel:
     Attributes:
         product: the product.
         path: of the variable.
+        entries: which of the variable's entries these are, as flat indices.
         out_axis: the axis that becomes the last axis of the output, or None.
         in_axis: the axis summed with the last axis of the input, or None.
         groups: of a grouped convolution; input channel g * n + i is entry i of group g.
@@ -22,6 +24,7 @@ class Kernel:
 
     product: TracedContraction
     path: str
+    entries: np.ndarray
     out_axis: int | None
     in_axis: int | None
     groups: int
@@ -30,6 +33,12 @@ class Kernel:
     def layer(self) -> str:
         """The layer's path."""
         return self.product.path
+
+    @property
+    def one_output(self) -> bool:
+        """Whether one axis alone reaches the output: no members of a vmapped layer, no heads."""
+        reach = [i for i, out in enumerate(self.product.operands[1].output_axes) if out is not None]
+        return reach == [self.out_axis]
 
     @property
     def in_channels(self) -> int:
@@ -97,13 +106,28 @@ def _along(rank: int, factor: np.ndarray, axis: int) -> np.ndarray:
     return factor.reshape(shape)
 
 
-def kernel(traced: TracedNet, product: TracedContraction, readers: Readers) -> Kernel | None:
-    """Returns a product's weight; None where it is shared, rearranged, or no layer's weight."""
+def kernel(
+    traced: TracedNet, product: TracedContraction, readers: Readers, *, part: bool = False
+) -> Kernel | None:
+    """Returns a product's weight; None where it is shared, rearranged, or no layer's weight.
+
+    Args:
+        traced: the net.
+        product: the product.
+        readers: of its variables.
+        part: also take a part of a variable that no other product reads (a step of a scan).
+    """
     weight = product.operands[1]
     if weight.name != "weight" or weight.marker is None or weight.moves:
         return None
-    path = leaf(traced.graph, weight.marker.inputs[0], IDENTITY)
-    if path is None or readers[path] != [weight.marker]:
+    found = entries(traced.graph, weight.marker.inputs[0])
+    if found is None:
+        return None
+    path, index = found
+    whole = leaf(traced.graph, weight.marker.inputs[0], IDENTITY) is not None
+    if whole and readers[path] != [weight.marker]:
+        return None
+    if not whole and not (part and is_alone(traced.graph, weight.marker, path, index, readers)):
         return None
     params, groups = product.node.params, 1
     numbers = params["dimension_numbers"]
@@ -117,4 +141,20 @@ def kernel(traced: TracedNet, product: TracedContraction, readers: Readers) -> K
         contracted = dict(zip(*numbers[0], strict=True))
     axes = weight.output_axes
     out_axis = axes.index(last_out) if last_out in axes else None
-    return Kernel(product, path, out_axis, contracted.get(last_in), groups)
+    return Kernel(product, path, index, out_axis, contracted.get(last_in), groups)
+
+
+def is_alone(graph: Graph, marker: Node, path: str, index: np.ndarray, readers: Readers) -> bool:
+    """Whether nothing but a marker reads some entries of a variable."""
+    own = np.zeros(int(index.max(initial=0)) + 1, bool)
+    own[index] = True
+    for reader in readers[path]:
+        if reader is marker:
+            continue
+        found = entries(graph, reader.inputs[0])
+        others = [v for v in reader.inputs[1:] if path in graph.sources.get(v, ())]
+        if found is None or found[0] != path or others:
+            return False
+        if own[found[1][found[1] < own.size]].any():
+            return False
+    return True

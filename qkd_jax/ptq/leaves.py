@@ -5,12 +5,13 @@ whether a BatchNorm owns it.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from qkd_jax.graph import IDENTITY, LAYOUT, MARKERS, Graph, Node
+from qkd_jax.graph import IDENTITY, LAYOUT, MARKERS, Graph, Node, execute
 from qkd_jax.quantize.traced import TracedContraction, TracedNet, contractions
 from qkd_jax.quantize.variables import Tree, folded_path
 from qkd_jax.trees import get, put
@@ -42,6 +43,34 @@ def leaf(graph: Graph, value: int, through: frozenset[str]) -> str | None:
             return None
         value = node.inputs[0]
     return graph.leaves[value]
+
+
+def entries(graph: Graph, value: int) -> tuple[str, np.ndarray] | None:
+    """Returns (path of a variable, which of its entries a constant holds), or None.
+
+    The entries are flat indices in the constant's shape. A step of a scan is a slice of its
+    variable, a member of a vmapped layer may be transposed: both are followed.
+    """
+    moves = []
+    while value not in graph.leaves:
+        node = graph.producer(value)
+        if node is None or node.op not in BROADCAST | {"slice"}:
+            return None
+        if node.op not in IDENTITY:
+            moves.append(node)
+        value = node.inputs[0]
+    shape = graph.shape(value)
+    index = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+    for node in reversed(moves):
+        index = np.asarray(execute(node, [index])[0])
+    return graph.leaves[value], index
+
+
+def put_entries(variables: Tree, path: str, index: np.ndarray, values: Any) -> Tree:
+    """Returns variables with other values of the entries that `entries` found."""
+    array = np.array(get(variables, path))
+    array.reshape(-1)[index.reshape(-1)] = np.asarray(values, array.dtype).reshape(-1)
+    return put(variables, path, array)
 
 
 def module_of(path: str) -> str:
@@ -78,11 +107,16 @@ class BiasSite:
         path: of the variable: a bias, or the mean that a BatchNorm takes off.
         sign: of its part in the output: 1 or -1.
         node: the operation that adds it.
+        features: axes of what it adds to that come from the weight, ascending.
+        entries: which of the variable's entries each feature of the output adds, as flat indices;
+            None for a new variable.
     """
 
     path: str
     sign: int
     node: Node
+    features: tuple[int, ...]
+    entries: np.ndarray | None = None
 
     @property
     def value(self) -> int:
@@ -97,30 +131,51 @@ def bias_site(traced: TracedNet, product: TracedContraction, readers: Readers) -
     runs more than once, or is not one that adds such a bias.
     """
     graph, value = traced.graph, product.node.outputs[0]
+    features = sorted(out for out in product.operands[1].output_axes if out is not None)
     while (node := graph.sole_consumer(value)) is not None:
         if node.op in ("add", "sub") and node.inputs[0] == value != node.inputs[1]:
-            path = leaf(graph, node.inputs[1], BROADCAST)
+            added = node.inputs[1]
         elif node.op == "add" and node.inputs[1] == value != node.inputs[0]:
-            path = leaf(graph, node.inputs[0], BROADCAST)
+            added = node.inputs[0]
         elif node.op in IDENTITY:
+            value = node.outputs[0]
+            continue
+        elif node.op == "transpose":  # of the members of a vmapped layer
+            features = sorted(node.params["permutation"].index(axis) for axis in features)
             value = node.outputs[0]
             continue
         else:
             break
-        if path is None or readers[path] != [node]:
+        path = leaf(graph, added, BROADCAST)
+        found = entries(graph, added) if path is not None and readers[path] == [node] else None
+        if path is None or found is None or found[1].ndim not in (0, product.rank):
             break
-        return BiasSite(path, 1 if node.op == "add" else -1, node)
+        kept = tuple(slice(None) if i in features else 0 for i in range(found[1].ndim))
+        sign = 1 if node.op == "add" else -1
+        return BiasSite(path, sign, node, tuple(features), found[1][kept])
     alone = sum(p.path == product.path for p in contractions(graph)) == 1
-    features = [out for out in product.operands[1].output_axes if out is not None]
-    if not alone or product.path not in traced.layers or features != [product.rank - 1]:
+    last = [out for out in product.operands[1].output_axes if out is not None]
+    if not alone or product.path not in traced.layers or last != [product.rank - 1]:
         return None
-    return BiasSite(folded_path(product.path, "bias"), 1, product.node)
+    return BiasSite(folded_path(product.path, "bias"), 1, product.node, tuple(last))
 
 
 def add_to_output(variables: Tree, site: BiasSite, delta: np.ndarray) -> Tree:
-    """Returns variables with `delta` added to the output at a site."""
+    """Returns variables with `delta` added to the output at a site.
+
+    Args:
+        variables: of the net.
+        site: where.
+        delta: a number for each feature, along the output's axes that come from the weight; what
+            several features share is given their mean.
+    """
     try:
         old = float64(variables, site.path)
     except KeyError:
         old = np.zeros(delta.size)
-    return put(variables, site.path, old + site.sign * delta.reshape(old.shape))
+    if site.entries is None:
+        return put(variables, site.path, old + site.sign * delta.reshape(old.shape))
+    index = np.broadcast_to(site.entries, delta.shape).reshape(-1)
+    count = np.maximum(np.bincount(index, minlength=old.size), 1)
+    mean = np.bincount(index, weights=delta.reshape(-1), minlength=old.size) / count
+    return put(variables, site.path, old + site.sign * mean.reshape(old.shape))

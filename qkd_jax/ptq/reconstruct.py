@@ -22,14 +22,14 @@ import jax
 import numpy as np
 
 from qkd_jax import checks
+from qkd_jax.ptq.leaves import entries, put_entries
 from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.ptq.unit_learner import Report, Settings, UnitLearner, step_value
 from qkd_jax.ptq.units import Unit, block_units, layer_units
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import TracedNet, contractions, grid_of, trace_net
-from qkd_jax.quantize.variables import is_calibrated, quantizer_path, refuse_folded
+from qkd_jax.quantize.variables import is_calibrated, refuse_folded
 from qkd_jax.quantizers import QUANTIZERS, facts
-from qkd_jax.trees import put
 
 Tree = dict[str, Any]
 
@@ -228,12 +228,15 @@ def _reconstruct(
         weights, steps = learner.fit((before, entry, target), jax.random.fold_in(root, index))
         for node, value in zip(unit.weights, weights, strict=True):
             quantized.replace(node.outputs[0], lambda _, value=value: value)
-            result = put(result, traced.graph.leaves[node.inputs[0]], value)
+            found = entries(traced.graph, node.inputs[0])
+            assert found is not None  # of `_check_weights`
+            result = put_entries(result, *found, value)
         for node, value in steps.items():
-            step = facts(traced.spec(node).quantizer).step
-            quantized.replace(step_value(traced, node), lambda _, value=value: value)
-            path = quantizer_path(node.params["path"], node.params["operand"], step)
-            result = put(result, path, value)
+            step = step_value(traced, node)
+            quantized.replace(step, lambda _, value=value: value)
+            found = entries(traced.graph, step)
+            assert found is not None
+            result = put_entries(result, *found, value)
     return result
 
 
@@ -252,10 +255,11 @@ def _check_weights(name: str, traced: TracedNet) -> None:
                 "static ranges. Use one of them for weights."
             )
         grid_of(traced, marker)  # raises for groups
-        plain = traced.graph.leaves.get(marker.inputs[0], "").startswith("params/")
-        if not plain or weight.moves:
+        found = entries(traced.graph, marker.inputs[0])
+        if found is None or not found[0].startswith("params/") or weight.moves:
             raise ValueError(
-                f"{where}: its kernel is not a parameter of its own (a slice of a scanned layer, "
-                f"or a rearranged one), so {name} has nowhere to store what it learns. Leave the "
-                "layer in float, or unroll the loop."
+                f"{where}: its kernel is computed from parameters, or rearranged for its product "
+                f"(a convolution in nn.vmap), so {name} has nowhere to store what it learns. Leave "
+                "the layer in float with a rule without specs before the others, or use `gptq`, "
+                "which leaves such weights as they are."
             )

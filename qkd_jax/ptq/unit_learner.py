@@ -20,7 +20,7 @@ from qkd_jax.quantizers import QUANTIZERS, facts
 Report = Callable[[str, int, float], None]
 """Called with (unit's layers, steps done, reconstruction error)."""
 Data = tuple[jax.Array, jax.Array, jax.Array]
-"""(entry in the quantized net, entry in the float net, exit in the float net), [examples, ...]."""
+"""(entry in the quantized net, entry in the float net, exit in the float net)."""
 Params = dict[str, Any]
 """{"v": V of each weight, "steps": {index of a learned quantizer: its step}}."""
 
@@ -98,6 +98,9 @@ class UnitLearner:
             "steps": optax.adam(steps_lr) if learn_steps else optax.set_to_zero(),
         }
         optimizer = optax.partition(optimizers, {"v": "v", "steps": "steps"})
+        # Examples are not the first axis of what lies inside nn.vmap.
+        entry, exit = map(self.traced.graph.batch_axis, (self.unit.entry, self.unit.exit))
+        axes = entry, entry, exit
 
         def loss(
             params: Params, batch: Sequence[jax.Array], key: jax.Array, progress: jax.Array
@@ -125,8 +128,9 @@ class UnitLearner:
             def step(carry: tuple[Params, optax.OptState], i: jax.Array) -> tuple[Any, jax.Array]:
                 params, state = carry
                 draw, drop = jax.random.split(jax.random.fold_in(key, i))
-                rows = jax.random.randint(draw, (settings.batch_size,), 0, data[0].shape[0])
-                batch = [part[rows] for part in data]
+                examples = data[0].shape[axes[0]]
+                rows = jax.random.randint(draw, (settings.batch_size,), 0, examples)
+                batch = [jnp.take(part, rows, axis) for part, axis in zip(data, axes, strict=True)]
                 grad = jax.grad(loss, has_aux=True)
                 grads, error = grad(params, batch, drop, i / count)
                 updates, state = optimizer.update(grads, state, params)
@@ -185,7 +189,8 @@ class UnitLearner:
             arrays = {k: jnp.asarray(v) for k, v in params.items()}
             return QUANTIZERS[spec.quantizer].fake_quant(x, arrays, spec)
         graph = self.traced.graph
-        (out,) = execute(node, [x, *params.values()], graph.batch, x.shape[0])
+        examples = x.shape[graph.batch_axis(node.inputs[0])]
+        (out,) = execute(node, [x, *params.values()], graph.batch, examples)
         return x + jax.lax.stop_gradient(out - x)
 
 

@@ -157,7 +157,8 @@ def run_unit(
         quantize: what an activation's quantizer does: (node, its input) -> output; None runs it as
             it is.
     """
-    graph, batch = traced.graph, x.shape[0]
+    graph = traced.graph
+    batch = x.shape[graph.batch_axis(unit.entry)]
     env: dict[int, Any] = {unit.entry: x, **weights}
     for node in unit.nodes:
         values = [env[v] if v in env else graph.constants[v] for v in node.inputs]
