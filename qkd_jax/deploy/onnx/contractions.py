@@ -31,6 +31,8 @@ def write_product(export: Export, product: TracedContraction) -> Tensor:
         weight = dataclasses.replace(weight, bias_outside=True)
     if node.op == "conv_general_dilated":
         out = _conv(export, product, weight, bias)
+    elif node.params["dimension_numbers"][1][0]:
+        out = _members(export, product, side, weight, bias)
     else:
         out = _matmul(export, product, side, weight, bias)
     return _affine(export, node, out)
@@ -186,12 +188,12 @@ def _matmul(
 ) -> Tensor:
     """Writes a product with a constant matrix: Gemm for [batch, features], else MatMul."""
     node = product.node
-    contracted, batch = node.params["dimension_numbers"]
+    contracted, _ = node.params["dimension_numbers"]
     x = weight.other_input(export, node.inputs[1 - side])
     summed, w_summed = contracted[1 - side], contracted[side]
     x_free = [a for a in range(len(x.shape)) if a not in summed]
-    if batch[0] or (side == 0 and x_free):
-        raise unsupported(node, "the constant has batch axes, or stands on the left")
+    if side == 0 and x_free:
+        raise unsupported(node, "the constant stands on the left")
     w_free = [a for a in range(weight.array.ndim) if a not in w_summed]
     w_shape = tuple(weight.array.shape[a] for a in w_free)
     channels = math.prod(w_shape)
@@ -248,6 +250,58 @@ def _matmul(
     if shape != (*lead, channels):
         name = export.add("Reshape", [name, export.writer.shape_constant(shape)], node)
     return Tensor(name, shape, tuple(range(len(shape))))
+
+
+def _members(
+    export: Export,
+    product: TracedContraction,
+    side: int,
+    weight: ConstantOperand,
+    bias: np.ndarray | None,
+) -> Tensor:
+    """Writes a product with a matrix for each member (of nn.vmap, of experts) as one MatMul.
+
+    DequantizeLinear has scales along one axis: the members' columns lie side by side until then.
+    """
+    node, writer = product.node, export.writer
+    contracted, batch = node.params["dimension_numbers"]
+    x = writer.ordered(weight.other_input(export, node.inputs[1 - side]), node.scope)
+    free = [
+        [a for a in range(rank) if a not in (*contracted[i], *batch[i])]
+        for i, rank in ((1 - side, len(x.shape)), (side, weight.array.ndim))
+    ]
+    if weight.dynamic is not None or [len(contracted[side]), *map(len, free)] != [1, 1, 1]:
+        raise unsupported(
+            node,
+            "its constant has a matrix for each member, and its input dynamic ranges or rows "
+            "of several axes",
+        )
+    shape = export.shape(node)
+    columns = weight.array.transpose(*contracted[side], *batch[side], *free[1])
+    rank = len(batch[0])
+
+    def flat(array: Any) -> Any:
+        """One number per member and column, from an array of the output's rank."""
+        if array is None or array.size == 1:
+            return array
+        return np.broadcast_to(np.squeeze(array, rank + 1 - side), columns.shape[1:]).reshape(-1)
+
+    weight = dataclasses.replace(
+        weight, scale=flat(weight.scale), zero_point=flat(weight.zero_point)
+    )
+    stored = weight.add_input(export, node, columns.reshape(len(columns), -1), 1)
+    stored = export.add("Reshape", [stored, writer.shape_constant(columns.shape)], node)
+    perm = [*range(1, rank + 1), 0, rank + 1]
+    stored = export.add("Transpose", [stored], node, perm=perm)
+    x = writer.arranged(x, (*batch[1 - side], *free[0], *contracted[1 - side]), node.scope)
+    name = export.add("MatMul", [x.name, stored], node)
+    order = [*range(rank), *((rank, rank + 1) if side else (rank + 1, rank))]
+    out = Tensor(name, shape, tuple(order))
+    for op, array in (("Mul", weight.flip), ("Add", bias)):
+        if array is not None:
+            constant = writer.constant(writer.like(array, out), f"{node.scope}/{op.lower()}")
+            out = export.add_like(out, op, [out.name, constant], node)
+    return out
 
 
 def _dynamic_operands(export: Export, product: TracedContraction) -> Tensor:

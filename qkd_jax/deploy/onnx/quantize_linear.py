@@ -33,11 +33,13 @@ def write_quantizer(export: Export, node: Node) -> Tensor:
         return _write_dynamic(export, node)
     x, path = export.tensors[node.inputs[0]], node.params["path"]
     grid = grid_of(export.traced, node)
-    if grid.scale.ndim or grid.zero_point.ndim:
+    if grid.scale.size > 1 or grid.zero_point.size > 1:
         raise ValueError(
-            f"the {node.params['operand']} of {path!r} has a scale per channel; to_onnx writes "
-            "activations per tensor."
+            f"the {node.params['operand']} of {path!r} has {grid.scale.size} scales, one for each "
+            "channel or member of nn.vmap; to_onnx writes activations per tensor. Leave this "
+            "operand in float, or give it a dynamic range."
         )
+    grid = Grid(grid.scale.reshape(()), grid.zero_point.reshape(()), grid.format)
     export.check_opset(path, grid.format)
     if any(not np.isfinite(a) for a in (grid.scale, grid.zero_point)):
         raise ValueError(f"the step of {path!r} is not finite: {grid.scale}.")
