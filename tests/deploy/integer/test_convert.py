@@ -41,6 +41,29 @@ def fake_quantized(net, variables, images):
     return run(variables, images)
 
 
+def head_by_hand(net, variables, codes):
+    """The head's logits from its input's codes in float64, rounded once and rounded twice.
+
+    sum * multiplier + bias is one rounding where a compiler fuses the two, which XLA does in one
+    program and not in another, and even in a part of an array; nothing else is left to it.
+    """
+    layer, states = variables["params"]["head"], variables["quant"]["head"]
+    grids = {}
+    for operand in ("input", "weight"):
+        spec, params = net.spec_of("head", operand), states[f"{operand}_quantizer"]
+        grids[operand] = QUANTIZERS[spec.quantizer].integer_view(params, spec)[:2]
+    (input_scale, zero_point), (weight_scale, _) = grids["input"], grids["weight"]
+    spec = net.spec_of("head", "weight")
+    kernel = QUANTIZERS[spec.quantizer].fake_quant(
+        layer["kernel"], states["weight_quantizer"], spec
+    )
+    weight = np.round(np.float64(kernel) / np.float64(weight_scale))
+    sums = (np.float64(codes) - np.float64(zero_point)) @ weight
+    multiplier = np.asarray(weight_scale * input_scale).reshape(-1)
+    once = (sums * np.float64(multiplier) + np.float64(layer["bias"])).astype(np.float32)
+    return once, np.float32(sums) * multiplier + np.asarray(layer["bias"])
+
+
 def differing(a, b):
     assert set(a) == set(b)
     return sum(int((a[k] != b[k]).sum()) for k in a)
@@ -54,11 +77,14 @@ def test_every_code_is_that_of_the_fake_quantized_net(case):
     net, variables, example = small_nets.case(case)
     images = small_nets.images(40, seed=3)
     integer = convert(net, variables, example)
-    logits, codes = fake_quantized(net, fold_bn(net, variables, example), images)
+    folded = fold_bn(net, variables, example)
+    logits, codes = fake_quantized(net, folded, images)
+    once, twice = head_by_hand(net, folded, codes["head/input"])
+    assert np.all((logits == once) | (logits == twice))
     for formulation in ("int32", "float32"):
         out, found = integer_apply(integer, images, capture=True, formulation=formulation)
         assert differing(codes, found) == 0
-        np.testing.assert_array_equal(out, logits)
+        assert np.all((out == once) | (out == twice))
     if case == "w4a4":
         # Folding moves the rounding of floats by an ulp: a code of the unfolded net may flip.
         _, unfolded = fake_quantized(net, variables, images)
