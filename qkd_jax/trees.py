@@ -4,6 +4,9 @@ A leaf's name is its path with "/" between the parts, e.g. "nets/net0/params/ste
 "opt/net0/0/trace/stem/kernel". Every container that JAX knows has such paths (dicts, FrozenDict,
 tuples, optax's named tuples, flax structs), so `flatten` and `unflatten_like` serve all of them.
 The other functions take nested dicts, keep the order of their keys and never change them in place.
+Those that follow a path enter what lies inside a dict too (a parameter that is a tuple or a
+dataclass), and see through flax's boxes (`nn.Partitioned`): an array comes out of its box, and one
+that replaces it goes back in.
 """
 
 import hashlib
@@ -13,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core.meta import AxisMetadata, Partitioned
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -51,26 +55,53 @@ def join(*parts: str) -> str:
     return "/".join(part for part in parts if part)
 
 
-def get(tree: Mapping[str, Any], path: str) -> Any:
-    """Returns the entry of a tree at "a/b/c"; the tree itself at ""."""
+def _level(tree: Any) -> tuple[Mapping[str, Any], Any]:
+    """Returns ({name: child}, treedef) of one container; an array has no children."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    return {path_name(path): child for path, child in pairs if path}, treedef
+
+
+def unboxed(tree: Any) -> Any:
+    """Returns a tree with every parameter out of its box (`nn.Partitioned` and its like)."""
+
+    def unbox(leaf: Any) -> Any:
+        if isinstance(leaf, Partitioned):  # otherwise it would also be moved to a mesh's devices
+            return leaf.unbox(apply_constraint=False)
+        return leaf.unbox() if isinstance(leaf, AxisMetadata) else leaf
+
+    return jax.tree.map(unbox, tree, is_leaf=lambda leaf: isinstance(leaf, AxisMetadata))
+
+
+def get(tree: Any, path: str) -> Any:
+    """Returns the entry of a tree at "a/b/c"; the tree itself at "".
+
+    Raises:
+        KeyError: there is none.
+    """
     for key in path.split("/") if path else ():
-        tree = tree[key]
-    return tree
+        tree = (tree if isinstance(tree, Mapping) else _level(tree)[0])[key]
+    return unboxed(tree) if isinstance(tree, AxisMetadata) else tree
 
 
 def find(tree: Any, path: str, default: Any = None) -> Any:
     """Returns the entry of a tree at "a/b/c", or `default` where there is none."""
-    for key in path.split("/") if path else ():
-        if not isinstance(tree, Mapping) or key not in tree:
-            return default
-        tree = tree[key]
-    return tree
+    try:
+        return get(tree, path)
+    except KeyError:
+        return default
 
 
-def insert(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+def insert(tree: Any, path: str, value: Any) -> Any:
     """Returns a tree with the entry at "a/b/c" added or replaced; the rest is shared."""
     key, _, rest = path.partition("/")
-    return {**tree, key: insert(tree.get(key, {}), rest, value) if rest else value}
+    children, treedef = (tree, None) if isinstance(tree, Mapping) else _level(tree)
+    old = children.get(key, {})
+    if rest:
+        value = insert(old, rest, value)
+    elif isinstance(old, AxisMetadata) and not isinstance(value, AxisMetadata):
+        value = old.replace_boxed(value)
+    children = {**children, key: value}
+    return children if treedef is None else jax.tree.unflatten(treedef, children.values())
 
 
 def put(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from qkd_jax.quantizers import (
     in_use,
     learns_bits,
 )
-from qkd_jax.trees import get
+from qkd_jax.trees import get, unboxed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,7 +126,8 @@ def trace_net(
     net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
 ) -> TracedNet:
     """Traces a net in eval mode, for any batch size; `kwargs` go to the model's call."""
-    variables, multipliers = split_multipliers(unfreeze(dict(variables)))
+    # A leaf's name is the parameter's path, without what boxes add to it.
+    variables, multipliers = split_multipliers(unfreeze(unboxed(dict(variables))))
     norms: set[str] = set()
     layers: set[str] = set()
 

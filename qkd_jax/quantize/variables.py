@@ -17,7 +17,7 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax import checks
-from qkd_jax.trees import entries, find, flatten, insert, join, merged, partition
+from qkd_jax.trees import entries, find, flatten, insert, join, merged, partition, unboxed
 
 Tree = dict[str, Any]
 
@@ -36,6 +36,7 @@ OBSERVED, DIAGNOSED = "observed", "diagnosed"
 TABLES = ("kernel", "embedding")
 """Names under which linen's layers keep what is quantized as their weight."""
 
+_NEVER_SAVED = ("cache",)
 _OPERANDS = (*OPERANDS, ATTENDED)
 _OPERAND_OF = {f"{operand}_quantizer": operand for operand in _OPERANDS}
 
@@ -224,10 +225,11 @@ def load_float(variables: Mapping[str, Any], pretrained: Mapping[str, Any]) -> T
 
     Args:
         variables: what the net's `init` gave.
-        pretrained: a tree with "params" and, where the net has it, "batch_stats".
+        pretrained: a tree with "params" and, where the net has it, "batch_stats". Its parameters,
+            and the net's, may lie in boxes (`nn.Partitioned`) or not. A "cache" may be missing.
 
     Returns:
-        Float variables with the pretrained values.
+        Float variables with the pretrained values, in the containers and boxes of `variables`.
 
     Raises:
         ValueError: a collection, a path or a shape differs; all differing paths are listed.
@@ -241,18 +243,22 @@ def load_float(variables: Mapping[str, Any], pretrained: Mapping[str, Any]) -> T
     for name, wanted in split_quant(join_quant(variables)).items():
         if name == "quant":
             continue
-        if name not in pretrained:
+        if name in pretrained:
+            out[name] = _loaded(name, wanted, pretrained[name])
+        elif name in _NEVER_SAVED:
+            out[name] = wanted
+        else:
             raise ValueError(
                 f"pretrained lacks the collection {name!r} that the net has; it has "
                 f"{sorted(pretrained)}."
             )
-        out[name] = _loaded(name, wanted, unfreeze(pretrained[name]))
     return out
 
 
 def _loaded(name: str, wanted: Any, given: Any) -> Any:
     """Returns one collection of `given` in the dtypes of `wanted`, which it must fit."""
-    mine, theirs = flatten({name: wanted}), flatten({name: given})
+    mine, theirs = ({name: unfreeze(unboxed(tree))} for tree in (wanted, given))
+    mine, theirs = flatten(mine), flatten(theirs)
     problems = [f"missing {p}" for p in mine if p not in theirs]
     problems += [f"unexpected {p}{checks.nearest(p, mine)}" for p in theirs if p not in mine]
     problems += [
@@ -265,4 +271,6 @@ def _loaded(name: str, wanted: Any, given: Any) -> Any:
             "pretrained does not fit the net: " + "; ".join(problems) + ". Build the net with the "
             "checkpoint's own model, width and number of classes."
         )
-    return jax.tree.map(lambda old, new: jax.numpy.asarray(new, old.dtype), wanted, given)
+    leaves, treedef = jax.tree.flatten(wanted)
+    names = zip(mine, leaves, strict=True)
+    return treedef.unflatten(jax.numpy.asarray(theirs[p], old.dtype) for p, old in names)

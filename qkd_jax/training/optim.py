@@ -22,6 +22,7 @@ import optax
 
 from qkd_jax import checks
 from qkd_jax.distillation.terms import in_steps
+from qkd_jax.trees import unboxed
 
 Tree = Any
 Hyper = dict[str, Any]
@@ -241,7 +242,8 @@ def groups(trainable: Tree, freeze: tuple[str, ...] = ()) -> Tree:
             return "frozen"
         return group_of(parts, jnp.ndim(leaf))
 
-    return jax.tree_util.tree_map_with_path(name, trainable)
+    named = jax.tree_util.tree_map_with_path(name, unboxed(trainable))
+    return jax.tree.unflatten(jax.tree.structure(trainable), jax.tree.leaves(named))
 
 
 def frozen_by(freeze: tuple[str, ...], path: tuple[str, ...]) -> list[str]:
