@@ -12,8 +12,8 @@ from qkd_jax.numerics import IntFormat, Spec
 from qkd_jax.observers import OBSERVERS
 
 # The function takes the place of its module in this namespace; `from qkd_jax.quantize import ...`
-# still finds the module.
-from qkd_jax.quantize import QuantizedModel, Rule, load_float, quantize
+# still finds the module, and `presets` has a door of its own.
+from qkd_jax.quantize import QuantizedModel, Rule, load_float, presets, quantize
 from qkd_jax.quantize.calibration import calibrate
 from qkd_jax.quantize.diagnostics import diagnose
 from qkd_jax.quantize.inspection import coverage, layers, size
@@ -42,6 +42,7 @@ __all__ = [
     "layers",
     "load_float",
     "losses",
+    "presets",
     "ptq",
     "quantize",
     "sensitivity",

@@ -15,6 +15,7 @@ import numpy as np
 
 from qkd_jax import checks, weights
 from qkd_jax.data import DATASETS
+from qkd_jax.distillation.forward import mode_arguments
 from qkd_jax.distillation.taps import DataShape, features_of
 from qkd_jax.experiment.config_checks import (
     check_augment,
@@ -25,7 +26,7 @@ from qkd_jax.experiment.config_checks import (
 )
 from qkd_jax.experiment.schedule import Kind, Stage, lay_out
 from qkd_jax.models import MODELS, BorrowedClassifier, create
-from qkd_jax.quantize import QuantizedModel, presets, quantize, targets
+from qkd_jax.quantize import QuantizedModel, Rule, presets, quantize, targets
 from qkd_jax.record.folder import config_fields
 
 # Everything a config may say outside of `nets`, `stages` and `schedule`, with its default.
@@ -195,6 +196,20 @@ def shapes(net: QuantizedModel, image_shape: tuple[int, ...]) -> Any:
     return jax.eval_shape(net.init, jax.random.key(0), images)
 
 
+@functools.lru_cache(maxsize=64)
+def _fitted(
+    preset: str, reduce_range: bool, net: QuantizedModel, image_shape: tuple[int, ...]
+) -> tuple[Rule, ...]:
+    """The rules of a preset for a net's model; the model is traced once, not for every config."""
+    return presets.rules(
+        preset,
+        reduce_range=reduce_range,
+        model=net.model,
+        images=jax.ShapeDtypeStruct(image_shape, np.float32),
+        **mode_arguments(net, train=False),
+    )
+
+
 def build_net(
     name: str,
     fields: Mapping[str, Any],
@@ -239,12 +254,12 @@ def build_net(
             model = BorrowedClassifier(
                 model, classes, features=sown["pooled"].shape[-1], dtype=model.dtype
             )
-        rules = presets.rules(
-            fields.get("rules", "float"),
-            reduce_range=bool(fields.get("reduce_range", False)),
-            model=model,
-            images=jax.ShapeDtypeStruct((1, *data.image), np.float32),
-        )
+        rules = fields.get("rules", "float")
+        reduce_range = bool(fields.get("reduce_range", False))
+        if isinstance(rules, str):
+            rules = _fitted(rules, reduce_range, quantize(model), (1, *data.image))
+        else:
+            rules = presets.rules(rules, reduce_range=reduce_range)
         if target:
             rules = targets.fit(rules, target)
             targets.check(rules, target)

@@ -6,7 +6,6 @@ weights hop between neighbouring codes until the end, they belong to a net that 
 variance of the normalised inputs over the given batches.
 """
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -71,6 +70,14 @@ def reestimate_batch_norm(
         )
     if is_folded(variables):
         raise ValueError("a BatchNorm of this net is folded; re-estimate first, then fold.")
+
+    @jax.jit
+    def statistics(variables: Tree, arguments: tuple[Any, ...]) -> Tree:
+        """Runs flax's BatchNorm in train mode with momentum 0: it stores the batch's statistics."""
+        with nn.intercept_methods(_exact):
+            _, updated = net.apply(variables, *arguments, mutable=["batch_stats"], **kwargs)
+        return updated["batch_stats"]
+
     seen: list[tuple[int, Tree]] = []
     for index, batch in enumerate(batches):
         arguments = tuple(batch) if isinstance(batch, list) else model_arguments(batch)
@@ -78,7 +85,7 @@ def reestimate_batch_norm(
         if count:
             for argument in arguments:
                 check_finite(f"batches[{index}]", argument)
-            stats = _batch_statistics(net, variables, arguments, tuple(sorted(kwargs.items())))
+            stats = statistics(variables, arguments)
             seen.append((count, jax.tree.map(lambda a: np.asarray(a, np.float64), stats)))
     checks.at_least_one("batches", seen)
     merged = _merged(seen)
@@ -86,16 +93,6 @@ def reestimate_batch_norm(
         lambda new, old: jax.numpy.asarray(new, old.dtype), merged, variables["batch_stats"]
     )
     return {**variables, "batch_stats": stats}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _batch_statistics(
-    net: QuantizedModel, variables: Any, arguments: tuple[Any, ...], kwargs: tuple[Any, ...]
-) -> Tree:
-    """Runs flax's BatchNorm in train mode with momentum 0: it stores the batch's own statistics."""
-    with nn.intercept_methods(_exact):
-        _, updated = net.apply(variables, *arguments, mutable=["batch_stats"], **dict(kwargs))
-    return updated["batch_stats"]
 
 
 def _exact(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:

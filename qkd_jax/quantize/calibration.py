@@ -277,12 +277,15 @@ def _observe(
             that need no more; in the second one the moments of the operands whose observers search.
         frames: list to which the frames of the traces are added.
     """
+    options = {name: value for name, value in kwargs.items() if name != "mutable"}
+    # A cache may be written while a net is observed; it is dropped after each batch.
+    writable = [name for name in {"params": None, **variables} if name != "batch_stats"]
 
     def run(floats: Any, before: Tree, arguments: tuple[Any, ...], record: Any) -> Tree:
         frame = Frame(specs, _observing(chosen, record))
         given = {**floats, "params": merged(floats.get("params", {}), before)}
         try:
-            _, out = net.apply_in(frame, given, *arguments, mutable=["params"], **kwargs)
+            _, out = net.apply_in(frame, given, *arguments, mutable=writable, **options)
         except ValueError as error:
             if not any(word in str(error) for word in ("broadcasted variable", "out_axes")):
                 raise
@@ -292,6 +295,14 @@ def _observe(
                 f"without specs before the others, or unroll the loop. ({error})"
             ) from error
         except ModifyScopeVariableError as error:
+            if '"batch_stats"' in str(error):
+                raise ValueError(
+                    "the model updates its running averages: it runs in training mode. Give "
+                    "`calibrate` the argument of its call for evaluation, such as train=False. "
+                    f"({error})"
+                ) from error
+            if '"params"' not in str(error):
+                raise
             raise ValueError(
                 "a quantized layer lies inside a module that hands it its parameters read-only "
                 "(nn.WeightNorm, nn.SpectralNorm), where statistics can't be kept. Leave it in "

@@ -9,7 +9,7 @@ layers read. These sites are outputs of modules, which a rule's `output` reaches
 """
 
 import dataclasses
-import functools
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax.core import unfreeze
+from flax.errors import InvalidRngError, ModifyScopeVariableError
 
 from qkd_jax import graph as graphs
 from qkd_jax.graph import CONTRACTIONS, IDENTITY, LAYOUT, MARKERS, Graph, Node
@@ -90,41 +91,113 @@ def find_grid_sites(model: nn.Module, images: Any, **kwargs: Any) -> GridSites:
 
     Args:
         model: a linen module.
-        images: example input, or its shape; sizes play no part in the answer.
-        **kwargs: further arguments of the model's call.
+        images: example input, or its shape: one argument of the call, any pytree, or a tuple of
+            its positional arguments, or None where the keywords hold all. Sizes play no part in
+            the answer.
+        **kwargs: further arguments of the model's call, and `method`.
+
+    Raises:
+        ValueError: the call does not take these arguments, or runs in training mode.
     """
-    shapes = jax.tree.map(lambda a: (tuple(a.shape), np.dtype(a.dtype)), images)
-    leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
-    return _cached_sites(model, tuple(leaves), tree, tuple(sorted(kwargs.items())))
-
-
-@functools.lru_cache(maxsize=64)
-def _cached_sites(model: nn.Module, leaves: Any, tree: Any, kwargs: Any) -> GridSites:
-    images = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
-    net, options = quantize(model), dict(kwargs)
+    method, rngs = kwargs.pop("method", None), kwargs.pop("rngs", None) or {}
+    kwargs.pop("mutable", None)  # decided below
+    arguments = _call_arguments(model, method, images, kwargs)
+    leaves, tree = jax.tree.flatten((arguments, kwargs, rngs))
+    # Flags, texts and functions are read by Python; arrays, keys and shapes are traced.
+    traced = [hasattr(leaf, "dtype") and not isinstance(leaf, np.generic) for leaf in leaves]
+    shapes = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for leaf, is_array in zip(leaves, traced, strict=True)
+        if is_array
+    ]
+    net = quantize(model)
     frame = Frame(net.spec_of)
 
-    def start() -> Any:  # traced, never computed
-        with nn.intercept_methods(frame):
-            return unfreeze(model.init(jax.random.key(0), _zeros(images), **options))
+    def joined(arrays: list[Any]) -> Any:
+        left = iter(arrays)
+        both = zip(leaves, traced, strict=True)
+        return jax.tree.unflatten(tree, [next(left) if t else leaf for leaf, t in both])
 
-    variables = jax.eval_shape(start)
+    def start(arrays: list[Any]) -> Any:  # traced, never computed
+        args, keywords, streams = joined(arrays)
+        streams = {"params": jax.random.key(0), **streams}
+        with nn.intercept_methods(frame):
+            return unfreeze(model.init(streams, *args, method=method, **keywords))
+
+    def forward(variables: Any, arrays: list[Any]) -> Any:
+        args, keywords, streams = joined(arrays)
+        out, _ = net.trace_apply(
+            variables,
+            *args,
+            mark_outputs=True,
+            method=method,
+            rngs=streams,
+            # A cache may be written; running averages are those of training.
+            mutable=[name for name in variables if name not in ("params", "batch_stats")],
+            **keywords,
+        )
+        return out
+
+    variables = jax.eval_shape(start, shapes)
     summed = {
         path: use.shapes["weight"][use.group_axis] if use.group_axis >= 0 else 0
         for path, use in frame.seen.items()
         if "weight" in use.shapes
     }
-    traced = graphs.trace(
-        lambda v, x: net.trace_apply(v, x, mark_outputs=True, **options),
-        variables,
-        images,
-        evaluate=False,
+    try:
+        graph = graphs.trace(forward, variables, shapes, evaluate=False)
+    except (ModifyScopeVariableError, InvalidRngError) as error:
+        name = type(model).__name__
+        raise ValueError(
+            f"model {name} runs in training mode ({str(error).partition(' (http')[0]}). A preset "
+            "is fitted to the mode that is deployed: give the call's own argument for it, such as "
+            "train=False or deterministic=True, behind images. The call is "
+            f"{name}{_signature(model, method)}."
+        ) from error
+    return _SiteSearch(graph).run(summed)
+
+
+def _signature(model: nn.Module, method: Any) -> inspect.Signature:
+    """The signature of a model's call, or of another of its methods, without `self`."""
+    function = "__call__" if method is None else method
+    if isinstance(function, str):
+        # Of the object: a class answers with its metaclass' `__call__`.
+        function = getattr(model, function, None)
+    if function is None:
+        raise ValueError(
+            f"model {type(model).__name__} has no {method or '__call__'}; give method=<the name of "
+            "the one that computes its output>."
+        )
+    signature = inspect.signature(function)
+    skipped = 0 if inspect.ismethod(function) else 1
+    return signature.replace(parameters=list(signature.parameters.values())[skipped:])
+
+
+def _call_arguments(
+    model: nn.Module, method: Any, images: Any, kwargs: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Returns the positional arguments that `images` stands for.
+
+    Raises:
+        ValueError: the call does not take them.
+    """
+    signature = _signature(model, method)
+    # A named tuple is a record: one argument.
+    forms = [images] if type(images) is tuple else []
+    forms.append(() if images is None else (images,))
+    problem = ""
+    for arguments in forms:
+        try:
+            signature.bind(*arguments, **kwargs)
+        except TypeError as error:
+            problem = problem or str(error)
+        else:
+            return arguments
+    raise ValueError(
+        f"model {type(model).__name__}, whose call is {type(model).__name__}{signature}, can't be "
+        f"called with these images: {problem}. `images` is its one input, a tuple of its "
+        "positional arguments, or None; the others follow by keyword, such as train=False."
     )
-    return _SiteSearch(traced).run(summed)
-
-
-def _zeros(images: Any) -> Any:
-    return jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), images)
 
 
 class _SiteSearch:

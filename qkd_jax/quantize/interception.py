@@ -40,6 +40,7 @@ from qkd_jax.quantize.layer_fields import (
     check_positions,
     describe,
     injected,
+    outermost_module,
     set_fields,
 )
 from qkd_jax.quantize.operands import (
@@ -111,15 +112,30 @@ class Frame:
         self._active: dict[object, tuple[int, str]] = {}
         self._paths: list[str] = []
         self._called: set[str] = set()  # paths of modules whose `__call__` has run
+        self._root: type[nn.Module] | None = None
+        self._detached = False  # inside a module that runs on parameters handed in
 
     # -- the interceptor ---------------------------------------------------------------------
 
     def __call__(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         """Intercepts one method call of one module; see `flax.linen.intercept_methods`."""
         module, method = context.module, context.method_name
+        outside = outermost_module(module)
+        self._root = self._root or type(outside)
+        if self._detached:
+            return next_fun(*args, **kwargs)
         if method not in ("__call__", "attend") or (id(module), method) in self._active.values():
             # `super().__call__` of a subclass is intercepted a second time.
             return next_fun(*args, **kwargs)
+        # A lifted root (`nn.remat(nn.Dense)`) runs an object of the class that it derives from.
+        if not outside.path and not issubclass(self._root, type(outside)):
+            # `layer.apply({"params": ...}, x)` in a model's own code: its path is none of the net's
+            # and no quantizer can be kept with it. Its products are like `x @ w`.
+            self._detached = True
+            try:
+                return next_fun(*args, **kwargs)
+            finally:
+                self._detached = False
         path, key = "/".join(module.path), object()
         # So is a lifted layer (`nn.remat(nn.Dense)`), as two objects at one path: its operands
         # belong to the inner one, whose scope is the live one, its output to the outer.

@@ -48,6 +48,13 @@ def injected(factory: Any, function: Any) -> Any:
     return factory() if factory is not None else function
 
 
+def outermost_module(module: nn.Module) -> nn.Module:
+    """Returns the module that was applied: the end of the chain of parents."""
+    while isinstance(module.parent, nn.Module):
+        module = module.parent
+    return module
+
+
 @contextlib.contextmanager
 def set_fields(module: nn.Module, **fields: Any) -> Iterator[None]:
     """Sets fields of a bound layer for one call; the bound module is a clone of this apply's."""

@@ -11,6 +11,7 @@ collection.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
@@ -27,11 +28,16 @@ from qkd_jax.quantize.variables import ATTENDED, join_quant, refuse_own_names, s
 from qkd_jax.trees import flatten
 
 Variables = dict[str, Any]
+PRESET_ENDS = ("stem|dense1", "head")
+"""Patterns of a preset's rules for the first and the last layer, before it is fitted to a model."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedModel:
     """A linen module with rules. Build it with `quantize`; use it like the module.
+
+    Nets are equal, and share what is compiled for them, where their rules and their models are; a
+    model whose fields do not hash (lists, dicts, configs, arrays) equals itself alone.
 
     Variables are those of the module ("params", "batch_stats", ...) plus, once calibrated, "quant",
     which lies under the same paths: `quant/stem/weight_quantizer/scale`.
@@ -39,6 +45,25 @@ class QuantizedModel:
 
     model: nn.Module
     rules: tuple[Rule, ...]
+
+    def __hash__(self) -> int:
+        own = self._model_hash()
+        return hash((id(self.model) if own is None else own, self.rules))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, QuantizedModel) or self.rules != other.rules:
+            return False
+        if self.model is other.model:
+            return True
+        # What does not hash may be changed in place, and then equals a model of other numbers.
+        hashes = self._model_hash(), other._model_hash()
+        return None not in hashes and self.model == other.model
+
+    def _model_hash(self) -> int | None:
+        try:
+            return hash(self.model)
+        except TypeError:
+            return None
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Variables:
         """Initialises float variables, and checks that every rule matches a layer.
@@ -130,10 +155,12 @@ class QuantizedModel:
             if not any(re.fullmatch(rule.pattern, path) for path in paths):
                 shown = ", ".join(repr(p) for p in paths if p)
                 preset = " (A preset fits itself to a model: presets.rules(name, model=, images=).)"
+                patterns = [rule.pattern for rule in self.rules]
+                unfitted = PRESET_ENDS in itertools.pairwise(patterns)
                 raise ValueError(
                     f"rules[{index}] {rule.pattern!r} matches no layer. A pattern must match a "
                     f"whole path. Paths: {shown}.{checks.nearest(rule.pattern, paths)}"
-                    f"{preset if rule.pattern in ('stem|dense1', 'head') else ''}"
+                    f"{preset if unfitted and rule.pattern in PRESET_ENDS else ''}"
                 )
             if rule.pattern == ".*":  # the rest, of which there may be none
                 continue

@@ -158,6 +158,7 @@ def rules(
     reduce_range: bool = False,
     model: nn.Module | None = None,
     images: Any = None,
+    **kwargs: Any,
 ) -> tuple[Rule, ...]:
     """Builds rules from a preset's name or from rule dicts.
 
@@ -167,22 +168,31 @@ def rules(
         reduce_range: give 8-bit weights 7 bits. x86 engines without VNNI add pairs of products in
             16 bits, which saturate with 8-bit weights: a wrong result without a warning.
         model: the model that a preset is for; rule dicts are taken as they are.
-        images: example input of the model, or its shape.
+        images: example input of the model, or its shape: one argument, any pytree, or a tuple of
+            positional arguments as for `calibrate`; None where the keywords hold every input.
+        **kwargs: further arguments of the model's call, as for `calibrate`: `train=False`, masks,
+            `method`.
 
     Returns:
         The rules, in order.
 
     Raises:
-        ValueError: an unknown preset, field or value; ":integer" or ":fused" without a model.
+        ValueError: an unknown preset, field or value; ":integer" or ":fused" without a model; a
+            model that is called otherwise, or would run in training mode.
     """
+    if model is None and kwargs:
+        raise ValueError(
+            f"{', '.join(map(repr, sorted(kwargs)))} came without a model; keywords other than "
+            "reduce_range, model and images are arguments of the model's call. Give model=."
+        )
     if isinstance(given, str):
         name, given = given, _preset(given)
         ending = name.rpartition(":")[2]
         sited = ending if ending in (INTEGER, FUSED) else ""
-        if model is not None and images is None:
+        if model is not None and images is None and not kwargs:
             raise ValueError("model came without images; give an example batch, or its shape.")
         if model is not None and given:
-            given = _fitted(given, find_grid_sites(model, images), sited)
+            given = _fitted(given, find_grid_sites(model, images, **kwargs), sited)
         elif sited:
             raise ValueError(
                 f"rules preset {name!r} depends on the model's sums and pools; give model=<the "
@@ -219,8 +229,8 @@ def _fitted(dicts: RuleDicts, found: GridSites, sited: str) -> RuleDicts:
 
     `sited`: INTEGER gives every site a grid, FUSED those that a layer reads or a pool, "" none.
     """
-    if not found.layers:
-        return dicts
+    if not found.layers:  # none has an end; what may remain are tables, which ".*" reaches
+        dicts = tuple(fields for fields in dicts if fields["pattern"] == ".*")
     dicts = tuple(_ends_by_order(fields, found) for fields in dicts)
     sites = {
         site.path: site
@@ -279,7 +289,7 @@ def _ends_by_order(fields: Mapping[str, Any], found: GridSites) -> Mapping[str, 
     """A rule for the net's ends that matches no layer takes the first or the last one instead."""
     paths = [layer.path for layer in found.layers]
     pattern = fields["pattern"]
-    if any(re.fullmatch(pattern, path) for path in paths):
+    if any(re.fullmatch(pattern, path) for path in paths) or not paths:
         return fields
     ends = {"stem": paths[0], "head": paths[-1]}
     return {**fields, "pattern": _any(ends[p] for p in pattern.split("|") if p in ends)}

@@ -207,7 +207,7 @@ def plan_step(
         terms, term_numbers, labels[slot], starts[slot] = plan_terms(
             name, table, nets, slots, data=data, first=first, steps=steps or length
         )
-        learners.append(Learner(slot, _hashable(name, nets[name]), terms, optimizer, net_hygiene))
+        learners.append(Learner(slot, nets[name], terms, optimizer, net_hygiene))
         hyper[slot] = {"optim": optimizer_numbers, "terms": term_numbers}
         if net_hygiene is not None:
             hyper[slot]["hygiene"] = numbers
@@ -226,7 +226,7 @@ def plan_step(
     return Plan(
         structure=StepStructure(
             learners=tuple(learners),
-            teachers=tuple((slots[name], _hashable(name, nets[name])) for name in teachers),
+            teachers=tuple((slots[name], nets[name]) for name in teachers),
             cached=tuple(slots[name] for name in teachers if name in cached),
             stale=copied,
         ),
@@ -285,14 +285,3 @@ def _check_cached(
                     f"({', '.join(term.teacher_taps)}), and only logits are cached; leave the "
                     "cache away, or the loss."
                 )
-
-
-def _hashable(name: str, net: QuantizedModel) -> QuantizedModel:
-    try:
-        hash(net)
-    except TypeError as error:
-        raise ValueError(
-            f"the model of net {name!r} is not hashable ({error}), and compiled steps are looked "
-            "up by it; make its fields tuples instead of lists, and frozen instead of dicts."
-        ) from error
-    return net

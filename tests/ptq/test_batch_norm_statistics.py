@@ -7,6 +7,7 @@ import pytest
 import small_nets
 
 from qkd_jax.ptq import fold_bn, reestimate_batch_norm
+from qkd_jax.quantize import quantize
 
 
 class OneNorm(nn.Module):
@@ -41,6 +42,27 @@ def test_padding_is_left_out_and_all_else_is_kept(setup):
         new["batch_stats"]["bn"]["mean"], conv[:7].mean((0, 1, 2)), rtol=1e-5, atol=1e-6
     )
     jax.tree.map(np.testing.assert_array_equal, new["params"], variables["params"])
+
+
+class Scaled(nn.Module):
+    """Does not hash, and takes an array by keyword."""
+
+    table: np.ndarray
+
+    @nn.compact
+    def __call__(self, x, gain=None, train=False):
+        x = x * self.table if gain is None else x * gain
+        return nn.BatchNorm(use_running_average=not train, name="bn")(x)
+
+
+def test_a_model_that_does_not_hash_and_an_array_by_keyword():
+    x = np.float32(np.random.default_rng(0).normal(1, 2, (12, 3)))
+    net = quantize(Scaled(np.full((1, 1), 3.0, np.float32)))
+    variables = net.init(jax.random.key(0), x)
+    for factor, options in ((3, {}), (5, {"gain": np.full((1, 1), 5.0, np.float32)})):
+        stats = reestimate_batch_norm(net, variables, [x[:4], x[4:]], **options)["batch_stats"]
+        np.testing.assert_allclose(stats["bn"]["mean"], factor * x.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(stats["bn"]["var"], factor**2 * x.var(0), rtol=1e-5)
 
 
 def test_what_cannot_be_re_estimated(setup):
