@@ -199,3 +199,101 @@ def test_a_reshape_that_reorders_axes_first_is_evaluated_so():
     read = lambda v, x: x + jax.lax.reshape(v["table"], (6,), (1, 0))
     traced = graph.trace(read, {"table": table}, np.zeros(6, np.float32))
     np.testing.assert_array_equal(traced.run(np.zeros(6, np.float32)), [0, 3, 1, 4, 2, 5])
+
+
+def test_an_inner_axis_as_long_as_the_traced_batch_is_no_batch():
+    """1009 and 2003 are sizes that graphs are traced with; the batch is what differs."""
+
+    def fn(variables, x):
+        y = jnp.repeat(x, 1009, 1) * jnp.arange(1009.0)[None] + jnp.zeros((1, 2003))[:, :1]
+        return y.sum(1) + variables, y[:, :1009].reshape(x.shape[0], -1)
+
+    x = jnp.arange(1.0, 4.0)[:, None]
+    traced = graph.trace(fn, jnp.ones(()), x[:2], any_batch=True)
+    total, flat = traced.run(x)
+    np.testing.assert_allclose(total, np.arange(1, 4) * (1008 * 1009 / 2) + 1, rtol=1e-6)
+    assert flat.shape == (3, 1009)
+
+
+@pytest.mark.parametrize(
+    ("fn", "op"),
+    [
+        (lambda v, x: jnp.concatenate([jnp.ones((1, 2)) * v, x])[1:], "concatenate"),
+        (lambda v, x: v * jnp.roll(x, 1, 0), "slice"),
+        (lambda v, x: v * x[:-1], "slice"),
+    ],
+    ids=["joined", "rolled", "cut"],
+)
+def test_a_batch_that_is_cut_or_joined_is_refused_and_traced_as_it_is(fn, op):
+    x = jnp.arange(6.0).reshape(3, 2)
+    with pytest.raises(ValueError, match=rf"'{op}' in .*batch size [+-]1.*any_batch=False"):
+        graph.trace(fn, jnp.ones(()), x, any_batch=True)
+    np.testing.assert_array_equal(graph.trace(fn, jnp.ones(()), x).run(x), fn(1.0, x))
+
+
+@pytest.mark.parametrize("mode", ["edge", "linear_ramp", "reflect", "symmetric", "wrap", "mean"])
+def test_padding_that_spares_the_batch_runs_at_any_batch_size(mode):
+    fn = lambda v, x: v * jnp.pad(x, ((0, 0), (1, 2), (0, 0)), mode=mode)
+    x = np.arange(30, dtype=np.float32).reshape(5, 3, 2)
+    traced = graph.trace(fn, jnp.ones(()), x[:2], any_batch=True)
+    expected = np.pad(x, ((0, 0), (1, 2), (0, 0)), mode=mode)
+    np.testing.assert_allclose(traced.run(x), expected, rtol=1e-6)
+
+
+def test_indices_and_constants_of_the_batch_size_run_at_any_batch_size():
+    ones = np.ones
+
+    def fn(variables, x):
+        own = x[jnp.arange(x.shape[0]), x.argmax(-1)]  # counts from the end: the batch in a number
+        return own[:, None] * ones((x.shape[0], 1), np.float32) + variables
+
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    traced = graph.trace(fn, jnp.ones(()), x[:2], any_batch=True)
+    np.testing.assert_array_equal(traced.run(x), x.max(-1, keepdims=True) + 1)
+
+
+def test_every_branch_is_written_out_and_one_selected():
+    def fn(variables, x):
+        y = jax.lax.cond(x.sum() > 0, lambda x: 2 * x, lambda x: x - variables, x)
+        index = jnp.int32(x[0, 0])
+        z = jax.lax.switch(index, [lambda x: x, lambda x: -x, lambda x: x + 10], x)
+        return y, z, jax.lax.cond(True, lambda x: x + 1, jnp.exp, x)
+
+    x = jnp.array([[1.0, 2.0], [0.5, 1.0]])
+    traced = graph.trace(fn, jnp.ones(()), x, any_batch=True)
+    assert "cond" not in ops(traced)
+    assert "exp" not in ops(traced)
+    for rows, first, second in (
+        (x[:1], 2 * x[:1], -x[:1]),
+        (-x, -x - 1, -x),
+        (4 * x, 8 * x, 4 * x + 10),
+    ):
+        y, z, w = traced.run(rows)
+        np.testing.assert_array_equal(y, first)
+        np.testing.assert_array_equal(z, second)
+        np.testing.assert_array_equal(w, rows + 1)
+
+
+def test_repeats_and_stacks_are_broadcasts_and_joins():
+    def fn(variables, x):
+        whole = jnp.tile(variables, (x.shape[0], 1, 2)) + jnp.tile(x, (1, 2, 1))
+        return jnp.stack([whole, whole + 1], 1)
+
+    x = np.arange(24, dtype=np.float32).reshape(3, 2, 4)
+    v = np.arange(8, dtype=np.float32).reshape(1, 4, 2)
+    traced = graph.trace(fn, v, x[:2], any_batch=True)
+    assert not {"tile", "stack"} & set(ops(traced))
+    whole = np.tile(v, (3, 1, 2)) + np.tile(x, (1, 2, 1))
+    np.testing.assert_array_equal(traced.run(x), np.stack([whole, whole + 1], 1))
+
+
+def test_a_loop_of_unknown_length_runs_at_any_batch_size():
+    def fn(variables, x):
+        more = lambda c: c[0] < variables
+        return jax.lax.while_loop(
+            more, lambda c: (c[0] + 1, c[1] * jnp.ones_like(c[1]) * 2), (0, x)
+        )
+
+    traced = graph.trace(fn, jnp.int32(3), jnp.ones((2, 3)), any_batch=True)
+    assert "while" in ops(traced)
+    np.testing.assert_array_equal(traced.run(jnp.ones((5, 3)))[1], np.full((5, 3), 8))

@@ -130,8 +130,15 @@ def _rebatched(value: Any, traced: int | None, batch: int | None) -> Any:
         return value // traced * batch if value and value % traced == 0 else value
     if type(value) in (tuple, list):
         return type(value)(_rebatched(v, traced, batch) for v in value)
-    if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
-        raise ValueError("control flow cannot run at another batch size than it was traced with.")
+    if isinstance(value, core.Jaxpr):
+        return _rebatched(core.ClosedJaxpr(value, ()), traced, batch).jaxpr
+    if isinstance(value, core.ClosedJaxpr):  # the condition and body of a loop
+        inputs = [
+            jax.ShapeDtypeStruct(_rebatched(a.shape, traced, batch), a.dtype)
+            for a in value.in_avals
+        ]
+        run = lambda *args: _interpret(value.jaxpr, value.consts, args, traced, batch)
+        return jax.make_jaxpr(run)(*inputs)
     return value
 
 
@@ -139,7 +146,9 @@ def _bind(
     primitive: Any, inputs: Sequence[Any], params: Mapping[str, Any], traced: Any, batch: Any
 ) -> list[Any]:
     params = {k: _rebatched(v, traced, batch) for k, v in params.items()}
-    if primitive.name in NUMPY and all(isinstance(a, np.ndarray | np.generic) for a in inputs):
+    known = all(isinstance(a, np.ndarray | np.generic) for a in inputs)
+    # NumPy has no shapes with a symbolic batch, as `jax.export` traces with.
+    if primitive.name in NUMPY and known and (batch is None or isinstance(batch, int)):
         with np.errstate(all="ignore"):
             return [np.asarray(NUMPY[primitive.name](params, *inputs))]
     bound = primitive.get_bind_params(params)

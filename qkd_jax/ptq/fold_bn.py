@@ -47,7 +47,12 @@ class _Chain:
 
 
 def fold_bn(
-    net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    images: Any,
+    *,
+    any_batch: bool = True,
+    **kwargs: Any,
 ) -> dict[str, Any]:
     """Folds every BatchNorm that follows a convolution or dense layer, and it alone.
 
@@ -63,6 +68,7 @@ def fold_bn(
         net: the net.
         variables: float or calibrated; running statistics are used. Folding twice changes nothing.
         images: example input; only its shape is used.
+        any_batch: False for a net that has no batch, as `convert` says.
         **kwargs: further arguments of the model's call.
 
     Returns:
@@ -79,7 +85,7 @@ def fold_bn(
         >>> sorted(qk.ptq.fold_bn(net, variables, x)["quant"])
         ['layers_1']
     """
-    traced = trace_net(net, variables, images, **kwargs)
+    traced = trace_net(net, variables, images, any_batch=any_batch, **kwargs)
     result = unfreeze(dict(variables))
     for chain in _chains(traced):
         result = _fold(traced, result, chain)

@@ -28,7 +28,12 @@ FINE_BITS = 7
 
 
 def integer_bias(
-    net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    images: Any,
+    *,
+    any_batch: bool = True,
+    **kwargs: Any,
 ) -> dict[str, Any]:
     """Folds BatchNorm and rounds the biases of quantized layers to the unit of their sums.
 
@@ -39,6 +44,7 @@ def integer_bias(
         net: the net.
         variables: calibrated.
         images: example input; only its shape is used.
+        any_batch: False for a net that has no batch, as `convert` says.
         **kwargs: further arguments of the model's call.
 
     Returns:
@@ -53,8 +59,8 @@ def integer_bias(
         >>> qk.ptq.integer_bias(net, variables, x)["params"]["layers_0"]["bias"].shape
         (4,)
     """
-    result = unfreeze(dict(fold_bn(net, variables, images, **kwargs)))
-    traced = trace_net(net, result, images, **kwargs)
+    result = unfreeze(dict(fold_bn(net, variables, images, any_batch=any_batch, **kwargs)))
+    traced = trace_net(net, result, images, any_batch=any_batch, **kwargs)
     for product in contractions(traced.graph):
         if not all(has_codes(traced, operand) for operand in product.operands):
             continue

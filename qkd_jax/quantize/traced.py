@@ -37,7 +37,7 @@ class TracedNet:
     Attributes:
         net: the net.
         variables: as traced, that is without the multipliers of layers that are folded already.
-        graph: works at any batch size.
+        graph: works at any batch size, unless it was traced for one.
         multipliers: layer path -> output multiplier of a folded layer.
         norms: paths of the `nn.BatchNorm` modules.
         layers: paths of the layers that honour `folded`: convolutions and dense layers.
@@ -123,9 +123,14 @@ class TracedContraction:
 
 
 def trace_net(
-    net: QuantizedModel, variables: Mapping[str, Any], images: Any, **kwargs: Any
+    net: QuantizedModel,
+    variables: Mapping[str, Any],
+    images: Any,
+    *,
+    any_batch: bool = True,
+    **kwargs: Any,
 ) -> TracedNet:
-    """Traces a net in eval mode, for any batch size; `kwargs` go to the model's call."""
+    """Traces a net in eval mode, for any batch size or its own; `kwargs` go to the model's call."""
     # A leaf's name is the parameter's path, without what boxes add to it.
     variables, multipliers = split_multipliers(unfreeze(unboxed(dict(variables))))
     norms: set[str] = set()
@@ -143,7 +148,7 @@ def trace_net(
         with nn.intercept_methods(note):
             return net.trace_apply(variables, images, **kwargs)
 
-    traced = graphs.trace(forward, variables, images, any_batch=True)
+    traced = graphs.trace(forward, variables, images, any_batch=any_batch)
     return TracedNet(net, variables, traced, multipliers, frozenset(norms), frozenset(layers))
 
 

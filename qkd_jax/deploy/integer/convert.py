@@ -17,6 +17,7 @@ import posixpath
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -66,6 +67,7 @@ def convert(
     images: Any,
     *,
     integer_only: bool = False,
+    any_batch: bool = True,
     **kwargs: Any,
 ) -> IntegerModel:
     """Turns a calibrated net into integers.
@@ -73,17 +75,19 @@ def convert(
     Args:
         net: the net.
         variables: calibrated; folded or not (BatchNorm is folded here where it can be).
-        images: example input; only its shape counts, and the result takes any batch size.
+        images: example input; only its shape counts.
         integer_only: no floats between the codes of the input and those of the output: fixed-point
             multipliers, tables of thresholds up to 4 bits, sums and pools on integers. The net's
             sums, pools and logits must lie on grids (the preset "w8a8:integer" puts them there).
             A value near the boundary between two codes may get the other one. Fixed point
             resolves 2^-24 steps of its grid, or R 2^-28 where that is more: R is the largest sum
             that the codes allow, in those steps. A net is refused where R reaches 2^30.
+        any_batch: False keeps the batch size of `images`, for a net that has no batch: a graph of
+            nodes and edges, a step of a decoder with its cache, examples that see each other.
         **kwargs: further arguments of the model's call.
 
     Returns:
-        An `IntegerModel` for `integer_apply`.
+        An `IntegerModel` for `integer_apply`, at any batch size.
 
     Raises:
         ValueError: the net is not calibrated, or a part of it is not; a learned step or level at
@@ -95,8 +99,8 @@ def convert(
         raise ValueError(
             "variables has no 'quant' collection, so this net is float; calibrate it first."
         )
-    folded = fold_bn(net, variables, images, **kwargs)
-    traced = trace_net(net, folded, images, **kwargs)
+    folded = fold_bn(net, variables, images, any_batch=any_batch, **kwargs)
+    traced = trace_net(net, folded, images, any_batch=any_batch, **kwargs)
     refuse_uncalibrated(traced)
     model = _Converter(traced).model()
     return integer_only_program(model, traced.graph) if integer_only else model
@@ -109,7 +113,8 @@ def integer_apply(
 
     Args:
         integer: from `convert`.
-        images: [batch, ...], float, as the net takes them; any batch size.
+        images: [batch, ...], float, as the net takes them; any batch size, unless the net was
+            converted with any_batch=False.
         capture: also return the codes of every quantized activation.
         formulation: how products run. "int32": on integers, accumulated in int32. "float32": the
             same integers held in float32, exact where a layer's sums, or those of the pieces that
@@ -123,9 +128,17 @@ def integer_apply(
         that runs again has "#2" and so on appended.
 
     Raises:
-        ValueError: an unknown formulation, or "float32" for a layer whose sums are too large.
+        ValueError: an unknown formulation, "float32" for a layer whose sums are too large, or
+            images of another shape than a net without a batch takes.
     """
     checks.one_of("formulation", formulation, FORMULATIONS)
+    shapes = [tuple(a.shape) for a in jax.tree.leaves(images)]
+    expected = [a.shape for a in integer.program.signature]
+    if integer.program.batch is None and shapes != expected:
+        raise ValueError(
+            f"images is of shapes {shapes}, and the net was converted with any_batch=False, for "
+            f"{expected}; give these, or convert it for any batch size."
+        )
     return run(integer, images, capture, formulation)
 
 

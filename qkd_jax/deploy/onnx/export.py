@@ -74,6 +74,7 @@ def to_onnx(
     target: str | None = None,
     int4: bool | None = None,
     activations: str | None = None,
+    any_batch: bool = True,
     **kwargs: Any,
 ) -> OnnxFile:
     """Writes a net, float or quantized, as an ONNX file.
@@ -100,6 +101,8 @@ def to_onnx(
             file, and run those layers in float.
         activations: the type that holds the codes of activations: "uint8" or "int8" for all, where
             the zero point of a grid of the other kind moves by 128, or "own", each grid's own.
+        any_batch: False keeps the batch size of `images`, for a net that has no batch, as
+            `convert` says.
         **kwargs: further arguments of the model's call.
 
     Returns:
@@ -132,8 +135,10 @@ def to_onnx(
     _check_inputs(images)
     engine = TARGETS.get(target or "")
     rounds = engine is not None and engine.integer_bias and bool(variables.get("quant"))
-    folded = (integer_bias if rounds else fold_bn)(net, variables, images, **kwargs)
-    traced = trace_net(net, folded, images, **kwargs)
+    folded = (integer_bias if rounds else fold_bn)(
+        net, variables, images, any_batch=any_batch, **kwargs
+    )
+    traced = trace_net(net, folded, images, any_batch=any_batch, **kwargs)
     refuse_uncalibrated(traced)
     _check_types(traced.graph)
     options: dict[str, Any] = {"opset": opset, "int4": int4}

@@ -225,8 +225,8 @@ def _plain(node: Node) -> bool:
 
 
 def _random(values: Values, value: int) -> np.ndarray:
-    batch = values.graph.batch or 1
-    shape = [n // batch * 2 if n % batch == 0 else n for n in values.graph.shape(value)]
+    batch = values.graph.batch
+    shape = [n // batch * 2 if batch and n % batch == 0 else n for n in values.graph.shape(value)]
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 

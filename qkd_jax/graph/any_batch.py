@@ -1,0 +1,148 @@
+"""Finds the batch axis of a traced function: two traces of two sizes, compared value by value.
+
+A size that is the same in both traces is no batch. One that is a multiple k of the batch size in
+both is k batches, and whatever runs the graph recognises it by that multiple. Every other size, a
+batch and one more example say, has no meaning at another batch size and is refused.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from qkd_jax.graph.dataflow import Graph
+from qkd_jax.graph.execution import Node, literal
+from qkd_jax.graph.families import parse_marker
+
+PRIMES = (1009, 1013, 2003, 2011, 4001, 4003, 8009, 8011)
+_OWN_BATCH = (
+    "`convert` and `to_onnx` take any_batch=False, which keeps the batch size of the example"
+)
+
+
+class Ambiguous(ValueError):
+    """A size that no batch has is a multiple of the one that was traced with."""
+
+
+def batch_sizes(abstract: Any) -> Iterator[tuple[int, int]]:
+    """Yields pairs of prime batch sizes that no dimension of variables or arguments divides by."""
+    sizes = [a.shape[:1] for a in jax.tree.leaves(abstract[1])]
+    if not sizes or len(set(sizes)) != 1 or not sizes[0]:
+        raise ValueError(
+            f"the arguments' first axes are {sizes}; they must be one batch axis of one size. "
+            f"{_OWN_BATCH}."
+        )
+    used = {d for a in jax.tree.leaves(abstract[0]) for d in a.shape}
+    used |= {d for a in jax.tree.leaves(abstract[1]) for d in a.shape[1:]}
+    free = [p for p in PRIMES if all(d % p or not d for d in used)]
+    if len(free) < 2:
+        raise ValueError(f"most of {PRIMES} divide a dimension; {_OWN_BATCH}.")
+    yield from zip(free[::2], free[1::2], strict=False)
+
+
+def compare(first: Graph, second: Graph) -> None:
+    """Checks that two traces differ by their batch sizes alone.
+
+    Raises:
+        Ambiguous: the first batch size stands for something else too; other sizes may not.
+        ValueError: a size, position or number that depends on the batch in another way.
+    """
+    nodes, others = (
+        [*g.nodes, *dict.fromkeys(g.constants.pending.values())] for g in (first, second)
+    )
+    comparison = _Comparison(first.batch, second.batch)
+    for one, two in zip(nodes, others, strict=False):
+        if (one.op, one.inputs, one.outputs) != (two.op, two.inputs, two.outputs):
+            raise comparison.differs(one)
+        comparison.params(one, one.params, two.params)
+        for value in (*one.inputs, *one.outputs):
+            comparison.sizes(one, first.shape(value), second.shape(value))
+        for value in one.inputs:
+            known = [g.constants.known.get(value) for g in (first, second)]
+            comparison.numbers(one, *known)
+    if len(nodes) != len(others) or first.outputs != second.outputs:
+        raise comparison.differs(nodes[-1] if nodes else None)
+
+
+class _Comparison:
+    def __init__(self, first: Any, second: Any):
+        self.batches = int(first), int(second)
+
+    def differs(self, node: Node | None) -> Ambiguous:
+        where = node.scope if node is not None and node.scope else "the root module"
+        return Ambiguous(
+            f"a number in {where!r} depends on the batch size; such a model cannot run at "
+            "another one. Compute it from the data (a mean instead of a sum over n), or take "
+            f"the batch size out of the forward pass. {_OWN_BATCH}."
+        )
+
+    def sizes(self, node: Node, one: tuple[int, ...], two: tuple[int, ...]) -> None:
+        if len(one) != len(two):
+            raise self.differs(node)
+        for a, b in zip(one, two, strict=True):
+            self.size(node, a, b)
+
+    def size(self, node: Node, one: int, two: int) -> None:
+        first, second = self.batches
+        if one == two and one and one % first == 0:
+            raise Ambiguous(
+                f"{node.describe()} has a size of {one}, a multiple of the batch size that it was "
+                f"traced with. {_OWN_BATCH}."
+            )
+        if one == two or (one % first == 0 and one // first * second == two):
+            return
+        slope, rest = divmod(two - one, second - first)
+        size = f"the batch size {one - slope * first:+d}" if slope == 1 and not rest else one
+        raise ValueError(
+            f"{node.describe()} has an axis or a position of {size}, and depends on the batch "
+            "size so that it serves no other one: only whole batches can be moved, cut and "
+            "joined. Work on each example by itself (a constant beside the batch can be joined to "
+            f"every example instead). {_OWN_BATCH}."
+        )
+
+    def numbers(self, node: Node, one: Any, two: Any) -> None:
+        if one is two:
+            return
+        one, two = np.asarray(one), np.asarray(two)
+        inexact = one.dtype.kind in "fc"
+        if one.shape == two.shape and not np.array_equal(one, two, equal_nan=inexact):
+            raise self.differs(node)
+
+    def params(self, node: Node, one: Any, two: Any, counts: bool = False) -> None:
+        """Compares the parameters of an operation; with `counts`, not the numbers inside."""
+        for key, value in one.items():
+            self.param(node, value, two.get(key), counts)
+
+    def param(self, node: Node, one: Any, two: Any, counts: bool) -> None:
+        if isinstance(one, core.ClosedJaxpr | core.Jaxpr):
+            self.bodies(node, getattr(one, "jaxpr", one), getattr(two, "jaxpr", two), counts)
+        elif type(one) in (tuple, list):
+            if len(one) != len(two):
+                raise self.differs(node)
+            for a, b in zip(one, two, strict=True):
+                self.param(node, a, b, counts)
+        elif isinstance(one, int | np.integer) and not isinstance(one, bool):
+            self.size(node, int(one), int(two))
+        elif isinstance(one, float):
+            self.numbers(node, one, two)
+
+    def bodies(self, node: Node, one: Any, two: Any, counts: bool) -> None:
+        """Compares the jaxprs of a marker or a loop."""
+        # A dynamic range counts its elements, and reads no such number.
+        counts = counts or bool(node.params.get("dynamic_axes"))
+        if len(one.eqns) != len(two.eqns):
+            raise self.differs(node)
+        for eqn, other in zip(one.eqns, two.eqns, strict=True):
+            if eqn.primitive != other.primitive:
+                raise self.differs(node)
+            marker = parse_marker(eqn.params.get("name", ""))
+            inside = counts or bool(marker is not None and marker.dynamic_axes)
+            read = zip(eqn.invars, other.invars, strict=True)
+            written = zip(eqn.outvars, other.outvars, strict=True)
+            for a, b in (*read, *written):
+                self.sizes(node, a.aval.shape, b.aval.shape)
+                if isinstance(a, core.Literal) and isinstance(b, core.Literal) and not counts:
+                    self.numbers(node, literal(a), literal(b))
+            self.params(node, eqn.params, other.params, inside)
