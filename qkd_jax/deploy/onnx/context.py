@@ -1,13 +1,14 @@
 """The state of one ONNX export: which tensor holds which value of the graph."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from qkd_jax.deploy.onnx.engines import import_engine
-from qkd_jax.deploy.onnx.values import Values
+from qkd_jax.deploy.onnx.values import Values, unsupported
 from qkd_jax.deploy.onnx.writer import Tensor, Writer
 from qkd_jax.graph import Node
 from qkd_jax.numerics import Grid, IntFormat
@@ -133,6 +134,52 @@ class Export:
     def operand(self, value: int) -> Any:
         """Returns a value as a Tensor, or as an array where the input does not reach it."""
         return self.tensors[value] if value in self.values.dynamic else self.values.fixed(value)
+
+    def tensor(self, value: int) -> Tensor:
+        """Returns a value as a Tensor; one that no input reaches is repeated along the batch."""
+        if value in self.values.dynamic:
+            return self.tensors[value]
+        shape, sizes = self.values.shape(value), self.graph.shape(value)
+        node = self.graph.producer(value)
+        scope = "" if node is None else node.scope
+        array = self.values.fixed(value)
+        # Where several batches lie in one axis, their entries are equal or they have no order.
+        row = array[tuple(slice(0, 1 if n == -1 else None) for n in shape)]
+        if not np.array_equal(np.broadcast_to(row, array.shape), array):
+            assert node is not None
+            raise unsupported(node, "its values differ along the batch")
+        name = self.writer.constant(row, f"{scope}/constant" if scope else "constant")
+        if -1 in shape:
+            name = self.writer.add("Expand", [name, self.run_time_shape(sizes, scope)], scope)
+        return Tensor(name, shape, tuple(range(len(shape))))
+
+    def run_time_shape(self, sizes: Sequence[int], scope: str) -> str:
+        """Returns an int64 vector of sizes as they were traced, with those of the batch computed.
+
+        An axis of several batches has their number times the size of the first input's batch.
+        """
+        batch, writer = self.graph.batch, self.writer
+        pieces: list[Any] = []
+        for size in sizes:
+            if batch and size and size % batch == 0:
+                images = self.tensors[self.graph.inputs[0]]
+                # Shape has had bounds of its own since opset 15 only.
+                one = writer.add("Shape", [images.name], scope)
+                one = writer.add(
+                    "Gather", [one, writer.shape_constant([images.perm.index(0)])], scope
+                )
+                if size != batch:
+                    times = writer.shape_constant([size // batch], "batches")
+                    one = writer.add("Mul", [one, times], scope)
+                pieces.append(one)
+            elif pieces and isinstance(pieces[-1], list):
+                pieces[-1].append(size)
+            else:
+                pieces.append([size])
+        names = [p if isinstance(p, str) else writer.shape_constant(p) for p in pieces]
+        if not names:
+            return writer.shape_constant([])
+        return names[0] if len(names) == 1 else writer.add("Concat", names, scope, axis=0)
 
     def storage(self, path: str, format: IntFormat) -> np.dtype:
         """Returns the type that holds the codes of a layer's weight."""

@@ -18,12 +18,18 @@ from qkd_jax.quantize.traced import TracedContraction
 def write_product(export: Export, product: TracedContraction) -> Tensor:
     """Writes a contraction, its bias, and constants per channel that follow it."""
     node = product.node
-    fixed = [o.value not in export.values.dynamic for o in product.operands]
-    if all(fixed) or (node.op == "conv_general_dilated" and fixed != [False, True]):
+    # What is repeated along the batch is no matrix, though no input reaches it.
+    fixed = [o.value in export.graph.constants for o in product.operands]
+    if node.op == "conv_general_dilated" and fixed != [False, True]:
         raise unsupported(node, "its kernel is not a constant")
     if not any(fixed):
         return _dynamic_operands(export, product)
     side = fixed.index(True)
+    if node.op == "dot_general" and not product.operands[side].quantized:
+        (summed, _), (batch, _) = node.params["dimension_numbers"]
+        kept = [len(o.shape) - len(summed) - len(batch) for o in product.operands]
+        if batch and [len(summed), *kept] != [1, 1, 1]:
+            return _dynamic_operands(export, product)
     channels = [i for i in range(product.rank) if i in product.operands[side].output_axes]
     weight = constant_operand(export, product, side)
     bias = _bias(export, product, channels)
@@ -192,8 +198,6 @@ def _matmul(
     x = weight.other_input(export, node.inputs[1 - side])
     summed, w_summed = contracted[1 - side], contracted[side]
     x_free = [a for a in range(len(x.shape)) if a not in summed]
-    if side == 0 and x_free:
-        raise unsupported(node, "the constant stands on the left")
     w_free = [a for a in range(weight.array.ndim) if a not in w_summed]
     w_shape = tuple(weight.array.shape[a] for a in w_free)
     channels = math.prod(w_shape)
@@ -212,7 +216,8 @@ def _matmul(
         """One number per column of the matrix, from an array of the output's rank."""
         if array is None or array.size == 1:
             return array
-        return np.broadcast_to(array.reshape(array.shape[len(lead) :]), w_shape).reshape(-1)
+        own = array.shape[len(lead) :] if side else array.shape[: len(w_shape)]
+        return np.broadcast_to(array.reshape(own), w_shape).reshape(-1)
 
     weight = dataclasses.replace(
         weight, scale=flat(weight.scale), zero_point=flat(weight.zero_point)
@@ -246,10 +251,14 @@ def _matmul(
             name = export.add(op, [name, stored], node)
     if weight.fenced:
         name = export.fenced(name, node)
-    shape = export.shape(node)
-    if shape != (*lead, channels):
-        name = export.add("Reshape", [name, export.writer.shape_constant(shape)], node)
-    return Tensor(name, shape, tuple(range(len(shape))))
+    if len(w_shape) != 1:
+        shape = export.writer.shape_constant([*lead, *w_shape])
+        name = export.add("Reshape", [name, shape], node)
+    # The columns come last, and first in the model where the constant stands on the left.
+    rank = len(lead) + len(w_shape)
+    first = 0 if side else len(w_shape)
+    perm = tuple((first + a) % rank for a in range(rank))
+    return Tensor(name, export.shape(node), perm)
 
 
 def _members(
@@ -312,12 +321,11 @@ def _dynamic_operands(export: Export, product: TracedContraction) -> Tensor:
     contracted, batch = node.params["dimension_numbers"]
     operands, free = [], []
     for side in (0, 1):
-        x = export.writer.ordered(export.tensors[node.inputs[side]], node.scope)
-        rows = [a for a in range(len(x.shape)) if a not in (*contracted[side], *batch[side])]
-        if len(rows) != 1 or len(contracted[side]) != 1:
-            raise unsupported(node, "a product of two activations with several rows of axes")
+        x = export.writer.ordered(export.tensor(node.inputs[side]), node.scope)
         operands.append(x)
-        free.append(rows)
+        free.append([a for a in range(len(x.shape)) if a not in (*contracted[side], *batch[side])])
+    if any(len(axes) != 1 for axes in (*free, contracted[0])):
+        return _flattened(export, node, operands, free)
 
     def arrangement(side: int, left: bool) -> tuple[int, ...]:
         inner = (*free[side], *contracted[side]) if left else (*contracted[side], *free[side])
@@ -339,3 +347,31 @@ def _dynamic_operands(export: Export, product: TracedContraction) -> Tensor:
     if left == 1:
         perm[-2:] = perm[:-3:-1]
     return Tensor(export.add("MatMul", names, node), shape, tuple(perm))
+
+
+def _flattened(
+    export: Export, node: Node, operands: Sequence[Tensor], free: Sequence[Sequence[int]]
+) -> Tensor:
+    """Writes a product whose rows, columns or sums are several axes, or none, as a MatMul."""
+    contracted, batch = node.params["dimension_numbers"]
+
+    def size(axes: Sequence[int], shape: Sequence[int]) -> int:
+        sizes = [shape[a] for a in axes]
+        if sizes.count(-1) > 1:
+            raise unsupported(node, "the batch is in several of its axes")
+        return -1 if -1 in sizes else math.prod(sizes)
+
+    names = []
+    for side, x in enumerate(operands):
+        inner = (free[0], contracted[0]) if side == 0 else (contracted[1], free[1])
+        arranged = export.writer.arranged(x, (*batch[side], *inner[0], *inner[1]), node.scope)
+        sizes = [size(axes, x.shape) for axes in inner]
+        # A size of 0 copies the operand's own.
+        shape = export.writer.shape_constant([0] * len(batch[side]) + sizes)
+        names.append(export.add("Reshape", [arranged.name, shape], node))
+    out, kept = export.shape(node), len(batch[0])
+    if out[kept:].count(-1) > 1 or size(contracted[0], operands[0].shape) == -1:
+        raise unsupported(node, "the batch is in several of its axes, or in its sum")
+    shape = export.writer.shape_constant([0] * kept + list(out[kept:]))
+    name = export.add("Reshape", [export.add("MatMul", names, node), shape], node)
+    return Tensor(name, out, tuple(range(len(out))))

@@ -3,18 +3,22 @@
 `ELEMENTWISE` maps a primitive's name to a function `(export, node, *tensors or arrays) -> Tensor`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jax.lax import RoundingMethod
 
 from qkd_jax.deploy.onnx.context import Export
-from qkd_jax.deploy.onnx.values import unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
 
-_UNARY = "abs ceil cos erf exp floor log neg not sign sin sqrt tanh".split()
-_BINARY = "add and div max min mul or pow sub".split()
+_UNARY = (
+    "abs acos acosh asin asinh atan atanh ceil cos cosh erf exp floor log neg not sign sin sinh "
+    "sqrt tan tanh"
+).split()
+_BINARY = "add and div max min mul or pow sub xor".split()
 # Primitive -> ONNX's operation, which most often is the same word.
 UNARY = {name: name.capitalize() for name in _UNARY} | {"logistic": "Sigmoid"}
 BINARY = {name: name.capitalize() for name in _BINARY} | {
@@ -89,16 +93,46 @@ def _convert(export: Export, node: Node, x: Tensor) -> Tensor:
 
 def _clamp(export: Export, node: Node, low: Any, x: Tensor, high: Any) -> Tensor:
     if isinstance(low, Tensor) or isinstance(high, Tensor) or low.ndim or high.ndim:
-        raise unsupported(node, "its bounds are not two numbers")
+        larger = _binary("Max")(export, node, x, low)
+        return _binary("Min")(export, node, larger, high)
     bounds = [export.writer.constant(b, "bound") for b in (low, high)]
     return export.add_like(x, "Clip", [x.name, *bounds], node)
 
 
+def _rem(export: Export, node: Node, x: Any, y: Any) -> Tensor:
+    names, guide = export.aligned(node, x, y)
+    return export.add_result(guide, "Mod", names, node, fmod=1)  # with the sign of x
+
+
+def _round(export: Export, node: Node, x: Tensor) -> Tensor:
+    if node.params["rounding_method"] == RoundingMethod.TO_NEAREST_EVEN:
+        return export.add_like(x, "Round", [x.name], node)
+    half = export.writer.constant(np.float32(0.5), "half")
+    up = export.add("Add", [export.add("Abs", [x.name], node), half], node)
+    up = export.add("Floor", [up], node)
+    return export.add_like(x, "Mul", [export.add("Sign", [x.name], node), up], node)
+
+
+def _is_finite(export: Export, node: Node, x: Tensor) -> Tensor:
+    infinite = [export.add(op, [x.name], node) for op in ("IsInf", "IsNaN")]
+    return export.add_like(x, "Not", [export.add("Or", infinite, node)], node)
+
+
 def _select(export: Export, node: Node, which: Any, *cases: Any) -> Tensor:
-    if len(cases) != 2:
-        raise unsupported(node, f"it chooses among {len(cases)} cases")
-    (which, no, yes), guide = export.aligned(node, which, *cases)
-    return export.add_result(guide, "Where", [which, yes, no], node)
+    names, guide = export.aligned(node, which, *cases)
+    which, *names = names
+    if len(names) == 1:
+        return export.add_result(guide, "Identity", names, node)
+    dtype = export.graph.dtype(node.inputs[0])
+    out = names[-1]
+    for number in reversed(range(len(names) - 1)):
+        if dtype == np.bool_:
+            out = export.add("Where", [which, out, names[number]], node)
+            continue
+        stored = export.writer.constant(np.asarray(number, dtype), "case")
+        here = export.add("Equal", [which, stored], node)
+        out = export.add("Where", [here, names[number], out], node)
+    return dataclasses.replace(guide, name=out, shape=export.shape(node))
 
 
 ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
@@ -110,9 +144,12 @@ ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
     "erfc": _erfc,
     "expm1": _expm1,
     "integer_pow": _integer_pow,
+    "is_finite": _is_finite,
     "log1p": _log1p,
     "ne": _not_equal,
     "optimization_barrier": _same,
+    "rem": _rem,
+    "round": _round,
     "rsqrt": _rsqrt,
     "select_n": _select,
     "square": _square,

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jax.lax import GatherScatterMode
 
 from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.values import unsupported
@@ -77,9 +76,10 @@ def _broadcast(export: Export, node: Node, x: Tensor) -> Tensor:
         name = export.add("Unsqueeze", [name, export.writer.shape_constant(at, "axes")], node)
     repeats = [shape[a] if old.get(a, 1) != shape[a] else 1 for a in perm]
     if any(n != 1 for n in repeats):
-        if -1 in repeats:
-            raise unsupported(node, "it repeats a tensor along the batch")
-        name = export.add("Expand", [name, export.writer.shape_constant(repeats)], node)
+        sizes = export.graph.shape(node.outputs[0])
+        repeats = [sizes[a] if n != 1 else 1 for a, n in zip(perm, repeats, strict=True)]
+        repeated = export.run_time_shape(repeats, node.scope)
+        name = export.add("Expand", [name, repeated], node)
     return Tensor(name, shape, tuple(perm), order)
 
 
@@ -91,8 +91,6 @@ def _slice(export: Export, node: Node, x: Tensor) -> Tensor:
     for at, axis in enumerate(x.perm):
         whole = limits[axis] == export.graph.shape(node.inputs[0])[axis]
         if starts[axis] or strides[axis] != 1 or not whole:
-            if x.shape[axis] == -1 and not whole:
-                raise unsupported(node, "it cuts the batch")
             end = np.iinfo(np.int64).max if whole else limits[axis]
             rows.append((starts[axis], end, at, strides[axis]))
     return dataclasses.replace(_sliced(export, node, x, rows), shape=export.shape(node))
@@ -127,48 +125,6 @@ def _rev(export: Export, node: Node, x: Tensor) -> Tensor:
     return _sliced(export, node, x, rows)
 
 
-def _gather(export: Export, node: Node, x: Any, index: Any) -> Tensor:
-    """Gathers entries along one axis: rows of a table (nn.Embed), or pixels of a nearest resize.
-
-    Rows beyond a table are NaN in the net; what engines make of them is not defined.
-    """
-    numbers, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
-    shape = export.graph.shape(node.inputs[0])
-    index_shape = export.graph.shape(node.inputs[1])[:-1]
-    axis = numbers.collapsed_slice_dims[0] if len(numbers.collapsed_slice_dims) == 1 else -1
-    rank = len(shape) - 1 + len(index_shape)
-    behind = tuple(a for a in range(rank) if not axis <= a < axis + len(index_shape))
-    if (
-        axis < 0
-        or numbers.start_index_map != (axis,)
-        or numbers.offset_dims != behind
-        or numbers.operand_batching_dims
-        or any(n != m for a, (n, m) in enumerate(zip(sizes, shape, strict=True)) if a != axis)
-    ):
-        raise unsupported(node, "it takes more than entries of one axis")
-    writer = export.writer
-    if isinstance(index, Tensor):
-        if node.params["mode"] == GatherScatterMode.CLIP:
-            raise unsupported(node, "it clips indices that are known at run time only")
-        index = writer.plain(index, node.scope)
-        last = writer.shape_constant([len(index_shape)], "axes")
-        indices = export.add("Squeeze", [index.name, last], node)
-    else:
-        index = np.asarray(index)[..., 0]
-        if index.min(initial=0) < 0 or index.max(initial=0) >= shape[axis]:
-            raise unsupported(node, "it takes entries beyond the axis")
-        indices = writer.constant(index.astype(np.int64), "places")
-    if isinstance(x, Tensor):
-        x = writer.plain(x, node.scope)
-        if x.shape[axis] == -1:
-            raise unsupported(node, "it takes entries of the batch")
-        name = x.name
-    else:
-        name = writer.constant(x, f"{node.scope}/table" if node.scope else "table")
-    name, out = export.add("Gather", [name, indices], node, axis=axis), export.shape(node)
-    return Tensor(name, out, tuple(range(len(out))))
-
-
 def _pad(export: Export, node: Node, x: Tensor, value: Any) -> Tensor:
     config = node.params["padding_config"]
     if isinstance(value, Tensor) or any(inner for _, _, inner in config):
@@ -183,40 +139,19 @@ def _pad(export: Export, node: Node, x: Tensor, value: Any) -> Tensor:
 def _concatenate(export: Export, node: Node, *parts: Any) -> Tensor:
     first = next(p for p in parts if isinstance(p, Tensor))
     names = []
-    for part in parts:
-        if isinstance(part, Tensor):
-            part = export.writer.ordered(part, node.scope)
-            names.append(export.writer.arranged(part, first.perm, node.scope).name)
-        else:
-            names.append(_repeated(export, node, np.asarray(part), first))
+    for value, part in zip(node.inputs, parts, strict=True):
+        if not isinstance(part, Tensor):
+            part = export.tensor(value)
+        part = export.writer.ordered(part, node.scope)
+        names.append(export.writer.arranged(part, first.perm, node.scope).name)
     axis = first.perm.index(node.params["dimension"])
     name = export.add("Concat", names, node, axis=axis)
     return Tensor(name, export.shape(node), first.perm)
 
 
-def _repeated(export: Export, node: Node, part: np.ndarray, beside: Tensor) -> str:
-    """Adds a constant in the order of another tensor, repeated along that tensor's batch."""
-    name = export.writer.constant(part.transpose(beside.perm), "part")
-    batch = [a for a, n in enumerate(beside.shape) if n == -1]
-    if batch != [0]:
-        if batch:
-            raise unsupported(node, "a constant part of it, beside a batch that is not in front")
-        return name
-    # Its shape at run time: the other tensor's batch, then the constant's own sizes.
-    writer, at = export.writer, beside.perm.index(0)
-    # Shape has had bounds of its own since opset 15 only.
-    sizes = export.add("Shape", [beside.name], node)
-    sizes = export.add("Gather", [sizes, writer.shape_constant([at])], node)
-    own = [part.shape[a] for a in beside.perm]
-    pieces = [own[:at], sizes, own[at + 1 :]]
-    shape = [p if isinstance(p, str) else writer.shape_constant(p) for p in pieces if len(p)]
-    return export.add("Expand", [name, export.add("Concat", shape, node, axis=0)], node)
-
-
 MOVES: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "broadcast_in_dim": _broadcast,
     "concatenate": _concatenate,
-    "gather": _gather,
     "pad": _pad,
     "reshape": _reshape,
     "rev": _rev,

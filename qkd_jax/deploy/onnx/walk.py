@@ -1,12 +1,14 @@
 """Walks a traced net and writes each of its operations in ONNX.
 
-A new operation is an entry of `ELEMENTWISE`, `MOVES` or `REDUCTIONS`.
+A new operation is an entry of `ELEMENTWISE`, `INDEXING`, `MOVES`, `ORDERING` or `REDUCTIONS`.
 """
 
 from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.contractions import write_product
 from qkd_jax.deploy.onnx.elementwise import ELEMENTWISE
+from qkd_jax.deploy.onnx.indexing import INDEXING
 from qkd_jax.deploy.onnx.moves import MOVES
+from qkd_jax.deploy.onnx.ordering import ORDERING
 from qkd_jax.deploy.onnx.patterns import find_patterns, write_pattern
 from qkd_jax.deploy.onnx.quantize_linear import write_quantizer
 from qkd_jax.deploy.onnx.reductions import REDUCTIONS
@@ -15,7 +17,7 @@ from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import MARKERS, Node
 from qkd_jax.quantize.traced import is_quantizer
 
-OPERATIONS = {**ELEMENTWISE, **MOVES, **REDUCTIONS}
+OPERATIONS = {**ELEMENTWISE, **INDEXING, **MOVES, **ORDERING, **REDUCTIONS}
 
 
 def write(export: Export) -> list[Tensor]:
@@ -44,9 +46,7 @@ def write(export: Export) -> list[Tensor]:
             ) from None
         results = results if isinstance(results, tuple) else (results,)
         tensors.update(zip(node.outputs, results, strict=True))
-    if not tensors.keys() >= set(graph.outputs):
-        raise ValueError("a result of the model does not depend on its input.")
-    return [export.writer.plain(tensors[value], "") for value in graph.outputs]
+    return [export.writer.plain(export.tensor(value), "") for value in graph.outputs]
 
 
 def _input(export: Export, value: int) -> Tensor:
@@ -68,4 +68,9 @@ def _write_node(export: Export, node: Node) -> Tensor | tuple[Tensor, ...]:
         return write_product(export, export.products[node])
     if node.op not in OPERATIONS:
         raise unsupported(node)
-    return OPERATIONS[node.op](export, node, *(export.operand(v) for v in node.inputs))
+    # Beside numbers that are computed, a constant has to bring the batch axis itself.
+    computed = [v for v in node.inputs if v in export.values.dynamic]
+    scalar = bool(computed) and not any(export.graph.shape(v) for v in computed)
+    read = export.tensor if scalar else export.operand
+    operands = (read(v) if export.graph.shape(v) else export.operand(v) for v in node.inputs)
+    return OPERATIONS[node.op](export, node, *operands)

@@ -64,7 +64,7 @@ class Writer:
         self.nodes: list[OnnxNode] = []
         self.constants: dict[str, np.ndarray] = {}
         self._constants: dict[tuple[Any, ...], str] = {}
-        self._nodes: dict[tuple[Any, ...], str] = {}
+        self._nodes: dict[tuple[Any, ...], tuple[str, ...]] = {}
         self._names: set[str] = set()
 
     def unique(self, hint: str) -> str:
@@ -91,12 +91,18 @@ class Writer:
 
     def add(self, op: str, inputs: Sequence[str], scope: str, **attributes: Any) -> str:
         """Adds a node with one output and returns the output's name; equal nodes are one."""
+        return self.add_several(op, inputs, scope, 1, **attributes)[0]
+
+    def add_several(
+        self, op: str, inputs: Sequence[str], scope: str, count: int, **attributes: Any
+    ) -> tuple[str, ...]:
+        """Adds a node with several outputs and returns their names; equal nodes are one."""
         key = (op, tuple(inputs), repr(sorted(attributes.items())))
-        if key in self._nodes:
-            return self._nodes[key]
-        name = self.unique(f"{scope}/{op}" if scope else op)
-        self.nodes.append(OnnxNode(op, tuple(inputs), (f"{name}:0",), attributes, name))
-        self._nodes[key] = f"{name}:0"
+        if key not in self._nodes:
+            name = self.unique(f"{scope}/{op}" if scope else op)
+            outputs = tuple(f"{name}:{i}" for i in range(count))
+            self.nodes.append(OnnxNode(op, tuple(inputs), outputs, attributes, name))
+            self._nodes[key] = outputs
         return self._nodes[key]
 
     def producer(self, name: str) -> OnnxNode | None:

@@ -216,8 +216,8 @@ def test_a_table_is_read_by_its_rows(tmp_path):
     written, difference, _ = compare(net, variables, words, tmp_path / "m.onnx")
     assert difference < 1e-5 and written.operations["Gather"] == 1
     net, variables = small_nets.float_net(Words("clip"), words)
-    with pytest.raises(ValueError, match="'gather' in 'the root module': it clips indices"):
-        to_onnx(net, variables, words, tmp_path / "m.onnx")
+    _, difference, _ = compare(net, variables, 3 * words - 9, tmp_path / "m.onnx")
+    assert difference < 1e-5  # words from -9 to 21 are those from 0 to 10
 
 
 def test_the_batch_is_not_cut(tmp_path):
@@ -262,7 +262,7 @@ def test_mlp_takes_its_features_as_they_are(tmp_path):
 
 
 def test_what_cannot_be_written_is_named(tmp_path):
-    class Sorted(nn.Module):
+    class Outer(nn.Module):
         @nn.compact
         def __call__(self, x):
             return Inner(name="inner")(nn.Dense(3, name="head")(x))
@@ -270,11 +270,11 @@ def test_what_cannot_be_written_is_named(tmp_path):
     class Inner(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return jnp.sort(x)
+            return jax.lax.lgamma(x)
 
     x = jax.random.normal(jax.random.key(0), (5, 12))
-    net, variables = small_nets.float_net(Sorted(), x)
-    with pytest.raises(ValueError, match="cannot write 'sort' in 'inner'"):
+    net, variables = small_nets.float_net(Outer(), x)
+    with pytest.raises(ValueError, match="cannot write 'lgamma' in 'inner'"):
         to_onnx(net, variables, x, tmp_path / "m.onnx")
     with pytest.raises(ValueError, match="opset is 12"):
         to_onnx(net, variables, x, tmp_path / "m.onnx", opset=12)
