@@ -1,8 +1,9 @@
 """An integer model as StableHLO, the program that XLA compiles, for cpu, cuda and tpu in one file.
 
 `save_stablehlo` writes what `jax.export` serialises: the module, with the weights inside and any
-batch size, and its signature. Beside it lies a JSON file with the versions and a SHA-256. It needs
-neither the model's source nor `qkd_jax` to run:
+batch size (the example's own, where `convert` was told any_batch=False), and its signature. Beside
+it lies a JSON file with the versions and a SHA-256. It needs neither the model's source nor
+`qkd_jax` to run:
 
     jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read())).call(images)
 
@@ -28,6 +29,7 @@ import numpy as np
 from jax import export
 
 from qkd_jax import checks
+from qkd_jax.deploy.integer.outputs import with_plain_outputs
 from qkd_jax.deploy.integer.program import IntegerModel, Multiply, run
 from qkd_jax.record.whole_files import replace_file
 from qkd_jax.weights.files import damaged, read_bytes
@@ -45,6 +47,9 @@ def save_stablehlo(
 ) -> int:
     """Writes an integer model as StableHLO, and `<path>.json` beside it.
 
+    The module returns arrays, lists, tuples and dicts; a dataclass, a named tuple or another pytree
+    becomes a dict of its fields.
+
     Args:
         integer: from `convert` or `load`.
         path: the file, such as "model.stablehlo".
@@ -59,13 +64,14 @@ def save_stablehlo(
     checks.at_least_one("platforms", platforms)
     for platform in platforms:
         checks.one_of("a platform", platform, PLATFORMS)
-    program = integer.program
+    program = with_plain_outputs(integer.program)
     (batch,) = export.symbolic_shape("batch")
     inputs = [
         jax.ShapeDtypeStruct((batch, *a.shape[1:]) if program.batch else a.shape, a.dtype)
         for a in program.signature
     ]
-    arrays = jax.tree.map(np.asarray, integer)  # constants of the module, not arguments
+    # Constants of the module, not arguments.
+    arrays = IntegerModel(jax.tree.map(np.asarray, integer.arrays), program)
     # An integer-only program has products without multipliers, and no floats on any platform.
     products = [s for s in program.steps if isinstance(s, Multiply)]
     exact = any(s.multiplier and s.exact for s in products)

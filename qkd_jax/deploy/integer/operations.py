@@ -32,9 +32,10 @@ _CUMULATIVE = _attributes("axis", reverse=False)
 _WINDOW = _attributes("window_dimensions window_strides padding base_dilation window_dilation")
 _CONTRACTION = _attributes(unset="out_sharding", precision=None, preferred_element_type=None)
 _PLAIN = (
-    "abs add and atan2 ceil clamp copy div eq erf erf_inv erfc floor ge gt is_finite le lt max min "
-    "ne neg nextafter not or pow rem select_n shift_left shift_right_arithmetic "
-    "shift_right_logical sign square stop_gradient sub xor"
+    "abs acos acosh add and asin asinh atan atan2 atanh ceil clamp copy cosh div "
+    "dynamic_update_slice eq erf erf_inv erfc floor ge gt is_finite le lt max min ne neg nextafter "
+    "not or pow rem select_n shift_left shift_right_arithmetic shift_right_logical sign sinh "
+    "square stop_gradient sub xor"
 ).split()
 _ACCURATE = "cbrt cos exp exp2 expm1 log log1p logistic rsqrt sin sqrt tan tanh".split()
 
@@ -82,9 +83,11 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     "reshape": _attributes("new_sizes", unset="sharding", dimensions=None),
     "rev": _attributes("dimensions"),
     "round": _attributes("rounding_method"),
+    "sort": _attributes("dimension num_keys", is_stable=True),
     "slice": _attributes("start_indices limit_indices", strides=None),
     "split": _attributes("sizes axis"),
     "squeeze": _attributes("dimensions"),
+    "top_k": _attributes("k axis"),
     "transpose": _attributes("permutation"),
 }
 _PRIVATE = {"split": jax.lax.split_p}  # not among `jax.extend`'s names

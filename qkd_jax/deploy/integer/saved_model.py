@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax.deploy.description import Description
+from qkd_jax.deploy.integer.outputs import with_plain_outputs
 from qkd_jax.deploy.integer.pack import packed_bytes
 from qkd_jax.deploy.integer.program import IntegerModel, Program, Unpack, run
 from qkd_jax.deploy.integer.serial import decode, dtype_of, encode
@@ -53,6 +54,9 @@ def save(
 ) -> dict[str, int]:
     """Writes an integer model into a folder.
 
+    What the model returns is read back as arrays, lists, tuples and dicts; a dataclass, a named
+    tuple or another pytree becomes a dict of its fields.
+
     Args:
         integer: from `convert`.
         folder: created if it does not exist; files of an earlier export are replaced.
@@ -65,15 +69,16 @@ def save(
         ValueError: the program has an operation or a value that a file cannot hold.
     """
     arrays = {name: np.asarray(a) for name, a in integer.arrays.items()}
+    program = with_plain_outputs(integer.program)
     tensors, entries = _join(arrays)
     body = {
         "format": FORMAT,
         "version": VERSION,
         "written_by": {name: importlib.metadata.version(name) for name in ("jax", "numpy")},
         "description": None if description is None else description.to_json(),
-        "outputs": [_signature(a) for a in _shapes(integer.program, arrays)],
+        "outputs": [_signature(a) for a in _shapes(program, arrays)],
         "arrays": entries,
-        "program": encode(integer.program),
+        "program": encode(program),
     }
     data = safetensors_bytes(tensors, {"json": _digest(body)})
     text = _text({**body, "tensors": {"sha256": hashlib.sha256(data).hexdigest()}})

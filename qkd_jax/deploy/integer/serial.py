@@ -25,6 +25,7 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.deploy.integer import program as programs
 from qkd_jax.deploy.integer.operations import attributes, parameters, primitive
+from qkd_jax.deploy.integer.outputs import plain
 from qkd_jax.graph import Node
 from qkd_jax.numerics import IntFormat, Spec
 
@@ -101,8 +102,8 @@ def encode(value: Any) -> Any:
     if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
         return {"is": "dtype", "name": np.dtype(value).name}
     if isinstance(value, jax.tree_util.PyTreeDef):
-        leaves = list(range(value.num_leaves))
-        return {"is": "tree", "of": _encode_tree(jax.tree.unflatten(value, leaves))}
+        tree = plain(jax.tree.unflatten(value, list(range(value.num_leaves))))
+        return {"is": "tree", "of": _encode_tree(tree)}
     raise ValueError(f"a program holds {value!r:.100} ({type(value).__name__}); files cannot.")
 
 
@@ -118,15 +119,10 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _encode_tree(tree: Any) -> Any:
-    if isinstance(tree, bool) or not isinstance(tree, int | dict | list | tuple):
-        raise ValueError(
-            f"the model returns a {type(tree).__name__}; files hold arrays, lists, tuples and "
-            "dicts of them."
-        )
-    if isinstance(tree, dict):
-        return {str(k): _encode_tree(v) for k, v in tree.items()}
-    if isinstance(tree, int):
+    if tree is None or isinstance(tree, int):
         return tree
+    if isinstance(tree, dict):
+        return {k: _encode_tree(v) for k, v in tree.items()}
     return [type(tree).__name__, *(_encode_tree(v) for v in tree)]
 
 
@@ -268,6 +264,8 @@ def _tree(data: Any) -> Any:
     def build(branch: Any) -> Any:
         if isinstance(branch, bool):
             raise ValueError("a tree has a boolean for a leaf.")
+        if branch is None:
+            return None
         if isinstance(branch, int):
             leaves.append(branch)
             return branch
