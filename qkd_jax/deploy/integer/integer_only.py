@@ -287,6 +287,9 @@ class _Rewriter:
                     "makes its input an `output` spec."
                 )
             values.append(self.env[v])
+        if node.outputs[0] not in self.graph.avals:
+            self.env[node.outputs[0]] = self.moved_codes(node, values[0])
+            return
         if all(isinstance(v, np.ndarray) for v in values):
             inputs = [
                 a.astype(self.graph.dtype(v)) for v, a in zip(node.inputs, values, strict=True)
@@ -396,6 +399,13 @@ class _Rewriter:
         )
         bias = self.constant(node, x.bias, x)
         return dataclasses.replace(x, terms=terms, bias=bias, shape=self.shape(node.outputs[0]))
+
+    def moved_codes(self, node: Node, codes: Linear) -> Linear:
+        """Moves the codes of an operand between its grid and its product."""
+        ((value, multiplier, largest),) = codes.terms
+        zeros = np.broadcast_to(np.int32(0), codes.shape)
+        (moved,) = graphs.execute(node, [zeros], self.batch, 1)
+        return Linear.of(self.step(node, value), multiplier, largest, np.shape(moved))
 
     def constant(self, node: Node, array: np.ndarray, x: Linear) -> np.ndarray:
         if array.size == 1:

@@ -210,7 +210,7 @@ def _slice(params: Mapping[str, Any], x: np.ndarray) -> np.ndarray:
 
 # Operations that move integers, or add and compare them, by the name of their JAX primitive.
 MOVES: dict[str, Callable[..., Any]] = {
-    **{op: NUMPY[op] for op in "reshape transpose squeeze rev broadcast_in_dim max".split()},
+    **{op: NUMPY[op] for op in "reshape transpose squeeze rev broadcast_in_dim copy max".split()},
     "slice": _slice,
     "pad": _pad,
     "concatenate": lambda p, *xs: np.concatenate(xs, p["dimension"]),

@@ -224,3 +224,35 @@ def test_zero_padding_pads_with_the_zero_point():
     np.testing.assert_array_equal(
         reference.run(same.program, same.arrays, x)[0], integer_apply(same, x)
     )
+
+
+class Tied(nn.Module):
+    def setup(self):
+        self.embed, self.first = nn.Embed(7, 6, name="embed"), nn.Dense(6, name="first")
+
+    def __call__(self, x):
+        return self.embed.attend(nn.relu(self.first(x)))
+
+
+class Upward(nn.Module):
+    transposed: bool
+
+    @nn.compact
+    def __call__(self, x):
+        up = nn.ConvTranspose(6, (3, 3), (2, 2), transpose_kernel=self.transposed, name="up")
+        return nn.Dense(5, name="head")(nn.relu(up(x)).mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "last"),
+    [(Tied(), (3, 8, 4), "embed"), (Upward(True), (3, 5, 5, 4), "head")],
+    ids=["attend", "transposed kernel"],
+)
+def test_a_weight_that_is_moved_between_its_codes_and_its_product(model, shape, last):
+    x = np.random.default_rng(0).normal(0.3, 1, shape).astype(np.float32)
+    weight, signal = Spec(8, granularity="channel"), Spec(8, symmetric=False)
+    rules = [Rule(last, weight=weight, input=signal, output=Spec(8))]
+    net, variables = small_nets.calibrated(
+        model, [*rules, Rule(".*", weight=weight, input=signal)], x
+    )
+    compare(net, variables, x, allowed=0.01)
