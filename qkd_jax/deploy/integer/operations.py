@@ -9,6 +9,7 @@ changed here, and old files stay valid.
 To let files hold another operation, add its line.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -146,4 +147,18 @@ def parameters(op: str, kept: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"operation {op!r} lacks its attribute {missing[0]!r}.")
     values = {n: None if default is UNSET else default for n, default in known.items()}
-    return {**values, **kept}
+    return {**dict.fromkeys(_newer(op)), **values, **kept}
+
+
+@functools.cache
+def _newer(op: str) -> tuple[str, ...]:
+    """What JAX 0.12 binds and 0.10 does not, None unless asked for; read from the installed one."""
+    functions = {
+        "erfc": jax.lax.erfc,
+        "reduce_max": lambda x: jax.lax.reduce_max(x, (0,)),
+        "reduce_min": lambda x: jax.lax.reduce_min(x, (0,)),
+    }
+    if op not in functions:
+        return ()
+    (eqn,) = jax.make_jaxpr(functions[op])(jax.numpy.ones(1)).eqns
+    return tuple(name for name in eqn.params if name not in OPERATIONS[op])

@@ -226,7 +226,7 @@ def change(body, *keys, to):
         (("program", "steps", 0, "spec", "quantizer"), "__import__", "does not fit together"),
         (("program", "steps", 0, "spec", "bits"), 99, "bits is 99"),
         (("program", "steps", 3, "op"), "infeed", "unknown operation 'infeed'"),
-        (("program", "steps", 10, "inputs"), [31], "reshapes"),
+        (("program", "steps", 10, "inputs"), [26], "reshapes"),
         (("program", "signature", 0, "shape"), [1009, 4, 4, 2], "does not fit together"),
         (("program", "signature", 0, "shape"), [1009, 10**7, 10**7, 1], "fit|elements"),
         (("program", "out_tree", "of"), {"logits": 1}, "leaves of a tree"),
