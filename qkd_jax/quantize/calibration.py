@@ -237,9 +237,13 @@ def model_arguments(batch: Any) -> tuple[Any, ...]:
 
 
 def _observing(
-    observed: Sequence[str], record: Callable[[Tree | None, OperandUse, tuple[int, ...]], Tree]
+    observed: Sequence[str],
+    record: Callable[[Tree | None, OperandUse, tuple[int, ...]], Tree | None],
 ) -> OperandHook:
-    """Returns a hook that records some operands in float; others are quantized if calibrated."""
+    """Returns a hook that records some operands in float; others are quantized if calibrated.
+
+    `record` returns what is kept of an operand, or None to leave the variables as they are.
+    """
 
     def hook(use: OperandUse) -> tuple[jax.Array, OperandGrid | None]:
         if use.operand not in observed:
@@ -248,7 +252,9 @@ def _observing(
             return x_hat, None if use.operand in ("output", ATTENDED) else grid
         key = state_key(use.operand, _KIND)
         # Of a dynamic operand nothing is kept but that it is quantized.
-        use.write(key, record(use.read(key), use, () if use.spec.dynamic else use.axes))
+        state = record(use.read(key), use, () if use.spec.dynamic else use.axes)
+        if state is not None:
+            use.write(key, state)
         return use.x, None
 
     return hook
@@ -305,8 +311,8 @@ def _observe(
                 raise
             raise ValueError(
                 "a quantized layer lies inside a module that hands it its parameters read-only "
-                "(nn.WeightNorm, nn.SpectralNorm), where statistics can't be kept. Leave it in "
-                f"float with a rule without specs before the others. ({error})"
+                "(nn.WeightNorm, nn.SpectralNorm, nn.while_loop), where statistics can't be kept. "
+                f"Leave it in float with a rule without specs before the others. ({error})"
             ) from error
         if frames is not None:
             frames.append(frame)
@@ -334,6 +340,29 @@ def _observe(
         state = empty(use, axes)
         return keep({name: state[name] for name in state if name != "stats"}, use, axes)
 
+    def states_of_branches() -> Tree:
+        """Builds the states outside of the net: its branches must agree in what they write."""
+        built: Tree = {}
+
+        def build(_: Tree | None, use: OperandUse, axes: tuple[int, ...]) -> None:
+            nonlocal built
+            with jax.ensure_compile_time_eval():  # a branch's tracers end with it
+                alike = dataclasses.replace(use, x=jax.numpy.zeros(use.x.shape))
+                state = start(None, alike, axes)
+            built = insert(built, join(use.path, state_key(use.operand, _KIND)), state)
+
+        jax.eval_shape(lambda v, a: run(v, {}, a, build), variables, inputs[0])
+        try:  # the model runs, so that only the states can be what doesn't fit
+            jax.eval_shape(lambda v, s, a: run(v, s, a, start), variables, built, inputs[0])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "a net has quantized layers in branches (nn.cond, nn.switch) or in nn.scan and "
+                "nn.vmap, not both: their statistics can't be kept together. Leave those of one "
+                "kind in float with a rule without specs before the others, or unroll the loop. "
+                f"({error})"
+            ) from error
+        return built
+
     def probe(_: Tree | None, use: OperandUse, axes: tuple[int, ...]) -> Tree:
         return probes(kept[use.path, use.operand][0])
 
@@ -354,7 +383,20 @@ def _observe(
         return keep(new, use, axes)
 
     # The states' tree comes from a run of which nothing but the empty states is computed.
-    observed = jax.jit(lambda v, a: run(v, {}, a, start))(variables, inputs[0])
+    try:
+        observed = jax.jit(lambda v, a: run(v, {}, a, start))(variables, inputs[0])
+    except jax.errors.UnexpectedTracerError as error:  # a TypeError too
+        raise ValueError(
+            "a quantized layer is called through a closure inside a function that JAX traces by "
+            "itself (a branch of nn.cond or lax.cond, the body of a loop), where no statistics can "
+            "be kept. Call it through the module that nn.cond or nn.switch hands on, "
+            "`lambda m, x: m.layer(x)`, or leave it in float with a rule without specs before the "
+            "others."
+        ) from error
+    except TypeError as error:
+        if "branch" not in str(error):
+            raise
+        observed = states_of_branches()
     found = {key: StackedAxes(*kept[key]) for key in kept}
     if any(s["sums"].lo.ndim > kept[p, o][0] for p, o, s in states(observed, _KIND) if "sums" in s):
         shapes = jax.eval_shape(lambda v, a: run(v, {}, a, probe), variables, inputs[0])
