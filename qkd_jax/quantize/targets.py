@@ -47,7 +47,10 @@ class Target:
         folded_activations: what it computes inside a product's kernel; an export says so.
         offset_before_rounding: its QuantizeLinear computes round(x / scale - lowest code): float32
             has fewer digits left there, and one code in 100,000 comes out one off. `to_onnx` writes
-            grids whose lowest code is not 0 as Mul, Round, Clip and Cast.
+            grids whose lowest code is not 0 as Mul, Round and a QuantizeLinear with scale 1.
+        quantizes_inputs: in front of a weight behind DequantizeLinear it quantizes float inputs to
+            8 bits by itself. `to_onnx` then writes such weights as Cast, and their scale as a Mul
+            behind the product.
         opset: of the ONNX file. 20 has Gelu; ONNX Runtime 1.32 refuses some files of opset 21
             whose codes are int8 (its optimizer writes a QuantizeLinear of two types).
         int4: weights of up to 4 bits are stored in 4.
@@ -72,6 +75,7 @@ class Target:
     integer_bias: bool = False
     folded_activations: tuple[str, ...] = ("relu",)
     offset_before_rounding: bool = False
+    quantizes_inputs: bool = False
     opset: int = 20
     int4: bool = False
     activations: str = "uint8"
@@ -84,6 +88,7 @@ class Target:
 _ORT = Target(
     fast=7,
     integer_bias=True,
+    quantizes_inputs=True,
     dynamic=True,
     engine="onnxruntime",
     stays_float=("Softmax", "LayerNormalization", "Gelu", "convolutions whose output has no grid"),
@@ -97,10 +102,11 @@ _OPENVINO = Target(
     folded_activations=("relu", "clip", "add"),
     keeps_sum_grids=False,
     offset_before_rounding=True,
+    quantizes_inputs=True,
     engine="openvino",
     stays_float=("Softmax", "LayerNormalization", "Gelu"),
     sources=(
-        "measured: openvino 2026.4, CPU",
+        "measured: openvino 2026.4.1, CPU",
         "https://docs.openvino.ai/2024/documentation/openvino-ir-format/"
         "intermediate-representation-int8-inference.html",
     ),

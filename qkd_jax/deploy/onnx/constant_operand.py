@@ -1,4 +1,11 @@
-"""The constant operand of a contraction in ONNX: a weight, as codes or as floats."""
+"""The constant operand of a contraction in ONNX: a weight, as codes or as floats.
+
+DequantizeLinear stands on an int8 weight whose other operand is codes too: engines make an integer
+kernel of the two. In front of float inputs they make something else of it: ONNX Runtime and
+OpenVINO quantize those inputs to 8 bits by themselves (findings/openvino_own_activations.sh), and
+OpenVINO misreads int4 of an odd number of inputs (findings/openvino_odd_int4.sh). Such a weight is
+cast to float, and its scale multiplies the sums.
+"""
 
 import dataclasses
 
@@ -31,6 +38,7 @@ class ConstantOperand:
         array: codes, or floats where there is no scale.
         scale: per output channel, or a scalar; None for a float weight.
         zero_point: as scale; None for 0.
+        late: whether the scale multiplies the sums, and not the array.
         flip: output channels whose result is to be negated, or None.
         bias_outside: whether the bias must stay outside the product: between codes of few bits,
             whose unit is coarse, and behind a dynamic range.
@@ -48,6 +56,7 @@ class ConstantOperand:
     array: np.ndarray
     scale: np.ndarray | None = None
     zero_point: np.ndarray | None = None
+    late: bool = False
     flip: np.ndarray | None = None
     bias_outside: bool = False
     fenced: bool = False
@@ -80,13 +89,20 @@ class ConstantOperand:
         return dataclasses.replace(x, name=name)
 
     def add_input(self, export: Export, node: Node, array: np.ndarray, axis: int) -> str:
-        """Adds the array, dequantized if it is codes; `axis` is the output channels' ONNX axis."""
+        """Adds the array as the product reads it; `axis` is the output channels' ONNX axis."""
         name = f"{node.scope}/weight" if node.scope else "weight"
         stored = export.writer.constant(array, name)
-        if self.dynamic is not None:
-            return stored if self.on_codes else export.cast(stored, np.float32, node)
-        if self.scale is None:
+        if self.scale is None or self.on_codes:
             return stored
+        if self.late:
+            codes = export.cast(stored, np.float32, node)
+            if self.zero_point is None:
+                return codes
+            shape = [1] * array.ndim
+            shape[axis] = self.zero_point.size
+            shift = self.zero_point.astype(np.float32).reshape(shape)
+            shift = export.writer.constant(shift, f"{name}_zero_point")
+            return export.add("Sub", [codes, shift], node)
         scale = self.scale.reshape(-1) if self.scale.size > 1 else self.scale.reshape(())
         grid = [export.writer.constant(scale, f"{name}_scale")]
         zero_point = np.zeros(scale.shape, array.dtype)
@@ -101,13 +117,15 @@ class ConstantOperand:
         return export.add("DequantizeLinear", [stored, *grid], node, **attributes)
 
     def scaled(
-        self, export: Export, node: Node, sums: str, row_scales: str, channel_scales: np.ndarray
+        self, export: Export, node: Node, sums: str, rows: str, channel_scales: np.ndarray
     ) -> str:
-        """Multiplies sums of codes by the product of the two scales, as the net does."""
+        """Multiplies sums of codes by the scales; `rows` are those of a dynamic range, or ""."""
         if self.on_codes:
             sums = export.cast(sums, np.float32, node)
-        stored = export.writer.constant(channel_scales, f"{node.scope}/weight_scale")
-        return export.add("Mul", [sums, export.add("Mul", [row_scales, stored], node)], node)
+        scale = export.writer.constant(channel_scales, f"{node.scope}/weight_scale")
+        if rows:
+            scale = export.add("Mul", [rows, scale], node)
+        return export.add("Mul", [sums, scale], node)
 
 
 def constant_operand(export: Export, product: TracedContraction, side: int) -> ConstantOperand:
@@ -130,9 +148,11 @@ def constant_operand(export: Export, product: TracedContraction, side: int) -> C
         multiplier = folded.reshape((1,) * (product.rank - folded.ndim) + folded.shape)
         multiplier = multiplier / input_scale
     storage = export.storage(product.path, format)
+    dynamic = _dynamic_range(export, other, storage, zero_point)
+    late = dynamic is not None or _scales_late(export, other, storage, zero_point)
     flip = None
     negative = np.sign(multiplier) < 0
-    if negative.any():
+    if negative.any() and not late:
         # A negative multiplier goes into the codes, as long as -code is a code.
         in_operand = np.broadcast_to(_to_operand(negative, operand), codes.shape)
         lowest = jnp.iinfo(storage).min
@@ -144,51 +164,58 @@ def constant_operand(export: Export, product: TracedContraction, side: int) -> C
     stored_zero_point = None
     if zero_point.any():
         stored_zero_point = scale_in_output(product, side, zero_point).astype(storage)
-    bias_outside, unit, dynamic, on_codes = False, None, None, False
-    in_float = False
-    if is_dynamic(export.traced, other.marker):
-        bias_outside = True
-        in_float = not takes_out_dynamic_scales(export.traced, other)
-        dequantized = export.dequantized.get(export.tensors[other.value].name)
-        dynamic = None if dequantized is None else dequantized.range
-        plain = storage in BYTES and stored_zero_point is None
-        if dynamic is not None and not (plain and np.dtype(dynamic.format.storage) in BYTES):
-            dynamic = None
-        if in_float:
-            dynamic = None
-        if dynamic is not None:
-            on_codes = True
-            if product.node.op == "conv_general_dilated":
-                stretched = any(d != 1 for d in product.node.params["lhs_dilation"])
-                on_codes = not stretched and not (dynamic.zero_point and dynamic.axes)
-    elif other.quantized:
+    on_codes = dynamic is not None
+    if dynamic is not None and product.node.op == "conv_general_dilated":
+        stretched = any(d != 1 for d in product.node.params["lhs_dilation"])
+        on_codes = not stretched and not (dynamic.zero_point and dynamic.axes)
+    bias_outside, unit = late or is_dynamic(export.traced, other.marker), None
+    if other.quantized and not bias_outside:
         assert other.marker is not None
         other_scale, _, other_format = grid_of(export.traced, other.marker)
         bias_outside = min(format.bits, other_format.bits) < FINE_BITS
         if export.onnxruntime:
             unit = multiplier * np.float64(other_scale)
-    if (dynamic is None or on_codes) and not in_float:
-        _note_saturation(export, product.path, other, codes)
-    scale32 = multiplier.astype(np.float32)
-    stored = codes.astype(storage)
+    in_float = late and dynamic is None
+    name = export.tensors[other.value].name
+    activation = export.dequantized[name] if on_codes else export.static_codes(name)
+    if (on_codes or not late) and activation is not None:
+        largest = int(np.abs(codes).max(initial=0))
+        if 2 * activation.largest * largest > INT16_LIMIT:
+            export.saturating.append(product.path)
     return ConstantOperand(
-        stored,
-        scale32,
-        stored_zero_point,
-        flip,
-        bias_outside,
+        array=codes.astype(storage),
+        scale=multiplier.astype(np.float32),
+        zero_point=stored_zero_point,
+        late=late,
+        flip=flip,
+        bias_outside=bias_outside,
+        fenced=in_float and bool(export.dequantized) and export.onnxruntime,
         unit=unit,
         dynamic=dynamic,
         on_codes=on_codes,
     )
 
 
-def _note_saturation(export: Export, path: str, other: Operand, codes: np.ndarray) -> None:
-    if other.value in export.tensors:
-        activation = export.dequantized.get(export.tensors[other.value].name)
-        largest = int(np.abs(codes).max(initial=0))
-        if activation is not None and 2 * activation.largest * largest > INT16_LIMIT:
-            export.saturating.append(path)
+def _dynamic_range(
+    export: Export, other: Operand, storage: np.dtype, zero_point: np.ndarray
+) -> DynamicRange | None:
+    """Returns the other operand's range, if it is dynamic and leaves a product of 8-bit codes."""
+    if not is_dynamic(export.traced, other.marker) or storage not in BYTES or zero_point.any():
+        return None
+    dequantized = export.dequantized.get(export.tensors[other.value].name)
+    dynamic = None if dequantized is None else dequantized.range
+    if dynamic is None or np.dtype(dynamic.format.storage) not in BYTES:
+        return None
+    return dynamic if takes_out_dynamic_scales(export.traced, other) else None
+
+
+def _scales_late(export: Export, other: Operand, storage: np.dtype, zero_point: np.ndarray) -> bool:
+    """Whether an engine makes something else of this weight than DequantizeLinear says."""
+    if not export.quantizes_inputs:
+        return storage.itemsize > 1
+    if storage != np.int8 or zero_point.any():
+        return True
+    return export.static_codes(export.tensors[other.value].name) is None
 
 
 def _to_operand(array: np.ndarray, operand: Operand) -> np.ndarray:

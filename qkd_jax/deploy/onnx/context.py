@@ -14,6 +14,9 @@ from qkd_jax.graph import Node
 from qkd_jax.numerics import Grid, IntFormat
 from qkd_jax.quantize.traced import TracedNet, contractions
 
+# Operations that ONNX Runtime and OpenVINO take codes through to an integer kernel.
+PASSES_CODES = frozenset("Flatten MaxPool Reshape Squeeze Transpose Unsqueeze".split())
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DynamicRange:
@@ -66,6 +69,8 @@ class Export:
         offset_before_rounding: the engine adds a grid's lowest code before it rounds.
         onnxruntime: ONNX Runtime may run the file, whose optimizer takes floats near a grid for
             codes: they are written out of its reach.
+        quantizes_inputs: the engine quantizes float inputs of a weight that is behind
+            DequantizeLinear.
         writer: nodes and constants that are written.
         products: node -> its product.
         tensors: value -> the tensor that holds it.
@@ -85,11 +90,13 @@ class Export:
         activations: str = "uint8",
         offset_before_rounding: bool = False,
         onnxruntime: bool = True,
+        quantizes_inputs: bool = True,
     ):
         self.traced, self.graph, self.values = traced, traced.graph, Values(traced.graph)
         self.int4, self.activations = int4, activations
         self.offset_before_rounding = offset_before_rounding
         self.onnxruntime = onnxruntime
+        self.quantizes_inputs = quantizes_inputs
         self.writer = Writer(opset)
         self.products = {p.node: p for p in contractions(traced.graph)}
         self.tensors: dict[int, Tensor] = {}
@@ -126,6 +133,18 @@ class Export:
         """
         lowest = self.writer.constant(np.finfo(np.float32).min, "lowest")
         return self.add("Max", [name, lowest], node)
+
+    def add_reduced(self, op: str, name: str, axes: list[int], node: Node) -> str:
+        """Adds a reduction over axes of an ONNX tensor, which stay with size 1.
+
+        A Squeeze takes them away: OpenVINO moves the grid behind a ReduceMax to its front, and
+        without the axes lays it out wrong (findings/openvino_reduce_axes.sh).
+        """
+        # The axes are an input of ReduceSum since opset 13 and of its siblings since 18.
+        if self.writer.opset >= 18 or op == "ReduceSum":
+            inputs = [name, self.writer.shape_constant(axes, "axes")]
+            return self.add(op, inputs, node, keepdims=1)
+        return self.add(op, [name], node, axes=axes, keepdims=1)
 
     def shape(self, node: Node) -> tuple[int, ...]:
         """Returns the shape of a node's result, with -1 for the batch."""
@@ -183,20 +202,21 @@ class Export:
 
     def storage(self, path: str, format: IntFormat) -> np.dtype:
         """Returns the type that holds the codes of a layer's weight."""
-        self.check_opset(path, format)
         dtype = np.dtype(format.storage)
         if self.int4 and format.bits <= 4:
             dtype = np.dtype(jax.numpy.int4 if format.signed else jax.numpy.uint4)
         self.stored[path] = (format.name, dtype.name)
         return dtype
 
-    def check_opset(self, path: str, format: IntFormat) -> None:
-        """Raises ValueError for codes that the opset has no type for."""
-        if format.bits > 8 and self.writer.opset < 21:
-            raise ValueError(
-                f"layer {path!r} has codes of {format.bits} bits, and ONNX quantizes to 16 bits "
-                f"since opset 21; this export has opset={self.writer.opset}."
-            )
+    def static_codes(self, name: str) -> Dequantized | None:
+        """Returns the codes of at most 8 bits that a tensor holds, moved or not, or None."""
+        while name not in self.dequantized:
+            node = self.writer.producer(name)
+            if node is None or node.op not in PASSES_CODES:
+                return None
+            name = node.inputs[0]
+        codes = self.dequantized[name]
+        return codes if codes.grid is not None and codes.format.bits <= 8 else None
 
     def element_type(self, dtype: Any) -> int:
         """Returns ONNX's number for a NumPy type."""

@@ -108,8 +108,9 @@ def _conv(
     }
     if stretched:
         attributes |= _transposed_attributes(node, kernel.shape[2:])
-        if groups > 1 and weight.scale is not None and weight.scale.size > 1:
-            raise unsupported(node, "groups with a scale per channel, transposed")
+        in_array = (weight.zero_point,) if weight.late else (weight.scale, weight.zero_point)
+        if groups > 1 and any(a is not None and a.size > 1 for a in in_array):
+            raise unsupported(node, "groups with a grid per channel, transposed")
         kernel = _transposed(kernel, groups)
     else:
         if any(n < 0 for pair in params["padding"] for n in pair):
@@ -127,9 +128,11 @@ def _conv(
     if dynamic is not None and weight.on_codes and dynamic.zero_point:  # one for all
         inputs.append(export.cast(dynamic.zero_point, dynamic.format.storage, node))
     name = export.add(op, inputs, node, **attributes)
-    if dynamic is not None:
+    if weight.late:
         assert weight.scale is not None
-        rows = _rows(export, dynamic.scale, dynamic, node.inputs[0], numbers.lhs_spec, node)
+        rows = ""
+        if dynamic is not None:
+            rows = _rows(export, dynamic.scale, dynamic, node.inputs[0], numbers.lhs_spec, node)
         name = weight.scaled(export, node, name, rows, export.writer.like(weight.scale, out))
     if weight.flip is not None:
         signs = export.writer.constant(export.writer.like(weight.flip, out), "signs")
@@ -230,17 +233,20 @@ def _matmul(
         name = export.add("Gemm", [*inputs, stored], node)
     else:
         name = export.add("MatMulInteger" if weight.on_codes else "MatMul", inputs, node)
-        if weight.dynamic is not None:
+        if weight.late:
             assert weight.scale is not None
-            dynamic, value, perm = weight.dynamic, node.inputs[1 - side], (*x_free, *summed)
-            rows = lambda name: _rows(export, name, dynamic, value, perm, node, len(summed))
-            if dynamic.zero_point:
-                zero_points = export.cast(rows(dynamic.zero_point), np.int32, node)
-                columns = matrix.astype(np.int32).sum(0, dtype=np.int32)
-                columns = export.writer.constant(columns, f"{node.scope}/column_sums")
-                shift = export.add("Mul", [zero_points, columns], node)
-                name = export.add("Sub", [name, shift], node)
-            name = weight.scaled(export, node, name, rows(dynamic.scale), weight.scale)
+            row_scales = ""
+            if weight.dynamic is not None:
+                dynamic, value, perm = weight.dynamic, node.inputs[1 - side], (*x_free, *summed)
+                rows = lambda name: _rows(export, name, dynamic, value, perm, node, len(summed))
+                row_scales = rows(dynamic.scale)
+                if dynamic.zero_point:
+                    zero_points = export.cast(rows(dynamic.zero_point), np.int32, node)
+                    columns = matrix.astype(np.int32).sum(0, dtype=np.int32)
+                    columns = export.writer.constant(columns, f"{node.scope}/column_sums")
+                    shift = export.add("Mul", [zero_points, columns], node)
+                    name = export.add("Sub", [name, shift], node)
+            name = weight.scaled(export, node, name, row_scales, weight.scale)
         if weight.flip is not None:
             signs = export.writer.constant(flat(weight.flip), "signs")
             name = export.add("Mul", [name, signs], node)

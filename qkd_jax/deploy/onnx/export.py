@@ -2,7 +2,8 @@
 
 The file computes what the net computes: weights are the trained codes (int8) with one scale per
 output channel, into which BatchNorm is folded; activations are quantized where the net quantizes
-them. A float net gives a float file, so that both can be timed on one engine.
+them. A weight whose input is float multiplies as codes held in float, and its scale multiplies the
+sums. A float net gives a float file, so that both can be timed on one engine.
 
 Three things differ from the net's own arithmetic, each by rounding only: engines divide by a scale
 where the net multiplies by its reciprocal, they add in another order, and a fused kernel applies
@@ -33,13 +34,12 @@ from qkd_jax.ptq.integer_bias import integer_bias
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.targets import TARGETS, file_options
 from qkd_jax.quantize.traced import refuse_uncalibrated, trace_net
-from qkd_jax.quantize.variables import OPERANDS
 from qkd_jax.record.whole_files import replace_file
 
 OPSETS = (13, 21)
 ACTIVATIONS = ("uint8", "int8", "own")
 DEFAULTS = {"opset": 17, "int4": False, "activations": "uint8"}
-INT4_OPSET = 21  # and of codes of more than 8 bits
+INT4_OPSET = 21
 HOST = "host"
 HALF = ("bfloat16", "float16")
 
@@ -87,8 +87,7 @@ def to_onnx(
         variables: float or calibrated, folded or not (BatchNorm is folded where it can be).
         images: example input, [batch, height, width, channels]; only its shape and type count.
         path: the file to write.
-        opset: ONNX operator set, 13 to 21. Quantized tensors of 9 to 16 bits need 21, and so does
-            int4; a target's own opset is raised to it for a net that has them.
+        opset: ONNX operator set, 13 to 21. int4 needs 21; a target's own opset is raised to it.
         target: what will run the file, a key of `targets.TARGETS`, which decides the options that
             are not given (else opset 17, int4 off, "uint8") and refuses layers whose sums
             would saturate there: on x86 without VNNI, 8-bit weights on 8-bit inputs give wrong
@@ -121,7 +120,7 @@ def to_onnx(
     int4 = bool(defaults["int4"] if int4 is None else int4)
     if opset is None:
         opset = defaults["opset"]
-        if target in TARGETS and (int4 or _is_wide(net)):
+        if target in TARGETS and int4:
             opset = max(opset, INT4_OPSET)
     chosen, activations = activations, activations or defaults["activations"]
     checks.one_of("activations", activations, ACTIVATIONS)
@@ -144,6 +143,7 @@ def to_onnx(
     options: dict[str, Any] = {"opset": opset, "int4": int4}
     options["offset_before_rounding"] = engine is not None and engine.offset_before_rounding
     options["onnxruntime"] = engine is None or engine.engine == "onnxruntime"
+    options["quantizes_inputs"] = engine is None or engine.quantizes_inputs
     export = Export(traced, activations=activations, **options)
     outputs = write(export)
     if engine and not engine.keeps_sum_grids and chosen is None and _sums_grids(export.writer):
@@ -189,12 +189,6 @@ def _sums_grids(writer: Writer) -> bool:
         node.op == "Add" and all(ops.get(name) == "DequantizeLinear" for name in node.inputs)
         for node in writer.nodes
     )
-
-
-def _is_wide(net: QuantizedModel) -> bool:
-    """Returns whether any rule asks for codes of more than 8 bits."""
-    specs = (getattr(r, o) for r in net.rules for o in OPERANDS)
-    return any(spec is not None and spec.bits > 8 for spec in specs)
 
 
 def _check_target(target: str | None, saturating: tuple[str, ...]) -> None:

@@ -31,14 +31,11 @@ def _reduced(export: Export, node: Node, x: Tensor, axes: tuple[int, ...], kind:
     at = sorted(x.perm.index(a) for a in axes)
     # Of a map: the mean over the features of tokens has its own kernel.
     if kind == "Mean" and len(x.shape) > 3 and at == list(range(2, len(x.shape))):
-        # Engines let grids pass a Squeeze, so that the pool too runs on codes; not a Flatten.
-        pooled = export.add("GlobalAveragePool", [x.name], node)
-        return export.add("Squeeze", [pooled, export.writer.shape_constant(at, "axes")], node)
-    # The axes are an input of ReduceSum since opset 13 and of its siblings since 18.
-    if export.writer.opset >= 18 or kind == "Sum":
-        inputs = [x.name, export.writer.shape_constant(at, "axes")]
-        return export.add(f"Reduce{kind}", inputs, node, keepdims=0)
-    return export.add(f"Reduce{kind}", [x.name], node, axes=at, keepdims=0)
+        name = export.add("GlobalAveragePool", [x.name], node)
+    else:
+        name = export.add_reduced(f"Reduce{kind}", x.name, at, node)
+    # Engines let grids pass a Squeeze, so that a pool too runs on codes; not a Flatten.
+    return export.add("Squeeze", [name, export.writer.shape_constant(at, "axes")], node)
 
 
 def _pool(op: str) -> Callable[..., Tensor]:

@@ -280,11 +280,6 @@ def test_what_cannot_be_written_is_named(tmp_path):
         to_onnx(net, variables, x, tmp_path / "m.onnx", opset=12)
     with pytest.raises(ValueError, match="target is 'arm'"):
         to_onnx(net, variables, x, tmp_path / "m.onnx", target="arm")
-    net, variables = small_nets.calibrated(
-        Head(), [Rule("head", weight=Spec(8), input=Spec(12))], small_nets.images(2)
-    )
-    with pytest.raises(ValueError, match="codes of 12 bits"):
-        to_onnx(net, variables, small_nets.images(2), tmp_path / "m.onnx")
 
 
 def test_eight_bit_weights_are_refused_where_they_saturate(tmp_path):

@@ -127,11 +127,12 @@ def test_what_only_looks_like_an_idiom_stays_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("case", ["w2a2", pytest.param("w4a4", marks=pytest.mark.slow)])
 def test_weights_of_few_bits_as_int4(tmp_path, case):
-    """The same logits as in int8, from half the bytes a code."""
+    """The logits of int8 codes, from half the bytes a code; int4 codes multiply in float."""
     net, variables, images = small_nets.case(case)
     wide = to_onnx(net, variables, images[:2], tmp_path / "wide.onnx", opset=21)
     packed = to_onnx(net, variables, images[:2], tmp_path / "int4.onnx", opset=21, int4=True)
-    assert np.array_equal(logits(wide.path, images), logits(packed.path, images))
+    found = [logits(file.path, images) for file in (wide, packed)]
+    assert np.abs(found[0] - found[1]).max() < 1e-6 * np.abs(found[0]).max()
     inner = [layer for layer in packed.stored if layer not in ("stem", "head")]
     bits = int(case[1])
     for layer in inner:
