@@ -301,10 +301,8 @@ def _members(
             return array
         return np.broadcast_to(np.squeeze(array, rank + 1 - side), columns.shape[1:]).reshape(-1)
 
-    weight = dataclasses.replace(
-        weight, scale=flat(weight.scale), zero_point=flat(weight.zero_point)
-    )
-    stored = weight.add_input(export, node, columns.reshape(len(columns), -1), 1)
+    laid = dataclasses.replace(weight, scale=flat(weight.scale), zero_point=flat(weight.zero_point))
+    stored = laid.add_input(export, node, columns.reshape(len(columns), -1), 1)
     stored = export.add("Reshape", [stored, writer.shape_constant(columns.shape)], node)
     perm = [*range(1, rank + 1), 0, rank + 1]
     stored = export.add("Transpose", [stored], node, perm=perm)
@@ -312,11 +310,15 @@ def _members(
     name = export.add("MatMul", [x.name, stored], node)
     order = [*range(rank), *((rank, rank + 1) if side else (rank + 1, rank))]
     out = Tensor(name, shape, tuple(order))
+    if weight.late:
+        assert weight.scale is not None
+        scale = writer.like(weight.scale, out)
+        out = dataclasses.replace(out, name=weight.scaled(export, node, name, "", scale))
     for op, array in (("Mul", weight.flip), ("Add", bias)):
         if array is not None:
             constant = writer.constant(writer.like(array, out), f"{node.scope}/{op.lower()}")
             out = export.add_like(out, op, [out.name, constant], node)
-    return out
+    return dataclasses.replace(out, name=export.fenced(out.name, node)) if weight.fenced else out
 
 
 def _dynamic_operands(export: Export, product: TracedContraction) -> Tensor:

@@ -200,6 +200,32 @@ def test_dynamic_ranges_on_both_engines(tmp_path, granularity, symmetric):
     assert_right(path, x, np.asarray(jax.jit(net.apply)(variables, x)))
 
 
+class Experts(nn.Module):
+    """A matrix for each expert, between two grids."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x.reshape(x.shape[0], 2, -1)
+        x = nn.Einsum((2, x.shape[-1], 33), "bei,eio->beo", name="experts")(x)
+        return nn.Dense(2, name="head")(nn.relu(x).reshape(x.shape[0], -1))
+
+
+@pytest.mark.parametrize("grid", [None, Spec(8, symmetric=False)], ids=["float", "codes"])
+@pytest.mark.parametrize("weight", [*WEIGHTS, None])
+def test_a_matrix_for_each_expert(tmp_path, weight, grid):
+    weight = None if weight is None else WEIGHTS[weight]
+    rules = [
+        Rule("experts", weight=weight, input=grid),
+        Rule("head", weight=Spec(7), input=Spec(12)),
+    ]
+    x = jax.random.normal(key(0), (16, 98))
+    net, variables = small_nets.calibrated(Experts(), rules, x)
+    right = np.asarray(jax.jit(net.apply)(variables, x))
+    for target in (None, "openvino-cpu-vnni"):
+        path = to_onnx(net, variables, x, tmp_path / "m.onnx", target=target).path
+        assert_right(path, x, right, 1e-4)  # one code of 12 bits may be another
+
+
 class Reduced(nn.Module):
     rank: int
     reduce: str
