@@ -34,13 +34,8 @@ def _any(op: str) -> Callable[..., Tensor]:
         x, axes = export.writer.ordered(x, node.scope), list(node.params["axes"])
         at = sorted(x.perm.index(a) for a in axes)
         name = export.cast(x.name, np.float32, node)
-        # The axes are an input since opset 18.
-        stored = export.writer.shape_constant(at, "axes")
-        if export.writer.opset >= 18:
-            name = export.add(op, [name, stored], node, keepdims=1)
-        else:
-            name = export.add(op, [name], node, axes=at, keepdims=1)
-        name = export.add("Squeeze", [name, stored], node)
+        name = export.add_reduced(op, name, at, node)
+        name = export.add("Squeeze", [name, export.writer.shape_constant(at, "axes")], node)
         return x.without(export.cast(name, np.bool_, node), axes)
 
     return write
