@@ -154,8 +154,8 @@ def by_batch(call, images):
 def ways(net, variables, images, folder):
     """Yields (way, call) of everything that runs this net; call gives logits, or with codes."""
     run = watched(net)
-    yield "jit", lambda x: jax.jit(run)(variables, x)
-    yield "eager", lambda x: run(variables, x)
+    yield "`jax.jit`", lambda x: jax.jit(run)(variables, x)
+    yield "one operation at a time", lambda x: run(variables, x)
     integer = qk.convert(net, variables, images[:2])
     yield "`integer_apply`", lambda x: qk.integer_apply(integer, x, capture=True)
     deploy.save_stablehlo(integer, folder / "net.stablehlo", platforms=["cpu"])
