@@ -269,7 +269,7 @@ def test_a_scanned_layer_has_a_scale_for_every_step_of_the_scan():
     x = images(3, 6)
     net, variables = calibrated(Scanned(), x)
     quant = variables["quant"]["block"]["dense"]
-    assert quant["input_quantizer"]["scale"].shape == (3,)
+    assert quant["input_quantizer"]["scale"].shape == (3, 1, 1)
     assert quant["weight_quantizer"]["scale"].shape == (3, 1, 6)
     y, kernels = np.asarray(x, np.float64), variables["params"]["block"]["dense"]["kernel"]
     for i in range(3):
