@@ -5,16 +5,16 @@ file or none; several processes may write at once. The zip format's CRC-32 of ea
 on reading: a broken file is reported, and made again from the source.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
 import pathlib
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from qkd_jax.whole_files import settle, temporary
 
 log = logging.getLogger(__name__)
 
@@ -62,18 +62,8 @@ def store(name: str, key: str, arrays: Mapping[str, np.ndarray]) -> None:
     path = _path(name, key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=path.parent)
-    except OSError as error:
-        log.warning("the cache %s cannot be written (%s); decoding each time.", path.parent, error)
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary(path) as file:
             np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            settle(file, path)
     except OSError as error:
-        log.warning("%s could not be written (%s).", path, error)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        log.warning("%s cannot be written (%s); decoding each time.", path, error)

@@ -7,21 +7,19 @@ the file's sha256. It is replaced in one operation after the file is whole, so a
 killed while it writes leaves what was there before.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import pathlib
-import tempfile
-import time
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from qkd_jax import checks
+from qkd_jax.whole_files import remove_temporaries, replace_file, settle, temporary
 
 INFO = "info.json"
 FORMAT = 1
@@ -181,10 +179,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     table = np.zeros((wanted.views, wanted.examples), wanted.record)
     seen = np.zeros(table.shape, bool)
-    handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=folder)
-    os.close(handle)
-    try:
-        writer = ArrayRecordWriter(temporary, "group_size:256")
+    with temporary(folder / "logits") as file:
+        writer = ArrayRecordWriter(file.name, "group_size:256")
         for view, first, logits in parts:
             records = pack(wanted, view, first, np.asarray(logits))
             if seen[view, first : first + len(records)].any():
@@ -197,25 +193,16 @@ def write(
         if not seen.all():
             view, row = np.argwhere(~seen)[0]
             raise ValueError(f"row {row} of view {view} is missing; give every example once.")
-        digest = _sha256(pathlib.Path(temporary))
-        _sync(temporary)
+        digest = _sha256(pathlib.Path(file.name))
         data = folder / f"logits-{digest[:16]}.array_record"
-        os.replace(temporary, data)
-        fields = dataclasses.asdict(wanted)
-        info = {"format": FORMAT, "file": data.name, "sha256": digest, **fields}
-        handle, note = tempfile.mkstemp(prefix=".writing-", dir=folder)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(info, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(note, folder / INFO)
-        for other in folder.iterdir():  # what is not in use: older logits, killed writers' files
-            old = other.suffix == ".array_record" and other.name != data.name
-            if old or (other.name.startswith(".writing-") and _is_abandoned(other)):
-                other.unlink(missing_ok=True)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        settle(file, data)
+    fields = dataclasses.asdict(wanted)
+    info = {"format": FORMAT, "file": data.name, "sha256": digest, **fields}
+    replace_file(folder / INFO, json.dumps(info, indent=2).encode())
+    for other in folder.glob("*.array_record"):
+        if other.name != data.name:
+            other.unlink(missing_ok=True)
+    remove_temporaries(folder, older_than=ABANDONED)
     return CachedLogits(wanted, table)
 
 
@@ -259,12 +246,6 @@ def read(folder: str | os.PathLike[str], wanted: Wanted) -> CachedLogits | None:
     return CachedLogits(wanted, table)
 
 
-def _is_abandoned(path: pathlib.Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return time.time() - path.stat().st_mtime > ABANDONED
-    return False
-
-
 def _damaged(path: pathlib.Path, what: str) -> str:
     return (
         f"{path} is damaged: {what}. Remove {path.parent} and start again: the logits are computed "
@@ -279,11 +260,3 @@ def _short(value: Any) -> str:
 def _sha256(path: pathlib.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,13 +12,13 @@ import os
 import pathlib
 import shutil
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Sequence
 
 from qkd_jax import checks
 from qkd_jax.data import DATASETS, digits, record_writer, sources
 from qkd_jax.data.official import OFFICIAL, Official
+from qkd_jax.whole_files import settle, temporary
 
 TIMEOUT = 60  # seconds without a byte
 
@@ -129,21 +129,18 @@ def download(name: str, official: Official, directory: pathlib.Path) -> dict[str
             continue
         url = official.base + file
         print(f"downloading {url}", file=sys.stderr, flush=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{file}-", dir=folder)
         try:
             with (
-                os.fdopen(handle, "wb") as target,
+                temporary(files[file]) as target,
                 urllib.request.urlopen(url, timeout=TIMEOUT) as response,
             ):
                 shutil.copyfileobj(response, target, 1 << 20)
-            os.replace(temporary, files[file])
+                settle(target, files[file])
         except OSError as error:  # urllib's errors are OSErrors
             raise OSError(
                 f"{url} could not be downloaded ({error}). Download {', '.join(official.sha256)} "
                 f"elsewhere, then: python -m qkd_jax.data.prepare {name} --source=PATH"
             ) from error
-        finally:
-            pathlib.Path(temporary).unlink(missing_ok=True)
     return files
 
 

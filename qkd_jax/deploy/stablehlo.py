@@ -31,8 +31,8 @@ from jax import export
 from qkd_jax import checks
 from qkd_jax.deploy.integer.outputs import with_plain_outputs
 from qkd_jax.deploy.integer.program import IntegerModel, Multiply, run
-from qkd_jax.record.whole_files import replace_file
 from qkd_jax.weights.files import damaged, read_bytes
+from qkd_jax.whole_files import replace_file
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORMAT, VERSION = "qkd_jax stablehlo", 1

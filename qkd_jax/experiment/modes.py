@@ -13,7 +13,7 @@ from qkd_jax import checks
 from qkd_jax.data import NotPreparedError
 from qkd_jax.experiment import soft_label_record
 from qkd_jax.experiment.orchestrate import run, step_cache
-from qkd_jax.experiment.origin import check_config, check_origin, config_digest, origin_of
+from qkd_jax.experiment.origin import check_data, check_digest, config_digest
 from qkd_jax.experiment.overview import overview
 from qkd_jax.experiment.reading import check_sources, load_data, read
 from qkd_jax.experiment.results import (
@@ -47,10 +47,10 @@ def _open(workdir: str | Path) -> tuple[RunFolder, Run]:
             f"--workdir={workdir}"
         )
     there = saved.meta.get("origin")
-    check_config(there, config_digest(plain), folder.path, known=True)
+    check_digest(there, config_digest(plain), folder.path, known=True)
     dataset = load_data(plain)
+    check_data(there, dataset.fingerprint, folder.path)
     settings = read(plain, dataset)
-    check_origin(there, origin_of(plain, dataset), folder.path, known=True)
     state = Run(settings, dataset, None, None, step_cache(settings))
     state.load(saved)
     return folder, state

@@ -8,13 +8,21 @@ from typing import Any
 import jax
 
 from qkd_jax.experiment import soft_label_record
-from qkd_jax.experiment.origin import FREE_FIELDS, check_origin, lines_of, origin_of
+from qkd_jax.experiment.origin import (
+    FREE_FIELDS,
+    changes,
+    check_data,
+    check_digest,
+    lines_of,
+    origin_of,
+)
 from qkd_jax.experiment.reading import check_sources, load_data, read
 from qkd_jax.experiment.results import is_older, printer, results_of, show, times_text, write_report
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.settings import Settings, resolve
 from qkd_jax.experiment.stages import STAGES
 from qkd_jax.record.checkpoint import Checkpoints
+from qkd_jax.record.environment import git_state
 from qkd_jax.record.folder import RunFolder
 from qkd_jax.record.stopping import GracefulStop
 from qkd_jax.training.loop import Preempted
@@ -65,6 +73,7 @@ def run(
             check_sources(settings)
         for warning in settings.warnings():
             say(warning)
+        git = git_state()
         with Checkpoints(folder.checkpoints) as checkpoints, GracefulStop() as stop:
             state = Run(
                 settings,
@@ -74,12 +83,13 @@ def run(
                 step_cache(settings),
                 stopping=lambda: stop.requested,
                 verbose=verbose,
-                origin=origin_of(plain, dataset),
+                origin=origin_of(plain, dataset, git),
             )
             changed = _resume(state, folder, checkpoints, say, known=known)
             if not known:
                 folder.write_config(plain)
             folder.write_run(
+                git=git,
                 seed=settings["seed"],
                 data={"name": dataset.name, "fingerprint": dataset.fingerprint},
                 resumed_from=state.step,
@@ -127,13 +137,16 @@ def _resume(
     """Loads the newest whole checkpoint, and cuts the log back to it; returns what has changed.
 
     Raises:
-        ValueError: the checkpoint is of another config or of other data (see `check_origin`).
+        ValueError: the checkpoint is of another config or of other data (see `origin`).
     """
     saved = checkpoints.restore_latest(report=say)
     if saved is None:
         folder.metrics.truncate(0, lines=0)
         return {}
-    changed = check_origin(saved.meta.get("origin"), state.origin, folder.path, known=known)
+    there = saved.meta.get("origin")
+    check_digest(there, state.origin["config"], folder.path, known=known)
+    check_data(there, state.origin["data"], folder.path)
+    changed = changes(there, state.origin)
     for line in lines_of(changed):
         say(line)
     state.load(saved)

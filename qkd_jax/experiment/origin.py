@@ -29,17 +29,25 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def origin_of(config: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
-    """Returns {"config", "data", "code", "devices"} of a run: two SHA-256, a text, a count."""
+def origin_of(
+    config: Mapping[str, Any], dataset: Dataset, git: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns {"config", "data", "code", "devices"} of a run: two SHA-256, a text, a count.
+
+    Args:
+        config: the resolved config.
+        dataset: the data.
+        git: of `environment.git_state`.
+    """
     return {
         "config": config_digest(config),
         "data": dataset.fingerprint,
-        "code": code_version(),
+        "code": code_version(git),
         "devices": config["parallel"]["devices"] or jax.device_count(),
     }
 
 
-def check_config(
+def check_digest(
     there: Mapping[str, Any] | None, digest: str, folder: Path, *, known: bool
 ) -> None:
     """Refuses the checkpoint of another config, before anything is built from this one.
@@ -69,33 +77,31 @@ def check_config(
         )
 
 
-def check_origin(
-    there: Mapping[str, Any] | None, here: Mapping[str, Any], folder: Path, *, known: bool
-) -> dict[str, list[Any]]:
-    """Returns what differs and is no reason to stop: {"code": [there, here]} or "devices".
+def check_data(there: Mapping[str, Any] | None, fingerprint: str, folder: Path) -> None:
+    """Refuses the checkpoint of a run on other data.
 
     Args:
-        there: as for `check_config`.
-        here: the origin of the run that reads the checkpoint.
+        there: as for `check_digest`.
+        fingerprint: of the data that are here.
         folder: the run folder, for messages.
-        known: as for `check_config`.
 
     Raises:
-        ValueError: the checkpoint is of another config or of other data.
+        ValueError: the checkpoint is of other data.
     """
-    check_config(there, here["config"], folder, known=known)
-    if there is None:
-        return {}
-    if there.get("data") != here["data"]:
+    if there is not None and there.get("data") != fingerprint:
         raise ValueError(
             f"{folder} holds the checkpoints of a run on other data (fingerprint "
-            f"{str(there.get('data'))[:12]}..., here {str(here['data'])[:12]}...); point "
+            f"{str(there.get('data'))[:12]}..., here {fingerprint[:12]}...); point "
             f"--config.data.dir at the data of that run. {_REPAIR}"
         )
+
+
+def changes(there: Mapping[str, Any] | None, here: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Returns what differs and is no reason to stop: {"code": [there, here]} or "devices"."""
     return {
         key: [there.get(key), here[key]]
         for key in ("code", "devices")
-        if there.get(key) != here[key]
+        if there is not None and there.get(key) != here[key]
     }
 
 

@@ -20,12 +20,12 @@ from qkd_jax.quantize import QuantizedModel, load_float
 from qkd_jax.quantize.variables import is_folded
 from qkd_jax.record.checkpoint import Checkpoints
 from qkd_jax.record.restoring import Restored
-from qkd_jax.record.whole_files import replace_file
 from qkd_jax.training.loop import Window
 from qkd_jax.training.parallel import StepCache
 from qkd_jax.training.state import jit_once, stream_key
 from qkd_jax.training.step import eval_step
 from qkd_jax.trees import flatten, nested, tree_sha256
+from qkd_jax.whole_files import replace_file
 
 Variables = dict[str, Any]
 

@@ -3,7 +3,6 @@
 folder       the run folder: config, starts, results, the lock
 metrics_log  the log of metrics, cut back on resume
 json_files   strict JSON
-whole_files  files whole or not at all, never through a link
 environment  code, versions and machine, for run.json
 checkpoint   checkpoints with a checksum; `packing` puts small arrays together
 restoring    reading them without touching their folder

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +38,24 @@ def git_state(directory: str | Path | None = None) -> dict[str, Any]:
     return {"revision": revision, "dirty": None if status is None else bool(status)}
 
 
-def code_version() -> str:
-    """Returns the revision of the code, with "-dirty" where files differ from it, or the version.
+def code_version(git: Mapping[str, Any]) -> str:
+    """Returns the revision of a `git_state`, with "-dirty" where files differ from it.
 
-    The version is that of the installed package, for code outside of a checkout.
+    Outside of a checkout it is the version of the installed package.
     """
-    state = git_state()
-    if state["revision"] is None:
+    if git["revision"] is None:
         return f"qkd_jax {importlib.metadata.version('qkd_jax')}"
-    return state["revision"] + ("-dirty" if state["dirty"] else "")
+    return git["revision"] + ("-dirty" if git["dirty"] else "")
 
 
 def environment() -> dict[str, Any]:
-    """Returns the facts about code, versions and machine that run.json records."""
+    """Returns the facts about versions and machine that run.json records beside `git_state`."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     devices = jax.devices()
     return {
-        "git": git_state(),
         "argv": list(sys.argv),
         "versions": versions,
         "devices": {

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 from qkd_jax.record.environment import environment
 from qkd_jax.record.json_files import plain, read_json, write_json
 from qkd_jax.record.metrics_log import MetricsLog
-from qkd_jax.record.whole_files import open_lock, remove_temporaries
+from qkd_jax.whole_files import open_lock, remove_temporaries
 
 
 class RunFolder:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qkd_jax.record.whole_files import read_bytes, replace_file
+from qkd_jax.whole_files import read_bytes, replace_file
 
 
 def plain(value: Any) -> Any:

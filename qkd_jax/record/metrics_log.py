@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qkd_jax.record.json_files import plain
-from qkd_jax.record.whole_files import append, read_bytes, replace_file
+from qkd_jax.whole_files import append, read_bytes, replace_file
 
 FILE = "metrics.jsonl"
 _LARGEST = sys.float_info.max

@@ -15,7 +15,6 @@ from typing import Any
 from qkd_jax.record.json_files import read_json
 from qkd_jax.record.metrics_log import FILE as LOG
 from qkd_jax.record.metrics_log import read_log
-from qkd_jax.record.whole_files import replace_file
 from qkd_jax.report import plots, soft_label_figures, soft_labels
 from qkd_jax.report.page import (
     Column,
@@ -30,6 +29,7 @@ from qkd_jax.report.page import (
     safe,
 )
 from qkd_jax.report.table import columns, count, number, percent, reference
+from qkd_jax.whole_files import replace_file
 
 
 def _headline(rows: Sequence[Mapping[str, Any]], examples: int | None) -> str:

@@ -19,11 +19,11 @@ import jax
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.record.restoring import read_latest
-from qkd_jax.record.whole_files import replace_file
+from qkd_jax.record.restoring import first_line, read_latest
 from qkd_jax.trees import flatten, nested
 from qkd_jax.weights.files import damaged, npz_bytes, read_npz, read_safetensors, safetensors_bytes
 from qkd_jax.weights.layouts import from_torch, is_torch, to_torch
+from qkd_jax.whole_files import replace_file
 
 __all__ = ["from_torch", "is_source", "load", "npz_bytes", "read_npz", "save", "to_torch"]
 
@@ -149,8 +149,7 @@ def _from_orbax(path: str) -> dict[str, Any]:
             kinds = jax.tree.map(restore, metadata, is_leaf=lambda leaf: leaf is None)
             tree = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds))
     except Exception as error:  # of whatever type the storage raises
-        first_line = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise damaged(path, first_line) from error
+        raise damaged(path, first_line(error) or type(error).__name__) from error
     tree = tree.get("variables", tree) if isinstance(tree, dict) else tree
     if not isinstance(tree, dict) or not isinstance(tree.get("params"), dict):
         raise ValueError(

@@ -132,14 +132,14 @@ t.cached.write({str(tmp_path)!r}, t.WANTED, parts())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=os.getcwd(), env=_environment())
     assert done.returncode == -9
-    assert any(p.name.startswith(".writing-") for p in tmp_path.iterdir())
+    assert len(list(tmp_path.glob(".logits.*.tmp"))) == 1
     found = cached.read(tmp_path, WANTED)
     if there:
         np.testing.assert_array_equal(found.rows([4], 2), made()[2, 4:5].astype(np.float16))
     else:
         assert found is None
     cached.write(tmp_path, WANTED, parts(made(seed=1)))
-    (left,) = tmp_path.glob(".writing-*")  # it might be of a process that still writes
+    (left,) = tmp_path.glob(".logits.*.tmp")  # it might be of a process that still writes
     os.utime(left, (0, 0))
     cached.write(tmp_path, WANTED, parts(made(seed=1)))  # and a later start cleans up
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".array_record", ".json"]

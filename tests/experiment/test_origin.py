@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import jax
 import pytest
@@ -10,6 +11,7 @@ from tiny_config import get_config
 from qkd_jax import checks, experiment
 from qkd_jax.experiment import origin
 from qkd_jax.experiment.reading import read
+from qkd_jax.record import environment
 from qkd_jax.training.loop import Preempted
 
 
@@ -67,24 +69,36 @@ HERE = {"config": "a", "data": "b" * 64, "code": "rev1", "devices": 1}
 
 
 def test_what_differs(tmp_path):
-    check = lambda there, known=True: origin.check_origin(there, HERE, tmp_path, known=known)
-    assert check(HERE) == {} == check(None)
+    for there in (HERE, None):
+        origin.check_digest(there, "a", tmp_path, known=True)
+        origin.check_data(there, HERE["data"], tmp_path)
+        assert origin.changes(there, HERE) == {}
     with pytest.raises(ValueError, match=r"checkpoints but no config\.json"):
-        check(None, known=False)
+        origin.check_digest(None, "a", tmp_path, known=False)
     with pytest.raises(ValueError, match=r"run on other data \(fingerprint cccccccccccc"):
-        check({**HERE, "data": "c" * 64})
-    changed = check({**HERE, "code": "rev0", "devices": 4})
+        origin.check_data({**HERE, "data": "c" * 64}, HERE["data"], tmp_path)
+    changed = origin.changes({**HERE, "code": "rev0", "devices": 4}, HERE)
     assert changed == {"code": ["rev0", "rev1"], "devices": [4, 1]}
     first, second = origin.lines_of(changed)
     assert "rev0" in first and "rev1" in first and "made on 4, going on with 1" in second
 
 
 def test_other_code_and_devices_are_said_and_recorded(run_folder, monkeypatch, capsys):
-    monkeypatch.setattr(origin, "code_version", lambda: "another-revision")
+    asked = []
+
+    def git(command, **_):
+        asked.append(command[3])
+        said = {"ls-files": "x", "status": "", "rev-parse": "another-revision"}[command[3]]
+        return subprocess.CompletedProcess(command, 0, said, "")
+
+    monkeypatch.setattr(environment.subprocess, "run", git)
+    experiment.restore(run_folder)
+    assert asked == [], "reading a run needs no version of the code"
     experiment.run(config(), run_folder, report=False)
+    assert asked.count("rev-parse") == 1, "a start asks git once"
     assert "going on with another-revision" in capsys.readouterr().out
     start = json.loads((run_folder / "run.json").read_text())["starts"][-1]
-    assert start["changed"]["code"][1] == "another-revision"
+    assert start["changed"]["code"][1] == start["git"]["revision"] == "another-revision"
 
 
 def test_free_fields_do_not_count(interrupted):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax.core import FrozenDict
 
-from qkd_jax.record.environment import environment, git_state
+from qkd_jax.record.environment import git_state
 from qkd_jax.record.folder import RunFolder
 from qkd_jax.record.json_files import plain, read_json, write_json
 from qkd_jax.record.metrics_log import read_metrics
@@ -88,7 +88,6 @@ def test_git_state_of_a_checkout_and_outside_of_one(tmp_path):
     (tmp_path / "own.py").write_text("a = 2")
     assert git_state(tmp_path)["dirty"] is True
     assert git_state(inside) == {"revision": None, "dirty": None}
-    assert set(environment()["git"]) == {"revision", "dirty"}
 
 
 def test_metrics_are_strict_json_and_whole(tmp_path):

@@ -31,8 +31,8 @@ from qkd_jax.deploy.integer.outputs import with_plain_outputs
 from qkd_jax.deploy.integer.pack import packed_bytes
 from qkd_jax.deploy.integer.program import IntegerModel, Program, Unpack, run
 from qkd_jax.deploy.integer.serial import decode, dtype_of, encode
-from qkd_jax.record.whole_files import replace_file
 from qkd_jax.weights.files import damaged, parse_safetensors, read_bytes, safetensors_bytes
+from qkd_jax.whole_files import replace_file
 
 TENSORS, JSON = "model.safetensors", "model.json"
 FORMAT, VERSION = "qkd_jax integer model", 1

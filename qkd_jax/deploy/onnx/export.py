@@ -34,7 +34,7 @@ from qkd_jax.ptq.integer_bias import integer_bias
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.targets import TARGETS, file_options
 from qkd_jax.quantize.traced import refuse_uncalibrated, trace_net
-from qkd_jax.record.whole_files import replace_file
+from qkd_jax.whole_files import replace_file
 
 OPSETS = (13, 21)
 ACTIVATIONS = ("uint8", "int8", "own")

@@ -10,8 +10,8 @@ from typing import Any
 
 from qkd_jax.deploy.description import Description
 from qkd_jax.deploy.onnx.engines import import_engine
-from qkd_jax.record.whole_files import replace_file
 from qkd_jax.weights.files import damaged, read_bytes
+from qkd_jax.whole_files import replace_file
 
 DESCRIPTION, SHA256 = "qkd_jax.description", "qkd_jax.sha256"
 REPAIR = "export the model again"

@@ -1,4 +1,4 @@
-"""Files of a run folder: read and written whole or not at all, and never through a symbolic link.
+"""Files that are read and written whole or not at all, and never through a symbolic link.
 
 A folder that somebody sent may hold a link where a file is expected; following it would write to
 whatever it points at.
@@ -9,6 +9,8 @@ import errno
 import os
 import secrets
 import stat
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,24 +50,50 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> Path:
         path.write_bytes(data)
         return path
     while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            with _create(temporary) as file:
+            with temporary(path) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+                settle(file, path)
             return path
-        except FileExistsError:
-            continue
         except FileNotFoundError:
             if not path.parent.is_dir():
                 raise
             continue  # `remove_temporaries` of a run that started at this moment
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+
+
+@contextlib.contextmanager
+def temporary(path: Path) -> Iterator[BinaryIO]:
+    """Opens a new file beside `path`, for `settle` to move there; else it is gone at the end.
+
+    Writers that want a name and not a file take its `name`.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    while True:
+        name = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            file = open(name, "xb")  # exclusive: follows no link
+        except FileExistsError:
+            continue
+        break
+    try:
+        with file:
+            yield file
+    finally:
+        with contextlib.suppress(OSError):
+            name.unlink()
+
+
+def settle(file: BinaryIO, path: Path) -> None:
+    """Moves a `temporary` file to `path` in one operation, once its content is on disk.
+
+    Raises:
+        OSError: the content cannot be written, or the file is gone.
+    """
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(file.name, path)
 
 
 def _is_stream(path: Path) -> bool:
@@ -74,11 +102,6 @@ def _is_stream(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
-
-
-def _create(path: Path) -> BinaryIO:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666)
-    return os.fdopen(descriptor, "wb")
 
 
 def append(path: Path, data: bytes) -> None:
@@ -113,8 +136,14 @@ def _opened(path: Path, flags: int) -> int:
         ) from None
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Removes what writers that were killed have left in a folder and the folders below it."""
+def remove_temporaries(folder: Path, *, older_than: float = 0.0) -> None:
+    """Removes what writers that were killed have left in a folder and the folders below it.
+
+    Args:
+        folder: the folder.
+        older_than: seconds; a younger file may be of a process that still writes.
+    """
     for path in folder.rglob(_TEMPORARY):
         with contextlib.suppress(OSError):
-            path.unlink()
+            if not older_than or time.time() - path.lstat().st_mtime > older_than:
+                path.unlink()

@@ -8,7 +8,7 @@ import pytest
 from qkd_jax.record.folder import RunFolder
 from qkd_jax.record.json_files import read_json, write_json
 from qkd_jax.record.metrics_log import MetricsLog, read_metrics
-from qkd_jax.record.whole_files import remove_temporaries, replace_file
+from qkd_jax.whole_files import remove_temporaries, replace_file
 
 
 @pytest.fixture
