@@ -26,7 +26,8 @@ from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule
 from qkd_jax.quantize.calibration import calibrate
 
-RULES = [Rule(".*", weight=Spec(8, granularity="channel"), input=Spec(8, symmetric=False))]
+WEIGHT = Spec(small_nets.PRODUCT_BITS, granularity="channel")
+RULES = [Rule(".*", weight=WEIGHT, input=Spec(8, symmetric=False))]
 FUSED = 2e-6  # XLA contracts a product and a sum where it fuses them: the last bit of a float32
 X = np.random.default_rng(0).normal(size=(5, 4, 6)).astype(np.float32)
 

@@ -3,6 +3,7 @@
 What is right is computed here in float64 from the net's own numbers.
 """
 
+import dataclasses
 import sys
 
 import flax.linen as nn
@@ -214,6 +215,8 @@ class Experts(nn.Module):
 @pytest.mark.parametrize("weight", [*WEIGHTS, None])
 def test_a_matrix_for_each_expert(tmp_path, weight, grid):
     weight = None if weight is None else WEIGHTS[weight]
+    if weight and grid and weight.bits == 8:
+        weight = dataclasses.replace(weight, bits=small_nets.PRODUCT_BITS)
     rules = [
         Rule("experts", weight=weight, input=grid),
         Rule("head", weight=Spec(7), input=Spec(12)),
@@ -241,7 +244,7 @@ class Reduced(nn.Module):
 @pytest.mark.parametrize("rank", [3, 4])
 def test_reductions_between_grids(tmp_path, rank, reduce):
     x = jnp.abs(jax.random.normal(key(0), (16, *(8,) * (rank - 2), 2)))
-    weight = Spec(8, granularity="channel")
+    weight = Spec(small_nets.PRODUCT_BITS, granularity="channel")
     rules = [Rule(".*", weight=weight, input=Spec(8, signed=False))]
     net, variables = small_nets.calibrated(Reduced(rank, reduce), rules, x)
     right = np.asarray(jax.jit(net.apply)(variables, x))
