@@ -13,10 +13,18 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+# Names may come from files: a message is no longer than a page, and comparing long words is
+# quadratic in their length.
+MOST_LISTED, LONGEST_COMPARED = 100, 100
+
 
 def nearest(word: str, options: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the option closest to `word`, or an empty string."""
-    found = difflib.get_close_matches(str(word), [str(o) for o in options], n=1, cutoff=0.5)
+    word, names = str(word), [str(option) for option in options]
+    names = [name for name in names if len(name) <= LONGEST_COMPARED]
+    if len(word) > LONGEST_COMPARED:
+        return ""
+    found = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
@@ -38,9 +46,11 @@ def printable(text: Any) -> str:
 def unknown(kind: str, word: str, options: Iterable[str]) -> ValueError:
     """Builds the error for a name that is not among `options` (returned, not raised)."""
     options = sorted(str(o) for o in options)
+    listed = ", ".join(f"{option:.{LONGEST_COMPARED}}" for option in options[:MOST_LISTED])
+    more = len(options) - MOST_LISTED
+    listed += f" and {more:,} more" if more > 0 else ""
     return ValueError(
-        f"unknown {kind} {word!r}; allowed: {', '.join(options) or '(none)'}."
-        f"{nearest(word, options)}"
+        f"unknown {kind} {word!r:.200}; allowed: {listed or '(none)'}.{nearest(word, options)}"
     )
 
 

@@ -23,16 +23,21 @@ def read_bytes(path: str | Path) -> bytes | None:
     """Returns a file's content; None if there is none.
 
     Raises:
-        ValueError: it is a folder, a pipe or a device, which might never end.
+        ValueError: it is a folder, a pipe or a device.
         OSError: it cannot be read.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no file; it must be one. Remove it.")
+    check_file(path)
     try:
         return path.read_bytes()
     except FileNotFoundError:
         return None
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for a folder, and for a pipe or a device, whose content might never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{os.fspath(path)} is no file; it must be one. Remove it.")
 
 
 def replace_file(path: str | os.PathLike[str], data: bytes) -> Path:

@@ -13,15 +13,17 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.whole_files import remove_temporaries, replace_file, settle, temporary
+from qkd_jax.whole_files import check_file, remove_temporaries, replace_file, settle, temporary
 
 INFO = "info.json"
+NAME = r"logits-[0-9a-f]{16}\.array_record"
 FORMAT = 1
 # A temporary file that is younger may be of a process that still writes; seconds.
 ABANDONED = 24 * 3600.0
@@ -217,12 +219,15 @@ def read(folder: str | os.PathLike[str], wanted: Wanted) -> CachedLogits | None:
 
     folder = pathlib.Path(folder)
     try:
+        check_file(folder / INFO)
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
         path, digest = folder / info["file"], info["sha256"]
+        if not re.fullmatch(NAME, info["file"]):
+            raise ValueError(f"file is {info['file']!r:.80}")
         given = {name: info[name] for name in WORDS}
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(_damaged(folder / INFO, f"it cannot be read ({error!r})")) from error
     if info.get("format") != FORMAT:
         raise StaleError(f"the cached logits in {folder} are of format {info.get('format')!r}.")
@@ -238,11 +243,18 @@ def read(folder: str | os.PathLike[str], wanted: Wanted) -> CachedLogits | None:
         raise DamagedError(_damaged(path, "it is not there"))
     if (found := _sha256(path)) != digest:
         raise DamagedError(_damaged(path, f"its sha256 is {_short(found)}, not {_short(digest)}"))
-    reader = ArrayRecordReader(str(path))
-    records = np.frombuffer(b"".join(reader.read_all()), wanted.record)
-    reader.close()
     table = np.zeros((wanted.views, wanted.examples), wanted.record)
-    table[records["view"], records["example"]] = records
+    seen = np.zeros(table.shape, bool)
+    try:
+        reader = ArrayRecordReader(str(path))
+        records = np.frombuffer(b"".join(reader.read_all()), wanted.record)
+        reader.close()
+        place = records["view"], records["example"]
+        table[place], seen[place] = records, True
+    except Exception as error:  # array_record raises RuntimeError
+        raise DamagedError(_damaged(path, f"its records cannot be read ({error})")) from error
+    if not seen.all():
+        raise DamagedError(_damaged(path, "examples are missing"))
     return CachedLogits(wanted, table)
 
 

@@ -58,7 +58,8 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path} is not an IDX file of bytes (it starts {content[:4].hex()}).")
     axes = content[3]
-    shape = tuple(int(n) for n in np.frombuffer(content[4 : 4 + 4 * axes], ">u4"))
+    header = content[4 : 4 + 4 * axes].ljust(4 * axes, b"\xff")  # a short one fits no content
+    shape = tuple(int(n) for n in np.frombuffer(header, ">u4"))
     if len(content) != 4 + 4 * axes + math.prod(shape):
         raise ValueError(f"{path} states the shape {shape} but holds {len(content)} bytes.")
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)

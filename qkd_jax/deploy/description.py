@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qkd_jax import checks
+from qkd_jax.record.restoring import first_line
+from qkd_jax.whole_files import check_file
 
 LARGEST = 1 << 26  # numbers of an image, so that a damaged file cannot exhaust the memory
 MAX_PIXELS = 50_000_000  # of an image file, unless told otherwise
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
+# Of the more than forty that Pillow knows some start other programs (EPS: Ghostscript), and many
+# are read by nobody.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +108,10 @@ class Description:
         bilinear filter, which averages where it shrinks.
 
         Raises:
-            ValueError: the file is no image of 8 bits a channel or has more pixels than
-                `max_pixels`, or the net takes neither 1 nor 3 channels.
+            ValueError: the file is no image of one of `FORMATS` with 8 bits a channel, or has more
+                pixels than `max_pixels`; or the net takes neither 1 nor 3 channels.
         """
-        from PIL import Image, ImageOps
+        from PIL import Image
 
         height, width, channels = self.image_shape
         if channels not in MODES:
@@ -113,30 +119,42 @@ class Description:
                 f"the model takes {channels} channels, and an image file gives 1 (grey) or 3 "
                 "(RGB); call the model on arrays instead: qkd_jax.deploy.load, integer_apply."
             )
+        check_file(path)
+        refusal, image = "", None
         try:
-            with Image.open(path) as file:
+            # Pillow warns of what is refused here, or of what it goes on with.
+            with warnings.catch_warnings(action="ignore"), Image.open(path, "r", FORMATS) as file:
                 if file.width * file.height > max_pixels:
-                    raise ValueError(
+                    refusal = (
                         f"{path} has {file.width} x {file.height} pixels, and up to {max_pixels:,} "
                         "are read; a small file may hold very many. Raise max_pixels for this one."
                     )
-                if file.mode.startswith(("I", "F")):
-                    raise ValueError(
+                elif file.mode.startswith(("I", "F")):
+                    refusal = (
                         f"{path} has pixels of mode {file.mode!r}; save it with 8 bits a channel."
                     )
-                image = ImageOps.exif_transpose(file)
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    white = Image.new("RGBA", image.size, "white")
-                    image = Image.alpha_composite(white, image)
-                image = image.convert(MODES[channels])
-        except (
-            OSError,
-            SyntaxError,
-            Image.DecompressionBombError,
-            Image.DecompressionBombWarning,
-        ) as error:
-            raise ValueError(f"{path} cannot be read as an image: {error}.") from error
+                else:
+                    image = _upright(file).convert(MODES[channels])
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders raise many types
+            raise ValueError(
+                f"{path} cannot be read as an image: {first_line(error)}. Read are "
+                f"{', '.join(FORMATS)}."
+            ) from error
+        if image is None:
+            raise ValueError(refusal)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(image, np.uint8).reshape(self.image_shape)
+
+
+def _upright(image: Any) -> Any:
+    """Turns an image as its EXIF orientation says, and lays a transparent one over white."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image

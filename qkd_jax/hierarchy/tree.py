@@ -361,11 +361,11 @@ def _query(xp: Any, table: Any, a: Any, b: Any) -> Any:
 def _cycle(parents: Mapping[Name, Name | None], inside: set[Name]) -> str:
     """Shows a cycle among nodes that no root reaches."""
     node: Any = min(inside, key=str)
-    seen: list[Any] = []
+    seen: dict[Any, int] = {}  # a node and its place
     while node not in seen:
-        seen.append(node)
+        seen[node] = len(seen)
         node = parents[node]
-    loop = [*seen[seen.index(node) :], node]
+    loop = [*list(seen)[seen[node] :], node]
     shown = [repr(n) for n in (loop if len(loop) <= 6 else [*loop[:5], loop[-1]])]
     if len(loop) > 6:
         shown.insert(5, "...")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from qkd_jax import checks
 from qkd_jax.hierarchy.named import TREES
 from qkd_jax.hierarchy.tree import ClassTree
+from qkd_jax.whole_files import check_file
 
 
 def read(
@@ -39,6 +40,7 @@ def read(
     checks.one_of("several_parents", several_parents, ("error", "first"))
     parents: dict[str, list[str]] = {}
     names: set[str] = set()
+    listed = ""
     for place, words in _lines(path, "tree"):
         if len(words) != 2:
             raise ValueError(
@@ -59,10 +61,11 @@ def read(
                 "... by their labels."
             )
     elif isinstance(classes, str | os.PathLike):
+        listed = f" (of {os.fspath(classes)})"
         classes = [words[0] for _, words in _lines(classes, "classes")]
     for name in classes:
         if name not in names:
-            raise checks.unknown(f"class in {path}", name, names)
+            raise checks.unknown(f"class in {path}{listed}", name, names)
     edges, seen, stack = [], set(), list(reversed(classes))
     while stack:  # only what lies above a class: elsewhere the file need not be a tree
         node = stack.pop()
@@ -79,17 +82,19 @@ def read(
         edges += [(parent, node) for parent in above[:1]]
         stack.extend(above[:1])
     if not edges:
-        raise ValueError(f"{path} has no line; a tree needs one edge at least.")
+        raise ValueError(f"{path}{listed} has no line; a tree needs one edge at least.")
     try:
         return ClassTree.from_edges(edges).pruned(classes, collapse=collapse)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}{listed}: {error}") from error
 
 
 def _lines(path: str | os.PathLike[str], what: str) -> list[tuple[int, list[str]]]:
     """(number, words) of the lines that say something."""
+    place = pathlib.Path(path).expanduser()
+    check_file(place)
     try:
-        text = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
+        text = place.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the {what} file {str(path)!r} cannot be read: {error}") from error
     split = ((n, line.partition("#")[0].split()) for n, line in enumerate(text.splitlines(), 1))

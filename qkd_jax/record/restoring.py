@@ -19,6 +19,7 @@ import numpy as np
 
 from qkd_jax.record.packing import stored_names, unpack
 from qkd_jax.trees import arrays_sha256
+from qkd_jax.whole_files import check_file
 
 FORMAT = 1
 ASIDE = ".replaced"
@@ -122,6 +123,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / "meta" / "metadata"
     name = path.relative_to(folder.parent)
     try:
+        check_file(path)
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Damaged(f"{name} is missing") from None
@@ -158,11 +160,19 @@ def read_step(folder: Path, step: int) -> Restored:
     return Restored(step, tree, record["meta"], record.get("score"))
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ValueError where something below a folder is a pipe or a device: Orbax opens all."""
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            check_file(path)
+
+
 def _read_arrays(folder: Path, names: set[str]) -> Any:
     # Orbax costs 0.4 s to import, which --help and inspect should not pay.
     import orbax.checkpoint as ocp
 
     quiet_orbax()
+    check_folder(folder)
     wanted = ocp.args.PyTreeRestore(
         restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
     )

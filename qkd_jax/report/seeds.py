@@ -10,15 +10,17 @@ hard for all arms cancels).
 
 import argparse
 import functools
-import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qkd_jax import checks
+from qkd_jax.record.json_files import read_json
 
+LARGEST = 1e100  # whose squares are numbers too
 MEASURES = {
     "top1": ("top-1 %", 100.0, 2),
     "severity": ("severity", 1.0, 3),
@@ -63,17 +65,33 @@ def collect(folders: Sequence[Path]) -> dict[str, list[Mapping[str, Any]]]:
     names: list[str] | None = None
     for folder in folders:
         path = Path(folder) / "results.json"
-        if not path.exists():
+        results = read_json(path)
+        if results is None:
             raise ValueError(f"{folder} has no results.json; finish that run, or leave it out.")
-        rows = {f"{r['net']}: {r['method']}": r for r in json.loads(path.read_text())["rows"]}
+        try:
+            rows = {f"{r['net']}: {r['method']}": _measured(r) for r in results["rows"]}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} does not hold the results of a run ({error!r}); restore it."
+            ) from error
         if names is not None and names != list(rows):
             raise ValueError(
-                f"{folder} has the rows {list(rows)}, others {names}; compare like with like."
+                f"{path} has the rows {list(rows)}, others {names}; compare like with like."
             )
         names = list(rows)
         for name, row in rows.items():
             found.setdefault(name, []).append(row)
     return found
+
+
+def _measured(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the measures of a row; TypeError where one is no finite number."""
+    values = {key: row.get(key) for key in MEASURES}
+    for key, value in values.items():
+        known = isinstance(value, int | float) and abs(value) <= LARGEST
+        if value is not None and (isinstance(value, bool) or not known):
+            raise TypeError(f"{key} is {value!r:.80}")
+    return values
 
 
 def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], *, against: str = "") -> str:
@@ -130,14 +148,20 @@ def _paired(
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def main() -> None:
-    """The command line; see the module's text."""
+def main() -> int:
+    """The command line; see the module's text. Returns the exit code."""
     parser = argparse.ArgumentParser(description="Means and paired intervals over seeds.")
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--against", default="QKD", help="the method whose differences are shown")
     args = parser.parse_args()
-    print(checks.printable(markdown(collect(args.folders), against=args.against)))
+    try:
+        text = markdown(collect(args.folders), against=args.against)
+    except ValueError as error:
+        print(checks.printable(f"error: {error}"), file=sys.stderr)
+        return 2
+    print(checks.printable(text))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

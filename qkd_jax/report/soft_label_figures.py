@@ -12,6 +12,7 @@ from qkd_jax.report import svg
 from qkd_jax.report.soft_labels import nets_of, off_diagonal, softmax
 
 SHOWN = 12  # classes that a panel has room for
+MAX_PIXELS = 1 << 22  # of a picture
 
 
 def distributions(data: Mapping[str, Any]) -> str | None:
@@ -103,8 +104,14 @@ def _class_ticks(
 def _thumbnail(axes: Any, image: Mapping[str, Any], names: Sequence[str]) -> None:
     from PIL import Image
 
-    with Image.open(io.BytesIO(base64.b64decode(image["png"]))) as opened:
-        pixels = np.asarray(opened)
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(image["png"])), formats=("PNG",)) as opened:
+            size = opened.size
+            pixels = np.asarray(opened) if math.prod(size) <= MAX_PIXELS else None
+    except Exception as error:  # Pillow's decoders raise many types
+        raise ValueError(f"a picture is no PNG file ({error})") from error
+    if pixels is None:
+        raise ValueError(f"a picture has {size[0]} x {size[1]} pixels; at most {MAX_PIXELS:,}")
     axes.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.record.restoring import first_line, read_latest
+from qkd_jax.record.restoring import check_folder, first_line, read_latest
 from qkd_jax.trees import flatten, nested
 from qkd_jax.weights.files import damaged, npz_bytes, read_npz, read_safetensors, safetensors_bytes
 from qkd_jax.weights.layouts import from_torch, is_torch, to_torch
@@ -143,6 +143,7 @@ def _from_orbax(path: str) -> dict[str, Any]:
     if not (folder / "_METADATA").is_file():
         raise ValueError(f"{path!r} is neither a run folder nor an Orbax checkpoint; give {FORMS}.")
     try:
+        check_folder(folder)
         with ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(folder).item_metadata.tree
             restore = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)

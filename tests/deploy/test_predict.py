@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import random
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import small_nets
-from mutation import mutated
+from mutation import COUNT, accepted
 from PIL import Image
 
 from qkd_jax import deploy
@@ -201,25 +201,48 @@ def test_the_command_starts_as_a_module():
 
 
 @pytest.mark.slow
-def test_fuzzed_onnx_files(run, tmp_path):
-    """1,000 mutations: a ValueError, or a file whose graph and description are untouched."""
-    whole, rng = (run[0] / "model/net.onnx").read_bytes(), random.Random(2)
-    path, accepted = tmp_path / "x.onnx", 0
-    for _ in range(1000):
-        path.write_bytes(mutated(whole, rng))
-        try:
-            assert deploy.read_stamp(path) == DESCRIPTION
-        except ValueError as error:
-            assert str(path) in str(error)
-            continue
-        accepted += 1
-        try:  # what is left to change is not in the graph: the producer's name, the version
-            predictor = open_predictor(path)
-        except ValueError as error:
-            assert str(path) in str(error)
-        else:
-            assert predictor.logits(np.zeros((2, *SHAPE), np.float32)).shape == (2, 3)
-    assert accepted < 100
+def test_damaged_onnx_files(run, tmp_path):
+    """A ValueError, or a file whose graph and description are untouched."""
+    path, taken = tmp_path / "x.onnx", 0
+    path.write_bytes((run[0] / "model/net.onnx").read_bytes())
+
+    def read():
+        assert deploy.read_stamp(path) == DESCRIPTION
+        # What is left to change is not in the graph: the producer's name, the version.
+        return open_predictor(path)
+
+    for predictor in accepted(path, read):
+        taken += 1
+        assert predictor.logits(np.zeros((2, *SHAPE), np.float32)).shape == (2, 3)
+    assert taken < COUNT / 10
+
+
+@pytest.mark.parametrize("ending", ["png", "jpeg", "webp", "gif", "bmp", "tiff", "ppm"])
+def test_damaged_images(ending, tmp_path):
+    """Only some of these formats have checksums: refused with the file's name, or an image."""
+    path = tmp_path / f"x.{ending}"
+    pixels = np.random.default_rng(0).integers(0, 256, SHAPE).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    for image in accepted(path, lambda: DESCRIPTION.read_image(str(path))):
+        assert image.shape == SHAPE and image.dtype == np.uint8
+
+
+def test_a_file_that_would_start_another_program_is_no_image(tmp_path, monkeypatch):
+    """Pillow hands Encapsulated PostScript to Ghostscript, whatever the file is called."""
+    pixels = np.zeros(SHAPE, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.eps")
+    (tmp_path / "x.eps").rename(tmp_path / "x.png")
+    started = lambda *_, **__: pytest.fail("a program was started")
+    monkeypatch.setattr(subprocess, "Popen", started)
+    monkeypatch.setattr(shutil, "which", lambda name, *_: f"/usr/bin/{name}")
+    with pytest.raises(ValueError, match=r"x\.png cannot be read as an image: .* Read are PNG"):
+        DESCRIPTION.read_image(str(tmp_path / "x.png"))
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x\.png is no file"):
+        DESCRIPTION.read_image(str(tmp_path / "x.png"))
 
 
 def test_an_image_of_very_many_pixels_needs_to_be_asked_for(tmp_path):

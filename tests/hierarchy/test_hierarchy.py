@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutation import accepted
 
 from qkd_jax import hierarchy
 from qkd_jax.hierarchy import ClassTree
@@ -237,3 +238,38 @@ def test_wrong_names(tmp_path):
         hierarchy.find(hierarchy.read(path, ["dog", "cat"]), 10)
     with pytest.raises(ValueError, match=r"classes file .* cannot be read"):
         hierarchy.find(f"{path}#{tmp_path}/no.txt")
+
+
+def test_damaged_trees_and_classes(tmp_path):
+    """Refused with the file's name, or a tree of the classes that the other file lists."""
+    path, classes = tmp_path / "tree.txt", tmp_path / "classes.txt"
+    path.write_text("root a\nroot b\na n1 # c\na n2\n\nb n3\nb n4\n")
+    classes.write_text("n3 x\nn1 y\nn2\nn4\n")
+    for tree in accepted(path, lambda: hierarchy.read(path, classes)):
+        assert [tree.names[node] for node in tree.classes] == ["n3", "n1", "n2", "n4"]
+    for tree in accepted(classes, lambda: hierarchy.read(path, classes)):
+        assert {tree.names[node] for node in tree.classes} <= {"n1", "n2", "n3", "n4", "a", "b"}
+
+
+def test_a_long_cycle_and_many_names_cost_no_more_than_their_file(tmp_path):
+    """Each node of a cycle is compared once, and a message holds no more than a page."""
+    compared = []
+
+    class Name(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(1)
+            return str.__eq__(self, other)
+
+    names = [Name(f"c{i}") for i in range(3000)]
+    parents = dict(zip(names, [*names[1:], names[0]], strict=True))
+    compared.clear()
+    with pytest.raises(ValueError, match="the tree has a cycle"):
+        ClassTree.from_parents(parents)
+    assert len(compared) < 10 * len(names)
+    path = tmp_path / "tree.txt"
+    path.write_text("".join(f"root {'x' * 200}{i}\n" for i in range(3000)))
+    with pytest.raises(ValueError, match="unknown class") as error:
+        hierarchy.read(path, ["x" * 10_000])
+    assert len(str(error.value)) < 20_000

@@ -1,53 +1,113 @@
-"""Damaged files of weights: a ValueError, or arrays of the shapes that were saved."""
+"""Damaged files of weights: a ValueError with the name, or arrays of a file that is whole."""
 
+import io
+import json
 import random
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
-from mutation import mutated
+from mutation import COUNT, accepted, mutated, mutated_json, mutated_text
 
 from qkd_jax import weights
 from qkd_jax.quantize import load_float
 from qkd_jax.record.checkpoint import Checkpoints
+from qkd_jax.record.restoring import quiet_orbax
 from qkd_jax.trees import flatten
+from qkd_jax.weights.files import npz_bytes, safetensors_bytes
 
 TREE = {
     "params": {"stem": {"kernel": np.arange(36, dtype=np.float32).reshape(3, 3, 1, 4)}},
     "batch_stats": {"stem_bn": {"mean": np.ones(4, np.float32), "var": np.ones(4, np.float32)}},
 }
 SHAPES = {name: array.shape for name, array in flatten(TREE).items()}
+TORCH = {
+    "conv1.weight": np.ones((4, 1, 3, 3), np.float32),
+    "bn1.running_mean": np.ones(4, np.float32),
+    "bn1.num_batches_tracked": np.array(3),
+    "fc.weight": np.ones((5, 4), np.float32),
+}
 
 
-def check(path):
-    """Loads a file into the net it is of; returns whether it was accepted."""
-    try:
-        found = weights.load(path)
-    except ValueError as error:
-        assert str(path) in str(error)
-        return False
+def fits(found):
+    """Loads variables into the net they are of; a flipped name or shape is of another net."""
     try:
         loaded = flatten(load_float(TREE, found))
-    except (
-        ValueError
-    ) as error:  # a flipped name or shape gives a file that is whole, of another net
+    except ValueError as error:
         assert "does not fit the net" in str(error) or "lacks the collection" in str(error)
         return False
     assert {name: array.shape for name, array in loaded.items()} == SHAPES
     return True
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ending", ["safetensors", "npz"])
-def test_fuzzed_files(ending, tmp_path):
-    path, rng = tmp_path / f"net.{ending}", random.Random(0)
+def header(whole, rng):
+    """A safetensors file whose header is damaged and has its right length."""
+    length = int.from_bytes(whole[:8], "little")
+    text, data = whole[8 : 8 + length], whole[8 + length :]
+    if rng.random() < 0.5:
+        text = mutated(text, rng)
+    else:
+        text = json.dumps(mutated_json(json.loads(text), rng)).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(whole, rng):
+    """A .npz file in which one entry is damaged, with its right checksum."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(out, "w") as new:
+        chosen = rng.choice(old.namelist())
+        for name in old.namelist():
+            data = old.read(name)
+            # What lies behind the first 128 bytes are numbers.
+            new.writestr(name, mutated(data[:128], rng) + data[128:] if name == chosen else data)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("damage", [mutated, header])
+def test_safetensors(damage, tmp_path):
+    path = tmp_path / "net.safetensors"
     weights.save(path, TREE)
-    whole, accepted = path.read_bytes(), 0
-    for _ in range(1000):
-        path.write_bytes(mutated(whole, rng))
-        accepted += check(path)
-    # Bits of a weight have no checksum in safetensors; in a .npz they have.
-    assert accepted < (500 if ending == "safetensors" else 200)
+    taken = sum(map(fits, accepted(path, lambda: weights.load(path), damage=damage)))
+    assert taken < COUNT / 2  # bits of a weight have no checksum
+
+
+@pytest.mark.parametrize("damage", [mutated, entry])
+def test_npz(damage, tmp_path):
+    path = tmp_path / "net.npz"
+    weights.save(path, TREE)
+    wanted = flatten(TREE)
+    for found in accepted(path, lambda: weights.load(path), damage=damage):
+        if fits(found) and damage is mutated:  # bytes of an array have a checksum
+            for name, array in flatten(found).items():
+                np.testing.assert_array_equal(array, wanted[name])
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "npz"])
+def test_names_of_pytorch(ending, tmp_path):
+    path = tmp_path / f"torch.{ending}"
+    data = npz_bytes(TORCH) if ending == "npz" else safetensors_bytes(TORCH, {"format": "pt"})
+    path.write_bytes(data)
+    for found in accepted(path, lambda: weights.load(path)):
+        assert set(found) <= {"params", "batch_stats"}
+
+
+@pytest.mark.slow
+def test_checkpoints_of_other_programs(tmp_path, capfd):
+    """They have no digest; Orbax and TensorStore parse them."""
+    import orbax.checkpoint as ocp
+
+    folder = tmp_path / "orbax"
+    quiet_orbax()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder, TREE)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        damage = mutated_text if path.name in ("_METADATA", "_CHECKPOINT_METADATA") else mutated
+        if path.stat().st_size:
+            load = lambda: weights.load(folder)
+            for found in accepted(path, load, damage=damage, named=folder, count=COUNT // 10):
+                fits(found)
+    capfd.readouterr()  # TensorStore's threads print what they find
 
 
 @pytest.mark.slow
@@ -56,28 +116,19 @@ def test_a_fuzzed_checkpoint_gives_the_weights_or_nothing(tmp_path):
     good, bad, rng = tmp_path / "good", tmp_path / "bad", random.Random(0)
     with Checkpoints(good / "checkpoints") as checkpoints:
         checkpoints.save(3, {"nets": {"student": TREE}}, {}, blocking=True)
-    files = sorted(p.relative_to(good) for p in good.rglob("*") if p.is_file())
+    files = sorted(p.relative_to(good) for p in good.rglob("*") if p.stat().st_size and p.is_file())
     shutil.copytree(good, bad)
-    accepted = 0
-    for _ in range(1000):
-        file = rng.choice(files)
-        whole = (good / file).read_bytes()
-        if not whole:
-            continue
-        (bad / file).write_bytes(mutated(whole, rng))
-        try:
-            found = flatten(weights.load(f"{bad}#student"))
-        except ValueError as error:
-            assert "bad" in str(error)
-        else:
-            accepted += 1
+    taken = 0
+    for number in range(max(COUNT, 5 * len(files))):
+        path = bad / files[number % len(files)]
+        for found in accepted(
+            path,
+            lambda: weights.load(f"{bad}#student"),
+            damage=lambda whole, _: mutated(whole, rng),
+            named=bad,
+            count=1,
+        ):
+            taken += 1
             for name, array in flatten(TREE).items():
-                np.testing.assert_array_equal(found[name], array)
-        for name in files:  # a damaged step is moved aside
-            (bad / name).parent.mkdir(parents=True, exist_ok=True)
-            if not (bad / name).is_file() or name == file:
-                shutil.copy(good / name, bad / name)
-        for path in bad.rglob("*"):
-            if path.is_file() and path.relative_to(bad) not in files:
-                path.unlink()
-    assert 0 < accepted < 900
+                np.testing.assert_array_equal(flatten(found)[name], array)
+    assert taken

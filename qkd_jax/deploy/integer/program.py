@@ -318,6 +318,12 @@ def _sums(step: Multiply, lhs: Any, rhs: Any, params: Mapping[str, Any]) -> jax.
     """Computes a contraction, or adds those of its pieces, each exact in float32, in int32."""
     product = functools.partial(step.node.primitive.bind, **params)
     axes = cut_axes(step.node)
+    most = 1 if axes is None else max(lhs.shape[axes[0]], 1)
+    if not 1 <= step.pieces <= most:
+        raise ValueError(
+            f"the sums of layer {step.path!r} are cut into {step.pieces} pieces; they must be cut "
+            f"into 1 to {most}."
+        )
     if axes is None or step.pieces == 1 or lhs.dtype != jnp.float32:
         return product(lhs, rhs)
     ends = cut_ends(lhs.shape[axes[0]], step.pieces)

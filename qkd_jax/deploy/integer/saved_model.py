@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax.deploy.description import Description
+from qkd_jax.deploy.integer import cost_bounds
 from qkd_jax.deploy.integer.outputs import with_plain_outputs
 from qkd_jax.deploy.integer.pack import packed_bytes
 from qkd_jax.deploy.integer.program import IntegerModel, Program, Unpack, run
@@ -37,9 +38,6 @@ from qkd_jax.whole_files import replace_file
 TENSORS, JSON = "model.safetensors", "model.json"
 FORMAT, VERSION = "qkd_jax integer model", 1
 ALONE = 1024  # bytes
-# A value may have so many elements an example, and so many times those of the images and weights:
-# a number in a small file must not decide how much memory is taken.
-USUAL, TIMES = 2**22, 256
 TRIAL = 31  # no ordinary dimension
 BATCH = "batch"
 FIELDS = ("format", "version", "written_by", "description", "outputs", "arrays", "program")
@@ -235,7 +233,7 @@ def _shapes(program: Program, arrays: Mapping[str, np.ndarray]) -> list[Any]:
     """Returns the shapes of a program's results at a batch of `TRIAL`; computes nothing.
 
     Raises:
-        ValueError: the program does not fit its arrays or itself, or a value is absurdly large.
+        ValueError: the program does not fit its arrays or itself, or would cost too much.
     """
     for step in program.steps:
         if isinstance(step, Unpack) and step.key in arrays:
@@ -275,13 +273,5 @@ def _shapes(program: Program, arrays: Mapping[str, np.ndarray]) -> list[Any]:
                     f"its program reshapes {before.aval.shape} to {after.aval.shape}, which does "
                     "not fit together"
                 )
-    sizes = [math.prod(v.aval.shape) for e in equations for v in e.outvars]
-    examples = TRIAL if program.batch else 1
-    held = sum(math.prod(a.shape) for a in inputs) // examples
-    held += sum(array.size for array in arrays.values())
-    if (most := max(sizes, default=0) // examples) > max(USUAL, TIMES * held):
-        raise ValueError(
-            f"a value of its program would have {most:,} elements an example, and its images and "
-            f"weights have {held:,}"
-        )
+    cost_bounds.check(equations, inputs, arrays, TRIAL if program.batch else 1)
     return list(closed.out_avals)
