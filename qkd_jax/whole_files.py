@@ -83,11 +83,22 @@ def temporary(path: Path) -> Iterator[BinaryIO]:
             continue
         break
     try:
-        with file:
+        with _named(path), file:
             yield file
     finally:
         with contextlib.suppress(OSError):
             name.unlink()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Gives a write's error ("No space left on device") the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def settle(file: BinaryIO, path: Path) -> None:
@@ -116,8 +127,12 @@ def append(path: Path, data: bytes) -> None:
         ValueError: it is a link.
         OSError: it cannot be written.
     """
-    with os.fdopen(_opened(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0) as file:
-        file.write(data)
+    with (
+        _named(path),
+        os.fdopen(_opened(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0) as file,
+    ):
+        if file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def open_lock(path: Path) -> BinaryIO:

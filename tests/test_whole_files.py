@@ -1,14 +1,16 @@
 """Files of a run folder are whole, and no link leads a write out of the folder."""
 
+import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from qkd_jax.record.folder import RunFolder
 from qkd_jax.record.json_files import read_json, write_json
 from qkd_jax.record.metrics_log import MetricsLog, read_metrics
-from qkd_jax.whole_files import remove_temporaries, replace_file
+from qkd_jax.whole_files import append, remove_temporaries, replace_file, temporary
 
 
 @pytest.fixture
@@ -131,3 +133,15 @@ def test_a_folder_or_a_pipe_in_place_of_a_file(tmp_path):
             read_json(tmp_path / name)
     with pytest.raises(ValueError, match=r"metrics\.jsonl is no file"):
         read_metrics(tmp_path)
+
+
+def test_errors_of_a_full_disk_name_the_file(tmp_path):
+    """The system's own error of a write knows no name; /dev/full is a disk without room."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    with pytest.raises(OSError, match="No space left on device") as error:
+        append(Path("/dev/full"), b"data")
+    assert error.value.filename == "/dev/full"
+    with pytest.raises(OSError) as error, temporary(tmp_path / "a.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.filename == str(tmp_path / "a.json") and not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ Non-finite numbers become null: `NaN` is not JSON, and a strict reader would ref
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -103,9 +104,10 @@ class RunFolder:
         except OSError:  # a file system without locks: run without
             file.close()
             return
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n".encode())
         self._lock = file
+        with contextlib.suppress(OSError):  # a full disk: the first file that matters says so
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n".encode())
         remove_temporaries(self.path)
 
     def write_config(self, config: Mapping[str, Any]) -> None:

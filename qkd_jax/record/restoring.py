@@ -193,7 +193,9 @@ def first_line(error: BaseException) -> str:
 
 
 def quiet_orbax() -> None:
-    """Silences tens of absl lines a save at INFO; a run's terminal shows its progress."""
-    logger = logging.getLogger("absl")
-    if logger.getEffectiveLevel() < logging.WARNING:
-        logger.setLevel(logging.WARNING)
+    """Silences Orbax's own log: tens of lines a save, and a traceback for each error it raises."""
+    logging.getLogger("absl").addFilter(_is_not_orbax)
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in Path(record.pathname).parts

@@ -1,18 +1,16 @@
 """Damaged files of a run folder: every mode reports or refuses them in words, and none hangs."""
 
 import json
-import os
 import random
 import shutil
 
 import pytest
-from mutation import mutated, mutated_json
+from mutation import COUNT, mutated, mutated_json
 from tiny_config import get_config
 
 from qkd_jax import experiment
 
 FILES = ("config.json", "run.json", "results.json", "timings.json", "metrics.jsonl")
-COUNT = int(os.environ.get("QKD_JAX_MUTATIONS", 200))
 
 
 @pytest.fixture(scope="module")

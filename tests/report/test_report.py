@@ -1,6 +1,9 @@
 """The results table and the page, from whole run folders and from pieces of one."""
 
+import base64
+import contextlib
 import importlib.util
+import io
 import json
 import random
 import re
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mutation import mutated_json
+from mutation import COUNT, accepted, mutated, mutated_json, mutated_text
 from rich.console import Console
 
 from qkd_jax import report
@@ -251,6 +254,45 @@ def test_pages_of_damaged_files(small, tmp_path):
             path.write_text(json.dumps(mutated_json(value, rng)))
         page = report.html.render(folder)
         assert page.endswith("</html>\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["results.json", "config.json", "run.json", "timings.json", "model/layers.json"]
+)
+def test_a_page_of_one_damaged_file(name, small, tmp_path):
+    """It is left out, in words; these parts draw nothing, so that each page is quick."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(small / name, path)
+    render = lambda: report.html.render(tmp_path)
+    assert len(list(accepted(path, render, damage=mutated_text))) == COUNT
+
+
+def test_pictures_that_are_none():
+    """Damaged, and of very many pixels: a ValueError, which the page says."""
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    from qkd_jax.report import soft_label_figures
+
+    axes = plt.figure().add_subplot()
+
+    def draw(data):
+        png = base64.b64encode(data).decode()
+        soft_label_figures._thumbnail(axes, {"png": png, "why": "x", "label": 0}, ["a"])
+
+    out = io.BytesIO()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(out, "png")
+    draw(out.getvalue())
+    rng = random.Random(0)
+    for _ in range(COUNT):
+        with contextlib.suppress(ValueError):
+            draw(mutated(out.getvalue(), rng))
+    large = io.BytesIO()
+    Image.new("1", (4096, 1025)).save(large, "png")
+    with pytest.raises(ValueError, match="a picture has 4096 x 1025 pixels"):
+        draw(large.getvalue())
+    plt.close("all")
 
 
 def test_escapes_in_names_are_written_out(capsys):

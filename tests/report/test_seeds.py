@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from mutation import accepted, mutated_text
 
 from qkd_jax.report.seeds import collect, markdown, paired_interval
 
@@ -58,3 +59,15 @@ def test_errors(tmp_path):
         collect([tmp_path])
     with pytest.raises(ValueError, match="two at least"):
         paired_interval([1.0], [2.0])
+
+
+def test_damaged_results(tmp_path):
+    rows = [{"net": "a", "method": "x", "top1": 0.5, "loss": 1.0, "severity": None}]
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"rows": rows}))
+    folders = [tmp_path / "second", tmp_path / "first"]
+    read = lambda: markdown(collect(folders), against="x")
+    path = folders[1] / "results.json"
+    for text in accepted(path, read, damage=mutated_text):
+        assert text.startswith("2 seeds")

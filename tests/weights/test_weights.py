@@ -1,6 +1,7 @@
 """Weights in and out: PyTorch's logits from PyTorch's layout, round trips, and what is refused."""
 
 import json
+import os
 import pathlib
 import re
 import struct
@@ -243,3 +244,59 @@ def test_a_name_of_very_many_parts_costs_nothing(tmp_path, parts):
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 100 * path.stat().st_size + 1_000_000
+
+
+def npz_of(path, shape, data=b"", method=zipfile.ZIP_STORED):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    with zipfile.ZipFile(path, "w", method) as archive:
+        start = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header))
+        archive.writestr("params/a.npy", start + header + data)
+
+
+def safetensors_of(path, shape, data=b""):
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, len(data)]}
+    header = json.dumps({"params/a": entry}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+
+
+@pytest.mark.parametrize("shape", [[1] * 70, [0, 2**62], [0, 2**63], [0, 2**40, 2**40]])
+@pytest.mark.parametrize("write", [npz_of, safetensors_of])
+def test_shapes_that_numpy_cannot_hold(write, shape, tmp_path):
+    path = tmp_path / ("x.npz" if write is npz_of else "x.safetensors")
+    write(path, tuple(shape) if write is npz_of else shape, b"" if 0 in shape else b"1234")
+    with pytest.raises(
+        ValueError, match=rf"{path.name} is no file to rely on: .* declares float32"
+    ):
+        weights.load(path)
+
+
+def test_a_small_zip_that_unpacks_to_very_much(tmp_path):
+    path = tmp_path / "x.npz"
+    npz_of(path, (2**24,), bytes(2**26), zipfile.ZIP_DEFLATED)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"x\.npz .* claim 67,108,\d+ bytes, and the file has"):
+        weights.load(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.npz", "orbax"])
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    path = tmp_path / name
+    if name == "orbax":
+        path.mkdir()
+        (path / "_METADATA").write_text("{}")
+    os.mkfifo(path / "data" if name == "orbax" else path)
+    with pytest.raises(ValueError, match=r"is no file|there is no file"):
+        weights.load(path)
+
+
+def test_a_pipe_in_a_checkpoint_is_damage(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(3, {"nets": {"a": {"params": {"k": np.ones(3)}}}}, {}, blocking=True)
+    for part in ("tree/_METADATA", "meta/metadata"):
+        place = tmp_path / "checkpoints" / "3" / part
+        place.unlink()
+        os.mkfifo(place)
+        with pytest.raises(ValueError, match=r"all checkpoints .* are damaged .* is no file"):
+            weights.load(f"{tmp_path}#a")
