@@ -133,10 +133,10 @@ def _rebatched(value: Any, traced: int | None, batch: int | None) -> Any:
     if isinstance(value, core.Jaxpr):
         return _rebatched(core.ClosedJaxpr(value, ()), traced, batch).jaxpr
     if isinstance(value, core.ClosedJaxpr):  # the condition and body of a loop
-        shaped: Any = value.in_avals  # arrays all: the stubs of newer releases name their base class
-        inputs = [
-            jax.ShapeDtypeStruct(_rebatched(a.shape, traced, batch), a.dtype) for a in shaped
-        ]
+        shaped: Any = (
+            value.in_avals
+        )  # arrays all: the stubs of newer releases name their base class
+        inputs = [jax.ShapeDtypeStruct(_rebatched(a.shape, traced, batch), a.dtype) for a in shaped]
         run = lambda *args: _interpret(value.jaxpr, value.consts, args, traced, batch)
         return jax.make_jaxpr(run)(*inputs)
     return value

@@ -88,3 +88,13 @@ def test_a_cache_that_cannot_be_written_is_left_out(monkeypatch, tmp_path, caplo
     images, labels = sources.decoded("digits", source, folder, ("train",))
     assert digits.content_hash(images, labels) == digits.SHA256
     assert "cannot be written" in caplog.text
+
+
+def test_a_flag_that_says_encrypted_is_damage(own_cache, caplog):
+    """One bit of the zip's index; zipfile asks for a password by a RuntimeError."""
+    cache.store("x", "k" * 64, arrays())
+    (path,) = own_cache.iterdir()
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(whole)
+    assert cache.load("x", "k" * 64, NAMES) is None and "is broken" in caplog.text
