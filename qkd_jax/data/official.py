@@ -108,7 +108,7 @@ def _read_cifar(
                     **{key: records[:, byte] for byte, key in enumerate(labels)},
                     "id": np.array([f"{split}_{row:05d}" for row in range(len(records))]),
                 }
-    except (tarfile.TarError, EOFError, KeyError, OSError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, KeyError, OSError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} is not CIFAR's binary archive ({folder}): {error}.") from error
     return splits, names
 

@@ -89,12 +89,12 @@ def test_idx_files(inside, tmp_path):
             np.testing.assert_array_equal(found, IMAGES)
 
 
-def archive():
+def archive(names=b"a\nb\n"):
     out, records = io.BytesIO(), bytes(range(256)) * 13
     parts = {"train.bin": records[:3074], "test.bin": records[:3074]}
-    names = {"coarse_label_names.txt": b"a\nb\n", "fine_label_names.txt": b"c\nd\n"}
+    texts = {"coarse_label_names.txt": names, "fine_label_names.txt": b"c\nd\n"}
     with tarfile.open(fileobj=out, mode="w") as file:
-        for name, data in {**parts, **names}.items():
+        for name, data in {**parts, **texts}.items():
             info = tarfile.TarInfo(f"cifar-100-binary/{name}")
             info.size = len(data)
             file.addfile(info, io.BytesIO(data))
@@ -108,3 +108,10 @@ def test_cifar_archives(inside, tmp_path):
     damage = (lambda _, rng: gzip.compress(mutated(whole, rng), 1)) if inside else mutated
     for splits, _ in accepted(path, lambda: official.read_cifar100({"x": path}), damage=damage):
         assert splits["train"]["image"].shape[1:] == (32, 32, 3)
+
+
+def test_names_that_are_no_text(tmp_path):
+    path = tmp_path / "cifar.tar.gz"
+    path.write_bytes(gzip.compress(archive(names=b"a\n\xff\n")))
+    with pytest.raises(ValueError, match=r"cifar\.tar\.gz is not CIFAR's binary archive .*utf-8"):
+        official.read_cifar100({"x": path})
