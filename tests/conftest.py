@@ -1,12 +1,15 @@
 """Settings for every test: CPU, strict broadcasting, a compilation cache of the tests' own."""
 
 import os
+import sys
 import tempfile
 import zlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # jaxlib 0.10 prints an error for each program that comes from the cache (openxla/xla issue 44565).
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# OpenVINO's telemetry forks the process, which JAX's threads do not survive for sure.
+sys.modules["openvino_telemetry"] = None
 # Four host devices, set before JAX starts: parallel tests compare 4 devices with 1.
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:

@@ -1,7 +1,6 @@
 """The table of engines against the engines, and rules against the table."""
 
 import dataclasses
-import sys
 
 import flax.linen as nn
 import jax
@@ -136,11 +135,7 @@ def integer_net():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnxruntime-x86", "openvino-cpu"])
-def test_every_product_of_a_requantizing_net_runs_on_integers(
-    tmp_path, integer_net, target, monkeypatch
-):
-    # OpenVINO's telemetry forks this process, which JAX's threads do not survive for sure.
-    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
+def test_every_product_of_a_requantizing_net_runs_on_integers(tmp_path, integer_net, target):
     engine = TARGETS[target].engine
     pytest.importorskip(engine)
     net, variables, images = integer_net
@@ -179,9 +174,8 @@ class One(nn.Module):
 
 
 @pytest.mark.parametrize("zero_point", [None, 37])
-def test_openvino_rounds_the_number_that_the_net_rounds(tmp_path, monkeypatch, zero_point):
+def test_openvino_rounds_the_number_that_the_net_rounds(tmp_path, zero_point):
     """Values a last bit from the middle of two codes: with the lowest code added it is lost."""
-    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
     pytest.importorskip("openvino")
     spec = Spec(8) if zero_point is None else Spec(8, signed=False, symmetric=False)
     rules = [Rule("one", weight=Spec(8), input=spec)]
@@ -226,10 +220,7 @@ def transformer():
         {"target": "onnxruntime-x86-vnni", "activations": "own"},
     ],
 )
-def test_both_engines_open_the_transformer_of_every_target(
-    tmp_path, monkeypatch, transformer, options
-):
-    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
+def test_both_engines_open_the_transformer_of_every_target(tmp_path, transformer, options):
     pytest.importorskip("openvino")
     net, variables, images, wanted = transformer
     path = to_onnx(net, variables, images, tmp_path / "m.onnx", **options).path
@@ -264,10 +255,7 @@ def test_stablehlo_targets_take_no_onnx(tmp_path):
 
 
 @pytest.mark.slow
-def test_sums_of_grids_are_not_fused_for_an_engine_that_leaves_the_grid_out(
-    tmp_path, integer_net, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
+def test_sums_of_grids_are_not_fused_for_an_engine_that_leaves_the_grid_out(tmp_path, integer_net):
     pytest.importorskip("openvino")
     onnx = pytest.importorskip("onnx")
     net, variables, images = integer_net

@@ -4,7 +4,6 @@ What is right is computed here in float64 from the net's own numbers.
 """
 
 import dataclasses
-import sys
 
 import flax.linen as nn
 import jax
@@ -24,12 +23,6 @@ openvino = pytest.importorskip("openvino")
 
 TARGETS = (None, "openvino-cpu-vnni", "onnxruntime-x86-vnni")
 key = jax.random.key
-
-
-@pytest.fixture(autouse=True)
-def no_telemetry(monkeypatch):
-    # It forks this process, which JAX's threads do not survive for sure.
-    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
 
 
 def on_engines(path, x):
