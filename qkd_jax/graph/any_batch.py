@@ -17,7 +17,7 @@ from qkd_jax.graph.execution import Node, literal
 from qkd_jax.graph.families import parse_marker
 
 PRIMES = (1009, 1013, 2003, 2011, 4001, 4003, 8009, 8011)
-_OWN_BATCH = (
+OWN_BATCH = (
     "`convert` and `to_onnx` take any_batch=False, which keeps the batch size of the example"
 )
 
@@ -32,13 +32,13 @@ def batch_sizes(abstract: Any) -> Iterator[tuple[int, int]]:
     if not sizes or len(set(sizes)) != 1 or not sizes[0]:
         raise ValueError(
             f"the arguments' first axes are {sizes}; they must be one batch axis of one size. "
-            f"{_OWN_BATCH}."
+            f"{OWN_BATCH}."
         )
     used = {d for a in jax.tree.leaves(abstract[0]) for d in a.shape}
     used |= {d for a in jax.tree.leaves(abstract[1]) for d in a.shape[1:]}
     free = [p for p in PRIMES if all(d % p or not d for d in used)]
     if len(free) < 2:
-        raise ValueError(f"most of {PRIMES} divide a dimension; {_OWN_BATCH}.")
+        raise ValueError(f"most of {PRIMES} divide a dimension; {OWN_BATCH}.")
     yield from zip(free[::2], free[1::2], strict=False)
 
 
@@ -75,7 +75,7 @@ class _Comparison:
         return Ambiguous(
             f"a number in {where!r} depends on the batch size; such a model cannot run at "
             "another one. Compute it from the data (a mean instead of a sum over n), or take "
-            f"the batch size out of the forward pass. {_OWN_BATCH}."
+            f"the batch size out of the forward pass. {OWN_BATCH}."
         )
 
     def sizes(self, node: Node, one: tuple[int, ...], two: tuple[int, ...]) -> None:
@@ -89,7 +89,7 @@ class _Comparison:
         if one == two and one and one % first == 0:
             raise Ambiguous(
                 f"{node.describe()} has a size of {one}, a multiple of the batch size that it was "
-                f"traced with. {_OWN_BATCH}."
+                f"traced with. {OWN_BATCH}."
             )
         if one == two or (one % first == 0 and one // first * second == two):
             return
@@ -99,7 +99,7 @@ class _Comparison:
             f"{node.describe()} has an axis or a position of {size}, and depends on the batch "
             "size so that it serves no other one: only whole batches can be moved, cut and "
             "joined. Work on each example by itself (a constant beside the batch can be joined to "
-            f"every example instead). {_OWN_BATCH}."
+            f"every example instead). {OWN_BATCH}."
         )
 
     def numbers(self, node: Node, one: Any, two: Any) -> None:

@@ -18,6 +18,7 @@ from qkd_jax import checks
 from qkd_jax.ptq.stream import check_finite
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.calibration import model_arguments
+from qkd_jax.quantize.calls import jit_of_call, split_arrays
 from qkd_jax.quantize.variables import is_folded
 
 Tree = dict[str, Any]
@@ -71,7 +72,7 @@ def reestimate_batch_norm(
     if is_folded(variables):
         raise ValueError("a BatchNorm of this net is folded; re-estimate first, then fold.")
 
-    @jax.jit
+    @jit_of_call
     def statistics(variables: Tree, arguments: tuple[Any, ...]) -> Tree:
         """Runs flax's BatchNorm in train mode with momentum 0: it stores the batch's statistics."""
         with nn.intercept_methods(_exact):
@@ -81,9 +82,10 @@ def reestimate_batch_norm(
     seen: list[tuple[int, Tree]] = []
     for index, batch in enumerate(batches):
         arguments = tuple(batch) if isinstance(batch, list) else model_arguments(batch)
-        count = arguments[0].shape[0]
+        arrays = split_arrays(arguments)[0]
+        count = arrays[0].shape[0]
         if count:
-            for argument in arguments:
+            for argument in arrays:
                 check_finite(f"batches[{index}]", argument)
             stats = statistics(variables, arguments)
             seen.append((count, jax.tree.map(lambda a: np.asarray(a, np.float64), stats)))

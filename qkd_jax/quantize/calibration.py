@@ -16,6 +16,7 @@ from flax.errors import ModifyScopeVariableError
 from qkd_jax import checks
 from qkd_jax.numerics import Spec, stats
 from qkd_jax.observers import OBSERVERS
+from qkd_jax.quantize.calls import jit_of_call, split_arrays
 from qkd_jax.quantize.contraction import OperandGrid
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.lifted import StackedAxes, like, of_rank, probes, stacked_axes
@@ -62,9 +63,9 @@ def calibrate(
             have a spec and that these calls do not reach (of a decoder, where `method="encode"` is
             called), which stay. What `fold_bn` left for float layers stays.
         batches: an iterable of model inputs: arrays [batch, ...], dicts with the key "image" (and
-            "mask", which leaves out padding), or tuples of positional arguments. Batches of one
-            shape compile once. A second pass is made for observers that need one, so all batches
-            are held in memory.
+            "mask", which leaves out padding), or tuples of positional arguments, flags and None
+            among them. Batches of one shape compile once. A second pass is made for observers that
+            need one, so all batches are held in memory.
         observer: a key of `OBSERVERS` for every quantizer, or None: what each spec says, else each
             quantizer's own initialisation (LSQ's from the mean magnitude, the others' from the
             range). Dynamic operands need none and are left out.
@@ -351,9 +352,9 @@ def _observe(
                 state = start(None, alike, axes)
             built = insert(built, join(use.path, state_key(use.operand, _KIND)), state)
 
-        jax.eval_shape(lambda v, a: run(v, {}, a, build), variables, inputs[0])
+        jax.eval_shape(lambda v, a: run(v, {}, form(a), build), variables, arrays)
         try:  # the model runs, so that only the states can be what doesn't fit
-            jax.eval_shape(lambda v, s, a: run(v, s, a, start), variables, built, inputs[0])
+            jax.eval_shape(lambda v, s, a: run(v, s, form(a), start), variables, built, arrays)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 "a net has quantized layers in branches (nn.cond, nn.switch) or in nn.scan and "
@@ -382,9 +383,10 @@ def _observe(
             )
         return keep(new, use, axes)
 
+    arrays, form = split_arrays(inputs[0])
     # The states' tree comes from a run of which nothing but the empty states is computed.
     try:
-        observed = jax.jit(lambda v, a: run(v, {}, a, start))(variables, inputs[0])
+        observed = jax.jit(lambda v, a: run(v, {}, form(a), start))(variables, arrays)
     except jax.errors.UnexpectedTracerError as error:  # a TypeError too
         raise ValueError(
             "a quantized layer is called through a closure inside a function that JAX traces by "
@@ -399,13 +401,13 @@ def _observe(
         observed = states_of_branches()
     found = {key: StackedAxes(*kept[key]) for key in kept}
     if any(s["sums"].lo.ndim > kept[p, o][0] for p, o, s in states(observed, _KIND) if "sums" in s):
-        shapes = jax.eval_shape(lambda v, a: run(v, {}, a, probe), variables, inputs[0])
+        shapes = jax.eval_shape(lambda v, a: run(v, {}, form(a), probe), variables, arrays)
         probed = {(path, operand): state for path, operand, state in states(shapes, _KIND)}
         found = {key: stacked_axes(*kept[key], probed[key]) for key in kept}
     for (path, operand), moments in (known or {}).items():
         observed = insert(observed, join(path, state_key(operand, _KIND), "stats"), moments)
     # The variables are arguments: XLA would fold the statistics of constants, slowly.
-    step = jax.jit(lambda v, s, a: run(v, s, a, update))
+    step = jit_of_call(lambda v, s, a: run(v, s, a, update))
     for arguments in inputs:
         observed = step(variables, observed, arguments)
     seen = {(path, operand): state for path, operand, state in states(observed, _KIND) if state}

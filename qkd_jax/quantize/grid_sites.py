@@ -9,7 +9,6 @@ layers read. These sites are outputs of modules, which a rule's `output` reaches
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +21,13 @@ from flax.errors import InvalidRngError, ModifyScopeVariableError
 
 from qkd_jax import graph as graphs
 from qkd_jax.graph import CONTRACTIONS, IDENTITY, LAYOUT, MARKERS, Graph, Node
+from qkd_jax.quantize.calls import (
+    call_arguments,
+    explaining_failures,
+    own_arguments,
+    signature,
+    split_arrays,
+)
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.model import quantize
 
@@ -99,24 +105,13 @@ def find_grid_sites(model: nn.Module, images: Any, **kwargs: Any) -> GridSites:
     Raises:
         ValueError: the call does not take these arguments, or runs in training mode.
     """
-    method, rngs = kwargs.pop("method", None), kwargs.pop("rngs", None) or {}
-    kwargs.pop("mutable", None)  # decided below
-    arguments = _call_arguments(model, method, images, kwargs)
-    leaves, tree = jax.tree.flatten((arguments, kwargs, rngs))
-    # Flags, texts and functions are read by Python; arrays, keys and shapes are traced.
-    traced = [hasattr(leaf, "dtype") and not isinstance(leaf, np.generic) for leaf in leaves]
-    shapes = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for leaf, is_array in zip(leaves, traced, strict=True)
-        if is_array
-    ]
+    method, rngs = kwargs.get("method"), kwargs.get("rngs") or {}
+    kwargs = own_arguments(kwargs)  # what is mutable is decided below
+    arguments = call_arguments(model, method, images, kwargs)
+    arrays, joined = split_arrays((arguments, kwargs, rngs))
+    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
     net = quantize(model)
     frame = Frame(net.spec_of)
-
-    def joined(arrays: list[Any]) -> Any:
-        left = iter(arrays)
-        both = zip(leaves, traced, strict=True)
-        return jax.tree.unflatten(tree, [next(left) if t else leaf for leaf, t in both])
 
     def start(arrays: list[Any]) -> Any:  # traced, never computed
         args, keywords, streams = joined(arrays)
@@ -138,7 +133,8 @@ def find_grid_sites(model: nn.Module, images: Any, **kwargs: Any) -> GridSites:
         )
         return out
 
-    variables = jax.eval_shape(start, shapes)
+    with explaining_failures(images):
+        variables = jax.eval_shape(start, shapes)
     summed = {
         path: use.shapes["weight"][use.group_axis] if use.group_axis >= 0 else 0
         for path, use in frame.seen.items()
@@ -152,52 +148,9 @@ def find_grid_sites(model: nn.Module, images: Any, **kwargs: Any) -> GridSites:
             f"model {name} runs in training mode ({str(error).partition(' (http')[0]}). A preset "
             "is fitted to the mode that is deployed: give the call's own argument for it, such as "
             "train=False or deterministic=True, behind images. The call is "
-            f"{name}{_signature(model, method)}."
+            f"{name}{signature(model, method)}."
         ) from error
     return _SiteSearch(graph).run(summed)
-
-
-def _signature(model: nn.Module, method: Any) -> inspect.Signature:
-    """The signature of a model's call, or of another of its methods, without `self`."""
-    function = "__call__" if method is None else method
-    if isinstance(function, str):
-        # Of the object: a class answers with its metaclass' `__call__`.
-        function = getattr(model, function, None)
-    if function is None:
-        raise ValueError(
-            f"model {type(model).__name__} has no {method or '__call__'}; give method=<the name of "
-            "the one that computes its output>."
-        )
-    signature = inspect.signature(function)
-    skipped = 0 if inspect.ismethod(function) else 1
-    return signature.replace(parameters=list(signature.parameters.values())[skipped:])
-
-
-def _call_arguments(
-    model: nn.Module, method: Any, images: Any, kwargs: Mapping[str, Any]
-) -> tuple[Any, ...]:
-    """Returns the positional arguments that `images` stands for.
-
-    Raises:
-        ValueError: the call does not take them.
-    """
-    signature = _signature(model, method)
-    # A named tuple is a record: one argument.
-    forms = [images] if type(images) is tuple else []
-    forms.append(() if images is None else (images,))
-    problem = ""
-    for arguments in forms:
-        try:
-            signature.bind(*arguments, **kwargs)
-        except TypeError as error:
-            problem = problem or str(error)
-        else:
-            return arguments
-    raise ValueError(
-        f"model {type(model).__name__}, whose call is {type(model).__name__}{signature}, can't be "
-        f"called with these images: {problem}. `images` is its one input, a tuple of its "
-        "positional arguments, or None; the others follow by keyword, such as train=False."
-    )
 
 
 class _SiteSearch:

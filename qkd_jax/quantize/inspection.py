@@ -12,6 +12,12 @@ import jax
 
 from qkd_jax.graph import CONTRACTIONS, LAYOUT, MARKERS, Graph, Node, bodies, trace
 from qkd_jax.numerics import Spec
+from qkd_jax.quantize.calls import (
+    call_arguments,
+    explaining_failures,
+    own_arguments,
+    split_arrays,
+)
 from qkd_jax.quantize.interception import Frame, LayerUse
 from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.variables import TABLES, is_calibrated, quantizer_key
@@ -79,8 +85,17 @@ class Size:
 
 def _seen(net: QuantizedModel, variables: Any, images: Any, **kwargs: Any) -> Frame:
     frame = Frame(net.spec_of)
-    jax.eval_shape(lambda v, x: net.apply_in(frame, v, x, **kwargs), variables, images)
+    arrays, joined = _given(net, images, kwargs)
+    forward = lambda v, a: net.apply_in(frame, v, *joined(a), **kwargs)
+    with explaining_failures(images):
+        jax.eval_shape(forward, variables, arrays)
     return frame
+
+
+def _given(net: QuantizedModel, images: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Returns the arrays of a net's call, and a function from such to its positional arguments."""
+    arguments = call_arguments(net.model, kwargs.get("method"), images, own_arguments(kwargs))
+    return split_arrays(arguments)
 
 
 def _count(tree: Any) -> int:
@@ -122,7 +137,8 @@ def layers(
     Args:
         net: the net.
         variables: its variables, or their shapes.
-        images: example input, or its shape.
+        images: example input, or its shape: the model's one input, a tuple of its positional
+            arguments, or None.
         **kwargs: further arguments of the model's call.
 
     Returns:
@@ -254,14 +270,18 @@ def coverage(
     Args:
         net: the net.
         variables: its variables, or their shapes.
-        images: example input, or its shape.
+        images: example input, or its shape: the model's one input, a tuple of its positional
+            arguments, or None.
         **kwargs: further arguments of the model's call.
 
     Returns:
         A `Coverage`; `print` it, or ask for `.missed`.
     """
-    traced = trace(lambda v, x: net.trace_apply(v, x, **kwargs), variables, images, evaluate=False)
-    examples = jax.tree.leaves(images)[0].shape[0]
+    arrays, joined = _given(net, images, kwargs)
+    forward = lambda v, a: net.trace_apply(v, *joined(a), **kwargs)
+    with explaining_failures(images):
+        traced = trace(forward, variables, arrays, evaluate=False)
+    examples = arrays[0].shape[0] if arrays and arrays[0].ndim else 1
     covered = (
         _covered(net, variables, inside, node, examples) for inside, node in _contractions(traced)
     )

@@ -10,13 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import unfreeze
+from flax.core.scope import in_filter
 
 from qkd_jax import graph as graphs
 from qkd_jax.graph import CONTRACTIONS, LAYOUT, Axes, Graph, Node, output_axes
+from qkd_jax.graph.any_batch import OWN_BATCH
 from qkd_jax.numerics import Grid, IntFormat, Spec, check_scale
+from qkd_jax.quantize.calls import (
+    call_arguments,
+    explaining_failures,
+    own_arguments,
+    split_arrays,
+)
 from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.variables import is_calibrated, quantizer_path, split_multipliers
 from qkd_jax.quantizers import (
@@ -41,6 +50,7 @@ class TracedNet:
         multipliers: layer path -> output multiplier of a folded layer.
         norms: paths of the `nn.BatchNorm` modules.
         layers: paths of the layers that honour `folded`: convolutions and dense layers.
+        states: inputs of the graph that are no arguments, but a cache or other mutable collection.
     """
 
     net: QuantizedModel
@@ -49,6 +59,7 @@ class TracedNet:
     multipliers: dict[str, np.ndarray]
     norms: frozenset[str]
     layers: frozenset[str]
+    states: frozenset[int] = frozenset()
 
     def spec(self, marker: Node) -> Spec:
         """Returns the spec of a quantizer node."""
@@ -130,9 +141,17 @@ def trace_net(
     any_batch: bool = True,
     **kwargs: Any,
 ) -> TracedNet:
-    """Traces a net in eval mode, for any batch size or its own; `kwargs` go to the model's call."""
+    """Traces a net in eval mode, for any batch size or its own; `kwargs` go to the model's call.
+
+    The graph's inputs are the arrays of `images` and then those of the collections that `mutable`
+    names, such as a cache; arrays among `kwargs` are constants.
+    """
+    arguments = call_arguments(net.model, kwargs.get("method"), images, own_arguments(kwargs))
+    arrays, joined = split_arrays(arguments)
     # A leaf's name is the parameter's path, without what boxes add to it.
     variables, multipliers = split_multipliers(unfreeze(unboxed(dict(variables))))
+    carried = {name: variables[name] for name in variables if _is_carried(name, kwargs)}
+    variables = {name: variables[name] for name in variables if name not in carried}
     norms: set[str] = set()
     layers: set[str] = set()
 
@@ -144,12 +163,52 @@ def trace_net(
             layers.add(path)
         return next_fun(*args, **kwargs)
 
-    def forward(variables: Any, images: Any) -> Any:
+    def forward(variables: Any, arrays: Any, carried: Any) -> Any:
         with nn.intercept_methods(note):
-            return net.trace_apply(variables, images, **kwargs)
+            return net.trace_apply({**variables, **carried}, *joined(arrays), **kwargs)
 
-    traced = graphs.trace(forward, variables, images, any_batch=any_batch)
-    return TracedNet(net, variables, traced, multipliers, frozenset(norms), frozenset(layers))
+    try:
+        traced = graphs.trace(forward, variables, arrays, carried, any_batch=any_batch)
+    except Exception as error:
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+        with explaining_failures(images):
+            jax.eval_shape(forward, variables, shapes, carried)
+        batches = {a.shape[:1] for a in shapes}
+        if any_batch and not carried and len(batches) == 1 and batches != {()}:
+            other = [jax.ShapeDtypeStruct((a.shape[0] + 1, *a.shape[1:]), a.dtype) for a in shapes]
+            try:
+                jax.eval_shape(forward, variables, other, carried)
+            except Exception as cause:
+                raise _own_batch_alone(batches, own_arguments(kwargs), cause) from cause
+        raise error
+    states = frozenset(traced.inputs[len(arrays) :])
+    return TracedNet(
+        net, variables, traced, multipliers, frozenset(norms), frozenset(layers), states
+    )
+
+
+def _is_carried(collection: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a collection is state that a call reads and gives back, as a decoder's cache."""
+    if collection in ("params", "batch_stats", "quant"):
+        return False
+    return in_filter(kwargs.get("mutable", False), collection)
+
+
+def _own_batch_alone(batches: Any, kwargs: Mapping[str, Any], cause: Exception) -> ValueError:
+    """The error of a model that runs at its example's batch size, and not at another one."""
+    why = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+    for name, value in kwargs.items():
+        if any(np.shape(a)[:1] in batches for a in split_arrays(value)[0]):
+            return ValueError(
+                f"argument {name!r} came by keyword, and what comes by keyword is a constant: its "
+                "array has the batch size of the example, and the net is to run at any. Give it "
+                f"with the other inputs, images=(..., {name}), or, where the model takes it by "
+                f"keyword alone, with method=lambda m, x, {name}: m(x, {name}={name}) too. ({why})"
+            )
+    return ValueError(
+        "the model runs at the batch size of its example and not at another one, as with a "
+        f"parameter of that size ({why}); {OWN_BATCH}."
+    )
 
 
 def is_quantizer(node: Node | None) -> bool:

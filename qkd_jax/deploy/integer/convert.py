@@ -17,7 +17,6 @@ import posixpath
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,6 +39,7 @@ from qkd_jax.graph import Node
 from qkd_jax.numerics import codes_of
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.calls import split_arrays
 from qkd_jax.quantize.traced import (
     Operand,
     TracedContraction,
@@ -75,7 +75,9 @@ def convert(
     Args:
         net: the net.
         variables: calibrated; folded or not (BatchNorm is folded here where it can be).
-        images: example input; only its shape counts.
+        images: example input: the model's one input (any pytree of arrays), a tuple of its
+            positional arguments, or None. The shapes of its arrays count alone; flags among the
+            arguments are part of the result.
         integer_only: no floats between the codes of the input and those of the output: fixed-point
             multipliers, tables of thresholds up to 4 bits, sums and pools on integers. The net's
             sums, pools and logits must lie on grids (the preset "w8a8:integer" puts them there).
@@ -84,7 +86,9 @@ def convert(
             that the codes allow, in those steps. A net is refused where R reaches 2^30.
         any_batch: False keeps the batch size of `images`, for a net that has no batch: a graph of
             nodes and edges, a step of a decoder with its cache, examples that see each other.
-        **kwargs: further arguments of the model's call.
+        **kwargs: further arguments of the model's call; arrays among them are constants of the
+            result. With mutable=["cache"] the cache in `variables` is an input and a result:
+            `integer_apply(integer, (images, {"cache": cache}))` is (output, {"cache": new}).
 
     Returns:
         An `IntegerModel` for `integer_apply`, at any batch size.
@@ -113,8 +117,8 @@ def integer_apply(
 
     Args:
         integer: from `convert`.
-        images: [batch, ...], float, as the net takes them; any batch size, unless the net was
-            converted with any_batch=False.
+        images: as `convert` took them; any batch size, unless the net was converted with
+            any_batch=False.
         capture: also return the codes of every quantized activation.
         formulation: how products run. "int32": on integers, accumulated in int32. "float32": the
             same integers held in float32, exact where a layer's sums, or those of the pieces that
@@ -132,7 +136,8 @@ def integer_apply(
             images of another shape than a net without a batch takes.
     """
     checks.one_of("formulation", formulation, FORMULATIONS)
-    shapes = [tuple(a.shape) for a in jax.tree.leaves(images)]
+    images, _ = split_arrays(images)  # flags are in the program
+    shapes = [tuple(a.shape) for a in images]
     expected = [a.shape for a in integer.program.signature]
     if integer.program.batch is None and shapes != expected:
         raise ValueError(

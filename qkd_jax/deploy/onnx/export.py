@@ -20,8 +20,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from qkd_jax import checks
 from qkd_jax.deploy.onnx.assemble import onnx_model
 from qkd_jax.deploy.onnx.context import Export
@@ -32,6 +30,7 @@ from qkd_jax.graph import Graph
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.ptq.integer_bias import integer_bias
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.calls import split_arrays
 from qkd_jax.quantize.targets import TARGETS, file_options
 from qkd_jax.quantize.traced import refuse_uncalibrated, trace_net
 from qkd_jax.whole_files import replace_file
@@ -80,12 +79,14 @@ def to_onnx(
     """Writes a net, float or quantized, as an ONNX file.
 
     The input is "images", channels first ([batch, channels, height, width]) for images and as the
-    model has it otherwise; the output is "logits". The batch axis is dynamic.
+    model has it otherwise; the output is "logits". The batch axis is dynamic. Several inputs are
+    "input0", "input1", ... in the order of the call, and several outputs likewise.
 
     Args:
         net: the net.
         variables: float or calibrated, folded or not (BatchNorm is folded where it can be).
-        images: example input, [batch, height, width, channels]; only its shape and type count.
+        images: example input, [batch, height, width, channels], or what else `convert` takes; only
+            shapes and types count.
         path: the file to write.
         opset: ONNX operator set, 13 to 21. int4 needs 21; a target's own opset is raised to it.
         target: what will run the file, a key of `targets.TARGETS`, which decides the options that
@@ -102,7 +103,8 @@ def to_onnx(
             the zero point of a grid of the other kind moves by 128, or "own", each grid's own.
         any_batch: False keeps the batch size of `images`, for a net that has no batch, as
             `convert` says.
-        **kwargs: further arguments of the model's call.
+        **kwargs: further arguments of the model's call, as for `convert`; a cache is written in
+            the model's own order of axes.
 
     Returns:
         An `OnnxFile`.
@@ -162,7 +164,7 @@ def to_onnx(
 
 
 def _check_inputs(images: Any) -> None:
-    for leaf in jax.tree.leaves(images):
+    for leaf in split_arrays(images)[0]:
         if str(leaf.dtype) in HALF:
             raise ValueError(
                 f"images have dtype {leaf.dtype}; a file takes float32 images. Cast the example."

@@ -50,10 +50,11 @@ def write(export: Export) -> list[Tensor]:
 
 
 def _input(export: Export, value: int) -> Tensor:
-    """Declares an input; images come channels first."""
+    """Declares an input; images come channels first, and a cache as it leaves."""
     shape = export.values.shape(value)
     rank = len(shape)
-    perm = (0, rank - 1, *range(1, rank - 1)) if rank >= 4 else tuple(range(rank))
+    images = rank >= 4 and value not in export.traced.states
+    perm = (0, rank - 1, *range(1, rank - 1)) if images else tuple(range(rank))
     name = "images" if len(export.graph.inputs) == 1 else f"input{len(export.tensors)}"
     return Tensor(export.writer.unique(name), shape, perm)
 
