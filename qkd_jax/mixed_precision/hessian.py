@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qkd_jax.numerics import Spec
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.diagnostics import operand_sums
 from qkd_jax.trees import get, insert, join
 
 Tree = Mapping[str, Any]
@@ -94,24 +94,13 @@ def mean_curvatures(
 
 
 def weight_errors(
-    net: QuantizedModel, variables: Tree, images: jax.Array, **kwargs: Any
+    net: QuantizedModel, variables: Tree, batches: Sequence[Any], **kwargs: Any
 ) -> dict[str, float]:
-    """||W_q - W||^2 of each quantized weight, by path."""
-
-    @jax.jit
-    def run(variables: Tree, images: jax.Array) -> dict[str, jax.Array]:
-        found = {}
-
-        def watch(
-            path: str, operand: str, x: jax.Array, x_hat: jax.Array, spec: Spec, params: Any
-        ) -> None:
-            if operand == "weight":
-                found[path] = jnp.sum(jnp.square(x_hat - x))
-
-        net.apply(variables, images, watch=watch, **kwargs)
-        return found
-
-    return {path: float(error) for path, error in run(variables, images).items()}
+    """||W_q - W||^2 of each quantized weight that the batches reach, by path."""
+    found = operand_sums(net, variables, batches, **kwargs)
+    return {
+        p: float(sums["noise"]) for (p, operand, _), sums in found.items() if operand == "weight"
+    }
 
 
 def _array_path(params: Tree, path: str) -> str:

@@ -124,7 +124,7 @@ def sensitivity(
         chosen = quantize(net.model, [_measured(r, choice) for r in rules[choice].values()])
         quantized = calibrate(chosen, floats, images, observer=observer, **kwargs)
         if metric == "hessian":
-            errors = weight_errors(chosen, quantized, images[0], **kwargs)
+            errors = weight_errors(chosen, quantized, images, **kwargs)
             loss = {path: max(curvatures[path], 0.0) * errors[path] for path in infos}
         else:
             loss = _losses(chosen, quantized, images, references, metric, tuple(infos), kwargs)

@@ -19,13 +19,15 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.numerics import Spec, codes_of, compute_dtype
 from qkd_jax.quantize.calibration import model_arguments
+from qkd_jax.quantize.calls import jit_of_call, split_arrays
 from qkd_jax.quantize.contraction import OperandGrid
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.lifted import like
 from qkd_jax.quantize.model import QuantizedModel
-from qkd_jax.quantize.operands import OperandUse
+from qkd_jax.quantize.operands import OperandHook, OperandUse
 from qkd_jax.quantize.variables import DIAGNOSED, split_states, state_key, states
 from qkd_jax.quantizers import QUANTIZERS, in_use, learns_bits
+from qkd_jax.trees import insert, join, merged
 
 Tree = dict[str, Any]
 _KIND = DIAGNOSED
@@ -144,26 +146,13 @@ def diagnose(
         **kwargs: further arguments of the model's call, such as `train=False`.
 
     Returns:
-        A `Diagnosis`; print it, or ask for `.operands` or `.records()`.
+        A `Diagnosis`; print it, or ask for `.operands` or `.records()`. Layers of a branch that no
+        batch takes are not among them.
 
     Raises:
         ValueError: no batch, an empty one, or a net of which nothing is quantized yet.
     """
-    checks.list_of_batches(batches)
-    run, order = _runner(net, kwargs)
-    total: dict[tuple[str, str, int | None], dict[str, Any]] = {}
-    number = -1
-    for number, batch in enumerate(batches):
-        arguments = model_arguments(batch)
-        if any(np.shape(a)[:1] == (0,) for a in arguments):
-            raise ValueError(f"batch {number} of batches is empty; leave it out.")
-        for key, found in _separate(jax.device_get(run(variables, arguments)), order):
-            if key not in total:
-                total[key] = found
-            elif key[1] != "weight":  # the same in every batch
-                total[key] = _added(total[key], found)
-    if number < 0:
-        raise ValueError("batches is empty; give at least one batch of real inputs.")
+    total = operand_sums(net, variables, batches, **kwargs)
     if not total:
         raise ValueError(
             "nothing of this net is quantized: its variables have no quantizers. Calibrate it "
@@ -175,34 +164,98 @@ def diagnose(
     )
 
 
+def operand_sums(
+    net: QuantizedModel, variables: Mapping[str, Any], batches: Iterable[Any], **kwargs: Any
+) -> dict[tuple[str, str, int | None], dict[str, Any]]:
+    """Returns {(path, operand, step of a scan or None): sums, counts and extremes} over batches.
+
+    Among them are "noise", the sum of (x - x_hat)^2, and "signal", that of x^2. Arguments and
+    errors are those of `diagnose`.
+    """
+    checks.list_of_batches(batches)
+    run, order = _runner(net, kwargs)
+    total: dict[tuple[str, str, int | None], dict[str, Any]] = {}
+    number = -1
+    for number, batch in enumerate(batches):
+        arguments = model_arguments(batch)
+        if any(np.shape(a)[:1] == (0,) for a in jax.tree.leaves(arguments)):
+            raise ValueError(f"batch {number} of batches is empty; leave it out.")
+        for key, found in _separate(jax.device_get(run(variables, arguments)), order):
+            if key not in total or not total[key]["count"]:  # 0: of a branch that did not run
+                total[key] = found
+            elif key[1] != "weight":  # the same in every batch
+                total[key] = _added(total[key], found)
+    if number < 0:
+        raise ValueError("batches is empty; give at least one batch of real inputs.")
+    return {key: found for key, found in total.items() if found["count"]}
+
+
 def _runner(
     net: QuantizedModel, kwargs: Mapping[str, Any]
 ) -> tuple[Callable[..., Tree], dict[tuple[str, str], int]]:
     """Returns (compiled function of variables and arguments, {operand in running order: rank})."""
     order: dict[tuple[str, str], int] = {}
+    empty: Tree = {}  # the sums of nothing, where branches must agree in what they write
+
+    def measured(use: OperandUse) -> tuple[jax.Array, OperandGrid | None, Tree | None]:
+        x_hat, grid, params = use.quantize()
+        if params is None:
+            return x_hat, grid, None
+        return x_hat, grid, _sums(use.cut(use.x), use.cut(x_hat), use.spec, params, use.operand)
 
     def hook(use: OperandUse) -> tuple[jax.Array, OperandGrid | None]:
         """Quantizes an operand and adds what it does to the sums next to its quantizer."""
-        x_hat, grid, params = use.quantize()
-        if params is not None:
+        x_hat, grid, sums = measured(use)
+        if sums is not None:
             key = state_key(use.operand, _KIND)
-            sums = _sums(use.cut(use.x), use.cut(x_hat), use.spec, params, use.operand)
             before, rank = use.read(key), use.x.ndim
-            if before is not None:  # a layer that the net calls again
+            if before is not None:  # a layer that the net calls again, or one in a branch
                 before = like(before, sums)
-                sums = before if use.operand == "weight" else _added(before, sums)
+                if use.operand == "weight":
+                    known = before["count"] > 0
+                    sums = {n: jnp.where(known, before[n], value) for n, value in sums.items()}
+                else:
+                    sums = _added(before, sums)
             # All of the operand's rank, so that a lifted layer stacks them along one axis.
             fill = {name: (1,) * (rank - value.ndim) for name, value in sums.items()}
             use.write(key, {n: jnp.reshape(v, fill[n] + v.shape) for n, v in sums.items()})
             order[use.path, use.operand] = rank
         return x_hat, grid
 
-    def run(variables: Mapping[str, Any], arguments: tuple[Any, ...]) -> Tree:
+    def build(use: OperandUse) -> tuple[jax.Array, OperandGrid | None]:
+        """Quantizes an operand and keeps its empty sums."""
+        nonlocal empty
+        x_hat, grid, sums = measured(use)
+        if sums is not None:
+            with jax.ensure_compile_time_eval():  # a branch's tracers end with it
+                nothing = {
+                    name: jnp.full(
+                        (1,) * (use.x.ndim - a.ndim) + a.shape, _of_nothing(name), a.dtype
+                    )
+                    for name, a in sums.items()
+                }
+            empty = insert(empty, join(use.path, state_key(use.operand, _KIND)), nothing)
+        return x_hat, grid
+
+    def run(variables: Mapping[str, Any], before: Tree, hook: OperandHook, arguments: Any) -> Tree:
+        given = {**variables, "params": merged(variables.get("params", {}), before)}
         frame = Frame(net.spec_of, hook)
-        _, out = net.apply_in(frame, variables, *arguments, mutable=["params"], **kwargs)
+        _, out = net.apply_in(frame, given, *arguments, mutable=["params"], **kwargs)
         return split_states(out["params"], _KIND)
 
-    return jax.jit(run), order
+    compiled = jit_of_call(lambda variables, before, a: run(variables, before, hook, a))
+
+    def call(variables: Mapping[str, Any], arguments: tuple[Any, ...]) -> Tree:
+        try:
+            return compiled(variables, empty, arguments)
+        except TypeError as error:
+            if "branch" not in str(error) or empty:
+                raise
+        arrays, form = split_arrays(arguments)
+        jax.eval_shape(lambda v, a: run(v, {}, build, form(a)), variables, arrays)
+        return compiled(variables, empty, arguments)
+
+    return call, order
 
 
 def _separate(summed: Tree, ranks: Mapping[tuple[str, str], int]):
@@ -283,6 +336,11 @@ _EXTREMES = {
     "grid_hi": "maximum",
     "bits": "maximum",
 }
+
+
+def _of_nothing(name: str) -> float:
+    """The value of a sum, count or extreme before any data."""
+    return {"minimum": math.inf, "maximum": -math.inf}.get(_EXTREMES.get(name, ""), 0)
 
 
 def _added(a: Mapping[str, Any], b: Mapping[str, Any]) -> Tree:

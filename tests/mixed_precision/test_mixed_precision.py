@@ -355,6 +355,69 @@ def measure(**kw):
     return sensitivity(kw.pop("model"), kw.pop("variables"), kw.pop("batches"), **kw)
 
 
+class Turned(nn.Module):
+    """One of two layers by the sign of the input, or one of them without a branch."""
+
+    way: str = ""
+
+    def setup(self):
+        self.a, self.b, self.head = nn.Dense(6), nn.Dense(6), nn.Dense(3)
+
+    def __call__(self, x):
+        if self.is_initializing():
+            self.a(x), self.b(x)
+        if self.way:
+            return self.head(nn.relu(getattr(self, self.way)(x)))
+        ways = (lambda m, x: m.a(x)), (lambda m, x: m.b(x))
+        return self.head(nn.relu(nn.cond(x.sum() > 0, *ways, self, x)))
+
+
+@pytest.mark.parametrize("metric", ["mse", *SLOW])
+def test_layers_of_branches_are_measured_on_what_runs_through_them(metric):
+    x = jnp.abs(jax.random.normal(jax.random.key(0), (8, 5)))
+    variables = Turned().init(jax.random.key(1), x)
+    options = dict(bits=(2, 8), metric=metric, probes=2)
+    found = sensitivity(Turned(), variables, [x, -x], **options).layers
+    assert set(found) == {"a", "b", "head"}
+    for way, batch in (("a", x), ("b", -x)):
+        alone = {"params": {n: variables["params"][n] for n in (way, "head")}}
+        # Truth: the branch's own way. The other half of the examples adds nothing to the mean;
+        # what Hutchinson's signs are depends on the net, so that only its scale is compared.
+        (few, many) = sensitivity(Turned(way), alone, [batch], **options).layers[way]
+        for one, two in zip(found[way], (few, many), strict=True):
+            close = dict(rel=1e-5) if metric != "hessian" else dict(rel=0.9)
+            assert one.loss == pytest.approx(two.loss / 2, **close)
+
+
+class Boxed(nn.Module):
+    boxed: bool
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.lecun_normal()
+        init = nn.with_partitioning(init, ("model", None)) if self.boxed else init
+        return nn.Dense(3, kernel_init=init, name="b")(
+            nn.relu(nn.Dense(8, kernel_init=init, name="a")(x))
+        )
+
+
+@pytest.mark.parametrize("metric", ["mse", "hessian"])
+def test_parameters_in_boxes_give_the_same_table_and_rules(metric):
+    x = jax.random.normal(jax.random.key(0), (8, 5))
+    tables = {}
+    for boxed in (True, False):
+        variables = Boxed(boxed).init(jax.random.key(1), x)
+        tables[boxed] = sensitivity(
+            Boxed(boxed), variables, [x], bits=(2, 8), metric=metric, probes=2
+        )
+    assert tables[True] == tables[False]
+    budget = sum(t.bits for t in (tables[True].layers["a"][0], tables[True].layers["b"][1]))
+    budget = (budget + tables[True].other_bits) // 8 + 1
+    assert allocate(tables[True], budget_bytes=budget) == allocate(
+        tables[False], budget_bytes=budget
+    )
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

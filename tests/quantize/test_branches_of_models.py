@@ -1,5 +1,7 @@
 """Layers inside `nn.cond`, `nn.switch` and `nn.while_loop`."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -65,6 +67,29 @@ def test_both_branches_are_calibrated_on_what_runs_through_them(kind, observer):
         quant = {name: quantized["quant"][name] for name in (way, "c")}
         want = alone.apply({"params": params, "quant": quant}, batch)
         np.testing.assert_allclose(net.apply(quantized, batch), want, rtol=1e-6, atol=1e-6)
+
+
+def numbers(diagnosed):
+    fields = dataclasses.asdict(diagnosed)
+    return {name: value for name, value in fields.items() if isinstance(value, int | float)}
+
+
+@pytest.mark.parametrize("kind", ["cond", "switch"])
+def test_layers_of_branches_are_diagnosed_on_what_runs_through_them(kind):
+    net = qk.quantize(Branches(kind), RULES)
+    quantized = qk.calibrate(net, net.init(jax.random.key(1), X), [X, -2 * X])
+    batches = {"a": [X, 3 * X], "b": [-X]}
+    found = qk.diagnose(net, quantized, [*batches["b"], *batches["a"]]).operands
+    assert sorted(d.path for d in found) == ["a", "a", "b", "b", "c", "c"]
+    for way, others in batches.items():
+        # Truth: the same layers without a branch, on the batches that went this way.
+        alone = qk.quantize(Straight(way), RULES)
+        own = {c: {n: quantized[c][n] for n in (way, "c")} for c in ("params", "quant")}
+        wanted = qk.diagnose(alone, own, others).operands
+        for one, two in zip([d for d in found if d.path == way], wanted, strict=False):
+            assert numbers(one) == pytest.approx(numbers(two), rel=1e-5)
+    taken = qk.diagnose(net, quantized, batches["a"]).operands
+    assert {d.path for d in taken} == {"a", "c"}  # and nothing is said of the other
 
 
 def test_a_branch_that_no_batch_takes_is_named():
