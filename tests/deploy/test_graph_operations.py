@@ -111,6 +111,28 @@ def arithmetic(y):
     }
 
 
+def truths(y):
+    yes, also = y > 0, y > 0.5
+    return {
+        "argmax": yes.argmax(-1),
+        "argmin": yes.argmin(1),
+        "max": jax.lax.max(yes, also),
+        "min of a constant": jax.lax.min(yes, jnp.tile(jnp.arange(6) > 2, (1, 4, 1))),
+        "reduce_max": jnp.max(yes, 1),
+        "reduce_min": jnp.min(yes, (1, 2)),
+        "less": yes < also,
+        "at least a constant": yes >= jnp.array([[[True, False] * 3]]),
+        "equal": (yes == also) & (yes != also[:, :1]),
+        "sort": jnp.sort(yes, -1),
+        "top_k": jax.lax.top_k(yes, 2)[0],
+        "sum and mean": (yes.sum(1), yes.mean(-1)),
+        "products and sums": yes * also + ~yes,
+        "cumsum": jnp.cumsum(yes, -1),
+        "where": jnp.where(yes, also, yes[:, :1]),
+        "all and any": (yes.all(1), also.any()),
+    }
+
+
 def constants(y):
     batch = y.shape[0]
     causal = nn.make_causal_mask(jnp.zeros((batch, 4)))
@@ -123,7 +145,7 @@ def constants(y):
     }
 
 
-GROUPS = {f.__name__: f for f in (moves, indices, order, arithmetic, constants)}
+GROUPS = {f.__name__: f for f in (moves, indices, order, arithmetic, truths, constants)}
 
 
 class Net(nn.Module):

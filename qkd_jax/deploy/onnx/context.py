@@ -126,6 +126,14 @@ class Export:
         """Adds a Cast to a NumPy type."""
         return self.add("Cast", [name], node, to=self.element_type(dtype))
 
+    def number(self, x: Any, value: int, node: Node) -> Any:
+        """Returns a graph node's operand as numbers, for ONNX orders no truths."""
+        if self.graph.dtype(value) != np.bool_:
+            return x
+        if not isinstance(x, Tensor):
+            return np.asarray(x, np.float32)
+        return dataclasses.replace(x, name=self.cast(x.name, np.float32, node))
+
     def fenced(self, name: str, node: Node) -> str:
         """Adds max(x, lowest number), a change of nothing that ONNX Runtime does not look through.
 

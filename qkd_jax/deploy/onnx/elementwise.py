@@ -28,6 +28,8 @@ BINARY = {name: name.capitalize() for name in _BINARY} | {
     "le": "LessOrEqual",
     "lt": "Less",
 }
+COMPARISONS = frozenset({"GreaterOrEqual", "Greater", "LessOrEqual", "Less"})
+OF_TRUTHS = {"Max": "Or", "Min": "And"}
 
 
 def _unary(op: str) -> Callable[..., Tensor]:
@@ -36,6 +38,10 @@ def _unary(op: str) -> Callable[..., Tensor]:
 
 def _binary(op: str) -> Callable[..., Tensor]:
     def write(export: Export, node: Node, x: Any, y: Any) -> Tensor:
+        if op in OF_TRUTHS and export.graph.dtype(node.inputs[0]) == np.bool_:
+            return _binary(OF_TRUTHS[op])(export, node, x, y)
+        if op in COMPARISONS:
+            x, y = (export.number(o, v, node) for o, v in zip((x, y), node.inputs, strict=True))
         for side, other in ((x, y), (y, x)):
             zero = not isinstance(other, Tensor) and other.ndim == 0 and other == 0
             if op == "Max" and isinstance(side, Tensor) and zero:
@@ -119,10 +125,10 @@ def _is_finite(export: Export, node: Node, x: Tensor) -> Tensor:
 
 
 def _select(export: Export, node: Node, which: Any, *cases: Any) -> Tensor:
+    # ONNX Runtime has no Where of truths.
+    cases = tuple(export.number(c, v, node) for c, v in zip(cases, node.inputs[1:], strict=True))
     names, guide = export.aligned(node, which, *cases)
     which, *names = names
-    if len(names) == 1:
-        return export.add_result(guide, "Identity", names, node)
     dtype = export.graph.dtype(node.inputs[0])
     out = names[-1]
     for number in reversed(range(len(names) - 1)):
@@ -132,6 +138,8 @@ def _select(export: Export, node: Node, which: Any, *cases: Any) -> Tensor:
         stored = export.writer.constant(np.asarray(number, dtype), "case")
         here = export.add("Equal", [which, stored], node)
         out = export.add("Where", [here, names[number], out], node)
+    if export.graph.dtype(node.outputs[0]) == np.bool_:
+        out = export.cast(out, np.bool_, node)
     return dataclasses.replace(guide, name=out, shape=export.shape(node))
 
 

@@ -19,7 +19,7 @@ from qkd_jax.graph import Node
 def _arg(op: str) -> Callable[..., Tensor]:
     def write(export: Export, node: Node, x: Tensor) -> Tensor:
         (axis,) = node.params["axes"]
-        x = export.writer.ordered(x, node.scope)
+        x = export.number(export.writer.ordered(x, node.scope), node.inputs[0], node)
         # Of equal numbers both take the first.
         name = export.add(op, [x.name], node, axis=x.perm.index(axis), keepdims=1)
         at = export.writer.shape_constant([x.perm.index(axis)], "axes")
@@ -29,7 +29,9 @@ def _arg(op: str) -> Callable[..., Tensor]:
     return write
 
 
-def _any(op: str) -> Callable[..., Tensor]:
+def of_truths(op: str) -> Callable[..., Tensor]:
+    """Writes a reduction of truths by the operation that does the same to 0 and 1."""
+
     def write(export: Export, node: Node, x: Tensor) -> Tensor:
         x, axes = export.writer.ordered(x, node.scope), list(node.params["axes"])
         at = sorted(x.perm.index(a) for a in axes)
@@ -77,10 +79,21 @@ def _top_k(export: Export, node: Node, x: Tensor) -> tuple[Tensor, Tensor]:
 def _top(
     export: Export, node: Node, x: Tensor, count: str, axis: int, largest: int
 ) -> tuple[str, str]:
-    name = export.writer.add_several(
-        "TopK", [x.name, count], node.scope, 2, axis=x.perm.index(axis), largest=largest, sorted=1
+    keys = export.number(x, node.inputs[0], node)
+    values, places = export.writer.add_several(
+        "TopK",
+        [keys.name, count],
+        node.scope,
+        2,
+        axis=x.perm.index(axis),
+        largest=largest,
+        sorted=1,
     )
-    return name[0], name[1]
+    if keys is not x:
+        # OpenVINO 2026.4.1 does not compile a Cast to truths behind one of several results.
+        zero = export.writer.constant(np.float32(0), "zero")
+        values = export.add("Greater", [values, zero], node)
+    return values, places
 
 
 def _cumsum(export: Export, node: Node, x: Tensor) -> Tensor:
@@ -132,8 +145,8 @@ ORDERING: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "cummin": _cumulative("Min", _highest),
     "cumprod": _cumulative("Mul", lambda dtype: 1),
     "cumsum": _cumsum,
-    "reduce_and": _any("ReduceMin"),
-    "reduce_or": _any("ReduceMax"),
+    "reduce_and": of_truths("ReduceMin"),
+    "reduce_or": of_truths("ReduceMax"),
     "sort": _sort,
     "top_k": _top_k,
 }

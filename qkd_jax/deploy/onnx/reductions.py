@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax.deploy.onnx.context import Export
+from qkd_jax.deploy.onnx.ordering import of_truths
 from qkd_jax.deploy.onnx.values import unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node, execute
@@ -18,6 +19,8 @@ from qkd_jax.graph import Node, execute
 
 def _reduce(op: str) -> Callable[..., Tensor]:
     def write(export: Export, node: Node, x: Tensor) -> Tensor:
+        if export.graph.dtype(node.inputs[0]) == np.bool_:
+            return of_truths(f"Reduce{op}")(export, node, x)
         axes = tuple(node.params["axes"])
         if x.order is not None and x.order[0] not in axes:
             x = export.writer.ordered(x, node.scope)
