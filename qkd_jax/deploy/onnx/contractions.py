@@ -1,6 +1,7 @@
 """Convolutions and matrix products in ONNX, with the biases and BatchNorm constants fused in."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +28,7 @@ def write_product(export: Export, product: TracedContraction) -> Tensor:
     side = fixed.index(True)
     if node.op == "dot_general" and not product.operands[side].quantized:
         (summed, _), (batch, _) = node.params["dimension_numbers"]
-        kept = [len(o.shape) - len(summed) - len(batch) for o in product.operands]
+        kept = [len(_free_axes(product, i)) for i in (0, 1)]
         if batch and [len(summed), *kept] != [1, 1, 1]:
             return _dynamic_operands(export, product)
     channels = [i for i in range(product.rank) if i in product.operands[side].output_axes]
@@ -188,6 +189,26 @@ def _rows(
     return export.add("Squeeze", [name, export.writer.shape_constant(last, "axes")], node)
 
 
+def _free_axes(product: TracedContraction, side: int) -> list[int]:
+    """Returns the axes of an operand of a `dot_general` that it alone gives to the output."""
+    contracted, batch = product.node.params["dimension_numbers"]
+    taken = (*contracted[side], *batch[side])
+    return [a for a in range(len(product.operands[side].shape)) if a not in taken]
+
+
+def _per_column(
+    product: TracedContraction, side: int, axes: Sequence[int], array: np.ndarray | None
+) -> Any:
+    """Lays out an array of the output's rank as a constant operand's axes, joined into one."""
+    if array is None or array.size == 1:
+        return array
+    operand = product.operands[side]
+    own = [out for a in axes if (out := operand.output_axes[a]) is not None]
+    others = tuple(a for a in range(array.ndim) if a not in own)  # of size 1
+    moved = np.squeeze(array, others).transpose([sorted(own).index(out) for out in own])
+    return np.broadcast_to(moved, [operand.shape[a] for a in axes]).reshape(-1)
+
+
 def _matmul(
     export: Export,
     product: TracedContraction,
@@ -200,8 +221,7 @@ def _matmul(
     contracted, _ = node.params["dimension_numbers"]
     x = weight.other_input(export, node.inputs[1 - side])
     summed, w_summed = contracted[1 - side], contracted[side]
-    x_free = [a for a in range(len(x.shape)) if a not in summed]
-    w_free = [a for a in range(weight.array.ndim) if a not in w_summed]
+    x_free, w_free = (_free_axes(product, i) for i in (1 - side, side))
     w_shape = tuple(weight.array.shape[a] for a in w_free)
     channels = math.prod(w_shape)
     matrix = weight.array.transpose([*w_summed, *w_free]).reshape(-1, channels)
@@ -215,13 +235,7 @@ def _matmul(
         shape = export.writer.shape_constant([*lead, len(matrix)])
         name = export.add("Reshape", [name, shape], node)
 
-    def flat(array: Any) -> Any:
-        """One number per column of the matrix, from an array of the output's rank."""
-        if array is None or array.size == 1:
-            return array
-        own = array.shape[len(lead) :] if side else array.shape[: len(w_shape)]
-        return np.broadcast_to(array.reshape(own), w_shape).reshape(-1)
-
+    flat = functools.partial(_per_column, product, side, w_free)
     weight = dataclasses.replace(
         weight, scale=flat(weight.scale), zero_point=flat(weight.zero_point)
     )
@@ -281,10 +295,7 @@ def _members(
     node, writer = product.node, export.writer
     contracted, batch = node.params["dimension_numbers"]
     x = writer.ordered(weight.other_input(export, node.inputs[1 - side]), node.scope)
-    free = [
-        [a for a in range(rank) if a not in (*contracted[i], *batch[i])]
-        for i, rank in ((1 - side, len(x.shape)), (side, weight.array.ndim))
-    ]
+    free = [_free_axes(product, i) for i in (1 - side, side)]
     if weight.dynamic is not None or [len(contracted[side]), *map(len, free)] != [1, 1, 1]:
         raise unsupported(
             node,
@@ -292,15 +303,10 @@ def _members(
             "of several axes",
         )
     shape = export.shape(node)
-    columns = weight.array.transpose(*contracted[side], *batch[side], *free[1])
+    own = [*batch[side], *free[1]]
+    columns = weight.array.transpose(*contracted[side], *own)
     rank = len(batch[0])
-
-    def flat(array: Any) -> Any:
-        """One number per member and column, from an array of the output's rank."""
-        if array is None or array.size == 1:
-            return array
-        return np.broadcast_to(np.squeeze(array, rank + 1 - side), columns.shape[1:]).reshape(-1)
-
+    flat = functools.partial(_per_column, product, side, own)
     laid = dataclasses.replace(weight, scale=flat(weight.scale), zero_point=flat(weight.zero_point))
     stored = laid.add_input(export, node, columns.reshape(len(columns), -1), 1)
     stored = export.add("Reshape", [stored, writer.shape_constant(columns.shape)], node)
@@ -327,11 +333,10 @@ def _dynamic_operands(export: Export, product: TracedContraction) -> Tensor:
     if node.op != "dot_general":
         raise unsupported(node, "its kernel is computed from the input")
     contracted, batch = node.params["dimension_numbers"]
-    operands, free = [], []
-    for side in (0, 1):
-        x = export.writer.ordered(export.tensor(node.inputs[side]), node.scope)
-        operands.append(x)
-        free.append([a for a in range(len(x.shape)) if a not in (*contracted[side], *batch[side])])
+    free = [_free_axes(product, side) for side in (0, 1)]
+    operands = [
+        export.writer.ordered(export.tensor(value), node.scope) for value in node.inputs[:2]
+    ]
     if any(len(axes) != 1 for axes in (*free, contracted[0])):
         return _flattened(export, node, operands, free)
 
