@@ -65,6 +65,12 @@ def indices(y):
         "take": jnp.take(y, jnp.array([2, 0]), 1, mode="clip"),
         "clipped": y[jnp.arange(y.shape[0]), (places[:, 0] + 2).clip(0, 3)],
         "one_hot": jax.nn.one_hot(places, 4),
+        "a window of each example": jax.vmap(
+            lambda row, start: jax.lax.dynamic_slice(row, (start, 0), (2, 6))
+        )(y, places[:, 0]),
+        "a window of each example, the last axis": jax.vmap(
+            lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, 3, 1)
+        )(y, places[:, 1]),
         "numbers of examples": jnp.arange(y.shape[0])[:, None] + places,
     }
 

@@ -71,31 +71,50 @@ def _gather_nd(export: Export, node: Node) -> Tensor:
     """Gathers by indices of several axes, or of one for each entry of others.
 
     GatherND reads [shared axes, indexed axes, other axes] by [shared axes, ..., indexed axes] and
-    writes [shared axes, ..., other axes].
+    writes [shared axes, ..., other axes]. A window along an axis (a slice that starts elsewhere in
+    each example) is the indices of its entries.
     """
     numbers, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
-    shape, indexed = export.graph.shape(node.inputs[0]), tuple(numbers.start_index_map)
-    shared = tuple(numbers.operand_batching_dims)
+    shape, starts = export.graph.shape(node.inputs[0]), tuple(numbers.start_index_map)
+    whole = [sizes[a] == shape[a] and a not in numbers.collapsed_slice_dims for a in starts]
+    clips = node.params["mode"] == GatherScatterMode.CLIP  # so that a whole axis starts at 0
+    used = [i for i, all_of_it in enumerate(whole) if not (all_of_it and clips)]
+    indexed, shared = tuple(starts[i] for i in used), tuple(numbers.operand_batching_dims)
     others = tuple(a for a in range(len(shape)) if a not in (*shared, *indexed))
-    if set(indexed) != set(numbers.collapsed_slice_dims) or any(
-        sizes[a] != shape[a] for a in others
+    windows = [a for a in indexed if a not in numbers.collapsed_slice_dims]
+    if (
+        not indexed
+        or not set(numbers.collapsed_slice_dims) <= set(indexed)
+        or (windows and len(indexed) > 1)
+        or any(sizes[a] != shape[a] for a in others)
     ):
         raise unsupported(node, "it takes windows, and no whole entries of axes")
-    x, index = (export.writer.plain(export.tensor(v), node.scope) for v in node.inputs)
-    x = export.writer.arranged(x, (*shared, *indexed, *others), node.scope)
+    writer = export.writer
+    x, index = (writer.plain(export.tensor(v), node.scope) for v in node.inputs)
+    x = writer.arranged(x, (*shared, *indexed, *others), node.scope)
     rank = len(index.shape) - 1
     first = tuple(numbers.start_indices_batching_dims)
     rest = [a for a in range(rank) if a not in first]
-    index = export.writer.arranged(index, (*first, *rest, rank), node.scope)
-    indices = _within(export, node, index.name, [shape[a] for a in indexed])
-    indices = export.cast(indices, np.int64, node)
+    index = writer.arranged(index, (*first, *rest, rank), node.scope)
+    name = index.name
+    if len(used) < len(starts):
+        chosen = writer.constant(np.asarray(used, np.int64), "places")
+        name = export.add("Gather", [name, chosen], node, axis=rank)
+    reach = [shape[a] - sizes[a] + 1 for a in indexed]
+    indices = export.cast(_within(export, node, name, reach), np.int64, node)
+    if windows:  # [..., 1] to [..., entries, 1]
+        at = writer.shape_constant([rank], "axes")
+        steps = writer.constant(np.arange(sizes[windows[0]], dtype=np.int64)[:, None], "window")
+        indices = export.add("Add", [export.add("Unsqueeze", [indices, at], node), steps], node)
     attributes = {"batch_dims": len(shared)} if shared else {}
     name = export.add("GatherND", [x.name, indices], node, **attributes)
     out = export.shape(node)
     # The axes of the indices stand, in their order, where those of the operand do not.
     places = [a for a in range(len(out)) if a not in numbers.offset_dims]
-    perm = [places[a] for a in (*first, *rest)] + list(numbers.offset_dims)
-    return Tensor(name, out, tuple(perm))
+    kept = [a for a in range(len(shape)) if a not in (*shared, *numbers.collapsed_slice_dims)]
+    offsets = dict(zip(kept, numbers.offset_dims, strict=True))
+    perm = [places[a] for a in (*first, *rest)] + [offsets[a] for a in (*windows, *others)]
+    return Tensor(name, out, tuple(map(int, perm)))
 
 
 def _starts(export: Export, node: Node, values: Sequence[int], at: Sequence[int]) -> str:
