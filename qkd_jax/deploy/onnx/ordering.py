@@ -46,7 +46,8 @@ def of_truths(op: str) -> Callable[..., Tensor]:
 def _sort(export: Export, node: Node, *operands: Any) -> tuple[Tensor, ...]:
     """Sorts by the first operand; the others move along.
 
-    Equal keys keep their order, as ONNX says of TopK; OpenVINO 2026.4.1 does not keep it.
+    Equal keys keep their order, as ONNX says of TopK; OpenVINO 2026.4.1 does not keep it
+    (findings/openvino_topk_ties.sh).
     """
     axis, writer = node.params["dimension"], export.writer
     if node.params["num_keys"] != 1:
