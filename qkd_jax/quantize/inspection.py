@@ -20,6 +20,7 @@ from qkd_jax.quantize.calls import (
 )
 from qkd_jax.quantize.interception import Frame, LayerUse
 from qkd_jax.quantize.model import QuantizedModel
+from qkd_jax.quantize.operands import mark_unquantized
 from qkd_jax.quantize.variables import TABLES, is_calibrated, quantizer_key
 from qkd_jax.quantizers import QUANTIZERS, in_use
 from qkd_jax.trees import find
@@ -278,14 +279,21 @@ def coverage(
         A `Coverage`; `print` it, or ask for `.missed`.
     """
     arrays, joined = _given(net, images, kwargs)
-    forward = lambda v, a: net.trace_apply(v, *joined(a), **kwargs)
+
+    def marked(variables: Any, arrays: Any) -> Any:
+        # Nothing is asked of the quantizers but where they stand.
+        frame = Frame(net.spec_of, mark_unquantized, traced=True)
+        return net.apply_in(frame, variables, *joined(arrays), **kwargs)
+
     with explaining_failures(images):
-        traced = trace(forward, variables, arrays, evaluate=False)
+        traced = trace(marked, variables, arrays, evaluate=False)
     examples = arrays[0].shape[0] if arrays and arrays[0].ndim else 1
+    calibrated = is_calibrated(variables)
+    quant = variables.get("quant", {}) if calibrated else None
     covered = (
-        _covered(net, variables, inside, node, examples) for inside, node in _contractions(traced)
+        _covered(net, quant, inside, node, examples) for inside, node in _contractions(traced)
     )
-    return Coverage(tuple(covered), is_calibrated(variables))
+    return Coverage(tuple(covered), calibrated)
 
 
 def _contractions(traced: Graph) -> Iterator[tuple[Graph, Node]]:
@@ -310,12 +318,13 @@ def _mark(traced: Graph, value: int) -> Node | None:
 
 def _covered(
     net: QuantizedModel,
-    variables: Mapping[str, Any],
+    quant: Mapping[str, Any] | None,
     traced: Graph,
     node: Node,
     examples: int,
 ) -> Covered:
-    bits, planned, uncalibrated = {"input": 32, "weight": 32}, not is_calibrated(variables), False
+    """What is done to a product; `quant` is None where rules only plan it."""
+    bits, uncalibrated = {"input": 32, "weight": 32}, False
     path = node.scope
     marks = [_mark(traced, value) for value in node.inputs[:2]]
     for mark in marks:
@@ -323,11 +332,11 @@ def _covered(
             continue
         path, operand = mark.params["path"], mark.params["operand"]
         if mark.op == "quantizer":
-            quant = find(variables.get("quant", {}), path, {})
-            if not planned and quantizer_key(operand) not in quant:
+            own = find(quant or {}, path, {})
+            if quant is not None and quantizer_key(operand) not in own:
                 uncalibrated = True
                 continue
-            spec = _spec(net, path, operand, quant)
+            spec = _spec(net, path, operand, own)
             assert spec is not None
             bits["weight" if operand in ("weight", "other") else "input"] = spec.bits
     quantized = [b < 32 for b in bits.values()]

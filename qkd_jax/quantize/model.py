@@ -11,6 +11,7 @@ collection.
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -135,12 +136,19 @@ class QuantizedModel:
 
     def spec_of(self, path: str, operand: str) -> Spec | None:
         """The spec of an operand ("weight", "input", "other", "output") of the layer at `path`."""
-        rule = first_match(self.rules, path)
+        if path not in self._deciding:
+            self._deciding[path] = first_match(self.rules, path)
+        rule = self._deciding[path]
         if rule is None:
             return None
         if operand == ATTENDED:
             return rule.output
         return getattr(rule, operand) or (rule.input if operand == "other" else None)
+
+    @functools.cached_property
+    def _deciding(self) -> dict[str, Rule | None]:
+        """The rules that decide, by path, as far as any was asked for."""
+        return {}
 
     def check_rules(self, paths: Iterable[str], layers: Set[str]) -> None:
         """Raises ValueError for a rule that changes nothing.
@@ -151,8 +159,13 @@ class QuantizedModel:
         """
         paths = sorted(paths)
         refuse_own_names(paths)
+        decided: dict[int, list[str]] = {}
+        for path in paths:
+            first = next((i for i, rule in enumerate(self.rules) if rule.matches(path)), -1)
+            decided.setdefault(first, []).append(path)
         for index, rule in enumerate(self.rules):
-            if not any(re.fullmatch(rule.pattern, path) for path in paths):
+            reached = decided.get(index, [])
+            if not reached and not any(rule.matches(path) for path in paths):
                 shown = ", ".join(repr(p) for p in paths if p)
                 preset = " (A preset fits itself to a model: presets.rules(name, model=, images=).)"
                 patterns = [rule.pattern for rule in self.rules]
@@ -164,12 +177,6 @@ class QuantizedModel:
                 )
             if rule.pattern == ".*":  # the rest, of which there may be none
                 continue
-            before = self.rules[:index]
-            reached = [
-                path
-                for path in paths
-                if re.fullmatch(rule.pattern, path) and first_match(before, path) is None
-            ]
             if not reached:
                 raise ValueError(
                     f"rules[{index}] {rule.pattern!r} is never reached: the first rule that "

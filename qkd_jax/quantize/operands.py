@@ -166,18 +166,21 @@ def watching(watch: Callable[..., None]) -> OperandHook:
     return hook
 
 
+def mark_unquantized(use: OperandUse) -> tuple[jax.Array, None]:
+    """Hook that traces quantizers as equations which name them and compute nothing."""
+    name = marker_name("quantizer", use.path, use.operand, _axes_text(_own_axes(use)))
+    return _marked(name, _unchanged, use.x), None
+
+
 def mark_operand(use: OperandUse) -> tuple[jax.Array, None]:
     """Hook of a traced application: each quantizer is one named equation, for `graph`.
 
     Its result is float32 or wider: a layer of bfloat16 casts it, and what reads codes need not.
     """
-    own = None
-    if use.spec.dynamic:  # no parameter shows which axes have a range of their own
-        own = tuple(axis in use.axes for axis in range(use.x.ndim))
+    own = _own_axes(use)
     params = use.params
     if params is None:
-        name = marker_name("quantizer", use.path, use.operand, _axes_text(own))
-        return _marked(name, _unchanged, use.x), None
+        return mark_unquantized(use)
     keys = sorted(params)
 
     def fake_quant(x: jax.Array, *leaves: jax.Array) -> jax.Array:
@@ -186,6 +189,11 @@ def mark_operand(use: OperandUse) -> tuple[jax.Array, None]:
 
     values = [params[k] for k in keys]
     return _marked_quantizer(use.path, use.operand, own, fake_quant, use.x, values), None
+
+
+def _own_axes(use: OperandUse) -> tuple[bool, ...] | None:
+    """Per axis, whether it has dynamic ranges of its own, which no parameter shows; else None."""
+    return tuple(i in use.axes for i in range(use.x.ndim)) if use.spec.dynamic else None
 
 
 def _axes_text(own: tuple[bool, ...] | None) -> str:

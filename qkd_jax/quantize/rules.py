@@ -53,6 +53,14 @@ class Rule:
             check(spec, observer_options=getattr(observer, "OPTIONS", ()))
             _check_granularity(where, operand, spec)
 
+    @functools.cached_property
+    def _regex(self) -> re.Pattern[str]:
+        return re.compile(self.pattern)  # `re` itself remembers 512 of them
+
+    def matches(self, path: str) -> bool:
+        """Whether the pattern matches all of a path."""
+        return self._regex.fullmatch(path) is not None
+
 
 def _check_granularity(where: str, operand: str, spec: Spec) -> None:
     if operand == "weight" and spec.granularity in ("token", "example"):
@@ -68,7 +76,6 @@ def _check_granularity(where: str, operand: str, spec: Spec) -> None:
         )
 
 
-@functools.lru_cache(maxsize=65536)
 def first_match(rules: tuple[Rule, ...], path: str) -> Rule | None:
     """Returns the rule that decides for a path: the first whose pattern matches all of it."""
-    return next((rule for rule in rules if re.fullmatch(rule.pattern, path)), None)
+    return next((rule for rule in rules if rule.matches(path)), None)

@@ -11,6 +11,7 @@ from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, quantize
 from qkd_jax.quantize.calibration import calibrate
 from qkd_jax.quantize.inspection import coverage, layers, size
+from qkd_jax.quantizers import uniform
 
 KEY = jax.random.key(0)
 W, A = Spec(2, granularity="channel"), Spec(4)
@@ -89,6 +90,15 @@ def test_coverage_needs_shapes_only(net):
     net, variables, x = net
     shapes = jax.eval_shape(lambda: (variables, x))
     assert coverage(net, *shapes) == coverage(net, variables, x)
+
+
+@pytest.mark.parametrize("spec", [A, Spec(4, dynamic=True)])
+def test_coverage_traces_no_quantizer(spec, monkeypatch):
+    x = jnp.linspace(-1, 1, 16).reshape(2, 8)
+    net = quantize(nn.Dense(4), [Rule(".*", weight=W, input=spec)])
+    variables = calibrate(net, net.init(KEY, x), [x])
+    monkeypatch.setattr(uniform, "fake_quant", None)
+    assert [p.bits for p in coverage(net, variables, x).products] == [(2, 4)]
 
 
 def test_attention_products_are_missed_only_without_a_rule():
