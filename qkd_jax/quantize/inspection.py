@@ -266,7 +266,7 @@ def coverage(
     The products are read from the jaxpr, not from the list of layers, so `x @ w`, `jnp.dot`,
     `jnp.einsum` and `lax.dot_general` in a model's own code are found too, inside `jit`, `remat`,
     `scan`, `vmap`, every branch of a `cond` and the body of a `while` (counted once, for the number
-    of its rounds is not known).
+    of its rounds is not known). Products of the code's own numbers (sines of positions) are none.
 
     Args:
         net: the net.
@@ -299,10 +299,16 @@ def coverage(
 def _contractions(traced: Graph) -> Iterator[tuple[Graph, Node]]:
     for node in traced.nodes:
         if node.op in CONTRACTIONS:
-            yield traced, node
+            if not all(_of_code(traced, value) for value in node.inputs[:2]):
+                yield traced, node
         else:
             for inside in bodies(node):
                 yield from _contractions(inside)
+
+
+def _of_code(traced: Graph, value: int) -> bool:
+    """Whether a value is the code's own, as positions are: no input or variable reaches it."""
+    return value in traced.constants or traced.sources.get(value) == frozenset()
 
 
 def _mark(traced: Graph, value: int) -> Node | None:

@@ -86,6 +86,28 @@ def test_operands_that_wait_for_their_calibration_are_named(net):
     assert size(net, weights, x).bytes == size(net, calibrate(net, variables, [x]), x).bytes
 
 
+class Positions(nn.Module):
+    """Adds a table that its code computes by a product, as sines of positions are."""
+
+    @nn.compact
+    def __call__(self, x):
+        angles = jnp.einsum("m,d->md", jnp.arange(4.0), jnp.linspace(0.1, 1, 6))
+        table = self.param("table", nn.initializers.normal(), (4, 3))
+        added = jnp.sin(angles) + table @ jnp.ones((3, 6))
+        return nn.Dense(2, name="head")(x + added[None])
+
+
+def test_products_of_the_codes_own_numbers_are_no_products_of_the_net():
+    net = quantize(Positions(), [Rule(".*", weight=W, input=A)])
+    x = jnp.ones((2, 4, 6))
+    found = coverage(net, net.init(KEY, x), x)
+    # One with a parameter is.
+    assert [(p.op, p.status) for p in found.products] == [
+        ("dot_general", "MISSED"),
+        ("dot_general", "quantized"),
+    ]
+
+
 def test_coverage_needs_shapes_only(net):
     net, variables, x = net
     shapes = jax.eval_shape(lambda: (variables, x))
