@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from flax.errors import InvalidRngError, ModifyScopeVariableError
 
+from qkd_jax.graph.any_batch import OWN_BATCH
+
 _ARRAY = object()
 _OF_APPLY = ("method", "rngs", "mutable", "capture_intermediates")
 
@@ -143,3 +145,20 @@ def explaining_failures(images: Any) -> Iterator[None]:
             "an array or a tuple of the model's positional arguments; lists of batches and dicts "
             "with 'image' are for functions of data, such as `calibrate`."
         ) from error
+
+
+def own_batch_alone(batches: Any, kwargs: Mapping[str, Any], cause: Exception) -> ValueError:
+    """The error of a model that runs at its example's batch size, and not at another one."""
+    why = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+    for name, value in kwargs.items():
+        if any(np.shape(a)[:1] in batches for a in split_arrays(value)[0]):
+            return ValueError(
+                f"argument {name!r} came by keyword, and what comes by keyword is a constant: its "
+                "array has the batch size of the example, and the net is to run at any. Give it "
+                f"with the other inputs, images=(..., {name}), or, where the model takes it by "
+                f"keyword alone, with method=lambda m, x, {name}: m(x, {name}={name}) too. ({why})"
+            )
+    return ValueError(
+        "the model runs at the batch size of its example and not at another one, as with a "
+        f"parameter of that size ({why}); {OWN_BATCH}."
+    )

@@ -18,12 +18,12 @@ from flax.core.scope import in_filter
 
 from qkd_jax import graph as graphs
 from qkd_jax.graph import CONTRACTIONS, LAYOUT, Axes, Graph, Node, output_axes
-from qkd_jax.graph.any_batch import OWN_BATCH
 from qkd_jax.numerics import Grid, IntFormat, Spec, check_scale
 from qkd_jax.quantize.calls import (
     call_arguments,
     explaining_failures,
     own_arguments,
+    own_batch_alone,
     split_arrays,
 )
 from qkd_jax.quantize.model import QuantizedModel
@@ -179,7 +179,7 @@ def trace_net(
             try:
                 jax.eval_shape(forward, variables, other, carried)
             except Exception as cause:
-                raise _own_batch_alone(batches, own_arguments(kwargs), cause) from cause
+                raise own_batch_alone(batches, own_arguments(kwargs), cause) from cause
         raise error
     states = frozenset(traced.inputs[len(arrays) :])
     return TracedNet(
@@ -192,23 +192,6 @@ def _is_carried(collection: str, kwargs: Mapping[str, Any]) -> bool:
     if collection in ("params", "batch_stats", "quant"):
         return False
     return in_filter(kwargs.get("mutable", False), collection)
-
-
-def _own_batch_alone(batches: Any, kwargs: Mapping[str, Any], cause: Exception) -> ValueError:
-    """The error of a model that runs at its example's batch size, and not at another one."""
-    why = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
-    for name, value in kwargs.items():
-        if any(np.shape(a)[:1] in batches for a in split_arrays(value)[0]):
-            return ValueError(
-                f"argument {name!r} came by keyword, and what comes by keyword is a constant: its "
-                "array has the batch size of the example, and the net is to run at any. Give it "
-                f"with the other inputs, images=(..., {name}), or, where the model takes it by "
-                f"keyword alone, with method=lambda m, x, {name}: m(x, {name}={name}) too. ({why})"
-            )
-    return ValueError(
-        "the model runs at the batch size of its example and not at another one, as with a "
-        f"parameter of that size ({why}); {OWN_BATCH}."
-    )
 
 
 def is_quantizer(node: Node | None) -> bool:
