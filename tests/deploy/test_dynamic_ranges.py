@@ -158,6 +158,28 @@ class Dense(nn.Module):
         return nn.Dense(3, name="dense")(nn.relu(x))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_of_a_range_are_unsigned_in_products(symmetric, tmp_path):
+    """ONNX Runtime has no fused product of int8 codes with weights that it made uint8."""
+    onnx = pytest.importorskip("onnx")
+    x = jax.random.normal(jax.random.key(0), (4, 6)) - 1
+    rule = Rule(".*", weight=WEIGHT, input=found("token", symmetric=symmetric))
+    net, variables = small_nets.calibrated(SignedDense(), (rule,), x)
+    file = to_onnx(net, variables, x, tmp_path / "m.onnx")
+    model = onnx.shape_inference.infer_shapes(onnx.load(file.path), strict_mode=True)
+    types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
+    products = [n for n in model.graph.node if n.op_type == "MatMulInteger"]
+    assert [types[n.input[0]] for n in products] == [onnx.TensorProto.UINT8] * 2
+    found_logits = onnx_session(file.path).run(None, {"images": np.asarray(x)})[0]
+    np.testing.assert_allclose(found_logits, jax.jit(net.apply)(variables, x), atol=1e-5)
+
+
+class SignedDense(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="head")(nn.tanh(nn.Dense(8, name="hidden")(x)))
+
+
 @pytest.mark.parametrize(
     ("rule", "options", "message"),
     [

@@ -204,7 +204,7 @@ def _dynamic_range(
         return None
     dequantized = export.dequantized.get(export.tensors[other.value].name)
     dynamic = None if dequantized is None else dequantized.range
-    if dynamic is None or np.dtype(dynamic.format.storage) not in BYTES:
+    if dynamic is None or not dynamic.codes:
         return None
     return dynamic if takes_out_dynamic_scales(export.traced, other) else None
 

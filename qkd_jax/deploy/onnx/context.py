@@ -23,7 +23,9 @@ class DynamicRange:
     """A tensor of codes whose range is computed at run time.
 
     Attributes:
-        codes: the codes, in the format's own type.
+        codes: the codes as uint8; "" for those of more bits. Signed ones are shifted by `offset`:
+            with session.x64quantprecision ONNX Runtime makes uint8 of int8 weights, and lacks the
+            product of those (findings/onnxruntime_mixed_matmul_integer.sh).
         centred: the codes less the zero point, as floats.
         scale: of each entry along `axes`; as many axes as the tensor, or none.
         zero_point: as scale, float; "" where it is 0.
@@ -37,6 +39,11 @@ class DynamicRange:
     zero_point: str
     axes: tuple[int, ...]
     format: IntFormat
+
+    @property
+    def offset(self) -> int:
+        """What is added to signed codes, to hold them unsigned."""
+        return 128 if self.format.signed else 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

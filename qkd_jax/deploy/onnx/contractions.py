@@ -126,8 +126,8 @@ def _conv(
         vector = np.broadcast_to(bias.reshape(-1), (channels,)).astype(np.float32)
         inputs.append(export.writer.constant(vector, f"{node.scope}/bias"))
     dynamic = weight.dynamic
-    if dynamic is not None and weight.on_codes and dynamic.zero_point:  # one for all
-        inputs.append(export.cast(dynamic.zero_point, dynamic.format.storage, node))
+    if dynamic is not None and weight.on_codes:
+        inputs.append(_zero_point(export, dynamic, dynamic.zero_point, node))
     name = export.add(op, inputs, node, **attributes)
     if weight.late:
         assert weight.scale is not None
@@ -144,6 +144,16 @@ def _conv(
     if weight.fenced:
         name = export.fenced(name, node)
     return dataclasses.replace(out, name=name)
+
+
+def _zero_point(export: Export, range: DynamicRange, own: str, node: Node) -> str:
+    """Writes the zero point of codes as they are held: the shift of signed ones, plus their own."""
+    if not own:
+        return export.writer.constant(np.uint8(range.offset), "offset")
+    if range.offset:
+        offset = export.writer.constant(np.float32(range.offset), "offset")
+        own = export.add("Add", [own, offset], node)
+    return export.cast(own, np.uint8, node)
 
 
 def _transposed_attributes(node: Node, sizes: Sequence[int]) -> dict[str, list[int]]:
@@ -246,6 +256,9 @@ def _matmul(
         stored = export.writer.constant(vector.astype(np.float32), f"{node.scope}/bias")
         name = export.add("Gemm", [*inputs, stored], node)
     else:
+        if weight.on_codes:
+            assert weight.dynamic is not None
+            inputs.append(_zero_point(export, weight.dynamic, "", node))  # those of rows later
         name = export.add("MatMulInteger" if weight.on_codes else "MatMul", inputs, node)
         if weight.late:
             assert weight.scale is not None

@@ -99,8 +99,9 @@ def to_onnx(
         int4: store weights of up to 4 bits as int4 or uint4, two to a byte, which needs opset 21.
             Engines for CPUs have no products of them: they unpack such weights when they load the
             file, and run those layers in float.
-        activations: the type that holds the codes of activations: "uint8" or "int8" for all, where
+        activations: the type that holds the codes of static grids: "uint8" or "int8" for all, where
             the zero point of a grid of the other kind moves by 128, or "own", each grid's own.
+            Codes of dynamic ranges are uint8.
         any_batch: False keeps the batch size of `images`, for a net that has no batch, as
             `convert` says.
         **kwargs: further arguments of the model's call, as for `convert`; a cache is written in

@@ -105,9 +105,11 @@ def _write_dynamic(export: Export, node: Node) -> Tensor:
     codes = add("Add", codes, zero_point) if zero_point else codes
     codes = add("Clip", codes, number(format.qmin), number(format.qmax))
     centred = add("Sub", codes, zero_point) if zero_point else codes
-    stored = export.cast(codes, format.storage, node)
     real = add("Mul", centred, scale)
-    dynamic = DynamicRange(stored, centred, scale, zero_point, axes, format)
+    dynamic = DynamicRange("", centred, scale, zero_point, axes, format)
+    if format.bits <= 8:
+        held = add("Add", codes, number(dynamic.offset)) if dynamic.offset else codes
+        dynamic = dataclasses.replace(dynamic, codes=export.cast(held, np.uint8, node))
     export.dequantized[real] = Dequantized(format, range=dynamic)
     return dataclasses.replace(x, name=real)
 
