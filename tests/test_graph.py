@@ -231,6 +231,39 @@ def test_a_batch_that_is_cut_or_joined_is_refused_and_traced_as_it_is(fn, op):
     np.testing.assert_array_equal(graph.trace(fn, jnp.ones(()), x).run(x), fn(1.0, x))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda v, x: v * x if x.shape[0] > 8 else x,
+        lambda v, x: v * x + x.shape[0] % 8,
+        lambda v, x: v * x * np.arange(8.0, dtype=np.float32)[x.shape[0] % 8],
+        lambda v, x: v * x + x[: min(4, x.shape[0])].mean(0, keepdims=True),
+        lambda v, x: v * x[np.random.RandomState(0).permutation(x.shape[0])],
+        lambda v, x: v * x * np.random.RandomState(0).randn(x.shape[0], 1).astype(np.float32),
+        lambda v, x: v * x - (x if x.shape[0] > 8 else v),
+        lambda v, x: jax.jit(lambda x: x + min(x.shape[0], 17))(v * x),
+        lambda v, x: jax.lax.fori_loop(0, min(x.shape[0], 17), lambda i, x: x * v, x),
+    ],
+    ids=["branch", "sum", "constant", "cut", "order", "noise", "operand", "call", "loop"],
+)
+def test_python_that_reads_the_batch_size_is_refused_and_traced_as_it_is(fn, rows):
+    """A graph is one program; at the example's size and at two examples it is the function's."""
+    x = np.arange(2.0 * rows, dtype=np.float32).reshape(rows, 2)
+    with pytest.raises(ValueError, match=r"batch size.*any_batch=False"):
+        graph.trace(fn, jnp.float32(3), x, any_batch=True)
+    np.testing.assert_array_equal(graph.trace(fn, jnp.float32(3), x).run(x), fn(3, x))
+
+
+def test_a_batch_of_one_that_is_no_axis_is_refused():
+    squeezed = lambda v, x: v * jnp.squeeze(x)
+    with pytest.raises(
+        ValueError, match=r"at 1 it is .* results of another shape.*any_batch=False"
+    ):
+        graph.trace(squeezed, jnp.ones(()), jnp.ones((1, 3)), any_batch=True)
+    assert graph.trace(squeezed, jnp.ones(()), jnp.ones((2, 3)), any_batch=True).batch
+
+
 @pytest.mark.parametrize("mode", ["edge", "linear_ramp", "reflect", "symmetric", "wrap", "mean"])
 def test_padding_that_spares_the_batch_runs_at_any_batch_size(mode):
     fn = lambda v, x: v * jnp.pad(x, ((0, 0), (1, 2), (0, 0)), mode=mode)

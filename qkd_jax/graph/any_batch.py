@@ -3,9 +3,13 @@
 A size that is the same in both traces is no batch. One that is a multiple k of the batch size in
 both is k batches, and whatever runs the graph recognises it by that multiple. Every other size, a
 batch and one more example say, has no meaning at another batch size and is refused.
+
+More traces, of the example's own size and of two examples, show Python that reads the batch size
+and does something else there (`if x.shape[0] > 8`): a graph is one program for all sizes.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,8 +18,9 @@ from jax.extend import core
 
 from qkd_jax.graph.dataflow import Graph
 from qkd_jax.graph.execution import Node, literal
-from qkd_jax.graph.families import parse_marker
+from qkd_jax.graph.families import modules, parse_marker
 
+JAXPRS = (core.ClosedJaxpr, core.Jaxpr)
 PRIMES = (1009, 1013, 2003, 2011, 4001, 4003, 8009, 8011)
 OWN_BATCH = (
     "`convert` and `to_onnx` take any_batch=False, which keeps the batch size of the example"
@@ -64,6 +69,112 @@ def compare(first: Graph, second: Graph) -> None:
             comparison.numbers(one, *known)
     if len(nodes) != len(others) or first.outputs != second.outputs:
         raise comparison.differs(nodes[-1] if nodes else None)
+
+
+def compare_size(first: core.ClosedJaxpr, other: core.ClosedJaxpr, sizes: tuple[int, int]) -> None:
+    """Checks that a function computes at one batch size what it computes at another.
+
+    Args:
+        first: traced with the first of `sizes`, of which no number is a multiple but the batch's.
+        other: traced with the second, which may be any. Of a single example, whose axis of size 1
+            JAX itself treats otherwise, the results' shapes alone are compared.
+        sizes: the two batch sizes.
+
+    Raises:
+        ValueError: an operation, size or number is another one.
+    """
+    large, small = sizes
+    scaled = lambda n: n // large * small if n % large == 0 else n
+    where = None
+    if small == 1:
+        shapes = [tuple(map(scaled, a.shape)) for a in first.out_avals]
+        if shapes != [a.shape for a in other.out_avals]:
+            where = "to results of another shape"
+    else:
+        pairs = itertools.zip_longest(_program(first, scaled), _program(other, lambda n: n))
+        for scope, op, *_ in (two or one for one, two in pairs if one != two):
+            where = f"from {op!r} in {scope or 'the root module'!r} on"
+            break
+    if where:
+        raise ValueError(
+            f"the model's code reads the batch size: at {small} it is another program than at "
+            f"{large}, {where}. What is to run at any batch size is one program: leave the choice "
+            f"out of the forward pass. {OWN_BATCH}."
+        )
+
+
+def _program(closed: core.ClosedJaxpr, size: Callable[[int], int]) -> Iterator[tuple[Any, ...]]:
+    """Yields what a jaxpr computes, to be compared: (scope, operation, what else decides it).
+
+    Integers go through `size`: those of the code that are no sizes have no multiple of a batch.
+    """
+    numbers: dict[Any, int] = {}  # of variables, in the order in which they come up
+
+    def integers(value: Any) -> Any:
+        if isinstance(value, JAXPRS):
+            return "program"  # compared by itself
+        if isinstance(value, tuple | list):
+            return [integers(v) for v in value]
+        if isinstance(value, int | np.integer) and not isinstance(value, bool):
+            return size(int(value))
+        return value if isinstance(value, bool | float | str) else type(value).__name__
+
+    def array(value: Any) -> Any:
+        shape = [size(n) for n in np.shape(value)]
+        if not isinstance(value, jax.Array | np.ndarray | np.generic):
+            return shape
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+            return shape
+        rows = np.asarray(value)
+        if not rows.ndim and rows.dtype.kind in "iu":
+            return size(int(rows))
+        for axis, n in enumerate(rows.shape):  # what is repeated along the batch is no other
+            first = rows.take([0], axis) if n > 1 else rows
+            rows = first if np.array_equal(np.broadcast_to(first, rows.shape), rows) else rows
+        return shape, rows.dtype.name, rows.tobytes()
+
+    def atom(v: Any, counted: bool) -> Any:
+        known = numbers.setdefault(v, len(numbers)) if not isinstance(v, core.Literal) else None
+        if known is None and not counted:
+            known = array(literal(v))
+        return known, [size(n) for n in v.aval.shape], str(v.aval.dtype)
+
+    def walk(jaxpr: Any, consts: Any, stack: tuple[str, ...], counted: bool) -> Any:
+        scope = "/".join(stack[1:])
+        for const in consts:
+            yield scope, "constant", array(const)
+        for eqn in _live(jaxpr):
+            inner = (*stack, *modules(eqn))
+            marker = parse_marker(eqn.params.get("name", ""))
+            # A dynamic range counts its elements, and reads no such number.
+            counts = counted or bool(marker is not None and marker.dynamic_axes)
+            params = [(k, integers(v)) for k, v in eqn.params.items()]
+            atoms = [atom(v, counted) for v in (*eqn.invars, *eqn.outvars)]
+            yield "/".join(inner[1:]), eqn.primitive.name, params, atoms
+            for value in jax.tree.leaves(dict(eqn.params), is_leaf=lambda v: isinstance(v, JAXPRS)):
+                if isinstance(value, JAXPRS):
+                    yield from walk(
+                        getattr(value, "jaxpr", value), getattr(value, "consts", ()), inner, counts
+                    )
+        yield scope, "result", [atom(v, counted) for v in jaxpr.outvars]
+
+    return walk(closed.jaxpr, closed.consts, (), False)
+
+
+def _live(jaxpr: Any) -> list[Any]:
+    """The equations that a jaxpr's results need, in order; nothing needs an array of no numbers."""
+    live: list[Any] = []
+    needed: set[Any] = set()
+
+    def need(variables: Any) -> None:
+        needed.update(v for v in variables if not isinstance(v, core.Literal) and v.aval.size)
+
+    need(jaxpr.outvars)
+    for eqn in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(eqn.outvars):
+            live.append(eqn)
+            need(eqn.invars)
+    return live[::-1]
 
 
 class _Comparison:
@@ -116,7 +227,7 @@ class _Comparison:
             self.param(node, value, two.get(key), counts)
 
     def param(self, node: Node, one: Any, two: Any, counts: bool) -> None:
-        if isinstance(one, core.ClosedJaxpr | core.Jaxpr):
+        if isinstance(one, JAXPRS):
             self.bodies(node, getattr(one, "jaxpr", one), getattr(two, "jaxpr", two), counts)
         elif type(one) in (tuple, list):
             if len(one) != len(two):

@@ -9,7 +9,7 @@ from jax.extend import core
 
 from qkd_jax.graph.any_batch import Ambiguous
 from qkd_jax.graph.execution import INLINED, Node, called_jaxpr, literal
-from qkd_jax.graph.families import parse_marker
+from qkd_jax.graph.families import modules, parse_marker
 
 
 class Builder:
@@ -83,7 +83,7 @@ class Builder:
 
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
-            inner_stack = (*stack, *_modules(eqn))
+            inner_stack = (*stack, *modules(eqn))
             results = self.equation(eqn, values, inner_stack)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars]
@@ -204,9 +204,3 @@ def _tiled(x: jax.Array, reps: Sequence[int], shape: tuple[int, ...]) -> jax.Arr
         sizes.append(size if size != 1 else count)
     x = jax.lax.broadcast_in_dim(x, sizes, own)
     return x if x.shape == shape else jax.lax.reshape(x, shape)
-
-
-def _modules(eqn: Any) -> list[str]:
-    """Returns the module names that an equation's name stack adds ("layer.method" -> "layer")."""
-    stack = str(eqn.source_info.name_stack)
-    return [part.partition(".")[0] for part in stack.split("/") if part and "(" not in part]

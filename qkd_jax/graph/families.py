@@ -48,6 +48,12 @@ def parse_marker(name: Any) -> Marker | None:
     return Marker(kind, path, operand, dynamic_axes)
 
 
+def modules(eqn: Any) -> list[str]:
+    """Returns the module names that an equation's name stack adds ("layer.method" -> "layer")."""
+    stack = str(eqn.source_info.name_stack)
+    return [part.partition(".")[0] for part in stack.split("/") if part and "(" not in part]
+
+
 def output_axes(op: str, dimension_numbers: Any, ranks: Sequence[int]) -> tuple[Axes, Axes]:
     """Returns the output axes of both operands of a contraction.
 

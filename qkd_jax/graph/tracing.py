@@ -7,14 +7,12 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from qkd_jax.graph.any_batch import Ambiguous, batch_sizes, compare
+from qkd_jax.graph.any_batch import JAXPRS, Ambiguous, batch_sizes, compare, compare_size
 from qkd_jax.graph.builder import Builder
 from qkd_jax.graph.dataflow import Constants, Graph
 from qkd_jax.graph.execution import Node
 from qkd_jax.graph.families import MARKERS
 from qkd_jax.trees import path_name
-
-_JAXPRS = (core.ClosedJaxpr, core.Jaxpr)
 
 
 def trace(
@@ -41,31 +39,36 @@ def trace(
 
     Raises:
         ValueError: with `any_batch`, for arguments without a common first axis, and for a model
-            whose numbers depend on the batch size, or that cuts or joins its batch.
+            whose numbers or Python depend on the batch size, or that cuts or joins its batch.
     """
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), (variables, args))
 
-    def graph(batch: int | None) -> Graph:
+    def jaxpr(batch: int | None) -> tuple[Any, Any]:
         shapes = abstract[1]
         if batch is not None:
             shapes = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype), shapes
             )
-        closed, out_shape = jax.make_jaxpr(lambda v, a: fn(v, *a), return_shape=True)(
-            abstract[0], shapes
-        )
-        return _graph(closed, jax.tree.structure(out_shape), variables, evaluate, batch)
+        return jax.make_jaxpr(lambda v, a: fn(v, *a), return_shape=True)(abstract[0], shapes)
+
+    def graph(closed: Any, results: Any, batch: int | None) -> Graph:
+        return _graph(closed, jax.tree.structure(results), variables, evaluate, batch)
 
     if not any_batch:
-        return graph(None)
+        return graph(*jaxpr(None), None)
     ambiguous: Ambiguous | None = None
     for first, second in batch_sizes(abstract):
         try:
-            found = graph(first)
-            compare(found, graph(second))
-            return found
+            closed, results = jaxpr(first)
+            found = graph(closed, results, first)
+            compare(found, graph(*jaxpr(second), second))
         except Ambiguous as error:
             ambiguous = ambiguous or error
+            continue
+        own = jax.tree.leaves(abstract[1])[0].shape[0]
+        for size in sorted({own, 2}):
+            compare_size(closed, jaxpr(size)[0], (first, size))
+        return found
     assert ambiguous is not None
     raise ambiguous
 
@@ -123,8 +126,8 @@ def bodies(node: Node) -> list[Graph]:
     if node.op in MARKERS:
         return []
     found = []
-    for value in jax.tree.leaves(dict(node.params), is_leaf=lambda v: isinstance(v, _JAXPRS)):
-        if not isinstance(value, _JAXPRS):
+    for value in jax.tree.leaves(dict(node.params), is_leaf=lambda v: isinstance(v, JAXPRS)):
+        if not isinstance(value, JAXPRS):
             continue
         closed = core.ClosedJaxpr(value, ()) if isinstance(value, core.Jaxpr) else value
         builder = Builder(None)
