@@ -19,7 +19,7 @@ from flax.core import unfreeze
 
 from qkd_jax.ptq.fold_bn import fold_bn, output_scales
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.quantize.traced import contractions, has_codes, trace_net
+from qkd_jax.quantize.traced import contractions, has_codes, refuse_uncalibrated, trace_net
 from qkd_jax.quantize.variables import folded_path
 from qkd_jax.trees import get, join, put
 
@@ -61,6 +61,7 @@ def integer_bias(
     """
     result = unfreeze(dict(fold_bn(net, variables, images, any_batch=any_batch, **kwargs)))
     traced = trace_net(net, result, images, any_batch=any_batch, **kwargs)
+    refuse_uncalibrated(traced)
     for product in contractions(traced.graph):
         if not all(has_codes(traced, operand) for operand in product.operands):
             continue

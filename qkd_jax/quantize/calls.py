@@ -120,16 +120,19 @@ def jit_of_call(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def explaining_failures(images: Any) -> Iterator[None]:
-    """Says why a model can't be called: given batches as `calibrate` takes them, or its cache."""
+    """Says why a call fails: its mode, its cache, or batches as `calibrate` takes them."""
     try:
         yield
-    except InvalidRngError:  # of the mode it runs in
-        raise
-    except ModifyScopeVariableError as error:
+    except (InvalidRngError, ModifyScopeVariableError) as error:
         collection = re.search(r'collection "(\w+)"', str(error))
-        if collection is None or collection[1] in ("params", "batch_stats"):
+        name = "" if collection is None else collection[1]
+        if isinstance(error, InvalidRngError) or name == "batch_stats":
+            raise ValueError(
+                "the model runs in training mode. Give the argument of its call for evaluation, "
+                f"such as train=False or deterministic=True. ({error})"
+            ) from error
+        if name in ("", "params"):
             raise
-        name = collection[1]
         raise ValueError(
             f"the model writes its collection {name!r}, and nothing here allows it. Give "
             f"mutable=[{name!r}]: results are (output, {{{name!r}: ...}}), and a converted net "

@@ -19,7 +19,7 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.numerics import Spec, codes_of, compute_dtype
 from qkd_jax.quantize.calibration import model_arguments
-from qkd_jax.quantize.calls import jit_of_call, split_arrays
+from qkd_jax.quantize.calls import explaining_failures, jit_of_call, split_arrays
 from qkd_jax.quantize.contraction import OperandGrid
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.lifted import like
@@ -247,7 +247,8 @@ def _runner(
 
     def call(variables: Mapping[str, Any], arguments: tuple[Any, ...]) -> Tree:
         try:
-            return compiled(variables, empty, arguments)
+            with explaining_failures(None):
+                return compiled(variables, empty, arguments)
         except TypeError as error:
             if "branch" not in str(error) or empty:
                 raise

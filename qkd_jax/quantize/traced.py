@@ -199,9 +199,12 @@ def is_quantizer(node: Node | None) -> bool:
     return node is not None and node.op == "quantizer" and len(node.inputs) > 1
 
 
-def refuse_uncalibrated(traced: TracedNet) -> None:
-    """Raises ValueError for operands of a calibrated net that have a spec and no quantizer."""
-    if not is_calibrated(traced.variables):
+def refuse_uncalibrated(traced: TracedNet, *, float_passes: bool = False) -> None:
+    """Raises ValueError for operands that have a spec and no quantizer.
+
+    With `float_passes`, a net without any quantizer is taken for the float net that it is.
+    """
+    if float_passes and not is_calibrated(traced.variables):
         return
     missing = [
         f"{node.params['operand']} of layer {node.params['path']!r}"
@@ -211,9 +214,9 @@ def refuse_uncalibrated(traced: TracedNet) -> None:
     if missing:
         raise ValueError(
             f"NOT CALIBRATED: {', '.join(dict.fromkeys(missing))}. Rules quantize them, and they "
-            "have no quantizer, so they would run in float beside the rest. Calibrate them (a call "
-            "of `calibrate` with another `method` keeps the quantizers that it does not reach), or "
-            "leave them in float with a rule without specs before the others."
+            "have no quantizer, so they would run in float. Calibrate them (a call of `calibrate` "
+            "with another `method` keeps the quantizers that it does not reach), or leave them in "
+            "float with a rule without specs before the others; `quantize(model, [])` is float."
         )
 
 

@@ -56,6 +56,7 @@ def test_methods_are_calibrated_one_after_the_other(patterns, tmp_path):
     for export in (
         lambda: qk.convert(net, encoded, X),
         lambda: qk.deploy.to_onnx(net, encoded, X, tmp_path / "net.onnx"),
+        lambda: qk.ptq.integer_bias(net, encoded, X),
     ):
         with pytest.raises(ValueError, match="NOT CALIBRATED: input of layer 'dec', weight of"):
             export()
@@ -68,6 +69,18 @@ def test_methods_are_calibrated_one_after_the_other(patterns, tmp_path):
     assert {p.status for p in qk.coverage(net, both, X).products} == {"quantized"}
     integer = qk.convert(net, both, X)
     np.testing.assert_array_equal(qk.integer_apply(integer, X), jax.jit(net.apply)(both, X))
+
+
+def test_a_file_for_a_target_is_of_a_calibrated_net(tmp_path):
+    pytest.importorskip("onnx")
+    net = qk.quantize(Coder(), [qk.Rule("enc", weight=SPEC)])
+    variables, path = net.init(jax.random.key(0), X), tmp_path / "net.onnx"
+    with pytest.raises(ValueError, match="NOT CALIBRATED: weight of layer 'enc'"):
+        qk.deploy.to_onnx(net, variables, X, path, target="onnxruntime-x86")
+    assert not path.exists()
+    qk.deploy.to_onnx(net, variables, X, path)
+    floats = qk.quantize(Coder(), [])
+    qk.deploy.to_onnx(floats, variables, X, path, target="onnxruntime-x86")
 
 
 def test_quantizers_that_no_rule_asks_for_are_not_kept():

@@ -155,6 +155,25 @@ def test_what_a_call_does_not_take_is_said():
             qk.presets.rules("w8a8", model=model, images=X)
 
 
+@pytest.mark.parametrize(
+    ("model", "mode"), [(Mode(), {"train": False}), (Dropping(), {"deterministic": True})]
+)
+def test_calls_in_training_mode_say_so(model, mode, tmp_path):
+    pytest.importorskip("onnx")
+    net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(8), input=qk.Spec(8))])
+    streams = {"params": KEY, "dropout": KEY}
+    variables = qk.calibrate(net, net.init(streams, X), [X], **mode)
+    for call in (
+        lambda: qk.coverage(net, variables, X),
+        lambda: qk.diagnose(net, variables, [X]),
+        lambda: qk.convert(net, variables, X),
+        lambda: qk.ptq.fold_bn(net, variables, X),
+        lambda: qk.deploy.to_onnx(net, variables, X, tmp_path / "net.onnx"),
+    ):
+        with pytest.raises(ValueError, match=r"runs in training mode.*such as train=False"):
+            call()
+
+
 def test_calibration_in_training_mode_says_so():
     model = Mode()
     net = qk.quantize(model, qk.presets.rules("w8a8", model=model, images=X, train=False))

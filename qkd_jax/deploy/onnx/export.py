@@ -114,8 +114,9 @@ def to_onnx(
         ImportError: the `export` extra is not installed.
         ValueError: an operation that cannot be written (named with its module), one that computes
             in bfloat16 or float16, images of such a type, an `opset` or `target` out of range,
-            layers that saturate on the target, a calibrated net of which a part is not, or a
-            learned step or level at or below 0. Nothing is written then.
+            layers that saturate on the target, a calibrated net of which a part is not (with a
+            target, any that is not), or a learned step or level at or below 0. Nothing is written
+            then.
     """
     onnx = import_engine("onnx")
     checks.one_of("target", target, (None, HOST, *TARGETS))
@@ -141,7 +142,7 @@ def to_onnx(
         net, variables, images, any_batch=any_batch, **kwargs
     )
     traced = trace_net(net, folded, images, any_batch=any_batch, **kwargs)
-    refuse_uncalibrated(traced)
+    refuse_uncalibrated(traced, float_passes=engine is None)
     _check_types(traced.graph)
     options: dict[str, Any] = {"opset": opset, "int4": int4}
     options["offset_before_rounding"] = engine is not None and engine.offset_before_rounding
