@@ -108,7 +108,6 @@ def _program(closed: core.ClosedJaxpr, size: Callable[[int], int]) -> Iterator[t
 
     Integers go through `size`: those of the code that are no sizes have no multiple of a batch.
     """
-    numbers: dict[Any, int] = {}  # of variables, in the order in which they come up
 
     def integers(value: Any) -> Any:
         if isinstance(value, JAXPRS):
@@ -133,14 +132,17 @@ def _program(closed: core.ClosedJaxpr, size: Callable[[int], int]) -> Iterator[t
             rows = first if np.array_equal(np.broadcast_to(first, rows.shape), rows) else rows
         return shape, rows.dtype.name, rows.tobytes()
 
-    def atom(v: Any, counted: bool) -> Any:
-        known = numbers.setdefault(v, len(numbers)) if not isinstance(v, core.Literal) else None
-        if known is None and not counted:
-            known = array(literal(v))
-        return known, [size(n) for n in v.aval.shape], str(v.aval.dtype)
-
     def walk(jaxpr: Any, consts: Any, stack: tuple[str, ...], counted: bool) -> Any:
         scope = "/".join(stack[1:])
+        numbers: dict[Any, int] = {}  # of variables, in the order in which they come up
+
+        def atom(v: Any) -> Any:
+            if not isinstance(v, core.Literal):
+                value = numbers.setdefault(v, len(numbers))
+            else:
+                value = None if counted else array(literal(v))
+            return value, [size(n) for n in v.aval.shape], str(v.aval.dtype)
+
         for const in consts:
             yield scope, "constant", array(const)
         for eqn in _live(jaxpr):
@@ -149,14 +151,14 @@ def _program(closed: core.ClosedJaxpr, size: Callable[[int], int]) -> Iterator[t
             # A dynamic range counts its elements, and reads no such number.
             counts = counted or bool(marker is not None and marker.dynamic_axes)
             params = [(k, integers(v)) for k, v in eqn.params.items()]
-            atoms = [atom(v, counted) for v in (*eqn.invars, *eqn.outvars)]
+            atoms = [atom(v) for v in (*eqn.invars, *eqn.outvars)]
             yield "/".join(inner[1:]), eqn.primitive.name, params, atoms
             for value in jax.tree.leaves(dict(eqn.params), is_leaf=lambda v: isinstance(v, JAXPRS)):
                 if isinstance(value, JAXPRS):
                     yield from walk(
                         getattr(value, "jaxpr", value), getattr(value, "consts", ()), inner, counts
                     )
-        yield scope, "result", [atom(v, counted) for v in jaxpr.outvars]
+        yield scope, "result", [atom(v) for v in jaxpr.outvars]
 
     return walk(closed.jaxpr, closed.consts, (), False)
 
