@@ -127,9 +127,10 @@ def explaining_failures(images: Any) -> Iterator[None]:
         collection = re.search(r'collection "(\w+)"', str(error))
         name = "" if collection is None else collection[1]
         if isinstance(error, InvalidRngError) or name == "batch_stats":
+            does = "updates its running averages" if name else "draws random numbers"
             raise ValueError(
-                "the model runs in training mode. Give the argument of its call for evaluation, "
-                f"such as train=False or deterministic=True. ({error})"
+                f"the model {does}: it runs in training mode. Give the argument of its call for "
+                f"evaluation, such as train=False or deterministic=True. ({error})"
             ) from error
         if name in ("", "params"):
             raise
