@@ -330,3 +330,110 @@ def test_a_loop_of_unknown_length_runs_at_any_batch_size():
     traced = graph.trace(fn, jnp.int32(3), jnp.ones((2, 3)), any_batch=True)
     assert "while" in ops(traced)
     np.testing.assert_array_equal(traced.run(jnp.ones((5, 3)))[1], np.full((5, 3), 8))
+
+
+@jax.jit
+def beside(x):
+    """Stands beside every layer, as the statistics of `calibrate` do."""
+    return jnp.max(x), jnp.sum(x, axis=0)
+
+
+def deep(scales, *, table=None):
+    """A function of one layer a scale, with a call of every kind between the cuts."""
+
+    @jax.checkpoint
+    def layer(w, x):
+        seen = beside(x)
+        return seen, jax.nn.relu(jax.nn.softmax(x @ w) + x)
+
+    def function(w, x):
+        found = []
+        for scale in scales:
+            seen, x = layer(w, x)
+            found.append(seen)
+            step = lambda x, w, scale=scale: (jnp.sin(x * scale + w), w[0])
+            x = jax.lax.scan(step, x, w[:, None])[0]
+        return found, w, 7, x if table is None else x + table
+
+    return function
+
+
+def cut(function, *args):
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    segments = graph.Segments(closed, "beside")
+    return segments, lambda *args: jax.tree.unflatten(
+        jax.tree.structure(shapes), segments(*jax.tree.leaves(args))
+    )
+
+
+def test_segments_run_like_the_whole():
+    w, x = (
+        jax.random.normal(jax.random.key(0), (5, 5)),
+        jax.random.normal(jax.random.key(1), (4, 5)),
+    )
+    function = deep([1.5, 1.5, 0.5], table=np.arange(5, dtype=np.float32)[None])
+    _, run = cut(function, w, x)
+    for given in (x, -x):
+        # The same operations on the same numbers; sines are compiled with other neighbours.
+        compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+        jax.tree.map(compare, run(w, given), jax.jit(function)(w, given))
+
+
+def test_equal_segments_are_one_program_and_others_are_not():
+    args = jnp.ones((5, 5)), jnp.ones((4, 5))
+    count = lambda fn: cut(fn, *args)[0].programs
+
+    def plain(n):
+        def net(w, x):
+            found = []
+            for _ in range(n):
+                found.append(beside(x))
+                x = jax.nn.relu(x @ w * 2)
+            return found
+
+        return net
+
+    # The statistics, and a product with its activation.
+    assert count(plain(4)) == count(plain(12)) == 2
+
+    def signs(w, x):
+        found = []
+        for zero in (0.0, -0.0, 0.0):
+            found.append(beside(x))
+            x = x * zero
+        return found, beside(x), x
+
+    segments, run = cut(signs, *args)
+    assert segments.programs == 3  # the statistics, and a product with each zero
+    zeros = jax.tree.leaves(run(*args)[2])[0]
+    assert np.signbit(zeros).all()
+
+
+def test_segments_hold_no_array_that_is_read_no_more_and_compute_none_that_nobody_reads():
+    live, ran = [], []
+    shape = (3, 41)  # no other array has it
+
+    def function(n):
+        def net(x):
+            found = []
+            for _ in range(n):
+                found.append(beside(x)[0])
+                x = jnp.sin(x)
+                jax.debug.callback(
+                    lambda: live.append(sum(a.shape == shape for a in jax.live_arrays()))
+                )
+            jax.pure_callback(lambda x: ran.append(1) or x, x, x)
+            return found
+
+        return net
+
+    most = []
+    for n in (4, 12):
+        x = jnp.ones(shape)
+        _, run = cut(function(n), x)
+        live.clear()
+        jax.block_until_ready(run(x))
+        jax.effects_barrier()
+        assert len(live) == n
+        most.append(max(live))
+    assert most[1] <= 6 and not ran  # the input, and what the segments at hand read and write

@@ -9,6 +9,9 @@ everything that depends on the variables alone is a constant. An evaluated Batch
 Two kinds of call stay whole, because a pass wants to see them as one operation: the markers of
 `families`, a quantizer and an operand that a rule leaves in float.
 
+`Segments` is for functions that run a few times only: it runs a jaxpr piece by piece, and of equal
+pieces it compiles one.
+
 To support another call-like primitive, add its name to `INLINED`.
 """
 
@@ -24,6 +27,7 @@ from qkd_jax.graph.families import (
     output_axes,
     scale_in_output,
 )
+from qkd_jax.graph.segments import Segments
 from qkd_jax.graph.tracing import bodies, trace
 
 __all__ = [
@@ -36,6 +40,7 @@ __all__ = [
     "Axes",
     "Graph",
     "Node",
+    "Segments",
     "bodies",
     "execute",
     "marker_name",

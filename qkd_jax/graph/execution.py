@@ -151,6 +151,11 @@ def _bind(
     if primitive.name in NUMPY and known and (batch is None or isinstance(batch, int)):
         with np.errstate(all="ignore"):
             return [np.asarray(NUMPY[primitive.name](params, *inputs))]
+    return bind(primitive, inputs, params)
+
+
+def bind(primitive: Any, inputs: Sequence[Any], params: Mapping[str, Any]) -> list[Any]:
+    """Runs one operation as JAX does, traced or not."""
     bound = primitive.get_bind_params(params)
     # Some versions of JAX return the functions among the parameters apart.
     functions, params = bound if isinstance(bound, tuple) else ((), bound)

@@ -5,26 +5,19 @@ second follows only for observers that search a grid whose width the first pass 
 are observed at once, on float activations.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from flax.errors import ModifyScopeVariableError
 
 from qkd_jax import checks
 from qkd_jax.numerics import Spec, stats
 from qkd_jax.observers import OBSERVERS
-from qkd_jax.quantize.calls import jit_of_call, split_arrays
-from qkd_jax.quantize.contraction import OperandGrid
-from qkd_jax.quantize.interception import Frame
-from qkd_jax.quantize.lifted import StackedAxes, like, of_rank, probes, stacked_axes
 from qkd_jax.quantize.model import QuantizedModel
-from qkd_jax.quantize.operands import OperandHook, OperandUse
+from qkd_jax.quantize.observation import Key, Specs, Tree, observe
 from qkd_jax.quantize.variables import (
     ATTENDED,
-    OBSERVED,
     OPERANDS,
     TABLES,
     parameter_modules,
@@ -32,17 +25,10 @@ from qkd_jax.quantize.variables import (
     quantizers,
     refuse_own_names,
     split_multipliers,
-    split_states,
-    state_key,
-    states,
     without_quantizers,
 )
-from qkd_jax.quantizers import QUANTIZERS, is_uniform
-from qkd_jax.trees import flatten, insert, join, merged
-
-Tree = dict[str, Any]
-Key = tuple[str, str]  # (layer path, operand)
-_KIND = OBSERVED
+from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.trees import flatten, merged, nested
 
 
 def calibrate(
@@ -91,15 +77,14 @@ def calibrate(
     if not inputs:
         raise ValueError("batches is empty; give at least one batch of real inputs.")
     chosen = _chosen(OPERANDS if operands is None else operands)
-    specs = _Specs(net, observer, observer_options)
+    specs = Specs(net, observer, observer_options)
     _refuse_multipliers(variables)
     refuse_own_names(flatten(variables.get("params", {})))
     start = without_quantizers(variables, chosen)
 
-    frames: list[Frame] = []
-    first, stacked = _observe(net, start, inputs, kwargs, specs, chosen, frames=frames)
+    first, stacked, frame = observe(net, start, inputs, kwargs, specs, chosen)
     # `init` has checked this, but a net may start from a float checkpoint without it.
-    modules, layers = frames[0].modules, set(frames[0].seen)
+    modules, layers = frame.modules, set(frame.seen)
     if kwargs.get("method") not in (None, "__call__"):  # it may reach a part of the net
         modules |= parameter_modules(variables)
         layers |= parameter_modules(variables, TABLES)
@@ -109,14 +94,14 @@ def calibrate(
             "no operand of this net is quantized: none of its rules gives a layer it uses a "
             f"{' or '.join(operands or OPERANDS)} spec. `coverage` lists what the rules reach."
         )
-    measured = {key: _named(key, stats.finish, found["sums"]) for key, found in first.items()}
+    measured = {key: _named(key, _finished, state["sums"]) for key, state in first.items()}
     searching = {key for key in first if OBSERVERS[specs.observer(*key)].NEEDS_STATS}
     second: dict[Key, Tree] = {}
     if searching:
         known = {key: measured[key] for key in searching}
-        second, _ = _observe(net, start, inputs, kwargs, specs, chosen, known)
+        second, *_ = observe(net, start, inputs, kwargs, specs, chosen, known)
 
-    result = {**start, "quant": start.get("quant", {})}
+    found: dict[str, Tree] = {}
     for key, moments in measured.items():
         path, operand = key
         spec, axes = specs(path, operand), stacked[key]
@@ -125,7 +110,7 @@ def calibrate(
         if spec.dynamic:
             # Nothing is kept but that the operand is quantized from now on.
             mark = jax.numpy.ones_like(moments.count)  # one for each step of a scanned layer
-            result = insert(result, quantizer_path(path, operand), axes.in_place({"dynamic": mark}))
+            found[quantizer_path(path, operand)] = axes.in_place({"dynamic": mark})
             continue
         _check_sign(path, operand, spec, moments)
         _check_silent(path, operand, moments)
@@ -133,11 +118,11 @@ def calibrate(
         state = axes.in_front(state)
         lo, hi = _named(key, OBSERVERS[specs.observer(path, operand)].range, state, spec)
         params = QUANTIZERS[spec.quantizer].init(moments._replace(lo=lo, hi=hi), spec)
-        result = insert(result, quantizer_path(path, operand), axes.in_place(params))
+        found[quantizer_path(path, operand)] = axes.in_place(params)
     for path, operand, params in quantizers(variables):
         if operand in chosen and (path, operand) not in measured and net.spec_of(path, operand):
-            result = insert(result, quantizer_path(path, operand), params)
-    return result
+            found[quantizer_path(path, operand)] = params
+    return merged({**start, "quant": start.get("quant", {})}, nested(found))
 
 
 def check_observer(where: str, observer: str | None, options: Mapping[str, Any] | None) -> None:
@@ -172,34 +157,6 @@ def check_observer(where: str, observer: str | None, options: Mapping[str, Any] 
         OBSERVERS[observer].init((), Spec(8, observer=observer, options=options))
     except ValueError as error:
         raise ValueError(f"{where}observer_options: {error}") from None
-
-
-class _Specs:
-    """The specs of a net, with `calibrate`'s observer in place of their own."""
-
-    def __init__(
-        self, net: QuantizedModel, observer: str | None, options: Mapping[str, Any] | None
-    ):
-        self.net, self.override, self.options = net, observer, dict(options or {})
-
-    def __call__(self, path: str, operand: str) -> Spec | None:
-        spec = self.net.spec_of(path, operand)
-        if spec is None or self.override is None or spec.dynamic:
-            return spec
-        options = {**dict(spec.options), **self.options}
-        return dataclasses.replace(spec, observer=self.override, options=options)
-
-    def observer(self, path: str, operand: str) -> str:
-        spec = self(path, operand)
-        name = "minmax" if spec is None or spec.observer is None else spec.observer
-        if name not in OBSERVERS:
-            raise checks.unknown(f"observer of {operand} of {path!r}", name, OBSERVERS)
-        if getattr(OBSERVERS[name], "OF_CODES", False) and spec and not is_uniform(spec):
-            raise ValueError(
-                f"observer {name!r} of {operand} of {path!r} counts evenly spaced codes, and "
-                f"quantizer {spec.quantizer!r} has none; use 'mse', 'percentile' or 'minmax'."
-            )
-        return name
 
 
 def _chosen(operands: Sequence[str]) -> tuple[str, ...]:
@@ -237,181 +194,12 @@ def model_arguments(batch: Any) -> tuple[Any, ...]:
     return tuple(batch) if isinstance(batch, tuple) else (batch,)
 
 
-def _observing(
-    observed: Sequence[str],
-    record: Callable[[Tree | None, OperandUse, tuple[int, ...]], Tree | None],
-) -> OperandHook:
-    """Returns a hook that records some operands in float; others are quantized if calibrated.
-
-    `record` returns what is kept of an operand, or None to leave the variables as they are.
-    """
-
-    def hook(use: OperandUse) -> tuple[jax.Array, OperandGrid | None]:
-        if use.operand not in observed:
-            x_hat, grid, _ = use.quantize()
-            # Layers that read a module's output without a spec of their own read it as a float.
-            return x_hat, None if use.operand in ("output", ATTENDED) else grid
-        key = state_key(use.operand, _KIND)
-        # Of a dynamic operand nothing is kept but that it is quantized.
-        state = record(use.read(key), use, () if use.spec.dynamic else use.axes)
-        if state is not None:
-            use.write(key, state)
-        return use.x, None
-
-    return hook
+_finish = jax.jit(stats.finish)  # one call for an operand, not one for each operation
 
 
-def _observe(
-    net: QuantizedModel,
-    variables: Mapping[str, Any],
-    inputs: Sequence[tuple[Any, ...]],
-    kwargs: Mapping[str, Any],
-    specs: _Specs,
-    chosen: Sequence[str],
-    known: Mapping[Key, Any] | None = None,
-    frames: list[Frame] | None = None,
-) -> tuple[dict[Key, Tree], dict[Key, StackedAxes]]:
-    """Runs the net over all inputs; returns each operand's state and its stacked axes.
-
-    Args:
-        net: the net.
-        variables: quantizers among them are active.
-        inputs: the arguments of each batch.
-        kwargs: further arguments of the model's call.
-        specs: specs and observers of the operands.
-        chosen: the operands to observe.
-        known: None in the first pass, which takes sums of every operand and the state of observers
-            that need no more; in the second one the moments of the operands whose observers search.
-        frames: list to which the frames of the traces are added.
-    """
-    options = {name: value for name, value in kwargs.items() if name != "mutable"}
-    # A cache may be written while a net is observed; it is dropped after each batch.
-    writable = [name for name in {"params": None, **variables} if name != "batch_stats"]
-
-    def run(floats: Any, before: Tree, arguments: tuple[Any, ...], record: Any) -> Tree:
-        frame = Frame(specs, _observing(chosen, record))
-        given = {**floats, "params": merged(floats.get("params", {}), before)}
-        try:
-            _, out = net.apply_in(frame, given, *arguments, mutable=writable, **options)
-        except ValueError as error:
-            if not any(word in str(error) for word in ("broadcasted variable", "out_axes")):
-                raise
-            raise ValueError(
-                "a quantized layer shares its parameters over the steps of nn.scan or nn.vmap (as "
-                "nn.RNN's cells do), where statistics can't be kept. Leave it in float with a rule "
-                f"without specs before the others, or unroll the loop. ({error})"
-            ) from error
-        except ModifyScopeVariableError as error:
-            if '"batch_stats"' in str(error):
-                raise ValueError(
-                    "the model updates its running averages: it runs in training mode. Give "
-                    "`calibrate` the argument of its call for evaluation, such as train=False. "
-                    f"({error})"
-                ) from error
-            if '"params"' not in str(error):
-                raise
-            raise ValueError(
-                "a quantized layer lies inside a module that hands it its parameters read-only "
-                "(nn.WeightNorm, nn.SpectralNorm, nn.while_loop), where statistics can't be kept. "
-                f"Leave it in float with a rule without specs before the others. ({error})"
-            ) from error
-        if frames is not None:
-            frames.append(frame)
-        return split_states(out["params"], _KIND)
-
-    kept: dict[Key, tuple[int, bool]] = {}  # (rank, whether all of the operand shares parameters)
-
-    def keep(tree: Tree, use: OperandUse, axes: tuple[int, ...]) -> Tree:
-        kept[use.path, use.operand] = rank, shared = use.cut(use.x).ndim, not axes
-        return of_rank(tree, rank, shared=shared)
-
-    def empty(use: OperandUse, axes: tuple[int, ...]) -> Tree:
-        key, x = (use.path, use.operand), use.cut(use.x)
-        shape = tuple(n if i in axes else 1 for i, n in enumerate(x.shape)) if axes else ()
-        observer = OBSERVERS[specs.observer(*key)]
-        state: Tree = {"sums": stats.empty(shape)} if known is None else {}
-        has_state = not observer.NEEDS_STATS if known is None else key in known
-        if has_state:
-            state["observer"] = observer.init(shape, use.spec)
-            if known is not None:
-                state["stats"] = stats.Stats(*[jax.numpy.zeros(shape)] * len(stats.Stats._fields))
-        return state
-
-    def start(_: Tree | None, use: OperandUse, axes: tuple[int, ...]) -> Tree:
-        state = empty(use, axes)
-        return keep({name: state[name] for name in state if name != "stats"}, use, axes)
-
-    def states_of_branches() -> Tree:
-        """Builds the states outside of the net: its branches must agree in what they write."""
-        built: Tree = {}
-
-        def build(_: Tree | None, use: OperandUse, axes: tuple[int, ...]) -> None:
-            nonlocal built
-            with jax.ensure_compile_time_eval():  # a branch's tracers end with it
-                alike = dataclasses.replace(use, x=jax.numpy.zeros(use.x.shape))
-                state = start(None, alike, axes)
-            built = insert(built, join(use.path, state_key(use.operand, _KIND)), state)
-
-        jax.eval_shape(lambda v, a: run(v, {}, form(a), build), variables, arrays)
-        try:  # the model runs, so that only the states can be what doesn't fit
-            jax.eval_shape(lambda v, s, a: run(v, s, form(a), start), variables, built, arrays)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                "a net has quantized layers in branches (nn.cond, nn.switch) or in nn.scan and "
-                "nn.vmap, not both: their statistics can't be kept together. Leave those of one "
-                "kind in float with a rule without specs before the others, or unroll the loop. "
-                f"({error})"
-            ) from error
-        return built
-
-    def probe(_: Tree | None, use: OperandUse, axes: tuple[int, ...]) -> Tree:
-        return probes(kept[use.path, use.operand][0])
-
-    def update(state: Tree | None, use: OperandUse, axes: tuple[int, ...]) -> Tree:
-        # The moments lie beside the state, so that a scanned layer sees its own slice of them.
-        state, template, new = state or {}, empty(use, axes), {}
-        state = like(state, {name: template[name] for name in state})
-        x = jax.lax.stop_gradient(use.cut(use.x))
-        if "sums" in state:
-            new["sums"] = stats.merge(state["sums"], stats.measure(x, channel_axes=axes))
-        if "observer" in state:
-            observer = OBSERVERS[specs.observer(use.path, use.operand)]
-            moments = {"stats": state["stats"]} if "stats" in state else {}
-            new.update(moments)
-            new["observer"] = observer.update(
-                state["observer"], x, use.spec, channel_axes=axes, **moments
-            )
-        return keep(new, use, axes)
-
-    arrays, form = split_arrays(inputs[0])
-    # The states' tree comes from a run of which nothing but the empty states is computed.
-    try:
-        observed = jax.jit(lambda v, a: run(v, {}, form(a), start))(variables, arrays)
-    except jax.errors.UnexpectedTracerError as error:  # a TypeError too
-        raise ValueError(
-            "a quantized layer is called through a closure inside a function that JAX traces by "
-            "itself (a branch of nn.cond or lax.cond, the body of a loop), where no statistics can "
-            "be kept. Call it through the module that nn.cond or nn.switch hands on, "
-            "`lambda m, x: m.layer(x)`, or leave it in float with a rule without specs before the "
-            "others."
-        ) from error
-    except TypeError as error:
-        if "branch" not in str(error):
-            raise
-        observed = states_of_branches()
-    found = {key: StackedAxes(*kept[key]) for key in kept}
-    if any(s["sums"].lo.ndim > kept[p, o][0] for p, o, s in states(observed, _KIND) if "sums" in s):
-        shapes = jax.eval_shape(lambda v, a: run(v, {}, form(a), probe), variables, arrays)
-        probed = {(path, operand): state for path, operand, state in states(shapes, _KIND)}
-        found = {key: stacked_axes(*kept[key], probed[key]) for key in kept}
-    for (path, operand), moments in (known or {}).items():
-        observed = insert(observed, join(path, state_key(operand, _KIND), "stats"), moments)
-    # The variables are arguments: XLA would fold the statistics of constants, slowly.
-    step = jit_of_call(lambda v, s, a: run(v, s, a, update))
-    for arguments in inputs:
-        observed = step(variables, observed, arguments)
-    seen = {(path, operand): state for path, operand, state in states(observed, _KIND) if state}
-    return seen, found
+def _finished(sums: stats.Sums) -> stats.Stats:
+    stats.check_data(sums.lo, sums.hi, empty=sums.count == 0)
+    return _finish(sums)
 
 
 def _named(key: Key, function: Callable[..., Any], *args: Any) -> Any:

@@ -49,6 +49,16 @@ class StackedAxes:
             lambda a: jnp.moveaxis(a, range(count), self.axes[a.ndim - count]), tree
         )
 
+    def stacked(self, tree: Any, template: Any) -> Any:
+        """Returns arrays of the layer as its transform stacks those that all members share."""
+        if not self.axes:
+            return tree
+        return jax.tree.map(
+            lambda a, one: jnp.broadcast_to(jnp.expand_dims(a, self.axes[a.ndim]), one.shape),
+            tree,
+            template,
+        )
+
 
 def of_rank(tree: Any, rank: int, *, shared: bool) -> Any:
     """Returns arrays with leading axes of size 1, so that they can be stacked along any axis.

@@ -10,8 +10,9 @@ import pytest
 
 from qkd_jax.numerics import Spec
 from qkd_jax.observers import OBSERVERS
-from qkd_jax.quantize import Rule, quantize
+from qkd_jax.quantize import Rule, model, quantize
 from qkd_jax.quantize.calibration import calibrate
+from qkd_jax.quantize.rules import first_match
 
 KEY = jax.random.key(0)
 
@@ -168,3 +169,55 @@ def test_layers_with_borrowed_parameters_are_refused_by_name():
     x = jnp.ones((2, 4))
     with pytest.raises(ValueError, match=r"nn.WeightNorm.*a rule without specs"):
         calibrate(net, net.init(jax.random.key(0), x), [x])
+
+
+class Deep(nn.Module):
+    layers: int
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.layers):
+            x = x + nn.relu(nn.Dense(5, name=f"dense{i}")(x))
+        return x
+
+
+def test_twice_the_layers_compile_nothing_more(tmp_path):
+    """What XLA is given grows with the layers that differ, not with the equal ones."""
+    spec = Spec(4, quantizer="lsq", granularity="channel")
+    rules = [Rule(".*", weight=spec, input=Spec(4, quantizer="lsq"))]
+    x = jax.random.normal(jax.random.key(1), (6, 5))
+    sizes = []
+    for layers in (4, 8, 16):  # what does not depend on the net is compiled with the first
+        net = quantize(Deep(layers), rules)
+        variables = net.init(KEY, x)
+        out = tmp_path / str(layers)
+        jax.config.update("jax_dump_ir_to", str(out))
+        try:
+            calibrate(net, variables, [x, x[::-1]])
+        finally:
+            jax.config.update("jax_dump_ir_to", "")
+        sizes.append(sum(path.stat().st_size for path in out.iterdir()))
+    assert sizes[0] >= sizes[1] == sizes[2] > 0
+
+
+def test_a_net_is_traced_once_for_its_states_and_once_for_each_shape_of_batch():
+    traces = []
+
+    class Counted(Net):
+        def __call__(self, x, train=False):
+            traces.append(x.shape)
+            return super().__call__(x, train)
+
+    _, variables, x = build()
+    net = quantize(Counted(), [Rule("second", weight=Spec(4), input=Spec(4, signed=False))])
+    calibrate(net, variables, [x[:5], x[5:10], x[10:], x[:5]])
+    assert traces == [(5, 5), (5, 5), (2, 5)]
+
+
+def test_the_rule_of_a_path_is_looked_for_once(monkeypatch):
+    asked = []
+    look = lambda rules, path: asked.append(path) or first_match(rules, path)
+    monkeypatch.setattr(model, "first_match", look)
+    net, variables, x = build()
+    net.apply(calibrate(net, variables, [x]), x)
+    assert sorted(asked) == ["", "first", "second"]
