@@ -1,7 +1,6 @@
 """Learning one unit of a net: the rounding of its weights and the steps of its activations."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ Data = tuple[jax.Array, jax.Array, jax.Array]
 Params = dict[str, Any]
 """{"v": V of each weight, "steps": {index of a learned quantizer: its step}}."""
 
-CHUNK = 100  # steps in one compiled scan: how often there is progress to report
+CHUNK = 100  # steps of one compiled call: how often there is progress to report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,17 +115,17 @@ class UnitLearner:
             total = sum(penalty(v, beta) for v in params["v"])
             return error + settings.weight * jnp.where(counts, total, 0), error
 
-        @functools.partial(jax.jit, static_argnames="length")
+        @jax.jit
         def chunk(
             params: Params,
             state: optax.OptState,
             data: Data,
             key: jax.Array,
             first: int,
-            length: int,
+            last: int,
         ) -> tuple[Params, optax.OptState, jax.Array]:
-            def step(carry: tuple[Params, optax.OptState], i: jax.Array) -> tuple[Any, jax.Array]:
-                params, state = carry
+            def step(i: jax.Array, carry: tuple[Params, optax.OptState, jax.Array]) -> Any:
+                params, state, total = carry
                 draw, drop = jax.random.split(jax.random.fold_in(key, i))
                 examples = data[0].shape[axes[0]]
                 rows = jax.random.randint(draw, (settings.batch_size,), 0, examples)
@@ -134,17 +133,18 @@ class UnitLearner:
                 grad = jax.grad(loss, has_aux=True)
                 grads, error = grad(params, batch, drop, i / count)
                 updates, state = optimizer.update(grads, state, params)
-                return (optax.apply_updates(params, updates), state), error
+                return optax.apply_updates(params, updates), state, total + error
 
-            indices = first + jnp.arange(length)
-            (params, state), errors = jax.lax.scan(step, (params, state), indices)
-            return params, state, jnp.mean(errors)
+            # A loop of any length: the last chunk is not compiled by itself.
+            carry = params, state, jnp.float32(0)
+            params, state, total = jax.lax.fori_loop(first, last, step, carry)
+            return params, state, total / (last - first)
 
         state = optimizer.init(params)
         for first in range(0, count, CHUNK):
-            length = min(CHUNK, count - first)
-            params, state, error = chunk(params, state, data, key, first, length)
-            self.report(self.unit.name, first + length, float(error))
+            last = min(first + CHUNK, count)
+            params, state, error = chunk(params, state, data, key, first, last)
+            self.report(self.unit.name, last, float(error))
         return params
 
     def _output(
