@@ -1,11 +1,12 @@
-"""Finds the batch axis of a traced function: two traces of two sizes, compared value by value.
+"""Finds the batch axis of a traced function: traces of several sizes, compared.
 
-A size that is the same in both traces is no batch. One that is a multiple k of the batch size in
-both is k batches, and whatever runs the graph recognises it by that multiple. Every other size, a
-batch and one more example say, has no meaning at another batch size and is refused.
+A size that is the same in all is no batch. One that is a multiple k of the batch size is k batches,
+and whatever runs the graph recognises it by that multiple, so it is traced with a prime. Every
+other size, a batch and one more example say, has no meaning at another batch size and is refused.
 
-More traces, of the example's own size and of two examples, show Python that reads the batch size
-and does something else there (`if x.shape[0] > 8`): a graph is one program for all sizes.
+The other sizes are the example's own and two, where Python that reads the batch size may do
+something else (`if x.shape[0] > 8`): a graph is one program for all. Where they differ, a trace of
+a second prime says more of it.
 """
 
 import itertools
@@ -48,7 +49,7 @@ def batch_sizes(abstract: Any) -> Iterator[tuple[int, int]]:
 
 
 def compare(first: Graph, second: Graph) -> None:
-    """Checks that two traces differ by their batch sizes alone.
+    """Checks that two traces of prime batch sizes differ by those alone.
 
     Raises:
         Ambiguous: the first batch size stands for something else too; other sizes may not.
@@ -71,17 +72,16 @@ def compare(first: Graph, second: Graph) -> None:
         raise comparison.differs(nodes[-1] if nodes else None)
 
 
-def compare_size(first: core.ClosedJaxpr, other: core.ClosedJaxpr, sizes: tuple[int, int]) -> None:
-    """Checks that a function computes at one batch size what it computes at another.
+def difference(
+    first: core.ClosedJaxpr, other: core.ClosedJaxpr, sizes: tuple[int, int]
+) -> ValueError | None:
+    """Says where a function computes something else at one batch size than at another.
 
     Args:
-        first: traced with the first of `sizes`, of which no number is a multiple but the batch's.
+        first: traced with the first of `sizes`, a prime that no number but the batch's has.
         other: traced with the second, which may be any. Of a single example, whose axis of size 1
             JAX itself treats otherwise, the results' shapes alone are compared.
         sizes: the two batch sizes.
-
-    Raises:
-        ValueError: an operation, size or number is another one.
     """
     large, small = sizes
     scaled = lambda n: n // large * small if n % large == 0 else n
@@ -95,12 +95,13 @@ def compare_size(first: core.ClosedJaxpr, other: core.ClosedJaxpr, sizes: tuple[
         for scope, op, *_ in (two or one for one, two in pairs if one != two):
             where = f"from {op!r} in {scope or 'the root module'!r} on"
             break
-    if where:
-        raise ValueError(
-            f"the model's code reads the batch size: at {small} it is another program than at "
-            f"{large}, {where}. What is to run at any batch size is one program: leave the choice "
-            f"out of the forward pass. {OWN_BATCH}."
-        )
+    if where is None:
+        return None
+    return ValueError(
+        f"the model's code reads the batch size: at {small} it is another program than at "
+        f"{large}, {where}. What is to run at any batch size is one program: leave the choice "
+        f"out of the forward pass. {OWN_BATCH}."
+    )
 
 
 def _program(closed: core.ClosedJaxpr, size: Callable[[int], int]) -> Iterator[tuple[Any, ...]]:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from qkd_jax.graph.any_batch import JAXPRS, Ambiguous, batch_sizes, compare, compare_size
+from qkd_jax.graph.any_batch import JAXPRS, Ambiguous, batch_sizes, compare, difference
 from qkd_jax.graph.builder import Builder
 from qkd_jax.graph.dataflow import Constants, Graph
 from qkd_jax.graph.execution import Node
@@ -61,14 +61,13 @@ def trace(
         try:
             closed, results = jaxpr(first)
             found = graph(closed, results, first)
-            compare(found, graph(*jaxpr(second), second))
+            for size in sorted({2, jax.tree.leaves(abstract[1])[0].shape[0]}):
+                if other := difference(closed, jaxpr(size)[0], (first, size)):
+                    compare(found, graph(*jaxpr(second), second))
+                    raise other
+            return found
         except Ambiguous as error:
             ambiguous = ambiguous or error
-            continue
-        own = jax.tree.leaves(abstract[1])[0].shape[0]
-        for size in sorted({own, 2}):
-            compare_size(closed, jaxpr(size)[0], (first, size))
-        return found
     assert ambiguous is not None
     raise ambiguous
 
