@@ -6,12 +6,26 @@ import numpy as np
 import pytest
 
 import qkd_jax as qk
-from qkd_jax.models import create
 from qkd_jax.quantize import presets
 from qkd_jax.quantize.presets import PRESETS, pair
 from qkd_jax.quantizers import QUANTIZERS
 
 IMAGES = np.random.default_rng(0).normal(0, 1, (16, 8, 8, 1)).astype(np.float32)
+
+
+class Net(nn.Module):
+    """Two convolutions and a linear head."""
+
+    stem: str = "stem"
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), name=self.stem)(x))
+        x = nn.relu(nn.Conv(32, (3, 3), name="conv2")(x))
+        return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+
+ONE_END = Net(stem="conv1")  # has the usual name
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "w5a3", "w4a8:static:tensor", "int4_weight_only:4"])
@@ -31,7 +45,7 @@ def test_every_pair_trains_the_inner_layers_with_its_quantizer(quantizer):
     assert inner.input.quantizer == inputs["quantizer"]
     assert (stem.weight.bits, head.weight.bits, inner.weight.bits) == (8, 8, int(name[1]))
 
-    net = qk.quantize(create("resnet8", num_classes=10, width=4), presets.rules(name))
+    net = qk.quantize(Net(), presets.rules(name))
     variables = net.init(jax.random.key(0), IMAGES)
     calibrated = qk.calibrate(net, variables, [IMAGES])
     found = net.apply(calibrated, IMAGES)
@@ -44,10 +58,9 @@ def test_every_quantizer_that_trains_has_a_pair():
 
 
 def test_static_and_dynamic_differ_in_when_ranges_are_found():
-    model = create("resnet8", num_classes=10, width=4)
     logits = {}
     for kind in ("static", "dynamic"):
-        net = qk.quantize(model, presets.rules(kind))
+        net = qk.quantize(Net(), presets.rules(kind))
         variables = net.init(jax.random.key(0), IMAGES)
         logits["float"] = net.apply(variables, IMAGES)
         variables = qk.calibrate(net, variables, [IMAGES])
@@ -68,7 +81,7 @@ def test_static_and_dynamic_differ_in_when_ranges_are_found():
 
 
 def test_fp8_keeps_a_net_and_is_refused_by_convert():
-    net = qk.quantize(create("resnet8", num_classes=10, width=4), presets.rules("fp8"))
+    net = qk.quantize(Net(), presets.rules("fp8"))
     floats = net.init(jax.random.key(0), IMAGES)
     variables = qk.calibrate(net, floats, [IMAGES])
     found, wanted = net.apply(variables, IMAGES), net.apply(floats, IMAGES)
@@ -80,7 +93,7 @@ def test_fp8_keeps_a_net_and_is_refused_by_convert():
 
 
 def test_weight_only_leaves_every_product_in_float():
-    net = qk.quantize(create("resnet8", num_classes=10, width=4), presets.rules("int8_weight_only"))
+    net = qk.quantize(Net(), presets.rules("int8_weight_only"))
     variables = net.init(jax.random.key(0), IMAGES)
     variables = qk.calibrate(net, variables, [IMAGES])
     covered = qk.coverage(net, variables, IMAGES)
@@ -105,27 +118,17 @@ def test_wrong_names_are_refused(name, message):
         presets.rules(name)
 
 
-class Named(nn.Module):
-    """A net of which one end has the usual name."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(8, (3, 3), name="conv1")(x))
-        x = nn.relu(nn.Conv(32, (3, 3), name="conv2")(x))
-        return nn.Dense(4, name="head")(x.mean((1, 2)))
-
-
 @pytest.mark.parametrize("name", ["w4a4", "w4a4:static", "w4a4:dynamic"])
 def test_each_end_is_found_by_itself(name):
-    net = qk.quantize(Named(), presets.rules(name, model=Named(), images=IMAGES))
+    net = qk.quantize(ONE_END, presets.rules(name, model=ONE_END, images=IMAGES))
     bits = [net.spec_of(path, "weight").bits for path in ("conv1", "conv2", "head")]
     assert bits == [8, 4, 8]
     net.init(jax.random.key(0), IMAGES)
 
 
 def test_groups_that_do_not_fit_become_channels():
-    rules = presets.rules("int4_weight_only", model=Named(), images=IMAGES)
-    net = qk.quantize(Named(), rules)
+    rules = presets.rules("int4_weight_only", model=ONE_END, images=IMAGES)
+    net = qk.quantize(ONE_END, rules)
     kinds = [net.spec_of(path, "weight").granularity for path in ("conv1", "conv2", "head")]
     assert kinds == ["channel", "channel", 32]
     qk.calibrate(net, net.init(jax.random.key(0), IMAGES), [IMAGES])
