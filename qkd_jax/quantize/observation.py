@@ -21,7 +21,7 @@ from qkd_jax import checks
 from qkd_jax.graph import Segments
 from qkd_jax.numerics import Spec, stats
 from qkd_jax.observers import OBSERVERS
-from qkd_jax.quantize.calls import CallForm, split_arrays
+from qkd_jax.quantize.calls import CallForm, explaining_failures, split_arrays
 from qkd_jax.quantize.contraction import OperandGrid
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.lifted import StackedAxes, like, of_rank, probes, stacked_axes
@@ -200,7 +200,7 @@ def observe(
             frames.append(frame)
             return split_states(out["params"], _KIND)
 
-        with _refusals():
+        with explaining_failures(None), _refusals():
             closed, shapes = jax.make_jaxpr(run, return_shape=True)(*args)
             if any(isinstance(value, jax.core.Tracer) for value in closed.consts):
                 raise jax.errors.UnexpectedTracerError("A state has left the trace of its layer.")
@@ -323,12 +323,6 @@ def _refusals() -> Iterator[None]:
             f"without specs before the others, or unroll the loop. ({error})"
         ) from error
     except ModifyScopeVariableError as error:
-        if '"batch_stats"' in str(error):
-            raise ValueError(
-                "the model updates its running averages: it runs in training mode. Give "
-                "`calibrate` the argument of its call for evaluation, such as train=False. "
-                f"({error})"
-            ) from error
         if '"params"' not in str(error):
             raise
         raise ValueError(
