@@ -1,6 +1,5 @@
 """Settings for every test: CPU, strict broadcasting, a compilation cache of the tests' own."""
 
-import math
 import os
 import sys
 import tempfile
@@ -39,16 +38,6 @@ os.environ.setdefault(
 )
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
-
-# Random bits are a hash of each element's number. XLA takes 2 s of processor time to compile them
-# for a shape of four axes, which each new layer of a net has, and 0.3 s for the same bits in a row.
-if of_shape := getattr(jax._src.prng, "_threefry_random_bits_partitionable", None):
-
-    def of_row(key, bit_width, shape):
-        row = (math.prod(shape),) if len(shape) > 1 else shape
-        return of_shape(key, bit_width, row).reshape(shape)
-
-    jax._src.prng._threefry_random_bits_partitionable = of_row
 
 
 def pytest_addoption(parser):

@@ -80,12 +80,3 @@ def test_a_mapped_product_of_rows_is_right(rows, size):
     truth = ((table.astype(np.float64) @ matrix.T.astype(np.float64)) ** 2).sum(-1)
     # Sums of `size` squares in float32: each rounding is below 6e-8 of the terms' magnitude.
     np.testing.assert_allclose(compute(matrix, table), truth, rtol=1e-4, atol=1e-5)
-
-
-def test_random_bits_of_the_tests_are_those_of_jax():
-    """`conftest.py` has them drawn in a row; these are JAX's own, of a process without it."""
-    key = jax.random.key(7)
-    bits = [[[2895194379, 4185947648, 1300703658]], [[1906787632, 3139134342, 2709822315]]]
-    np.testing.assert_array_equal(jax.random.bits(key, (2, 1, 3)), bits)
-    mapped = jax.vmap(lambda key: jax.random.bits(key, (1, 2), "uint8"))(jax.random.split(key))
-    np.testing.assert_array_equal(mapped, [[[37, 202]], [[31, 102]]])
