@@ -27,6 +27,7 @@ def accepted(bits):
     return specs
 
 
+@functools.cache
 def taken(name, bits):
     specs = []
     for fields in itertools.product(bits, (True, False), (True, False), ("tensor", "channel")):
@@ -40,23 +41,24 @@ def taken(name, bits):
     return specs
 
 
+@functools.cache
 def is_live(spec):
     """Whether the grid is a function of the tensor itself (weights of DoReFa, XNOR, TWN)."""
-    x = data(spec)
-    _, params = fresh(spec, x)
+    x, _, params = start(spec)
     moved = quantizers.live(2 * x, params, spec)
     return any(np.any(moved[k] != params[k]) for k in params)
 
 
+@functools.cache
 def has_view(spec):
     """Whether the grid is uniform, so that values are integer codes times a scale."""
-    module, params = fresh(spec, data(spec))
+    _, module, params = start(spec)
     return module.integer_view(params, spec) is not None
 
 
 def is_odd(spec):
     """Whether the codes are the odd ones, so that zero lies between two of them."""
-    module, params = fresh(spec, data(spec))
+    _, module, params = start(spec)
     return has_view(spec) and module.integer_view(params, spec)[2].bits > spec.bits
 
 
@@ -89,6 +91,21 @@ def fresh(spec, x):
     return module, module.init(stats, spec)
 
 
+@functools.cache
+def sample(both_signs, channel_axes):
+    """The data of `start` and their statistics."""
+    x = data(Spec(4, signed=both_signs))
+    return x, numerics.finish(numerics.measure(x, channel_axes=channel_axes))
+
+
+@functools.cache
+def start(spec):
+    """Data, the quantizer and its first parameters: `over` asks them of every spec."""
+    x, stats = sample(spec.signed or not spec.symmetric, channels(spec))
+    module = QUANTIZERS[spec.quantizer]
+    return x, module, module.init(stats, spec)
+
+
 def same(spec, found, wanted):
     """Equal bit for bit; a grid that is itself a sum over the tensor may differ in its last bit."""
     if is_live(spec):
@@ -113,8 +130,7 @@ def gradients(module, spec, x, params, **kw):
 
 @over(*range(1, 17), keep=lambda spec: not has_view(spec))
 def test_a_grid_that_is_not_uniform_is_still_a_projection(spec):
-    x = data(spec)
-    module, params = fresh(spec, x)
+    x, module, params = start(spec)
     assert {p.dtype for p in params.values()} == {jnp.dtype(jnp.float32)}
     x_hat = module.fake_quant(x, params, spec)
     assert x_hat.shape == x.shape and x_hat.dtype == x.dtype
@@ -129,8 +145,7 @@ def test_a_grid_that_is_not_uniform_is_still_a_projection(spec):
 
 @over(*range(1, 17), keep=has_view)
 def test_x_hat_lies_on_the_grid_of_the_integer_view(spec):
-    x = data(spec)
-    module, params = fresh(spec, x)
+    x, module, params = start(spec)
     wanted = (1, 1, 3) if spec.granularity == "channel" else ()
     assert {p.shape for p in params.values()} == {wanted}
     assert {p.dtype for p in params.values()} == {jnp.dtype(jnp.float32)}
@@ -193,8 +208,7 @@ def test_gradients_are_finite_and_of_the_primals_type(spec):
 
 @over(4, keep=lambda spec: has_view(spec) and not is_live(spec))
 def test_not_a_number_is_kept_and_infinity_saturates(spec):
-    x = data(spec)
-    module, params = fresh(spec, x)
+    _, module, params = start(spec)
     scale, zero_point, form = module.integer_view(params, spec)
     ends = jnp.concatenate(
         [jnp.full((1, 5, 3), v, jnp.float32) for v in (jnp.nan, jnp.inf, -jnp.inf)]
@@ -252,8 +266,7 @@ def test_float64_stays_float64(spec):
 
 @over(3)
 def test_transformed_and_not_are_the_same(spec):
-    x = data(spec)
-    module, params = fresh(spec, x)
+    x, module, params = start(spec)
     f = functools.partial(module.fake_quant, spec=spec)
     eager = f(x, params)
     same(spec, jax.jit(f)(x, params), eager)
@@ -273,8 +286,7 @@ def test_transformed_and_not_are_the_same(spec):
 
 @over(4, keep=lambda spec: spec.signed)
 def test_vmap_over_examples_and_over_parameters(spec):
-    x = data(spec)
-    module, params = fresh(spec, x)
+    x, module, params = start(spec)
     if spec.granularity == "channel":
         # Inside vmap an example has two axes, and so have the parameters.
         params = {k: np.asarray(v)[0] for k, v in params.items()}
@@ -323,8 +335,7 @@ def test_a_channel_is_a_tensor_of_its_own(spec):
 
 @over(4)
 def test_a_mean_over_examples_does_not_depend_on_the_batch_size(spec):
-    x = data(spec)
-    module, params = fresh(spec, x)
+    x, module, params = start(spec)
 
     def mean_gradient(x):
         loss = lambda p: jnp.mean(
@@ -338,8 +349,7 @@ def test_a_mean_over_examples_does_not_depend_on_the_batch_size(spec):
 
 @over(4)
 def test_the_backward_pass_keeps_the_input_and_the_parameters_only(spec):
-    x = data(spec)
-    module, params = fresh(spec, x)
+    x, module, params = start(spec)
     _, pull = jax.vjp(lambda x, p: module.fake_quant(x, p, spec), x, params)
     kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size == x.size]
     assert len(kept) <= 1
@@ -350,8 +360,7 @@ def test_the_backward_pass_keeps_the_input_and_the_parameters_only(spec):
 @over(4, keep=lambda spec: spec.signed and not is_live(spec))
 @pytest.mark.parametrize("runner", ["pmap", "shard_map"])
 def test_four_devices_equal_one(spec, runner):
-    x = data(spec)
-    module, params = fresh(spec, x)
+    x, module, params = start(spec)
     total = lambda x, p: jnp.sum(module.fake_quant(x, p, spec, batch_axes=(0,)) ** 3)
     grad = jax.value_and_grad(total, (0, 1))
     one, (dx, dparams) = grad(x, params)
@@ -385,8 +394,7 @@ def test_four_devices_equal_one(spec, runner):
 
 @over(2)
 def test_parameters_that_do_not_fit_are_refused(spec):
-    x = data(spec)
-    module, params = fresh(spec, x)
+    x, module, params = start(spec)
     with pytest.raises(ValueError, match=r"params has the keys \['other'\]"):
         module.fake_quant(x, {"other": jnp.ones(())}, spec)
     with pytest.raises(ValueError, match=r"params\['.*'\] has shape \(3,\)"):
@@ -420,8 +428,7 @@ def test_a_grid_of_no_size_is_refused(spec):
 
 @over(4)
 def test_traces_once_for_one_spec(spec):
-    x = data(spec)
-    module, params = fresh(spec, x)
+    x, module, params = start(spec)
     traces = []
 
     @jax.jit
