@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from qkd_jax.distillation.forward import mode_arguments
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.interceptors import intercepting
 from qkd_jax.quantize.variables import is_folded
 
 SOWN = "measured_input_"
@@ -165,7 +166,7 @@ def batch_norm_inputs(
             "a BatchNorm of this net is folded, and its statistics are gone; make the images "
             "before it is folded."
         )
-    with nn.intercept_methods(watch):
+    with intercepting(watch):
         logits, updated = net.apply(variables, images, mutable=["batch_stats"], **mode)
     leaves = jax.tree_util.tree_leaves_with_path(updated.get("batch_stats", {}))
     measured = {

@@ -19,6 +19,7 @@ from qkd_jax.ptq.stream import check_finite
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.calibration import model_arguments
 from qkd_jax.quantize.calls import jit_of_call, split_arrays
+from qkd_jax.quantize.interceptors import intercepting
 from qkd_jax.quantize.variables import is_folded
 
 Tree = dict[str, Any]
@@ -75,7 +76,7 @@ def reestimate_batch_norm(
     @jit_of_call
     def statistics(variables: Tree, arguments: tuple[Any, ...]) -> Tree:
         """Runs flax's BatchNorm in train mode with momentum 0: it stores the batch's statistics."""
-        with nn.intercept_methods(_exact):
+        with intercepting(_exact):
             _, updated = net.apply(variables, *arguments, mutable=["batch_stats"], **kwargs)
         return updated["batch_stats"]
 

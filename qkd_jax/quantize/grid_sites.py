@@ -29,6 +29,7 @@ from qkd_jax.quantize.calls import (
     split_arrays,
 )
 from qkd_jax.quantize.interception import Frame
+from qkd_jax.quantize.interceptors import intercepting
 from qkd_jax.quantize.model import quantize
 
 # Each number of the result is one of the operand.
@@ -116,7 +117,7 @@ def find_grid_sites(model: nn.Module, images: Any, **kwargs: Any) -> GridSites:
     def start(arrays: list[Any]) -> Any:  # traced, never computed
         args, keywords, streams = joined(arrays)
         streams = {"params": jax.random.key(0), **streams}
-        with nn.intercept_methods(frame):
+        with intercepting(frame):
             return unfreeze(model.init(streams, *args, method=method, **keywords))
 
     def forward(variables: Any, arrays: list[Any]) -> Any:

@@ -15,7 +15,7 @@ A `Frame` is one application of a net. To do something else with its operands, g
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import flax.linen as nn
@@ -86,6 +86,7 @@ class Frame:
         traced: whether the application is traced for a graph (with the hook `mark_operand`):
             operands without a spec are marked too.
         mark_outputs: with `traced`, mark what every module returns, with a spec or without.
+        shared: what equal applications have in common, as `intercepting` takes it.
 
     A layer whose rule gives its input no spec, but whose input is, unchanged, what a module with an
     `output` spec returned, reads that module's codes.
@@ -99,8 +100,10 @@ class Frame:
         axis_name: str | None = None,
         traced: bool = False,
         mark_outputs: bool = False,
+        shared: Hashable | None = None,
     ):
         self.spec_of = spec_of
+        self.shared = shared
         self.hook = hook
         self.axis_name = axis_name
         self.traced = traced

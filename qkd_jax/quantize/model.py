@@ -23,6 +23,7 @@ from flax.core import unfreeze
 from qkd_jax import checks
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize.interception import Frame
+from qkd_jax.quantize.interceptors import intercepting
 from qkd_jax.quantize.operands import mark_operand, quantize_operand, watching
 from qkd_jax.quantize.rules import Rule, first_match
 from qkd_jax.quantize.variables import ATTENDED, join_quant, refuse_own_names, split_quant
@@ -73,7 +74,7 @@ class QuantizedModel:
             ValueError: a rule matches nothing; the message names the nearest path.
         """
         frame = Frame(self.spec_of)
-        with nn.intercept_methods(frame):
+        with intercepting(frame):
             variables = self.model.init(rngs, *args, **kwargs)
         refuse_own_names(flatten(variables.get("params", {})))
         self.check_rules(frame.modules, frame.seen.keys())
@@ -104,7 +105,8 @@ class QuantizedModel:
             The module's output, or (output, mutated collections) where `mutable` is given.
         """
         hook = quantize_operand if watch is None else watching(watch)
-        frame = Frame(self.spec_of, hook, axis_name=axis_name)
+        shared = (self, axis_name) if watch is None else None
+        frame = Frame(self.spec_of, hook, axis_name=axis_name, shared=shared)
         return self.apply_in(frame, variables, *args, mutable=mutable, **kwargs)
 
     def trace_apply(
@@ -127,7 +129,7 @@ class QuantizedModel:
         **kwargs: Any,
     ) -> Any:
         """Applies the model in a frame, whose hook receives each operand that has a spec."""
-        with nn.intercept_methods(frame):
+        with intercepting(frame, frame.shared):
             out = self.model.apply(join_quant(variables), *args, mutable=mutable, **kwargs)
         if mutable is False:
             return out

@@ -26,6 +26,7 @@ from qkd_jax.quantize.calls import (
     own_batch_alone,
     split_arrays,
 )
+from qkd_jax.quantize.interceptors import intercepting
 from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.variables import is_calibrated, quantizer_path, split_multipliers
 from qkd_jax.quantizers import (
@@ -164,7 +165,7 @@ def trace_net(
         return next_fun(*args, **kwargs)
 
     def forward(variables: Any, arrays: Any, carried: Any) -> Any:
-        with nn.intercept_methods(note):
+        with intercepting(note):
             return net.trace_apply({**variables, **carried}, *joined(arrays), **kwargs)
 
     try:

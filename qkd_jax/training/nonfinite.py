@@ -8,13 +8,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from qkd_jax.distillation.forward import forward
 from qkd_jax.distillation.terms import term_numbers
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.interceptors import intercepting
 from qkd_jax.quantize.operands import ROUNDING
 from qkd_jax.training.objective import Batch, gradients
 from qkd_jax.training.plan import Learner, Plan
@@ -125,7 +125,7 @@ def _run(
             located.append(NonFinite(name, "/".join(path), what))
         return output
 
-    with nn.intercept_methods(watch):
+    with intercepting(watch):
         logits, carried = forward(net, variables, images, **options)
     if not located and _bad(logits):
         located.append(NonFinite(name, "", "logits are not finite"))

@@ -284,6 +284,60 @@ def test_a_lifted_root_is_no_layer_on_parameters_handed_in():
         assert [p.status for p in qk.coverage(net, quantized, X).products] == ["weight only"]
 
 
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5)(nn.relu(nn.Dense(8)(x)))
+
+
+class JitMethod(nn.Module):
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5)(nn.relu(nn.Dense(8)(x)))
+
+
+JitBlock = nn.jit(Block)  # a class that all nets share, and what it has traced
+
+
+class Holding(nn.Module):
+    block: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="last")(self.block(name="block")(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "plain"),
+    [
+        (JitBlock(), Block()),
+        (JitMethod(), Block()),
+        (Holding(JitBlock), Holding(Block)),
+    ],
+    ids=["class", "method", "inside"],
+)
+def test_nn_jit_runs_no_net_as_another(model, plain):
+    variables = plain.init(KEY, X)
+    model.apply(variables, X)  # traced in float
+    for bits in (8, 2):
+        rules = [qk.Rule(".*", weight=qk.Spec(bits), input=qk.Spec(8))]
+        net, truth = (qk.quantize(m, rules) for m in (model, plain))
+        net.init(KEY, X)
+        calibrated = [qk.calibrate(n, variables, [X]) for n in (truth, net, net)]
+        for tree in calibrated[1:]:
+            jax.tree.map(np.testing.assert_array_equal, tree, calibrated[0])
+        wanted = truth.apply(calibrated[0], X)
+        np.testing.assert_allclose(net.apply(calibrated[0], X), wanted, rtol=1e-5, atol=1e-6)
+    seen = []
+    watched = net.apply(calibrated[0], X, watch=lambda path, *_: seen.append(path))
+    integer = qk.integer_apply(qk.convert(net, calibrated[0], X), X)
+    np.testing.assert_allclose(watched, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(integer, wanted, rtol=1e-5, atol=1e-6)
+    found = qk.diagnose(net, calibrated[0], [X]).operands
+    assert {d.path for d in found} == set(seen) and len(seen) == 4 + 2 * isinstance(model, Holding)
+
+
 class Cached(nn.Module):
     @nn.compact
     def __call__(self, x):

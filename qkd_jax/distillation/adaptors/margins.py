@@ -11,6 +11,7 @@ import numpy as np
 from qkd_jax.distillation.forward import CARRIED_NEVER, mode_arguments, pick_taps
 from qkd_jax.losses import ofd_margin
 from qkd_jax.quantize import QuantizedModel
+from qkd_jax.quantize.interceptors import intercepting
 
 
 def batch_norms_into(
@@ -34,7 +35,7 @@ def batch_norms_into(
                 norms.append(out)
             return out
 
-        with nn.intercept_methods(watch):
+        with intercepting(watch):
             _, collections = net.apply(
                 variables,
                 images,
