@@ -312,8 +312,8 @@ class Holding(nn.Module):
     ("model", "plain"),
     [
         (JitBlock(), Block()),
-        (JitMethod(), Block()),
-        (Holding(JitBlock), Holding(Block)),
+        pytest.param(JitMethod(), Block(), marks=pytest.mark.slow),
+        pytest.param(Holding(JitBlock), Holding(Block), marks=pytest.mark.slow),
     ],
     ids=["class", "method", "inside"],
 )
