@@ -258,7 +258,7 @@ def test_python_that_reads_the_batch_size_is_refused_and_traced_as_it_is(fn, row
 def test_a_batch_of_one_that_is_no_axis_is_refused():
     squeezed = lambda v, x: v * jnp.squeeze(x)
     with pytest.raises(
-        ValueError, match=r"at 1 it is .* results of another shape.*any_batch=False"
+        ValueError, match=r"with 1 examples .* results of another shape.*any_batch=False"
     ):
         graph.trace(squeezed, jnp.ones(()), jnp.ones((1, 3)), any_batch=True)
     assert graph.trace(squeezed, jnp.ones(()), jnp.ones((2, 3)), any_batch=True).batch

@@ -107,7 +107,7 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., Any]:
     """Reads a file of `save_stablehlo`.
 
     Returns:
-        images [batch, ...] -> the net's output.
+        images [batch, ...] -> the net's output; a net of several inputs takes as many arguments.
 
     Raises:
         ValueError: no such file, one that is damaged, of another version, or of a JAX that this one

@@ -89,18 +89,19 @@ def difference(
     if small == 1:
         shapes = [tuple(map(scaled, a.shape)) for a in first.out_avals]
         if shapes != [a.shape for a in other.out_avals]:
-            where = "to results of another shape"
+            where = "with results of another shape"
     else:
         pairs = itertools.zip_longest(_program(first, scaled), _program(other, lambda n: n))
-        for scope, op, *_ in (two or one for one, two in pairs if one != two):
-            where = f"from {op!r} in {scope or 'the root module'!r} on"
+        for pair in (pair for pair in pairs if pair[0] != pair[1]):
+            here = [f"{a[1]!r} in {a[0] or 'the root module'!r}" if a else "nothing" for a in pair]
+            where = f"with {here[1]}, there {here[0]}"
             break
     if where is None:
         return None
     return ValueError(
-        f"the model's code reads the batch size: at {small} it is another program than at "
-        f"{large}, {where}. What is to run at any batch size is one program: leave the choice "
-        f"out of the forward pass. {OWN_BATCH}."
+        f"the model's code reads the batch size: traced with {small} examples it is another "
+        f"program than with {large}, {where}. What is to run at any batch size is one program: "
+        f"leave the choice out of the forward pass. {OWN_BATCH}."
     )
 
 

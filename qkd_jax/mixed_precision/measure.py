@@ -17,6 +17,7 @@ from qkd_jax.mixed_precision.hessian import mean_curvatures, weight_errors
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import QuantizedModel, Rule, inspection, quantize
 from qkd_jax.quantize.calibration import calibrate, model_arguments
+from qkd_jax.quantize.calls import explaining_failures
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.operands import OperandHook, OperandUse
 from qkd_jax.quantize.variables import without_quantizers
@@ -96,7 +97,8 @@ def sensitivity(
     images = [x for x, _ in given]
     floats = without_quantizers(variables)
     frame = Frame(net.spec_of)
-    jax.eval_shape(lambda v, x: net.apply_in(frame, v, x, **kwargs), floats, images[0])
+    with explaining_failures(None):
+        jax.eval_shape(lambda v, x: net.apply_in(frame, v, x, **kwargs), floats, images[0])
     infos = {info.path: info for info in inspection.layers(net, floats, images[0], **kwargs)}
     infos = {path: info for path, info in infos.items() if info.weight is not None}
     if not infos:

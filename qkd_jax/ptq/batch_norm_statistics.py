@@ -18,7 +18,7 @@ from qkd_jax import checks
 from qkd_jax.ptq.stream import check_finite
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.calibration import model_arguments
-from qkd_jax.quantize.calls import jit_of_call, split_arrays
+from qkd_jax.quantize.calls import explaining_failures, jit_of_call, split_arrays
 from qkd_jax.quantize.interceptors import intercepting
 from qkd_jax.quantize.variables import is_folded
 
@@ -46,8 +46,8 @@ def reestimate_batch_norm(
         variables: float or calibrated, not folded.
         batches: model inputs: arrays [batch, ...], dicts with the key "image" (rows where "mask" is
             0 are left out), or tuples of positional arguments.
-        **kwargs: further arguments of the model's call. Everything but BatchNorm runs as they say,
-            so dropout stays off without them.
+        **kwargs: further arguments of the model's call, those for evaluation (train=False):
+            BatchNorm alone runs as in training.
 
     Returns:
         The variables with new `batch_stats`.
@@ -88,7 +88,8 @@ def reestimate_batch_norm(
         if count:
             for argument in arrays:
                 check_finite(f"batches[{index}]", argument)
-            stats = statistics(variables, arguments)
+            with explaining_failures(arguments):
+                stats = statistics(variables, arguments)
             seen.append((count, jax.tree.map(lambda a: np.asarray(a, np.float64), stats)))
     checks.at_least_one("batches", seen)
     merged = _merged(seen)

@@ -140,6 +140,12 @@ def explaining_failures(images: Any) -> Iterator[None]:
             f"takes (images, {{{name!r}: ...}}). ({error})"
         ) from error
     except Exception as error:
+        if isinstance(images, tuple) and isinstance(error, TypeError | AttributeError):
+            raise ValueError(
+                f"the model can't be called with a tuple of {len(images)}, its positional "
+                f"arguments: {type(error).__name__}: {str(error).partition(chr(10))[0]}. Labels "
+                "are no argument of it, and batches are a list where a function takes several."
+            ) from error
         if not isinstance(images, list | dict):
             raise
         given = f"a dict of {sorted(images)}" if isinstance(images, dict) else "a list"

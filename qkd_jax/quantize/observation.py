@@ -200,7 +200,7 @@ def observe(
             frames.append(frame)
             return split_states(out["params"], _KIND)
 
-        with explaining_failures(None), _refusals():
+        with explaining_failures(inputs[0] if len(inputs[0]) > 1 else None), _refusals():
             closed, shapes = jax.make_jaxpr(run, return_shape=True)(*args)
             if any(isinstance(value, jax.core.Tracer) for value in closed.consts):
                 raise jax.errors.UnexpectedTracerError("A state has left the trace of its layer.")

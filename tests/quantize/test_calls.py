@@ -117,3 +117,31 @@ def test_a_model_of_one_batch_size_is_refused_at_any_other():
     integer = qk.convert(net, variables, X, any_batch=False)
     expected = jax.jit(net.apply)(variables, X)
     np.testing.assert_array_equal(qk.integer_apply(integer, X), expected)
+
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x, y):
+        return nn.Dense(5, name="head")(jnp.tanh(nn.Dense(8, name="body")(x)) * y.mean(1)[:, None])
+
+
+def test_inputs_of_other_shapes_than_the_examples_are_refused():
+    """A mean over an axis is a sum times a number, which is that of the example's axis."""
+    net = qk.quantize(Pair(), RULES)
+    variables = qk.calibrate(net, net.init(jax.random.key(0), X, X), [(X, X)])
+    integer = qk.convert(net, variables, (X, X))
+    assert qk.integer_apply(integer, (X[:2], X[:2])).shape == (2, 5)
+    for given in (X, (X, X[:, :4]), (X, X[0]), [(X, X)] * 2):
+        with pytest.raises(ValueError, match=r"images is of shapes .* converted for .*'batch', 6"):
+            qk.integer_apply(integer, given)
+    with pytest.raises(ValueError, match=r"tuple of 3, its positional arguments.*Labels are no"):
+        qk.calibrate(net, variables, [(X, X, X[:, 0])])
+
+
+def test_a_file_of_several_inputs_runs_on_a_tuple(tmp_path):
+    pytest.importorskip("onnxruntime")
+    net = qk.quantize(Pair(), [])
+    variables = net.init(jax.random.key(0), X, X)
+    path = qk.deploy.to_onnx(net, variables, (X, X), tmp_path / "m.onnx").path
+    (found,) = qk.deploy.open_onnx(path, "onnxruntime")((X, X))
+    np.testing.assert_allclose(found, net.apply(variables, X, X), rtol=1e-5, atol=1e-6)

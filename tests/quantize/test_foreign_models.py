@@ -166,6 +166,7 @@ def test_calls_in_training_mode_say_so(model, mode, tmp_path):
     for call in (
         lambda: qk.coverage(net, variables, X),
         lambda: qk.diagnose(net, variables, [X]),
+        lambda: qk.sensitivity(net, variables, [X]),
         lambda: qk.convert(net, variables, X),
         lambda: qk.ptq.fold_bn(net, variables, X),
         lambda: qk.deploy.to_onnx(net, variables, X, tmp_path / "net.onnx"),

@@ -133,16 +133,22 @@ def integer_apply(
 
     Raises:
         ValueError: an unknown formulation, "float32" for a layer whose sums are too large, or
-            images of another shape than a net without a batch takes.
+            images of other shapes than the net was converted for.
     """
     checks.one_of("formulation", formulation, FORMULATIONS)
     images, _ = split_arrays(images)  # flags are in the program
     shapes = [tuple(a.shape) for a in images]
-    expected = [a.shape for a in integer.program.signature]
+    expected = [tuple(a.shape) for a in integer.program.signature]
     if integer.program.batch is None and shapes != expected:
         raise ValueError(
             f"images is of shapes {shapes}, and the net was converted with any_batch=False, for "
             f"{expected}; give these, or convert it for any batch size."
+        )
+    own = [("batch", *shape[1:]) for shape in expected]
+    if integer.program.batch is not None and [("batch", *shape[1:]) for shape in shapes] != own:
+        raise ValueError(
+            f"images is of shapes {shapes}, and the net was converted for {own}; only the batch "
+            "size may differ from that of `convert`'s example."
         )
     return run(integer, images, capture, formulation)
 

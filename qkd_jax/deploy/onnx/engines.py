@@ -22,12 +22,12 @@ def open_onnx(
     """Opens a file of `to_onnx` as a function of images.
 
     Args:
-        path: an ONNX file with one input.
+        path: an ONNX file.
         engine: a key of `ONNX_ENGINES`.
         threads: threads of one inference, or None for the engine's choice.
 
     Returns:
-        images, in the model's own order of axes -> the model's results.
+        images, in the model's own order of axes, or a tuple of inputs -> the model's results.
 
     Raises:
         ValueError: an unknown engine.
@@ -36,10 +36,14 @@ def open_onnx(
     checks.one_of("engine", engine, ONNX_ENGINES)
     if engine == "onnxruntime":
         session = onnx_session(path, threads=threads)
-        (given,) = session.get_inputs()
-        return lambda images: session.run(None, {given.name: channels_first(images)})
+        names = [given.name for given in session.get_inputs()]
+        return lambda images: session.run(None, dict(zip(names, _inputs(images), strict=True)))
     request = openvino_model(path, threads=threads).create_infer_request()
-    return lambda images: [a.copy() for a in request.infer([channels_first(images)]).values()]
+    return lambda images: [a.copy() for a in request.infer(_inputs(images)).values()]
+
+
+def _inputs(images: Any) -> list[np.ndarray]:
+    return [channels_first(a) for a in (images if isinstance(images, tuple) else (images,))]
 
 
 def channels_first(images: Any) -> np.ndarray:

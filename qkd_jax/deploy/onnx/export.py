@@ -200,8 +200,9 @@ def _check_target(target: str | None, saturating: tuple[str, ...]) -> None:
         return
     message = (
         f"8-bit weights on 8-bit inputs saturate on x86 without VNNI in: {', '.join(saturating)}. "
-        "Give these weights 7 bits, or run ONNX Runtime through `onnx_session`, which sets "
-        "session.x64quantprecision=1."
+        "Give these weights 7 bits (`targets.fit(rules, target)`, or reduce_range=True of "
+        "`presets.rules`) and calibrate again; or leave the target out and run ONNX Runtime "
+        "through `onnx_session`, which sets session.x64quantprecision=1."
     )
     if target in TARGETS and TARGETS[target].reduce_range:
         raise ValueError(message)

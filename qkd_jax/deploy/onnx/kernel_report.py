@@ -17,7 +17,10 @@ ORT_INTEGER = frozenset(
     "QLinearConv QLinearMatMul QGemm MatMulInteger MatMulIntegerToFloat ConvInteger "
     "DynamicQuantizeMatMul".split()
 )
-ORT_FLOAT = frozenset("Conv FusedConv NhwcFusedConv MatMul FusedMatMul Gemm FusedGemm".split())
+# MatMulNBits has weights of 4 or 8 bits and computes in float, as `onnx_session` sets it.
+ORT_FLOAT = frozenset(
+    "Conv FusedConv NhwcFusedConv MatMul FusedMatMul Gemm FusedGemm MatMulNBits".split()
+)
 OPENVINO_CONTRACTIONS = frozenset("Convolution Deconvolution FullyConnected MatMul".split())
 OPENVINO_INTEGER = frozenset({"i8", "u8"})
 

@@ -167,3 +167,14 @@ def test_each_of_two_grids_in_a_row_rounds(tmp_path, session):
     path = to_onnx(net, variables, x, tmp_path / "m.onnx").path
     found = session(path).run(None, fed(x))[0]
     assert np.median(gaps(found, jax.jit(net.apply)(variables, x))) < 1e-6
+
+
+@pytest.mark.parametrize("target", [None, "tensorrt"])
+def test_a_weight_of_codes_before_float_inputs_is_a_product_too(tmp_path, target):
+    """ONNX Runtime has an operator of its own for it, MatMulNBits."""
+    x = jax.random.normal(jax.random.key(1), (4, 64))
+    rules = (Rule(".*", weight=WEIGHT),)
+    net, variables = small_nets.calibrated(nn.Dense(10), rules, x)
+    path = to_onnx(net, variables, x, tmp_path / "m.onnx", target=target).path
+    report = kernel_report(path, "onnxruntime")
+    assert (len(report.integer), len(report.floating)) == (0, 1)
