@@ -127,14 +127,21 @@ class Builder:
                 f"a scan over the batch in {scope or 'the root module'!r} has no fixed length; "
                 "write it with jax.vmap instead."
             )
-        split = params["num_consts"] + params["num_carry"]
-        fixed, carry = values[: params["num_consts"]], values[params["num_consts"] : split]
+        # What is scanned over has an axis more outside; versions of JAX count it by other names.
+        outer = [[v.aval.ndim for v in side] for side in (eqn.invars, eqn.outvars)]
+        own = [[a.ndim for a in side] for side in (inner.in_avals, inner.out_avals)]
+        scanned, stacked = (
+            sum(a > b for a, b in zip(*sides, strict=True))
+            for sides in zip(outer, own, strict=True)
+        )
+        split, count = len(values) - scanned, len(eqn.outvars) - stacked
+        fixed, carry = values[: split - count], values[split - count : split]
         stacks: list[list[int]] = []
         for i in reversed(range(length)) if params["reverse"] else range(length):
             slices = [self.index(v, i, scope) for v in values[split:]]
             results = self.inline(inner.jaxpr, inner.consts, [*fixed, *carry, *slices], stack)
-            carry = results[: params["num_carry"]]
-            stacks.append(results[params["num_carry"] :])
+            carry = results[:count]
+            stacks.append(results[count:])
         if params["reverse"]:
             stacks.reverse()
         return [*carry, *(self.stack(column, scope) for column in zip(*stacks, strict=True))]

@@ -130,8 +130,6 @@ def _rebatched(value: Any, traced: int | None, batch: int | None) -> Any:
         return value // traced * batch if value and value % traced == 0 else value
     if type(value) in (tuple, list):
         return type(value)(_rebatched(v, traced, batch) for v in value)
-    if isinstance(value, core.Jaxpr):
-        return _rebatched(core.ClosedJaxpr(value, ()), traced, batch).jaxpr
     if isinstance(value, core.ClosedJaxpr):  # the condition and body of a loop
         shaped: Any = (
             value.in_avals
@@ -139,6 +137,8 @@ def _rebatched(value: Any, traced: int | None, batch: int | None) -> Any:
         inputs = [jax.ShapeDtypeStruct(_rebatched(a.shape, traced, batch), a.dtype) for a in shaped]
         run = lambda *args: _interpret(value.jaxpr, value.consts, args, traced, batch)
         return jax.make_jaxpr(run)(*inputs)
+    if isinstance(value, core.Jaxpr):  # newer releases of JAX have closed ones alone
+        return _rebatched(core.ClosedJaxpr(value, ()), traced, batch).jaxpr
     return value
 
 
