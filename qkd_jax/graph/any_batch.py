@@ -87,8 +87,9 @@ def difference(
     scaled = lambda n: n // large * small if n % large == 0 else n
     where = None
     if small == 1:
-        shapes = [tuple(map(scaled, a.shape)) for a in first.out_avals]
-        if shapes != [a.shape for a in other.out_avals]:
+        results: Any = (first.out_avals, other.out_avals)  # arrays all
+        shapes = [tuple(map(scaled, a.shape)) for a in results[0]]
+        if shapes != [a.shape for a in results[1]]:
             where = "with results of another shape"
     else:
         pairs = itertools.zip_longest(_program(first, scaled), _program(other, lambda n: n))
