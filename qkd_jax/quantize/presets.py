@@ -214,8 +214,8 @@ def _preset(name: str) -> RuleDicts:
         forms = ["w<k>a<k>", "w<k>a<k>:<quantizer>", "w<k>a<k>:static:<granularity>"]
         forms += [f"w<k>a<k>:{INTEGER}", f"w<k>a<k>:{FUSED}"]
         raise checks.unknown("rules preset", name, [*PRESETS, *forms])
-    if kind not in {*QUANTIZERS, *KINDS, INTEGER, FUSED}:
-        allowed = [*KINDS, INTEGER, FUSED, *QUANTIZERS]
+    allowed = [*KINDS, INTEGER, FUSED, *QUANTIZERS]
+    if kind not in allowed:
         raise checks.unknown("form or quantizer of a rules preset", kind, allowed)
     bits = [int(form[1]), int(form[2])]
     fewest = facts(kind).min_bits if kind in QUANTIZERS else 2
