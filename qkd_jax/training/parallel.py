@@ -51,6 +51,10 @@ class CompiledStep:
         self.mode = mode
         self.devices = tuple(devices)
         self.traces = 0
+        # Host devices share a pool of as many threads, and a sum over them holds its threads until
+        # all have come: two steps in flight hold what the other waits for, and XLA ends the process
+        # after 40 seconds.
+        self._one_by_one = len(self.devices) > 1 and self.devices[0].platform == "cpu"
 
         @functools.wraps(step)
         def counted(state: TrainState, batch: Mapping[str, Any], frozen: Mapping[str, Any]):
@@ -84,9 +88,11 @@ class CompiledStep:
     ) -> tuple[TrainState, Metrics]:
         """Runs one step, after moving arrays that are elsewhere to the devices.
 
-        Moving `frozen` at every step is slow: `replicate` it once a stage.
+        Moving `frozen` at every step is slow: `replicate` it once a stage. Over several CPU
+        devices a call returns when the step has ended; elsewhere the next one can be started.
         """
-        return self.function(*self._to_devices(state, batch, frozen))
+        results = self.function(*self._to_devices(state, batch, frozen))
+        return jax.block_until_ready(results) if self._one_by_one else results
 
     def lower(self, state: TrainState, batch: Mapping[str, Any], frozen: Mapping[str, Any]) -> Any:
         """Traces and lowers without running: `.lower(...).compile()` tells time and memory."""

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny_nets
 
+from qkd_jax.models import create
+from qkd_jax.quantize import quantize
 from qkd_jax.record.progress import Progress
 from qkd_jax.training import (
     compile_step,
@@ -75,6 +77,20 @@ def test_four_devices_equal_one(plan, stored, mode):
         assert new.step == want.step
     assert shared.traces == 1
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new))
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_steps_that_nobody_waits_for(mode):
+    """Some hundred small steps in flight together would wait for one another's threads."""
+    images = {"image": np.ones((8, 2, 2, 1), np.float32), "label": np.arange(8) % 3}
+    net = quantize(create("mlp", 3, hidden=()))
+    plan = plan_step({"net": net}, {"net": {"ce": {}}}, {"net": {"lr": 0.1}}, horizon=400)
+    state = start_state(plan, {"net": net.init(jax.random.key(0), images["image"])})
+    step = compile_step(make_step(plan.structure), mode=mode, devices=jax.devices()[:4])
+    batch = step.shard_batch(images)
+    for _ in range(400):
+        state, _ = step(state, batch, {})
+    assert state.step == 400
 
 
 @pytest.mark.slow
