@@ -14,6 +14,11 @@ from qkd_jax.training.plan import Plan
 from qkd_jax.training.state import TrainState
 
 ENSEMBLE = "ensemble"
+# What is known of the net and not of its classifiers.
+WITHOUT = (
+    *("params", "weight_bytes", "bit_operations", "class_correct"),
+    *("agreement", "agreement_with"),
+)
 
 
 def evaluate_heads(run: Run, plan: Plan, state: TrainState) -> dict[str, list[dict[str, Any]]]:
@@ -54,8 +59,7 @@ def head_rows(run: Run, net: str, row: Mapping[str, Any]) -> list[dict[str, Any]
         method = f"ensemble of {count} classifiers" if name == ENSEMBLE else f"classifier at {name}"
         known = {key: head.get(key) for key in ("top1", "top5", "loss", "severity") if key in row}
         rows.append(
-            {**row, **known, "net": f"{net}.{name}", "method": method}
-            | dict(params=None, weight_bytes=None, agreement=None, agreement_with=None)
+            {**row, **known, "net": f"{net}.{name}", "method": method} | dict.fromkeys(WITHOUT)
         )
         rows[-1].pop("hierarchy", None)
     return rows

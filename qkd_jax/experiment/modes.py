@@ -69,9 +69,7 @@ def evaluate(workdir: str | Path, *, verbose: bool = True) -> dict[str, Any]:
     """Evaluates every net of a run folder's newest checkpoint on the test split."""
     enable_compilation_cache()
     _, state = _open(workdir)
-    rows = [
-        row(state, name, "as it stands", state.evaluate(name).metrics) for name in state.variables
-    ]
+    rows = [row(state, name, "as it stands", state.evaluate(name)) for name in state.variables]
     results = results_of(state, rows)
     show(results, printer(verbose))
     return results

@@ -10,9 +10,9 @@ import numpy as np
 from rich.console import Console
 
 from qkd_jax import checks, metrics, report
-from qkd_jax.experiment.run_state import Run
+from qkd_jax.experiment.run_state import Evaluation, Run
 from qkd_jax.experiment.schedule import Stage
-from qkd_jax.quantize.inspection import layers, size
+from qkd_jax.quantize.inspection import coverage, layers, size
 from qkd_jax.record.folder import RunFolder
 from qkd_jax.record.json_files import read_json
 
@@ -26,11 +26,9 @@ _agreement = jax.jit(metrics.agreement)
 _classification = jax.jit(metrics.classification)
 
 
-def row(
-    run: Run, name: str, method: str, found: Mapping[str, float], **more: Any
-) -> dict[str, Any]:
+def row(run: Run, name: str, method: str, evaluation: Evaluation, **more: Any) -> dict[str, Any]:
     """One row of results.json: no times in it."""
-    net, variables = run.nets[name], run.variables[name]
+    net, variables, found = run.nets[name], run.variables[name], evaluation.metrics
     arguments = run.apply_arguments(name)
     sizes = size(net, variables, run.example, **arguments)
     weight_bits, activation_bits = 32, 32
@@ -58,9 +56,18 @@ def row(
         "student_steps": run.student_steps(name),
         "params": sizes.params,
         "weight_bytes": sizes.bytes,
+        "bit_operations": coverage(net, variables, run.example, **arguments).bit_operations,
+        "class_correct": _correct_by_class(run, evaluation.logits),
         "seed": run.settings["seed"],
         **more,
     }
+
+
+def _correct_by_class(run: Run, logits: np.ndarray) -> list[int]:
+    """How many test images of each class are right, as `metrics.classification` counts top-1."""
+    labels = run.dataset.test_labels
+    right = (np.argmax(logits, axis=-1) == labels) & ~np.isnan(logits).any(axis=-1)
+    return np.bincount(labels[right], minlength=run.dataset.num_classes).tolist()
 
 
 def ensemble_row(
@@ -68,14 +75,16 @@ def ensemble_row(
 ) -> dict[str, Any]:
     """The row of several nets that answer with the mean of their probabilities.
 
-    It costs what its members cost together: steps, parameters and bytes are their sums.
+    It costs what its members cost together: steps, parameters, bytes and bit operations are sums.
     """
     scores = np.stack([jax.nn.log_softmax(z) for z in logits.values()])
     mean = jax.nn.logsumexp(scores, axis=0) - np.log(len(logits))
     sums = jax.device_get(_classification(mean, run.dataset.test_labels))
     found = {**metrics.finish(sums), **run.severity(np.asarray(mean))}
-    rows = [row(run, net, stage.name, found) for net in logits]
-    added = {key: sum(r[key] for r in rows) for key in ("student_steps", "params", "weight_bytes")}
+    evaluation = Evaluation(found, np.asarray(mean))
+    rows = [row(run, net, stage.name, evaluation) for net in logits]
+    costs = ("student_steps", "params", "weight_bytes", "bit_operations")
+    added = {key: sum(r[key] for r in rows) for key in costs}
     widths = {key: max(r[key] for r in rows) for key in ("weight_bits", "activation_bits")}
     models = " + ".join(dict.fromkeys(r["model"] for r in rows))
     method = f"mean of {len(rows)}"
@@ -93,6 +102,9 @@ def results_of(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "name": run.dataset.name,
             "train_examples": len(run.dataset.train_images),
             "test_examples": len(run.dataset.test_images),
+            "class_examples": np.bincount(
+                run.dataset.test_labels, minlength=run.dataset.num_classes
+            ).tolist(),
         },
         "rows": rows,
     }

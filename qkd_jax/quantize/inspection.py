@@ -228,6 +228,19 @@ class Coverage:
         """Products that a rule quantizes and that have not been calibrated with the others."""
         return tuple(p for p in self.products if p.status == "NOT CALIBRATED")
 
+    @property
+    def bit_operations(self) -> int:
+        """BOPs of one example: sum over the products of MACs x weight bits x input bits.
+
+        As the net runs now: a product in float counts 32 x 32, and so does every product of a net
+        that is not calibrated yet.
+
+        Reference:
+            van Baalen et al., 2020, arXiv 2005.07093 (its BOP count).
+        """
+        bits = lambda p: p.bits[0] * p.bits[1] if self.calibrated else 32 * 32
+        return sum(p.macs * bits(p) for p in self.products)
+
     def share(self, status: str) -> float:
         """The share of multiply-accumulates with a status, 0 to 1."""
         total = sum(p.macs for p in self.products) or 1

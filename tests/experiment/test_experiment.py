@@ -20,6 +20,7 @@ from PIL import Image
 from tiny_config import get_config
 
 from qkd_jax import experiment, weights
+from qkd_jax.data import load
 from qkd_jax.deploy import predict as predictor
 from qkd_jax.experiment import orchestrate
 from qkd_jax.record.checkpoint import Checkpoints
@@ -63,6 +64,16 @@ def test_a_run_ends_with_a_row_per_net_and_method(finished):
     assert [r["student_steps"] for r in rows] == [8, 8, 8, 8, 12]
     assert [r["weight_bits"] for r in rows] == [32, 32, 4, 4, 32]
     assert rows[1]["weight_bytes"] == 4 * rows[1]["params"] > rows[3]["weight_bytes"]
+    examples = results["dataset"]["class_examples"]
+    assert sum(examples) == results["dataset"]["test_examples"]
+    for row in rows:
+        assert sum(row["class_correct"]) == pytest.approx(row["top1"] * sum(examples))
+        assert all(0 <= c <= n for c, n in zip(row["class_correct"], examples, strict=True))
+    inputs = math.prod(load("synthetic").image_shape)
+    assert rows[0]["bit_operations"] == (inputs * 24 + 24 * len(examples)) * 32 * 32
+    edges, middle = inputs * 12 + 12 * len(examples), 12 * 12
+    assert rows[1]["bit_operations"] == (edges + middle) * 32 * 32
+    assert rows[3]["bit_operations"] == edges * 8 * 8 + middle * 4 * 4
     assert results["dataset"]["train_examples"] == 96
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
     assert not any("second" in key for row in rows for key in row)

@@ -61,6 +61,10 @@ def test_every_product_and_its_fate(net):
     assert "planned" in str(found) and "2 MISSED" in str(found)
     calibrated = calibrate(net, variables, [x])
     assert coverage(net, calibrated, x).products == found.products
+    # Bit operations: by hand, from the MACs and bits above; all in float before calibration.
+    assert found.bit_operations == (1728 + 384 + 30 + 35 + 21 + 6) * 32 * 32
+    by_hand = 1728 * 2 * 4 + 384 * 2 * 32 + (30 + 35 + 21 + 6) * 32 * 32
+    assert coverage(net, calibrated, x).bit_operations == by_hand
     assert "planned" not in str(coverage(net, calibrated, x))
 
 

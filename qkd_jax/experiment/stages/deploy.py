@@ -29,7 +29,7 @@ from qkd_jax import checks, deploy, ptq, report, weights
 from qkd_jax.data.dataset import Dataset
 from qkd_jax.experiment.config_checks import check_rules
 from qkd_jax.experiment.results import row
-from qkd_jax.experiment.run_state import Run
+from qkd_jax.experiment.run_state import Evaluation, Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.hierarchy import TREES
 from qkd_jax.numerics import codes_of, widened
@@ -127,7 +127,7 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
     runs, runs_float = (deploy.open_onnx(p, engine) for p in (path, path_float))
 
     test = list(run.eval_batches("test"))
-    entry = _row(run, name, trained.metrics)
+    entry = _row(run, name, trained)
     logits = _logits(lambda x: runs(x)[0], test)
     entry["export"] = {
         "engine": deploy.ONNX_ENGINES[engine],
@@ -204,11 +204,11 @@ def _made(folder: Path, name: str, target: str, written: deploy.OnnxFile) -> dic
     return found
 
 
-def _row(run: Run, name: str, found: Mapping[str, float]) -> dict[str, Any]:
+def _row(run: Run, name: str, evaluation: Evaluation) -> dict[str, Any]:
     """The newest row of a net, or a new one where no stage has evaluated it."""
     rows = [r for r in run.rows if r["net"] == name]
     if not rows:
-        run.rows.append(row(run, name, "exported", found))
+        run.rows.append(row(run, name, "exported", evaluation))
         return run.rows[-1]
     return rows[-1]
 

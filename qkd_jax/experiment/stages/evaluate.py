@@ -35,7 +35,7 @@ def evaluate(
                 run,
                 name,
                 methods.get(name, stage.name),
-                evaluations[name].metrics,
+                evaluations[name],
                 stage=stage.name,
                 agreement=agreement(evaluations[name].logits, evaluations[reference].logits)
                 if reference not in ("", name)
