@@ -9,7 +9,6 @@ import jax
 
 from qkd_jax.experiment import soft_label_record
 from qkd_jax.experiment.origin import (
-    FREE_FIELDS,
     changes,
     check_data,
     check_digest,
@@ -23,7 +22,7 @@ from qkd_jax.experiment.settings import Settings, resolve
 from qkd_jax.experiment.stages import STAGES
 from qkd_jax.record.checkpoint import Checkpoints
 from qkd_jax.record.environment import git_state
-from qkd_jax.record.folder import RunFolder
+from qkd_jax.record.folder import FREE_FIELDS, RunFolder
 from qkd_jax.record.stopping import GracefulStop
 from qkd_jax.training.loop import Preempted
 from qkd_jax.training.parallel import StepCache, enable_compilation_cache

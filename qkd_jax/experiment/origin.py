@@ -15,11 +15,8 @@ import jax
 
 from qkd_jax.data.dataset import Dataset
 from qkd_jax.record.environment import code_version
-from qkd_jax.record.folder import config_fields
+from qkd_jax.record.folder import FREE_FIELDS, config_fields
 
-# What may differ between a run folder and the command that resumes it: none of it reaches a number
-# in results.json.
-FREE_FIELDS = ("checkpoint", "data.dir")
 _REPAIR = "Use another --workdir, or delete the folder."
 
 

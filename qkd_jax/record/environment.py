@@ -48,6 +48,15 @@ def code_version(git: Mapping[str, Any]) -> str:
     return git["revision"] + ("-dirty" if git["dirty"] else "")
 
 
+def _processor() -> str:
+    """The processor's model, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def environment() -> dict[str, Any]:
     """Returns the facts about versions and machine that run.json records beside `git_state`."""
     versions = {"python": platform.python_version()}
@@ -66,6 +75,7 @@ def environment() -> dict[str, Any]:
         },
         "platform": platform.platform(),
         "machine": platform.machine(),
+        "processor": _processor(),
         "cpus": os.cpu_count(),
         "hostname": platform.node(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

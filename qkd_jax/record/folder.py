@@ -30,6 +30,10 @@ from qkd_jax.record.json_files import plain, read_json, write_json
 from qkd_jax.record.metrics_log import MetricsLog
 from qkd_jax.whole_files import open_lock, remove_temporaries
 
+# What may differ between a run folder and the command that resumes it: none of it reaches a number
+# in results.json.
+FREE_FIELDS = ("checkpoint", "data.dir")
+
 
 class RunFolder:
     """One folder, one run. Everything that is written here can be read back from here.

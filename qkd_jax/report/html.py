@@ -146,11 +146,13 @@ def _facts(run: Mapping[str, Any]) -> str:
         "devices": escape(
             f"{devices.get('count', '?')} x {devices.get('kind', '?')} "
             f"({devices.get('platform', '?')}), {last.get('cpus', '?')} CPU cores"
+            + (f", {last['processor']}" if last.get("processor") else "")
         ),
         "versions": cell(last.get("versions") or {}),
         "platform": safe(last.get("platform", "")),
     }
-    shown = {"git", "devices", "argv", "versions", "platform", "machine", "cpus", "hostname"}
+    shown = {"git", "devices", "argv", "versions", "platform", "machine", "processor"}
+    shown |= {"cpus", "hostname"}
     for name, value in last.items():
         if name not in shown and value not in (None, ""):
             pairs[escape(name.replace("_", " "))] = cell(value)

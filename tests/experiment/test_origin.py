@@ -12,6 +12,7 @@ from qkd_jax import checks, experiment
 from qkd_jax.experiment import origin
 from qkd_jax.experiment.reading import read
 from qkd_jax.record import environment
+from qkd_jax.record.folder import FREE_FIELDS, config_fields
 from qkd_jax.training.loop import Preempted
 
 
@@ -103,7 +104,7 @@ def test_other_code_and_devices_are_said_and_recorded(run_folder, monkeypatch, c
 
 def test_free_fields_do_not_count(interrupted):
     plain = experiment.settings.resolve(config())
-    fields = lambda **more: origin.config_fields({**plain, **more}, ignore=origin.FREE_FIELDS)
+    fields = lambda **more: config_fields({**plain, **more}, ignore=FREE_FIELDS)
     assert fields(checkpoint={"every_seconds": 1.0}) == fields()
     assert fields(seed=1) != fields()
 
