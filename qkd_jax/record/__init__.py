@@ -1,7 +1,7 @@
 """The record of a run.
 
 folder       the run folder: config, starts, results, the lock
-metrics_log  the log of metrics, cut back on resume
+metrics_log  the log of metrics, cut back on resume; `log_index` finds single lines of a long one
 json_files   strict JSON
 environment  code, versions and machine, for run.json
 checkpoint   checkpoints with a checksum; `packing` puts small arrays together

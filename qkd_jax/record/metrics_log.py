@@ -29,12 +29,12 @@ def read_log(path: str | Path) -> tuple[list[dict[str, Any]], int]:
     """
     path = Path(path)
     *whole, _ = (read_bytes(path / FILE if path.is_dir() else path) or b"").split(b"\n")
-    rows = [_row(line) for line in whole]
+    rows = [parse_row(line) for line in whole]
     return [row for row in rows if row is not None], rows.count(None)
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
-    """Returns what a line says, None where it is damaged."""
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Returns what a line of the log says, None where it is damaged."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -56,7 +56,7 @@ def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], bytes]:
     data = read_bytes(path) or b""
     lines = []
     for line in data.split(b"\n")[:-1]:
-        if (row := _row(line)) is None:
+        if (row := parse_row(line)) is None:
             break
         lines.append((line + b"\n", row))
     return lines, data
