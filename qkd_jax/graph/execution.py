@@ -131,9 +131,7 @@ def _rebatched(value: Any, traced: int | None, batch: int | None) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_rebatched(v, traced, batch) for v in value)
     if isinstance(value, core.ClosedJaxpr):  # the condition and body of a loop
-        shaped: Any = (
-            value.in_avals
-        )  # arrays all: the stubs of newer releases name their base class
+        shaped: Any = value.in_avals  # arrays all; newer stubs name their base class
         inputs = [jax.ShapeDtypeStruct(_rebatched(a.shape, traced, batch), a.dtype) for a in shaped]
         run = lambda *args: _interpret(value.jaxpr, value.consts, args, traced, batch)
         return jax.make_jaxpr(run)(*inputs)

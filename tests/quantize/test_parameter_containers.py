@@ -184,5 +184,6 @@ def test_paths_enter_containers_and_keep_them():
     assert isinstance(new["a"][1][0], nn.LogicallyPartitioned)
     assert new["a"][1][0].names == ("embed",) and new["a"][1][0].value.sum() == 3
     new = insert(tree, "a/1/1/b/gain", 5)
-    assert new["a"][1][1]["b"] == Affine(5, TENTHS) and new["a"][0] is ONES
+    moved = new["a"][1][1]["b"]
+    assert (moved.gain, moved.shift is TENTHS, new["a"][0] is ONES) == (5, True, True)
     assert tree["a"][1][1]["b"].gain is ONES and box.value.sum() == 0

@@ -328,7 +328,8 @@ def test_a_channel_is_a_tensor_of_its_own(spec):
         out, pull = jax.vjp(f, part, p)
         same(spec, out, x_hat[..., c])
         dpart, dp = pull(weights(x)[..., c])
-        same(spec, dpart, dx[..., c])
+        # Surrogates' functions differ in their last bits with the shape.
+        np.testing.assert_allclose(dpart, dx[..., c], rtol=2e-6, atol=1e-7)
         for name in dp:
             np.testing.assert_allclose(dp[name], dparams[name][0, 0, c], rtol=1e-4, atol=1e-5)
 

@@ -121,7 +121,7 @@ def attributes(op: str, params: Mapping[str, Any], where: str) -> dict[str, Any]
     for name, value in params.items():
         default = known.get(name, UNSET)
         if default is UNSET:
-            if value is not None:
+            if value is not None and value != _newer(op).get(name):
                 raise ValueError(
                     f"operation {op!r} in {where or 'the root module'!r} has {name}={value!r}, "
                     "which a model file cannot hold; leave it out of the model."
@@ -147,18 +147,19 @@ def parameters(op: str, kept: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"operation {op!r} lacks its attribute {missing[0]!r}.")
     values = {n: None if default is UNSET else default for n, default in known.items()}
-    return {**dict.fromkeys(_newer(op)), **values, **kept}
+    return {**_newer(op), **values, **kept}
 
 
 @functools.cache
-def _newer(op: str) -> tuple[str, ...]:
-    """What JAX 0.12 binds and 0.10 does not, None unless asked for; read from the installed one."""
+def _newer(op: str) -> dict[str, Any]:
+    """What JAX 0.12 binds and 0.10 does not, with its default; read from the installed one."""
     functions = {
         "erfc": jax.lax.erfc,
         "reduce_max": lambda x: jax.lax.reduce_max(x, (0,)),
         "reduce_min": lambda x: jax.lax.reduce_min(x, (0,)),
+        "top_k": lambda x: jax.lax.top_k(x, 1),
     }
     if op not in functions:
-        return ()
+        return {}
     (eqn,) = jax.make_jaxpr(functions[op])(jax.numpy.ones(1)).eqns
-    return tuple(name for name in eqn.params if name not in OPERATIONS[op])
+    return {name: value for name, value in eqn.params.items() if name not in OPERATIONS[op]}
