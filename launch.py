@@ -4,6 +4,7 @@ python launch.py --config=configs/qkd.py[:k=v,k=v] --workdir=DIR [--config.x.y=v
 python launch.py --config=configs/qkd.py --mode=inspect
 python launch.py --workdir=DIR --mode=eval|export|report
 python launch.py --workdir=DIR --mode=export --target=onnxruntime-x86   # of quantize/targets.py
+python launch.py --workdir=RUNS --mode=report --against=CONTROL   # compares the runs in a folder
 
 Exit codes: 0 done; 2 a mistake in the flags or the config; 3 a loss or gradient that is not
 finite; 71 out of memory; 74 a file or folder that cannot be written or read; 75 stopped by SIGTERM
@@ -36,10 +37,16 @@ flags.DEFINE_enum(
     "run",
     MODES,
     "run: train, or resume an interrupted run. inspect: print the schedule and every net's "
-    "layers, computing nothing. eval, export, report: from a run folder alone.",
+    "layers, computing nothing. eval, export, report: from a run folder alone; report of a folder "
+    "of runs compares them.",
 )
 flags.DEFINE_string(
     "target", "", "With --mode=export: the engine that the files are for (quantize/targets.py)."
+)
+flags.DEFINE_string(
+    "against",
+    "",
+    "With --mode=report of a folder of runs: the control, an arm, a method or net/method.",
 )
 flags.DEFINE_bool("debug", False, "Show the traceback of an error in the flags or the config.")
 
@@ -118,10 +125,19 @@ def main(argv: list[str]) -> int:
                 f"--target goes with --mode=export, not {FLAGS.mode}; a run takes its target from "
                 "the config: --config.target=..."
             )
+        if FLAGS.against and FLAGS.mode != "report":
+            raise UsageError(
+                f"--against goes with --mode=report, not {FLAGS.mode}: it names the control of a "
+                "comparison."
+            )
         from qkd_jax import experiment
 
         return experiment.main(
-            FLAGS.mode, config=config, workdir=FLAGS.workdir, target=FLAGS.target
+            FLAGS.mode,
+            config=config,
+            workdir=FLAGS.workdir,
+            target=FLAGS.target,
+            against=FLAGS.against,
         )
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

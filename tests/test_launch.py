@@ -65,6 +65,7 @@ CONFIG = "--config=configs/qkd.py"
         ([CONFIG, "--mode=inspect", "--config.nets.student.model=resnet8x"], "Did you mean"),
         ([CONFIG, "--mode=inspect", "tutor"], "unexpected argument 'tutor'"),
         ([CONFIG, "--workdir=x", "--target=xla"], "--target goes with --mode=export, not run"),
+        ([CONFIG, "--workdir=x", "--against=QKD"], "--against goes with --mode=report, not run"),
         ([CONFIG, "--mode=inspect", "--config.target=tpu"], "config.target"),
         (
             [CONFIG, "--mode=inspect", "--config.target=tensorrt"],

@@ -22,6 +22,7 @@ from qkd_jax.experiment.results import (
     results_of,
     row,
     show,
+    show_comparison,
     target_lines,
     write_report,
 )
@@ -32,6 +33,7 @@ from qkd_jax.record.checkpoint import SaveError
 from qkd_jax.record.folder import RunFolder
 from qkd_jax.record.restoring import first_line, read_latest
 from qkd_jax.record.stopping import EXIT_FILES, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_NONFINITE
+from qkd_jax.report import compare
 from qkd_jax.training.loop import NonFiniteError, Preempted
 from qkd_jax.training.parallel import enable_compilation_cache
 
@@ -107,11 +109,28 @@ def export(workdir: str | Path, *, target: str = "", verbose: bool = True) -> di
     return results
 
 
-def report(workdir: str | Path, *, verbose: bool = True) -> None:
-    """Writes report.html of a run folder and prints the results table."""
+def report(workdir: str | Path, *, against: str = "", verbose: bool = True) -> None:
+    """Writes report.html of a run folder, or the comparison of a folder of runs; prints tables.
+
+    Args:
+        workdir: the folder; one without a config.json of its own is a folder of runs.
+        against: the control of a comparison, see `qkd_jax.report.compare`.
+        verbose: whether the tables are printed.
+
+    Raises:
+        ValueError: there is no such folder; see `qkd_jax.report.compare`.
+    """
     folder = RunFolder(workdir, create=False)
-    folder.read_config()
     say = printer(verbose)
+    if not (folder.path / "config.json").exists():
+        show_comparison(compare(folder.path, against=against), folder.path, say)
+        return
+    if against:
+        raise ValueError(
+            f"--against={against} names the control of a comparison, and {workdir} is one run; "
+            "give the folder that holds the runs."
+        )
+    folder.read_config()
     results = folder.read_results()
     if results is not None:
         show(results, say)
@@ -156,7 +175,9 @@ def _os_message(error: OSError) -> str:
     )
 
 
-def main(mode: str, *, config: Any, workdir: str | Path, target: str = "") -> int:
+def main(
+    mode: str, *, config: Any, workdir: str | Path, target: str = "", against: str = ""
+) -> int:
     """Runs a mode of the command line; returns the exit code.
 
     Raises:
@@ -169,8 +190,10 @@ def main(mode: str, *, config: Any, workdir: str | Path, target: str = "") -> in
             inspect(config)
         elif mode == "export":
             export(workdir, target=target)
+        elif mode == "report":
+            report(workdir, against=against)
         else:
-            {"eval": evaluate, "report": report}[mode](workdir)
+            evaluate(workdir)
     except NonFiniteError as error:
         _complain(f"stopped: {error}")
         return EXIT_NONFINITE

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
+from rich.table import Table
 
 from qkd_jax import checks, metrics, report
 from qkd_jax.experiment.run_state import Evaluation, Run
@@ -123,17 +124,34 @@ def show(results: Mapping[str, Any], say: Callable[[str], None]) -> None:
     Raises:
         ValueError: these are no results of a run.
     """
+    try:
+        table = report.table(results)
+    except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"results.json does not hold the results of a run ({error}); restore it."
+        ) from error
+    say(_printed(table))
+
+
+def _printed(table: Table) -> str:
     # Without colours: `say` writes out what a terminal would take for commands.
     console = Console(width=None if sys.stdout.isatty() else 160, color_system=None)
     with console.capture() as text:
-        try:
-            table = report.table(results)
-        except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"results.json does not hold the results of a run ({error}); restore it."
-            ) from error
         console.print(table)
-    say(text.get())
+    return text.get()
+
+
+def show_comparison(found: report.Comparison, folder: Path, say: Callable[[str], None]) -> None:
+    """Prints the tables and notes of a comparison, and where its files are."""
+    for table in report.terminal(found):
+        say(_printed(table))
+    for note in found.notes:
+        say(f"NOTE: {note}")
+    if found.control is None:
+        names = dict.fromkeys([arm.label for arm in found.arms if len(found.arms) > 1])
+        names |= dict.fromkeys("/".join(row.key) for row in found.rows)
+        say(f"no differences: name a control by --against=, one of {', '.join(names)}")
+    say(f"comparison: {folder / 'comparison.html'}, beside it .md, .tex and .csv")
 
 
 def times_text(timings: Mapping[str, Any]) -> str:

@@ -1,11 +1,15 @@
-"""Reports: run folders in, a table for the terminal and one self-contained HTML page out.
+"""Reports: run folders in, tables for the terminal and self-contained HTML pages out.
 
 `table` shows results.json; `write` makes report.html from whatever files the folder has;
 `weight_histograms` makes what the page's histograms are drawn from (model/histograms.json).
+`compare` makes the comparison of a folder of runs, and `terminal` its tables for the terminal.
 """
 
+from qkd_jax.report.comparison import Comparison
+from qkd_jax.report.comparison_page import compare
+from qkd_jax.report.comparison_text import terminal
 from qkd_jax.report.histograms import weight_histograms
 from qkd_jax.report.html import render, write
 from qkd_jax.report.table import table
 
-__all__ = ["render", "table", "weight_histograms", "write"]
+__all__ = ["Comparison", "compare", "render", "table", "terminal", "weight_histograms", "write"]

@@ -14,6 +14,7 @@ body { margin: 0; background: #fff; color: #1f2328; line-height: 1.55; font-size
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans",
   sans-serif; }
 main { max-width: 1060px; margin: 0 auto; padding: 40px 24px 80px; }
+main.wide { max-width: 1280px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
 h2 { font-size: 20px; margin: 52px 0 10px; padding-top: 14px; border-top: 1px solid #e5e7eb; }
 h3 { font-size: 15.5px; margin: 26px 0 6px; }
@@ -132,8 +133,16 @@ def as_records(value: Any, name: str) -> list[Mapping[str, Any]]:
     return [item for item in value or [] if isinstance(item, Mapping)]
 
 
-def document(title: str, subtitle: str, warning: str, parts: Sequence[tuple[str, str, str]]) -> str:
+def document(
+    title: str,
+    subtitle: str,
+    warning: str,
+    parts: Sequence[tuple[str, str, str]],
+    *,
+    wide: bool = False,
+) -> str:
     """Returns the whole document; parts are (anchor, heading, HTML), subtitle and warning HTML."""
+    main = '<main class="wide">' if wide else "<main>"
     links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in parts)
     body = "\n".join(
         f'<section id="{anchor}"><h2>{escape(name)}</h2>\n{text}</section>'
@@ -142,7 +151,7 @@ def document(title: str, subtitle: str, warning: str, parts: Sequence[tuple[str,
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style></head>\n<body><main>\n"
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style></head>\n<body>{main}\n"
         f'<h1>{escape(title)}</h1>\n<p class="quiet">{subtitle}</p>\n'
         f"{warning}<nav>{links}</nav>\n{body}\n</main></body></html>\n"
     )

@@ -47,7 +47,7 @@ def _thin(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [g[-1][0] for g in groups], [sum(v for _, v in g) / len(g) for g in groups]
 
 
-def _segments(
+def segments(
     points: Sequence[tuple[int, float]], spans: Sequence[tuple[str, int, int]]
 ) -> list[list[tuple[int, float]]]:
     """Cuts a net's curve where other nets' stages lie between two of its points."""
@@ -63,7 +63,13 @@ def _segments(
     return cut
 
 
-def _mark_stages(axes: Any, spans: Sequence[tuple[str, int, int]], *, names: bool) -> None:
+def mark_stages(
+    axes: Any, spans: Sequence[tuple[str, int, int]], *, names: bool, across: int = 1
+) -> None:
+    """Shades every second stage, and writes the stages' names above the axes.
+
+    `across` is the number of axes side by side: names that do not fit are turned.
+    """
     total = max((end for _, _, end in spans), default=1)
     for number, (stage, start, end) in enumerate(spans):
         if number % 2 == 0:
@@ -71,7 +77,7 @@ def _mark_stages(axes: Any, spans: Sequence[tuple[str, int, int]], *, names: boo
         if not names:
             continue
         share = (end - start) / total
-        fits = share > 0.008 * len(stage)
+        fits = share > 0.008 * across * len(stage)
         axes.annotate(
             stage.replace("_", " "),
             ((start + end) / 2, 1.0),
@@ -121,9 +127,9 @@ def curves(rows: Rows) -> str | None:
         )
         for number, (found, label, scale, marker) in enumerate(panels):
             axes = grid[number, 0]
-            _mark_stages(axes, spans, names=number == 0)
+            mark_stages(axes, spans, names=number == 0)
             for net in nets:
-                for segment in _segments(found.get(net, []), spans):
+                for segment in segments(found.get(net, []), spans):
                     steps, values = _thin(segment)
                     axes.plot(
                         steps,

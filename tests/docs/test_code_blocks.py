@@ -133,6 +133,7 @@ def parsed(arguments: list[str]) -> flags.FlagValues:
     modes = ("run", "eval", "inspect", "export", "report")
     flags.DEFINE_enum("mode", "run", modes, "", flag_values=values)
     flags.DEFINE_string("target", "", "", flag_values=values)
+    flags.DEFINE_string("against", "", "", flag_values=values)
     assert values(argv) == ["launch.py"]
     return values
 
