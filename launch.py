@@ -3,18 +3,22 @@
 python launch.py --config=configs/qkd.py[:k=v,k=v] --workdir=DIR [--config.x.y=value]
 python launch.py --config=configs/qkd.py --mode=inspect
 python launch.py --workdir=DIR --mode=eval|export|report
+python launch.py --config=configs/qkd.py:seeds=8 --sweep --workdir=DIR [--jobs=2]
+python launch.py --config=configs/qkd.py:seeds=8 --sweep_index=$SLURM_ARRAY_TASK_ID --workdir=DIR
 python launch.py --workdir=DIR --mode=export --target=onnxruntime-x86   # of quantize/targets.py
 python launch.py --workdir=RUNS --mode=report --against=CONTROL   # compares the runs in a folder
 
 Exit codes: 0 done; 2 a mistake in the flags or the config; 3 a loss or gradient that is not
 finite; 71 out of memory; 74 a file or folder that cannot be written or read; 75 stopped by SIGTERM
-or SIGINT after saving. After 71, 74 and 75 the same command resumes the run.
+or SIGINT after saving. After 71, 74 and 75 the same command resumes the run. A sweep has the code
+of its runs that failed, 1 where they have several or ended by a signal.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection, Mapping
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -26,6 +30,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 MODES = ("run", "eval", "inspect", "export", "report")
 USAGE_ERROR = 2
+NO_FILE = "--config names a file that is not there; it is one of configs/*.py."
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
@@ -48,6 +53,14 @@ flags.DEFINE_string(
     "",
     "With --mode=report of a folder of runs: the control, an arm, a method or net/method.",
 )
+flags.DEFINE_bool(
+    "sweep",
+    False,
+    "Run every run of the config's get_sweep, each in <workdir>/<name>; with --mode=inspect, list "
+    "them. The same command resumes.",
+)
+flags.DEFINE_integer("jobs", 1, "With --sweep: how many runs at a time.")
+flags.DEFINE_integer("sweep_index", None, "Run this one of the config's get_sweep alone: 0, 1, ...")
 flags.DEFINE_bool("debug", False, "Show the traceback of an error in the flags or the config.")
 
 
@@ -55,19 +68,17 @@ class UsageError(ValueError):
     """A mistake on the command line."""
 
 
-def parse_flags(argv: list[str]) -> ConfigDict | None:
+def parse_flags(argv: list[str], values: flags.FlagValues = FLAGS) -> ConfigDict | None:
     """Parses the command line and returns the config; mistakes name the nearest valid choice."""
     try:
-        rest = FLAGS(argv)
-        config = FLAGS["config"].value
+        rest = values(argv)
+        config = values["config"].value
         if config is not None:
             config.keys()  # a file that cannot be found is reported at the first use
     except (AttributeError, KeyError) as error:  # ml_collections' answer to an unknown field
         raise UsageError(_explain_override(argv) or f"--config: {error}") from error
     except OSError as error:
-        raise UsageError(
-            "--config names a file that is not there; it is one of configs/*.py."
-        ) from error
+        raise UsageError(NO_FILE) from error
     except flags.IllegalFlagValueError as error:
         # A ValueError of get_config arrives as a traceback in text: its last line is the message.
         raise UsageError(
@@ -79,6 +90,75 @@ def parse_flags(argv: list[str]) -> ConfigDict | None:
             "contains commas or spaces needs quotes: --config.schedule=\"('a', 'b')\"."
         )
     return config
+
+
+def split_sweep(argv: list[str]) -> tuple[list[str], str, dict[str, str]]:
+    """Returns the command line without its config, the text of --config, and the overrides."""
+    rest, given, words = [], [], iter(argv)
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and (name == "config" or name.startswith("config.")):
+            given.append((name, value if equals else next(words, "")))
+        else:
+            rest.append(word)
+    text = dict(given).get("config", "")
+    return rest, text, {name: value for name, value in given if name != "config"}
+
+
+def config_of(text: str, fields: Mapping[str, str]) -> ConfigDict:
+    """Returns the config of --config=<text> with overrides, as its own command line would."""
+    argv = ["launch.py", f"--config={text}", *(f"--{k}={v}" for k, v in fields.items())]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
+    config = parse_flags(argv, values)
+    assert config is not None
+    return config
+
+
+def sweep_of(text: str) -> tuple[object, Collection[str]]:
+    """Returns (what get_sweep of a config file returns, the arguments that are its own)."""
+    import runpy
+
+    path, _, arguments = text.partition(":")
+    try:
+        names = runpy.run_path(path)
+    except OSError as error:
+        raise UsageError(NO_FILE) from error
+    if "get_sweep" not in names:
+        raise UsageError(
+            f"{path} has no get_sweep(arg), which returns the runs of a sweep as a list of (name, "
+            "overrides); see docs/running.md."
+        )
+    return names["get_sweep"](arguments), tuple(names.get("SWEEP", ()))
+
+
+def sweep(argv: list[str]) -> int:
+    """Runs, or with --mode=inspect lists, the runs of a config's get_sweep."""
+    rest, text, fields = split_sweep(argv)
+    parse_flags(rest)
+    if FLAGS.mode not in ("run", "inspect"):
+        raise UsageError(
+            f"--sweep goes with --mode=run and --mode=inspect, not {FLAGS.mode}; runs that are "
+            "done are compared by --mode=report --workdir=DIR."
+        )
+    if not text:
+        raise UsageError("--sweep needs --config, for example --config=configs/qkd.py:seeds=8.")
+    if FLAGS.mode == "run" and not FLAGS.workdir:
+        raise UsageError("--sweep needs --workdir, for example --workdir=runs/qkd_seeds.")
+    found, own = sweep_of(text)
+    from qkd_jax import experiment
+
+    return experiment.sweep(
+        FLAGS.mode,
+        found,
+        config=text,
+        own=own,
+        fields=fields,
+        config_of=config_of,
+        workdir=FLAGS.workdir,
+        jobs=FLAGS.jobs,
+        index=FLAGS.sweep_index,
+    )
 
 
 def _explain_override(argv: list[str]) -> str:
@@ -111,6 +191,9 @@ def main(argv: list[str]) -> int:
         print(FLAGS.module_help(sys.modules[__name__]))
         return 0
     try:
+        words = [word.partition("=")[0] for word in argv[1:] if word.startswith("-")]
+        if {"sweep", "sweep_index"} & {word.lstrip("-") for word in words}:
+            return sweep(argv)
         config = parse_flags(argv)
         if FLAGS.mode in ("run", "inspect") and config is None:
             raise UsageError(

@@ -1,6 +1,14 @@
 """QKD in seconds: MLPs on synthetic images. Used by the tests of the run as a whole."""
 
-from configs import arguments, common
+from configs import arguments, common, sweeps
+
+SWEEP = dict(seeds=2)
+
+
+def get_sweep(arg=""):
+    """Returns the runs of some seeds."""
+    args, others = sweeps.split(arg, SWEEP)
+    return sweeps.grid(seed=sweeps.seeds(args.seeds, others))
 
 
 def get_config(arg=""):

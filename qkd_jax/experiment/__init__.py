@@ -10,6 +10,7 @@ settings       the checked config: nets built, schedule laid out (`schedule`, `c
 run_state      the mutable state of a run, and its checkpointing
 results        rows of the table, results.json, their text
 stages         the kinds of stages: `STAGES`
+sweeps         many runs of one config file
 overview       the text of `--mode=inspect`
 head_rows, hygiene_checks, soft_label_record   parts of these that have a subject of their own
 """
@@ -28,6 +29,7 @@ from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Kind, Stage
 from qkd_jax.experiment.settings import Settings
 from qkd_jax.experiment.stages import STAGES
+from qkd_jax.experiment.sweeps import sweep
 from qkd_jax.record.stopping import EXIT_INTERRUPTED, EXIT_NONFINITE
 from qkd_jax.training.loop import NonFiniteError, Preempted
 
@@ -49,4 +51,5 @@ __all__ = [
     "report",
     "restore",
     "run",
+    "sweep",
 ]

@@ -175,25 +175,14 @@ def _os_message(error: OSError) -> str:
     )
 
 
-def main(
-    mode: str, *, config: Any, workdir: str | Path, target: str = "", against: str = ""
-) -> int:
-    """Runs a mode of the command line; returns the exit code.
+def exit_code(act: Callable[[], Any]) -> int:
+    """Calls `act`; returns 0, or the exit code of the error that it ended with, which it prints.
 
     Raises:
         ValueError: a mistake of the user, whose message is all that needs to be shown.
     """
     try:
-        if mode == "run":
-            run(config, workdir)
-        elif mode == "inspect":
-            inspect(config)
-        elif mode == "export":
-            export(workdir, target=target)
-        elif mode == "report":
-            report(workdir, against=against)
-        else:
-            evaluate(workdir)
+        act()
     except NonFiniteError as error:
         _complain(f"stopped: {error}")
         return EXIT_NONFINITE
@@ -214,3 +203,21 @@ def main(
         )
         return EXIT_MEMORY
     return 0
+
+
+def main(
+    mode: str, *, config: Any, workdir: str | Path, target: str = "", against: str = ""
+) -> int:
+    """Runs a mode of the command line; returns the exit code.
+
+    Raises:
+        ValueError: a mistake of the user, whose message is all that needs to be shown.
+    """
+    acts: dict[str, Callable[[], Any]] = {
+        "run": lambda: run(config, workdir),
+        "inspect": lambda: inspect(config),
+        "eval": lambda: evaluate(workdir),
+        "export": lambda: export(workdir, target=target),
+        "report": lambda: report(workdir, against=against),
+    }
+    return exit_code(acts[mode])

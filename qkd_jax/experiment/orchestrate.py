@@ -1,5 +1,6 @@
 """Runs and resumes experiments: the walk over a config's schedule of stages."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from qkd_jax.experiment.reading import check_sources, load_data, read
 from qkd_jax.experiment.results import is_older, printer, results_of, show, times_text, write_report
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.settings import Settings, resolve
+from qkd_jax.experiment.shared_store import SharedStages
 from qkd_jax.experiment.stages import STAGES
 from qkd_jax.record.checkpoint import Checkpoints
 from qkd_jax.record.environment import git_state
@@ -30,7 +32,14 @@ from qkd_jax.trees import tree_sha256
 
 
 def run(
-    config: Any, workdir: str | Path, *, report: bool = True, verbose: bool = True
+    config: Any,
+    workdir: str | Path,
+    *,
+    report: bool = True,
+    verbose: bool = True,
+    shared: SharedStages | None = None,
+    steps: Callable[[Settings], StepCache] | None = None,
+    stop: GracefulStop | None = None,
 ) -> dict[str, Any]:
     """Runs an experiment, or resumes it where it was interrupted.
 
@@ -39,6 +48,9 @@ def run(
         workdir: the run folder.
         report: whether report.html is written at the end.
         verbose: whether progress and the table are printed.
+        shared: the stages that it shares with other runs of a sweep.
+        steps: returns the cache of compiled steps for a config's devices, where runs share one.
+        stop: asks the run to stop; without it SIGTERM and Ctrl-C do.
 
     Returns:
         The content of results.json.
@@ -73,13 +85,14 @@ def run(
         for warning in settings.warnings():
             say(warning)
         git = git_state()
-        with Checkpoints(folder.checkpoints) as checkpoints, GracefulStop() as stop:
+        asked = contextlib.nullcontext(stop) if stop is not None else GracefulStop()
+        with Checkpoints(folder.checkpoints) as checkpoints, asked as stop:
             state = Run(
                 settings,
                 dataset,
                 folder,
                 checkpoints,
-                step_cache(settings),
+                (steps or step_cache)(settings),
                 stopping=lambda: stop.requested,
                 verbose=verbose,
                 origin=origin_of(plain, dataset, git),
@@ -100,8 +113,10 @@ def run(
                 state.timings["seconds"] = before + time.perf_counter() - begin
 
             try:
-                walk(state, clock)
+                walk(state, clock, shared)
             finally:
+                if shared is not None:
+                    shared.release()
                 clock()
                 folder.write_timings(state.timings)
             checkpoints.wait()
@@ -156,18 +171,25 @@ def _resume(
     return changed
 
 
-def walk(state: Run, clock: Callable[[], None] = lambda: None) -> None:
+def walk(
+    state: Run, clock: Callable[[], None] = lambda: None, shared: SharedStages | None = None
+) -> None:
     """Runs the stages of the schedule that are left; saves after each.
 
     Args:
         state: the run.
         clock: called before each checkpoint, to bring `state.timings` up to date.
+        shared: the stages that other runs of a sweep have too.
 
     Raises:
         NonFiniteError: from a training stage.
         Preempted: the run was asked to stop.
     """
     while not state.finished:
+        if shared is not None:
+            shared.before_stage(state)
+            if state.finished:
+                break
         stage = state.stage()
         begin = time.perf_counter()
         try:
@@ -179,5 +201,7 @@ def walk(state: Run, clock: Callable[[], None] = lambda: None) -> None:
         state.stage_index, state.stage_step = state.stage_index + 1, 0
         clock()
         state.save()
+        if shared is not None:
+            shared.after_stage(state)
         if state.stopping() and not state.finished:
             raise Preempted(f"before stage {state.stage().name!r}")

@@ -165,6 +165,12 @@ def times_text(timings: Mapping[str, Any]) -> str:
         f"{timings['seconds']:.0f} s: {steps:.0f} s of training steps, {first:.0f} s of first "
         "steps (compilation)"
     ]
+    for entry in timings.get("shared", ()):
+        lines.append(
+            f"{', '.join(entry['stages'])}: trained by run {entry['run']!r} of the sweep, whose "
+            f"{sum(stage.get('seconds', 0.0) for stage in entry['stages'].values()):.0f} s are not "
+            "in here"
+        )
     for entry in timings.get("latency", ()):
         lines.append(
             f"{entry['model']} on {entry['engine']}, batch {entry['batch']}: "

@@ -1,6 +1,8 @@
 """The environment of a run: code, versions, machine, on which a result may depend."""
 
 import contextlib
+import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -48,6 +50,51 @@ def code_version(git: Mapping[str, Any]) -> str:
     return git["revision"] + ("-dirty" if git["dirty"] else "")
 
 
+@functools.cache
+def code_sha256() -> str:
+    """Returns the SHA-256 of the package's source files: what a revision with changes is not."""
+    package = Path(__file__).parents[1]
+    total = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        total.update(f"{path.relative_to(package).as_posix()}\0".encode())
+        total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+@functools.cache
+def numeric_environment() -> dict[str, Any]:
+    """Returns what the last bits of a result depend on beside code, config and data."""
+    devices = jax.devices()
+    return {
+        "versions": _versions(),
+        "devices": [devices[0].platform, devices[0].device_kind, len(devices)],
+        "machine": [platform.machine(), _processor()],
+        # XLA cuts some sums by the number of its threads.
+        "threads": _THREADS,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "x64": jax.dtypes.canonicalize_dtype(float).name,
+    }
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+# When JAX starts its threads; a process may be given other cores later.
+_THREADS = _cores()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
 def _processor() -> str:
     """The processor's model, as far as the system tells."""
     with contextlib.suppress(OSError):
@@ -59,14 +106,10 @@ def _processor() -> str:
 
 def environment() -> dict[str, Any]:
     """Returns the facts about versions and machine that run.json records beside `git_state`."""
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     devices = jax.devices()
     return {
         "argv": list(sys.argv),
-        "versions": versions,
+        "versions": _versions(),
         "devices": {
             "platform": devices[0].platform,
             "kind": devices[0].device_kind,

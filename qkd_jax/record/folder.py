@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +35,12 @@ from qkd_jax.whole_files import open_lock, remove_temporaries
 # What may differ between a run folder and the command that resumes it: none of it reaches a number
 # in results.json.
 FREE_FIELDS = ("checkpoint", "data.dir")
+
+_HAS_LOCKS = importlib.util.find_spec("fcntl") is not None  # not on Windows
+
+
+class InUseError(ValueError):
+    """Another process has locked a run folder."""
 
 
 class RunFolder:
@@ -86,23 +94,21 @@ class RunFolder:
         """Locks the folder for this process until `close` or its end, however it ends.
 
         Raises:
-            ValueError: another process holds the lock.
+            InUseError: another process holds the lock.
         """
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
+        if not _HAS_LOCKS:
             return
         if self._lock is not None:
             return
         file = open_lock(self.path / ".lock")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _try_lock(file)
         except BlockingIOError:
-            holder = file.read(20).decode(errors="replace").strip()
-            holder = holder if holder.isdecimal() else "?"
+            process = file.read(20).decode(errors="replace").strip()
+            process = process if process.isdecimal() else "?"
             file.close()
-            raise ValueError(
-                f"{self.path} is in use by another run (process {holder}); wait for its end or "
+            raise InUseError(
+                f"{self.path} is in use by another run (process {process}); wait for its end or "
                 "use another --workdir."
             ) from None
         except OSError:  # a file system without locks: run without
@@ -211,6 +217,36 @@ class RunFolder:
     def write_timings(self, timings: Mapping[str, Any]) -> None:
         """Writes timings.json."""
         write_json(self.path / "timings.json", timings)
+
+
+def _try_lock(file: BinaryIO) -> None:
+    """Takes a lock; `holder` of another process holds it for a moment too, hence the tries."""
+    import fcntl
+
+    for left in reversed(range(5)):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not left:
+                raise
+            time.sleep(0.02)
+    return None
+
+
+def holder(workdir: str | Path) -> str | None:
+    """Returns the number of the process that runs in a folder ("?": unknown), None if none does."""
+    path = Path(workdir) / ".lock"
+    if not _HAS_LOCKS or not path.is_file() or path.is_symlink():
+        return None
+    import fcntl
+
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = file.read(20).decode(errors="replace").strip()
+            return text if text.isdecimal() else "?"
+    return None
 
 
 def config_fields(config: Any, *, ignore: Sequence[str] = ()) -> dict[str, Any]:
