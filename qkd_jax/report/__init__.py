@@ -7,7 +7,7 @@
 
 from qkd_jax.report.comparison import Comparison
 from qkd_jax.report.comparison_page import compare
-from qkd_jax.report.comparison_text import terminal
+from qkd_jax.report.comparison_terminal import terminal
 from qkd_jax.report.histograms import weight_histograms
 from qkd_jax.report.html import render, write
 from qkd_jax.report.table import table

@@ -66,7 +66,7 @@ class RunsFolder:
 
     Attributes:
         path: the folder.
-        arms: its arms, in the order of their first runs' names.
+        arms: its arms, in the order of sweep.json, else of their first runs' names.
         notes: what a reader of the comparison must know, a sentence each.
     """
 
@@ -88,11 +88,13 @@ def read_runs(folder: str | Path) -> RunsFolder:
     folder = Path(folder)
     notes: list[str] = []
     found, unfinished = [], []
+    planned = _planned(folder, notes)
+    place = {name: number for number, name in enumerate(planned)}
     inside = sorted(
-        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+        (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")),
+        key=lambda path: (place.get(path.name, len(place)), _natural(path.name)),
     )
     runs = [path for path in inside if (path / "config.json").exists()]
-    planned = _planned(folder, notes)
     for path in runs:
         try:
             run = _read_run(path)
@@ -122,6 +124,12 @@ def read_runs(folder: str | Path) -> RunsFolder:
     if unknown:
         notes.append(f"Nothing says on which data these were made: {', '.join(unknown)}.")
     return RunsFolder(folder, arms, tuple(notes))
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """A key that puts w10 behind w9."""
+    parts = re.findall(r"([0-9]{1,18})|([^0-9]+)", name)
+    return [(0, int(number), "") if number else (1, 0, text) for number, text in parts]
 
 
 def _planned(folder: Path, notes: list[str]) -> list[str]:

@@ -29,15 +29,15 @@ def _style(place: int) -> tuple[str, str, str]:
     """Returns (colour, line, marker) of the arm in this place."""
     colors, lines = svg.COLORS, svg.LINES
     line = lines[place // len(colors) % len(lines)]
-    return colors[place % len(colors)], line, MARKERS[place % len(MARKERS)]
+    return colors[place % len(colors)], line, MARKERS[(place + place // len(colors)) % len(MARKERS)]
 
 
 def pareto(comparison: Comparison) -> str | None:
     """Returns mean top-1 against bytes and against bit operations; None where none is known.
 
     Rows of several arms are coloured by arm, those of one arm by row. The line joins the points of
-    the Pareto front, which are filled; whiskers are 95 % intervals. Points of one cost stand side
-    by side.
+    the Pareto front, which are filled; whiskers are 95 % intervals (of the front alone, where there
+    are many points). Points of one cost stand side by side.
     """
     panels = [c for c in COSTS if any(_point(row, c) is not None for row in comparison.rows)]
     if not panels:
@@ -97,6 +97,7 @@ def _pareto_panel(
     middle = math.sqrt(steps[0] * steps[-1])
     front: dict[float, float] = {}
     ends: list[float] = []
+    crowded = sum(map(len, of_price.values())) > MOST_WHISKERS
     for price in steps:
         points = of_price[price]
         apart = min(6.0, 48.0 / len(points))
@@ -104,6 +105,7 @@ def _pareto_panel(
             color, _, marker = style[row.arm if several else f"{row.net}, {row.method}"]
             found, best = row.means["top1"], cost in row.front
             half = 0.0 if found.high is None else 100 * (found.high - found.mean)
+            half = half if best or not crowded else 0.0
             ends += [accuracy - half, accuracy + half]
             beside = (place - (len(points) - 1) / 2) * apart / 72
             axes.errorbar(
@@ -123,7 +125,7 @@ def _pareto_panel(
                 axes.annotate(
                     _clipped(f"{row.net}, {row.method}", 28),
                     (price, accuracy),
-                    xytext=(-8 - 24 * apart / 6 if right else 8 + 24 * apart / 6, 4),
+                    xytext=(72 * beside + (-8 if right else 8), 4),
                     textcoords="offset points",
                     ha="right" if right else "left",
                     fontsize=7.5,
@@ -133,8 +135,10 @@ def _pareto_panel(
                 front[price] = accuracy
     axes.plot(*zip(*front.items(), strict=True), color=svg.EDGE, drawstyle="steps-post", zorder=1)
     axes.set_xscale("log")
-    axes.margins(x=0.12)
-    room = 0.05 * (max(ends) - min(ends)) or 1.0  # moved points are not seen by the axes
+    # Points that were moved are not seen by the axes.
+    aside = max((steps[-1] / steps[0]) ** 0.12, 1.25)
+    axes.set_xlim(steps[0] / aside, steps[-1] * aside)
+    room = 0.05 * (max(ends) - min(ends)) or 1.0
     axes.set_ylim(min(ends) - room, max(ends) + room)
     axes.set_xlabel(COSTS[cost])
     axes.set_ylabel("mean top-1 (%)")

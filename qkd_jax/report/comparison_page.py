@@ -87,8 +87,8 @@ def render_comparison(found: Comparison, curves: Curves) -> str:
         figures.pareto(found),
         f"{seeds}. Mean top-1 with its 95 % interval over weight bytes and over bit operations of "
         "one image; towards the upper left is better. Filled: on the Pareto front, which the line "
-        "joins. Points of one cost stand side by side; rows whose cost is not recorded are left "
-        "out.",
+        "joins; where there are many rows, these alone have intervals. Points of one cost stand "
+        "side by side; rows whose cost is not recorded are left out.",
     )
     if front:
         parts.append(("pareto", "Accuracy against cost", front))

@@ -71,11 +71,6 @@ def names_of(comparison: Comparison) -> Shown:
     return [("arm", False, lambda r: r.arm), *shown] if len(comparison.arms) > 1 else shown
 
 
-def short_name(comparison: Comparison, row: Row) -> str:
-    """Returns "arm / net / method", without the arm where there is one."""
-    return " / ".join(to(row) for _, _, to in names_of(comparison))
-
-
 def _made(name: str, caption: str, shown: Shown, records: Sequence[Any]) -> TextTable:
     headings = tuple((heading, right) for heading, right, _ in shown)
     cells = tuple(tuple(to(record) for _, _, to in shown) for record in records)
@@ -85,7 +80,7 @@ def _made(name: str, caption: str, shown: Shown, records: Sequence[Any]) -> Text
 def _means(comparison: Comparison) -> TextTable:
     rows = comparison.rows
     shown = names_of(comparison)
-    shown.append(("seeds", True, _seeds))
+    shown.append(("seeds", True, seeds_of))
     for measure in MEASURES:
         if any(measure in row.means for row in rows):
             heading, factor, digits = MEASURES[measure]
@@ -93,10 +88,10 @@ def _means(comparison: Comparison) -> TextTable:
                 r.means.get(m), len(r.values["top1"]), f, d
             )
             shown.append((heading, True, to))
-    shown.append(("bits W/A", True, _bits))
+    shown.append(("bits W/A", True, bits_text))
     for cost, heading in COSTS.items():
         if any(row.costs[cost] is not None for row in rows):
-            shown.append((heading, True, lambda r, c=cost: cost_text(r.costs[c])))
+            shown.append((heading, True, lambda r, c=cost: cost_text(c, r.costs[c])))
     shown.append(("Pareto", False, lambda r: ", ".join(FRONT[c] for c in r.front) or NONE))
     interval = (
         "Mean ± half width of the 95 % t interval over seeds (standard deviation)"
@@ -126,7 +121,8 @@ def _means(comparison: Comparison) -> TextTable:
     return _made("results", caption, shown, rows)
 
 
-def _seeds(row: Row) -> str:
+def seeds_of(row: Row) -> str:
+    """Returns "3", or "2 of 3" where some of the arm's seeds have no accuracy."""
     have = len(row.values["top1"])
     return f"{have}" if have == row.runs else f"{have} of {row.runs}"
 
@@ -142,18 +138,24 @@ def mean_text(found: Mean | None, seeds: int, factor: float, digits: int) -> str
     return text if found.n == seeds else f"{text} n={found.n}"
 
 
-def _bits(row: Row) -> str:
+def bits_text(row: Row) -> str:
+    """Returns "4/8", "2-4/8" where seeds differ."""
     one = lambda values: "-".join(
         f"{v:g}" for v in sorted({32 if v is None else v for v in values})
     )
     return "/".join(map(one, row.bits))
 
 
-def cost_text(value: float | None) -> str:
-    """Returns 311,016; from ten milliards on 1.234e+10."""
+def cost_text(cost: str, value: float | None) -> str:
+    """Returns 311,016 bytes, and bit operations as "781.8 M"; the CSV has all digits."""
     if value is None:
         return NONE
-    return count(round(value)) if value < 1e10 else f"{value:.4g}"
+    if cost == "weight_bytes":
+        return count(round(value))
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:#.4g}".rstrip(".") + f" {unit}"
+    return count(round(value))
 
 
 def _differences(comparison: Comparison, measure: str) -> TextTable:
@@ -161,15 +163,15 @@ def _differences(comparison: Comparison, measure: str) -> TextTable:
     points = "points of top-1" if measure == "top1" else heading
     m, control = comparison.tests[measure], comparison.control
     assert control is not None
-    several = len({(c.control.arm, *c.control.key) for c in comparison.compared[measure]}) > 1
+    several = several_controls(comparison.compared[measure])
     of_row = [(h, r, lambda c, to=to: to(c.row)) for h, r, to in names_of(comparison)]
     shown: Shown = list(of_row)
     if several:
-        shown.append(("against", False, lambda c: short_name(comparison, c.control)))
+        shown.append(("against", False, against_text))
     shown += [
         ("pairs", True, lambda c: str(c.difference.n)),
         (f"difference, {heading}", True, lambda c: difference_text(c.difference, factor, digits)),
-        ("95 % interval", True, lambda c: _interval(c, factor, digits)),
+        ("95 % interval", True, lambda c: interval_text(c, factor, digits)),
     ]
     caption = (
         f"{seeds_text(comparison)}. Row minus control ({control.text}) in {points}, paired by "
@@ -192,12 +194,26 @@ def _differences(comparison: Comparison, measure: str) -> TextTable:
     return _made(f"differences-{measure}", caption, shown, comparison.compared[measure])
 
 
+def against_text(c: Compared) -> str:
+    """A control by what it does not share with its row."""
+    same_arm, same_key = c.control.arm == c.row.arm, c.control.key == c.row.key
+    parts = [] if same_arm else [c.control.arm]
+    return " / ".join(parts if same_key else [*parts, *c.control.key])
+
+
+def several_controls(compared: Sequence[Compared]) -> bool:
+    """Whether the caption does not say already what each row is compared with."""
+    controls = {(c.control.arm, *c.control.key) for c in compared}
+    return len(controls) > 1 and len({against_text(c) for c in compared}) > 1
+
+
 def difference_text(found: Difference, factor: float, digits: int) -> str:
     """Returns "+0.59", "identical" where both sides have the same numbers."""
     return "identical" if found.same else f"{factor * found.mean:+.{digits}f}"
 
 
-def _interval(c: Compared, factor: float, digits: int) -> str:
+def interval_text(c: Compared, factor: float, digits: int) -> str:
+    """Returns the interval of a difference as `span_text`, a dash where there is none."""
     d = c.difference
     known = None if d.low is None or d.high is None or d.same else (d.low, d.high)
     return span_text(known, factor, digits)

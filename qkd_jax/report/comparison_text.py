@@ -1,14 +1,10 @@
-"""The tables of a comparison for a terminal, as Markdown, as LaTeX, and all numbers as CSV."""
+"""The tables of a comparison as Markdown and as LaTeX, and all of its numbers as CSV."""
 
 import csv
 import io
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
-
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from qkd_jax import checks
 from qkd_jax.report.comparison import Comparison
@@ -156,33 +152,3 @@ def _difference(pair: Any, measure: str, found: Any) -> dict[str, Any]:
         **{"measure": measure, "control": control, "n": found.n, "value": found.mean},
         **{"sd": found.sd, "low": found.low, "high": found.high},
     }
-
-
-def terminal(comparison: Comparison) -> list[Table]:
-    """Returns the tables for a terminal, without those of single classes."""
-    shown = [table for table in tables(comparison) if table.name != "classes"]
-    return [_terminal(table, comparison.title) for table in shown]
-
-
-def _terminal(table: TextTable, title: str) -> Table:
-    made = Table(
-        title=Text(title if table.name == "results" else table.name.replace("-", ", ")),
-        caption=Text(table.caption),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for heading, right in table.headings:
-        made.add_column(Text(heading), justify="right" if right else "left", overflow="fold")
-    for row in _sparse(table.cells):
-        made.add_row(*map(Text, row))
-    return made
-
-
-def _sparse(cells: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
-    """An arm's label stands in its first row."""
-    before = None
-    for row in cells:
-        yield ("", *row[1:]) if row[0] == before else row
-        before = row[0]

@@ -45,6 +45,15 @@ def test_labels(tmp_path, names, label):
     assert [arm.label for arm in read_runs(tmp_path).arms] == [label]
 
 
+def test_arms_are_in_the_order_of_the_sweep_or_of_their_numbers(tmp_path):
+    for bits in (2, 10, 3):
+        run(tmp_path, f"w{bits}_seed0", seed=0, lr=bits, rows=rows_of(0))
+    assert [arm.label for arm in read_runs(tmp_path).arms] == ["w2", "w3", "w10"]
+    planned = [{"name": f"w{bits}_seed0", "overrides": {}} for bits in (10, 2, 3)]
+    write_json(tmp_path / "sweep.json", {"config": "configs/qat.py", "runs": planned})
+    assert [arm.label for arm in read_runs(tmp_path).arms] == ["w10", "w2", "w3"]
+
+
 def test_equal_labels_say_what_differs(tmp_path):
     for i, lr in enumerate((0.1, 0.2)):
         run(tmp_path, ("a_s0", "a_seed0")[i], seed=0, lr=lr, rows=rows_of(0))
