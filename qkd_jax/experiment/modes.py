@@ -11,7 +11,7 @@ import jax
 
 from qkd_jax import checks
 from qkd_jax.data import NotPreparedError
-from qkd_jax.experiment import soft_label_record
+from qkd_jax.experiment import soft_label_record, sweep_state
 from qkd_jax.experiment.orchestrate import run, step_cache
 from qkd_jax.experiment.origin import check_data, check_digest, config_digest
 from qkd_jax.experiment.overview import overview
@@ -123,7 +123,9 @@ def report(workdir: str | Path, *, against: str = "", verbose: bool = True) -> N
     folder = RunFolder(workdir, create=False)
     say = printer(verbose)
     if not (folder.path / "config.json").exists():
-        show_comparison(compare(folder.path, against=against), folder.path, say)
+        state_of = lambda path: sweep_state.state_of(path).text()
+        found = compare(folder.path, against=against, state_of=state_of)
+        show_comparison(found, folder.path, say)
         return
     if against:
         raise ValueError(

@@ -10,10 +10,9 @@ from typing import Any
 from qkd_jax.experiment.sweep_list import LOGS
 from qkd_jax.record.folder import holder
 from qkd_jax.record.json_files import read_json, write_json
-from qkd_jax.record.metrics_log import FILE as METRICS
-from qkd_jax.record.metrics_log import parse_row
+from qkd_jax.record.log_index import last_rows
 
-# Enough of the end of metrics.jsonl for its last lines: rows of quantizers are the longest.
+# Enough of the end of what a run printed for its last lines.
 TAIL_BYTES = 65536
 
 
@@ -34,14 +33,9 @@ class Place:
 
 def place_of(folder: Path) -> Place:
     """Returns where a run is by the end of its log."""
-    try:
-        with open(folder / METRICS, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - TAIL_BYTES))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return Place()
-    rows = [row for line in lines[:-1] if (row := parse_row(line)) is not None]
+    rows = []
+    with contextlib.suppress(OSError, ValueError):
+        rows = last_rows(folder)
     if not rows:
         return Place()
     metric = next((text for row in reversed(rows) if (text := _metric(row))), "")

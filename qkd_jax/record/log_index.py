@@ -70,8 +70,8 @@ def read_lines(folder: str | Path, offsets: Iterable[int]) -> list[dict[str, Any
     return rows
 
 
-def last_row(folder: str | Path) -> dict[str, Any] | None:
-    """Returns the last whole row of a run folder's metrics.jsonl, None where it has none.
+def last_rows(folder: str | Path) -> list[dict[str, Any]]:
+    """Returns the last whole rows of a run folder's metrics.jsonl, some hundreds; the last at last.
 
     Raises:
         OSError: the file cannot be read.
@@ -84,5 +84,5 @@ def last_row(folder: str | Path) -> dict[str, Any] | None:
             file.seek(max(file.tell() - _TAIL, 0))
             lines = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
-        return None
-    return next((row for line in reversed(lines) if (row := parse_row(line))), None)
+        return []
+    return [row for line in lines if (row := parse_row(line)) is not None]

@@ -4,16 +4,17 @@ Runs whose configs agree in all but `seed` and the fields that reach no number a
 Files are read and never written or locked: a run that is alive goes on.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qkd_jax.record.folder import FREE_FIELDS, config_fields
 from qkd_jax.record.json_files import read_json
-from qkd_jax.record.log_index import last_row
+from qkd_jax.record.log_index import last_rows
 
 LARGEST = 1e100  # whose squares are numbers too
 MEASURES = ("top1", "severity", "loss", "agreement")
@@ -75,17 +76,19 @@ class RunsFolder:
     notes: tuple[str, ...]
 
 
-def read_runs(folder: str | Path) -> RunsFolder:
+def read_runs(folder: str | Path, *, state_of: Callable[[Path], str] | None = None) -> RunsFolder:
     """Reads the runs that lie in a folder, and `sweep.json` where there is one.
 
     Args:
         folder: the folder; a run is a folder in it that has a config.json.
+        state_of: says how far a run is that is not finished, or not there; by default its last
+            logged step.
 
     Raises:
         ValueError: there is no finished run; runs of one seed are over different data; two runs of
             one config and seed have different results.
     """
-    folder = Path(folder)
+    folder, state_of = Path(folder), state_of or _state
     notes: list[str] = []
     found, unfinished = [], []
     planned = _planned(folder, notes)
@@ -102,10 +105,11 @@ def read_runs(folder: str | Path) -> RunsFolder:
             notes.append(f"Run {path.name} is left out, its files are damaged: {error}")
             continue
         if run is None:
-            unfinished.append(f"{path.name} ({_state(path)})")
+            unfinished.append(f"{path.name} ({state_of(path)})")
         else:
             found.append(run)
-    unfinished += [f"{n} (not started)" for n in planned if n not in {p.name for p in runs}]
+    there = {path.name for path in runs}
+    unfinished += [f"{n} ({state_of(folder / n)})" for n in planned if n not in there]
     if unfinished:
         notes.append(f"Not finished, so not in any number: {', '.join(unfinished)}.")
     for path in inside:
@@ -147,11 +151,12 @@ def _planned(folder: Path, notes: list[str]) -> list[str]:
 
 def _state(path: Path) -> str:
     """How far an unfinished run has come."""
-    try:
-        row = last_row(path)
-    except (ValueError, OSError):
-        row = None
-    return f"last logged step {row['step']:,}, stage {row['stage']}" if row else "no step logged"
+    rows = []
+    with contextlib.suppress(ValueError, OSError):
+        rows = last_rows(path)
+    if rows:
+        return f"last logged step {rows[-1]['step']:,}, stage {rows[-1]['stage']}"
+    return "no step logged" if path.exists() else "not begun"
 
 
 def _read_run(path: Path) -> SeedRun | None:

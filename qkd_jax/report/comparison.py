@@ -4,7 +4,7 @@ A row is a net with a method in an arm. Nothing here is formatted; `comparison_t
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +116,20 @@ class Comparison:
     notes: tuple[str, ...]
 
 
-def build(folder: str | Path, *, against: str = "") -> Comparison:
+def build(
+    folder: str | Path, *, against: str = "", state_of: Callable[[Path], str] | None = None
+) -> Comparison:
     """Compares the runs of a folder.
 
     Args:
         folder: a folder of runs.
         against: the control, see `find_control`; "" compares nothing.
+        state_of: see `read_runs`.
 
     Raises:
         ValueError: see `read_runs` and `find_control`.
     """
-    return compared_runs(read_runs(folder), against=against)
+    return compared_runs(read_runs(folder, state_of=state_of), against=against)
 
 
 def compared_runs(found: RunsFolder, *, against: str = "") -> Comparison:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -24,7 +25,9 @@ TITLES = {
 }
 
 
-def compare(folder: str | Path, *, against: str = "") -> Comparison:
+def compare(
+    folder: str | Path, *, against: str = "", state_of: Callable[[Path], str] | None = None
+) -> Comparison:
     """Compares the runs of a folder, and writes what it finds into the folder.
 
     `comparison.html` is one self-contained page; `comparison.md`, `comparison.tex` (booktabs) and
@@ -36,6 +39,7 @@ def compare(folder: str | Path, *, against: str = "") -> Comparison:
             planned.
         against: the control of paired differences by seed: an arm, a method, "net/method" (in the
             same runs) or "arm/net/method" (one row for all); "" shows none.
+        state_of: says how far a run is that is not finished; by default its last logged step.
 
     Returns:
         The numbers.
@@ -46,7 +50,7 @@ def compare(folder: str | Path, *, against: str = "") -> Comparison:
         OSError: a file cannot be written.
     """
     folder = Path(folder)
-    found = build(folder, against=against)
+    found = build(folder, against=against, state_of=state_of)
     curves = read_curves(found.arms)
     found = dataclasses.replace(found, notes=(*found.notes, *curves.notes))
     texts = {

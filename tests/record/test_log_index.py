@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qkd_jax.record.log_index import index_log, last_row, read_lines
+from qkd_jax.record.log_index import index_log, last_rows, read_lines
 from qkd_jax.record.metrics_log import FILE, MetricsLog, read_log
 
 
@@ -35,7 +35,7 @@ def test_the_index_finds_what_reading_finds(folder):
     rows, damaged = through_the_index(folder)
     assert (rows, damaged) == whole(folder)
     assert len(rows["train"]) == 39 and rows["test"][-1]["values"]["net/top1"] == 0.75
-    assert last_row(folder)["step"] == 39
+    assert last_rows(folder)[-1]["step"] == 39
 
 
 def test_other_spellings_and_damaged_and_torn_lines(folder):
@@ -45,7 +45,7 @@ def test_other_spellings_and_damaged_and_torn_lines(folder):
     path.write_text("\n".join([first, spelled, "{}", "\0", *rest, '{"split":"train","sta']))
     rows, damaged = through_the_index(folder)
     assert (rows, damaged) == whole(folder) and damaged == 2
-    assert last_row(folder)["step"] == 39
+    assert last_rows(folder)[-1]["step"] == 39
 
 
 def test_a_line_damaged_behind_its_beginning_is_none(folder):
@@ -57,6 +57,6 @@ def test_a_line_damaged_behind_its_beginning_is_none(folder):
 
 
 def test_no_log_and_an_empty_one(tmp_path):
-    assert index_log(tmp_path) == ({}, 0) and last_row(tmp_path) is None
+    assert index_log(tmp_path) == ({}, 0) and last_rows(tmp_path) == []
     (tmp_path / FILE).write_bytes(b"")
-    assert index_log(tmp_path) == ({}, 0) and last_row(tmp_path) is None
+    assert index_log(tmp_path) == ({}, 0) and last_rows(tmp_path) == []

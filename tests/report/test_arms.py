@@ -72,7 +72,7 @@ def test_what_is_not_finished_is_said_and_not_counted(tmp_path):
     assert list(found.arms[1].runs) == [0, 1]
     said = "\n".join(found.notes)
     assert "slow_seed2 (last logged step 50, stage train)" in said
-    assert "fast_seed3 (not started), fast_seed4 (not started)" in said
+    assert "fast_seed3 (not begun), fast_seed4 (not begun)" in said
     assert "Arm slow lacks seed 2;" in said
     assert "deeper/ holds runs too" in said and "shared" not in said
 
