@@ -91,7 +91,7 @@ def read_runs(folder: str | Path, *, state_of: Callable[[Path], str] | None = No
     folder, state_of = Path(folder), state_of or _state
     notes: list[str] = []
     found, unfinished = [], []
-    planned = _planned(folder, notes)
+    planned, config = _planned(folder, notes)
     place = {name: number for number, name in enumerate(planned)}
     inside = sorted(
         (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")),
@@ -122,7 +122,7 @@ def read_runs(folder: str | Path, *, state_of: Callable[[Path], str] | None = No
             "the --workdir of a run, or a folder of runs of which one at least is finished."
         )
     _check_data(found)
-    arms = _arms(found, notes)
+    arms = _arms(found, notes, config or folder.resolve().name)
     notes += [*_seeds(arms), *_environments(found)]
     unknown = [run.name for run in found if not run.data]
     if unknown:
@@ -136,17 +136,18 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(number), "") if number else (1, 0, text) for number, text in parts]
 
 
-def _planned(folder: Path, notes: list[str]) -> list[str]:
-    """Names of the runs that a sweep wants."""
+def _planned(folder: Path, notes: list[str]) -> tuple[list[str], str]:
+    """Names of the runs that a sweep wants, and of its config: "qkd" of "configs/qkd.py:a=b"."""
     try:
         sweep = read_json(folder / "sweep.json") or {}
-        return [str(run["name"]) for run in sweep.get("runs") or []]
+        config = Path(str(sweep.get("config") or "").partition(":")[0]).stem
+        return [str(run["name"]) for run in sweep.get("runs") or []], config
     except (AttributeError, KeyError, TypeError):
         why = f"{folder / 'sweep.json'} does not hold the runs of a sweep"
     except (ValueError, OSError) as error:
         why = str(error)
     notes.append(f"It is not known which runs were planned: {why}")
-    return []
+    return [], ""
 
 
 def _state(path: Path) -> str:
@@ -181,7 +182,7 @@ def _read_run(path: Path) -> SeedRun | None:
             name=path.name,
             path=path,
             seed=seed,
-            fields=config_fields(config, ignore=_FREE),
+            fields=_fields(config, seed),
             rows=_rows(results["rows"], len(examples)),
             experiment=str(results.get("experiment") or ""),
             class_examples=tuple(examples),
@@ -194,6 +195,17 @@ def _read_run(path: Path) -> SeedRun | None:
             f"{path / 'results.json'} does not hold the results of a run of its config.json "
             f"({why}); restore it."
         ) from error
+
+
+def _fields(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What says of which arm a run is. A net may come from a file of the same seed's own."""
+    own = re.compile(rf"(?<![A-Za-z])(seed|s)([_=-]?)0*{seed}(?![0-9])")
+    return {
+        name: own.sub(r"\1\2{seed}", value)
+        if name.endswith(".init_from") and isinstance(value, str)
+        else value
+        for name, value in config_fields(config, ignore=_FREE).items()
+    }
 
 
 def _rows(rows: Sequence[Mapping[str, Any]], classes: int) -> dict[RowKey, Mapping[str, Any]]:
@@ -270,7 +282,7 @@ def _check_data(runs: Sequence[SeedRun]) -> None:
             )
 
 
-def _arms(runs: Sequence[SeedRun], notes: list[str]) -> tuple[Arm, ...]:
+def _arms(runs: Sequence[SeedRun], notes: list[str], name: str) -> tuple[Arm, ...]:
     groups: dict[str, dict[int, SeedRun]] = {}
     twins: list[str] = []
     for run in runs:
@@ -286,7 +298,7 @@ def _arms(runs: Sequence[SeedRun], notes: list[str]) -> tuple[Arm, ...]:
         twins.append(f"{run.name} (as {other.name})")
     if twins:
         notes.append(f"Runs with config, seed and results of another are not counted: {_an(twins)}")
-    labels = _labels([list(group.values()) for group in groups.values()])
+    labels = _labels([list(group.values()) for group in groups.values()], name)
     return tuple(
         Arm(label, dict(sorted(group.items())))
         for label, group in zip(labels, groups.values(), strict=True)
@@ -301,9 +313,12 @@ def _numbers(run: SeedRun) -> Any:
     return {key: [row.get(name) for name in MEASURES] for key, row in run.rows.items()}
 
 
-def _labels(groups: Sequence[Sequence[SeedRun]]) -> list[str]:
-    """A label for each arm, unique: the runs' names without the seed's part, or what differs."""
-    labels = [_label(group) for group in groups]
+def _labels(groups: Sequence[Sequence[SeedRun]], name: str) -> list[str]:
+    """A label for each arm, unique: the runs' names without the seed's part, or what differs.
+
+    Runs that are called by their seed alone have the `name` of what holds them.
+    """
+    labels = [_label(group) or name for group in groups]
     same = {label for label in labels if labels.count(label) > 1}
     if same:
         told = _differences([group[0].fields for group in groups])
@@ -331,7 +346,7 @@ def _label(runs: Sequence[SeedRun]) -> str:
         min(map(len, names)),
     )
     common = re.sub(r"([_\-.+ ]*(seed|s)?[_=-]*)$", "", names[0][:length])
-    return common or runs[0].experiment or "runs"
+    return common or runs[0].experiment
 
 
 def _without_seed(name: str, seed: int) -> str:

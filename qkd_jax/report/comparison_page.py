@@ -123,7 +123,13 @@ def render_comparison(found: Comparison, curves: Curves) -> str:
         warning = f'<div class="warn">Before these numbers are used:<ul>{listed}</ul></div>'
     arms = f"{len(labels)} arm{'s' if len(labels) > 1 else ''}, {seeds}"
     against = f", against {_text(found.control.text)}" if found.control else ""
-    return document(f"Comparison: {found.title}", f"{arms}{against}.", warning, parts, wide=True)
+    return document(
+        f"Comparison: {checks.printable(found.title)}",
+        f"{arms}{against}.",
+        warning,
+        parts,
+        wide=True,
+    )
 
 
 def _runs(found: Comparison) -> str:

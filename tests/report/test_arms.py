@@ -27,6 +27,13 @@ def test_runs_that_differ_in_the_seed_are_one_arm(tmp_path):
     assert found.notes == ()
 
 
+def test_a_net_from_a_file_of_the_seeds_own_makes_no_other_arm(tmp_path):
+    for seed, source in ((1, "a_seed1#net"), (2, "a_seed2#net"), (12, "a_seed1#net")):
+        path = run(tmp_path, f"b_seed{seed}", seed=seed, lr=0.1, rows=rows_of(0))
+        change(path / "config.json", nets={"net": {"init_from": f"runs/{source}"}})
+    assert [list(arm.runs) for arm in read_runs(tmp_path).arms] == [[1, 2], [12]]
+
+
 @pytest.mark.parametrize(
     ("names", "label"),
     [
@@ -52,6 +59,15 @@ def test_arms_are_in_the_order_of_the_sweep_or_of_their_numbers(tmp_path):
     planned = [{"name": f"w{bits}_seed0", "overrides": {}} for bits in (10, 2, 3)]
     write_json(tmp_path / "sweep.json", {"config": "configs/qat.py", "runs": planned})
     assert [arm.label for arm in read_runs(tmp_path).arms] == ["w10", "w2", "w3"]
+
+
+def test_runs_called_by_their_seeds_have_the_name_of_the_sweep_or_the_folder(tmp_path):
+    folder = tmp_path / "mine"
+    for seed in (0, 1):
+        run(folder, f"seed-{seed}", seed=seed, lr=0.1, rows=rows_of(seed))
+    assert [arm.label for arm in read_runs(folder).arms] == ["mine"]
+    write_json(folder / "sweep.json", {"config": "configs/qkd.py:seeds=2", "runs": []})
+    assert [arm.label for arm in read_runs(folder).arms] == ["qkd"]
 
 
 def test_equal_labels_say_what_differs(tmp_path):
