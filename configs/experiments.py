@@ -47,6 +47,18 @@ def without_training(
     return common.finish(config, stages, unscheduled=[name for name in skipped if skipped[name]])
 
 
+def for_table(config: ConfigDict) -> ConfigDict:
+    """Returns a config as a row of a table needs it: no deploy and diagnose stages, no curves."""
+    config = config.copy_and_resolve_references().unlock()
+    kinds = config.stages
+    config.schedule = tuple(
+        s for s in config.schedule if kinds[s].kind not in ("deploy", "diagnose")
+    )
+    config.log.eval_every_steps = 0
+    config.log.quant_every_steps = 0
+    return config.lock()
+
+
 def beside_labels(
     config: ConfigDict, args: ConfigDict, method: str, *, deployed: bool = False, **term: Any
 ) -> ConfigDict:

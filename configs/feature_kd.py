@@ -2,6 +2,8 @@
 
     python launch.py --config=configs/feature_kd.py:loss=rkd --workdir=runs/rkd
     python launch.py --config=configs/feature_kd.py:loss=crd,bits=w2a2 --workdir=runs/crd_w2a2
+    python launch.py --config=configs/feature_kd.py:losses=kd+rkd+crd,seeds=3 --sweep \
+        --workdir=runs/losses
 
 Teacher and student may be of any families and sizes: taps and adaptors follow from their shapes
 (`--mode=inspect` lists taps; override `stages.distil.learn.student.<loss>.taps`). With `bits` the
@@ -16,7 +18,19 @@ work; teacher 98.13 % top-1, `alone` 96.39, student 96.13. docs/results.md has e
 Fashion-MNIST over 3 seeds.
 """
 
-from configs import common, terms
+from configs import common, sweeps, terms
+
+# `losses` is "+"-separated; empty means all with a published recipe. Losses share the teacher and
+# `alone` of a seed, which are trained once.
+SWEEP = dict(seeds=3, losses="")
+
+
+def get_sweep(arg=""):
+    """Returns a run for each loss and seed."""
+    args, others = sweeps.split(arg, SWEEP)
+    losses = sweeps.chosen(args.losses, () if args.losses else terms.published())
+    runs = [dict(loss=loss) for loss in losses]
+    return sweeps.with_seeds(runs, sweeps.seeds(args.seeds, others))
 
 
 def get_config(arg=""):

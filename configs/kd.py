@@ -1,6 +1,8 @@
 """Knowledge distillation in float (Hinton et al. 2015, arXiv 1503.02531), with its control.
 
     python launch.py --config=configs/kd.py:temperature=4,kd_weight=0.9 --workdir=runs/kd
+    python launch.py --config=configs/kd.py:seeds=3,temperatures=1+2+4 --sweep \
+        --workdir=runs/kd_grid
 
 The student and its control, `alone`, start from the same weights and see the same batches.
 
@@ -8,7 +10,20 @@ Expect, on the digits, seed 0: 89 s on two cores of an AMD EPYC beside other wor
 top-1, `alone` 96.39, student 98.00. The spread over seeds was not measured.
 """
 
-from configs import common
+from configs import common, sweeps
+
+# `seeds`: how many, from `seed` on. `temperatures` and `weights` are "+"-separated; empty leaves
+# the argument as it is. The teacher and `alone` are trained once a seed.
+SWEEP = dict(seeds=3, temperatures="", weights="")
+
+
+def get_sweep(arg=""):
+    """Returns a run for each temperature, weight and seed."""
+    args, others = sweeps.split(arg, SWEEP)
+    grid = dict(temperature=sweeps.chosen(args.temperatures, ()))
+    grid["kd_weight"] = sweeps.chosen(args.weights, ())
+    runs = sweeps.grid(**{name: values for name, values in grid.items() if values})
+    return sweeps.with_seeds((o for _, o in runs), sweeps.seeds(args.seeds, others))
 
 
 def get_config(arg=""):

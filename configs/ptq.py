@@ -1,6 +1,8 @@
 """Post-training quantization, rung by rung, of one float net.
 
     python launch.py --config=configs/ptq.py:bits=w4a8 --workdir=runs/ptq
+    python launch.py --config=configs/ptq.py:widths=w8a8+w4a8,seeds=3 --sweep \
+        --workdir=runs/ptq_widths
 
 Every rung is a net of its own that starts from the float net, so the rows compare methods alone:
 dynamic ranges; static ones by five observers; cross-layer equalization, then bias correction on
@@ -13,7 +15,18 @@ ResNet-20 on Fashion-MNIST, 3 seeds: float 88.73 +- 0.24, minmax 82.83 +- 3.95, 
 adaround 88.66 +- 0.29, brecq 88.60 +- 0.29 (docs/results.md).
 """
 
-from configs import common
+from configs import common, sweeps
+
+# `widths` is "+"-separated. The float net is trained once a seed.
+SWEEP = dict(seeds=3, widths="w8a8+w4a8+w4a4")
+
+
+def get_sweep(arg=""):
+    """Returns a run, with all its rungs, for each width and seed."""
+    args, others = sweeps.split(arg, SWEEP)
+    runs = [dict(bits=width) for width in sweeps.chosen(args.widths, ())]
+    return sweeps.with_seeds(runs, sweeps.seeds(args.seeds, others))
+
 
 OBSERVERS = ("minmax", "percentile", "mse", "entropy", "rms")
 # Rung -> stages between folding and the row, in order. `calibrate` takes the mse observer.

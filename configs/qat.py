@@ -5,6 +5,8 @@
     python launch.py --config=configs/qat.py:delay=0.3 --workdir=runs/delayed
     python launch.py --config=configs/qat.py --config.stages.qat.hygiene.net.freeze=0.04 \
         --config.stages.qat.hygiene.net.freeze_end=0.01 --workdir=runs/frozen
+    python launch.py --config=configs/qat.py:quantizers=lsq+dsq,widths=w4a4+w2a2,seeds=3 --sweep \
+        --workdir=runs/quantizers
 
 `progressive` lowers the bits in rungs that share the epochs of `qat` equally. Each rung starts from
 the trained weights and BatchNorm of the one before, and its quantizers are calibrated again: the
@@ -20,7 +22,39 @@ Expect, on the digits at W2A2, seed 0: 111 s on two cores of an AMD EPYC beside 
 over 3 seeds, LSQ at W2A2 82.65 +- 1.18 %.
 """
 
-from configs import common
+from configs import common, sweeps
+
+WIDTHS = ("w4a4", "w3a3", "w2a2")
+# The widths that their papers' weights have, and those of small floats.
+FIXED = {"ternary": ("w2a4",), "binary": ("w1a4",), "float": ("w8a8", "w6a6", "w4a4")}
+# `quantizers` and `widths` are "+"-separated; empty means all quantizers, and `WIDTHS`. Quantizers
+# of `FIXED` have those of their widths that are named, or all. The float net is trained once for
+# all runs of a seed.
+SWEEP = dict(seeds=3, quantizers="lsq", widths="")
+
+
+def get_sweep(arg=""):
+    """Returns a run for each quantizer, width and seed."""
+    args, others = sweeps.split(arg, SWEEP)
+    runs = by_quantizer(sweeps.chosen(args.quantizers, ()), sweeps.chosen(args.widths, ()))
+    return sweeps.with_seeds(runs, sweeps.seeds(args.seeds, others))
+
+
+def by_quantizer(quantizers, widths):
+    """Overrides of `bits` for each quantizer (all if none is named) at each width."""
+    from qkd_jax.quantizers import QUANTIZERS
+
+    def of(quantizer):
+        own = FIXED.get(quantizer)
+        if own is None:
+            return widths or WIDTHS
+        return [width for width in own if width in widths] or own
+
+    return [
+        dict(bits=f"{width}:{quantizer}")
+        for quantizer in quantizers or QUANTIZERS
+        for width in of(quantizer)
+    ]
 
 
 def get_config(arg=""):

@@ -2,6 +2,7 @@
 
     python launch.py --config=configs/qkd.py --workdir=runs/qkd_digits
     python launch.py --config=configs/qkd.py:data=fashion_mnist,student=resnet8,teacher=resnet20
+    python launch.py --config=configs/qkd.py:seeds=8 --sweep --jobs=2 --workdir=runs/qkd_seeds
 
 A float teacher and a float student are trained; the student is quantized and goes through the three
 phases: self-studying (labels alone), co-studying (teacher and student learn from each other),
@@ -21,7 +22,16 @@ Expect, on the digits at W2A2, 8 seeds: 43 to 59 s on two cores of an AMD EPYC; 
 96.38 +- 0.57, QKD 96.28 +- 0.88 (docs/results.md).
 """
 
-from configs import common, terms
+from configs import common, sweeps, terms
+
+# `seeds`: how many, from `seed` on.
+SWEEP = dict(seeds=3)
+
+
+def get_sweep(arg=""):
+    """Returns a run for each seed; the controls are in every run."""
+    args, others = sweeps.split(arg, SWEEP)
+    return sweeps.grid(seed=sweeps.seeds(args.seeds, others))
 
 
 def get_config(arg=""):

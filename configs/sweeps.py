@@ -76,4 +76,5 @@ def with_seeds(runs: Iterable[Mapping[str, Any]], seed: Iterable[int]) -> Runs:
 
     A sweep that was stopped early then has as many seeds of one run as of another.
     """
+    runs = list(runs)
     return [(name_of(o), o) for s in seed for run in runs if (o := {**run, "seed": s})]

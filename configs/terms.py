@@ -27,6 +27,13 @@ def entry(loss: str) -> Loss:
     return known[loss]
 
 
+def published() -> list[str]:
+    """Returns the losses that have a published recipe."""
+    from qkd_jax.losses import TABLE
+
+    return [name for name, row in TABLE.items() if row.recipe is not None]
+
+
 def learn(
     loss: str, source: str | tuple[str, ...], *, done: float = 0.0, share: float = 1.0
 ) -> dict[str, Any]:

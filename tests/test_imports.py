@@ -41,8 +41,8 @@ SHARED = {"losses": "qkd_jax.losses.inputs"}
 # Imported inside the functions that use them, so that `--help` and a first import stay quick.
 LATE = ("grain", "tensorflow_datasets", "orbax", "matplotlib", "onnx", "onnxruntime", "openvino")
 NEVER = ("tensorflow", "sklearn", "torch")
-# Recipes are rows of these: a config reads them when it is called.
-TABLES_OF_CONFIGS = ("qkd_jax.losses", "qkd_jax.data")
+# Recipes are rows of these, or a sweep takes all their names: a config reads them when called.
+TABLES_OF_CONFIGS = ("qkd_jax.losses", "qkd_jax.data", "qkd_jax.quantizers")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from qkd_jax.experiment import read
+import launch
+from qkd_jax.experiment import read, sweep_list
 from qkd_jax.quantize.targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +135,9 @@ def parsed(arguments: list[str]) -> flags.FlagValues:
     flags.DEFINE_enum("mode", "run", modes, "", flag_values=values)
     flags.DEFINE_string("target", "", "", flag_values=values)
     flags.DEFINE_string("against", "", "", flag_values=values)
+    flags.DEFINE_bool("sweep", False, "", flag_values=values)
+    flags.DEFINE_integer("jobs", 1, "", flag_values=values)
+    flags.DEFINE_integer("sweep_index", None, "", flag_values=values)
     assert values(argv) == ["launch.py"]
     return values
 
@@ -147,10 +151,21 @@ def test_the_pages_have_commands():
 def test_launch_takes_the_command(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, _, *arguments = shlex.split(command)
+    if any(argument.startswith("--sweep") for argument in arguments):
+        return takes_the_sweep(arguments)
     values = parsed(arguments)
     if values["mode"].value in ("run", "inspect"):
         read(values["config"].value)
     assert values["target"].value in ("", *TARGETS)
+
+
+def takes_the_sweep(arguments: list[str]) -> None:
+    """A command with --sweep: its flags, and the first of its runs."""
+    rest, text, fields = launch.split_sweep(arguments)
+    parsed(rest)
+    found, own = launch.sweep_of(text)
+    entry = sweep_list.entries_of(found, fields)[0]
+    read(launch.config_of(*sweep_list.command_of(sweep_list.base_of(text, own), entry)))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "launch.py" not in c])

@@ -1,0 +1,48 @@
+"""One float net, quantized and trained by every quantizer at equal budgets: a table of results.md.
+
+    for s in 0 1 2; do
+      python launch.py --workdir=runs/float/resnet8_s$s \
+        --config=configs/float.py:data=fashion_mnist,model=resnet8,width=8,train_examples=10000,epochs=10,seed=$s
+    done
+    python launch.py --sweep --workdir=runs/qat \
+        --config=configs/qat_table.py:floats=runs/float/resnet8_s{seed}
+
+A run is `configs/qat.py` from a trained float net, evaluated and not deployed. Without `floats` it
+trains the float net itself, once for all quantizers of a seed.
+"""
+
+from configs import common, experiments, qat, sweeps
+
+# As those of `configs/qat.py`; empty means all.
+SWEEP = dict(seeds=3, quantizers="", widths="")
+
+
+def get_sweep(arg=""):
+    """Returns a run for each quantizer, width and seed."""
+    args, others = sweeps.split(arg, SWEEP)
+    chosen, widths = sweeps.chosen(args.quantizers, ()), sweeps.chosen(args.widths, ())
+    runs = qat.by_quantizer(chosen, widths)
+    return sweeps.with_seeds(runs, sweeps.seeds(args.seeds, others))
+
+
+def get_config(arg=""):
+    """Returns the config; its arguments are the defaults below.
+
+    `floats` is the folder of the float net's run; `{seed}` in it stands for the seed.
+    """
+    args, _ = common.begin(
+        arg,
+        data="fashion_mnist",
+        train_examples=10_000,
+        epochs=3.0,
+        model="resnet8",
+        width=8,
+        bits="w2a2:lsq",
+        floats="",
+    )
+    given = dict(args.items())
+    floats = given.pop("floats")
+    if floats:
+        given["init_from"] = floats.replace("{seed}", str(args.seed)) + "#net"
+    text = ",".join(f"{key}={value}" for key, value in given.items())
+    return experiments.for_table(qat.get_config(text))
