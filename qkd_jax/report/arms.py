@@ -22,6 +22,8 @@ COSTS = ("weight_bytes", "bit_operations")
 # What of a config reaches no number of results.json: that, and what is logged how often.
 _FREE = ("seed", "log", *FREE_FIELDS)
 
+_DIRTY = " with uncommitted changes"
+
 RowKey = tuple[str, str]
 """(net, method); a method that comes twice for a net is "method #2" the second time."""
 
@@ -244,7 +246,7 @@ def _environment(record: Mapping[str, Any]) -> dict[str, str]:
         versions = start.get("versions") or {}
         revision = str(git.get("revision") or "no git revision")[:12]
         facts = {
-            "code": revision + (" with uncommitted changes" if git.get("dirty") else ""),
+            "code": revision + (_DIRTY if git.get("dirty") else ""),
             "versions": ", ".join(f"{k} {versions[k]}" for k in ("jax", "flax") if k in versions),
             "devices": f"{devices.get('count', '?')} x {devices.get('kind', '?')}",
             "processor": f"{start.get('processor') or start.get('machine') or '?'}",
@@ -391,6 +393,12 @@ def _environments(runs: Sequence[SeedRun]) -> list[str]:
         if len(found) > 1:
             listed = "; ".join(f"{fact}: {_some(names)}" for fact, names in found.items())
             notes.append(f"Runs differ in {name}, which may move their numbers ({listed}).")
+    dirty = [run.name for run in runs if _DIRTY in run.environment.get("code", "")]
+    if dirty:
+        notes.append(
+            f"Made with uncommitted changes, so the code that made them is not on record: "
+            f"{_some(dirty)}."
+        )
     return notes
 
 

@@ -100,6 +100,7 @@ def test_other_code_devices_and_processors_are_said(tmp_path):
     said = "\n".join(read_runs(tmp_path).notes)
     assert "Runs differ in code" in said
     assert "cdcdcdcdcdcd with uncommitted changes: fast_seed3" in said
+    assert "not on record: fast_seed3." in said
     assert "Runs differ in processor" in said and "Runs differ in devices" not in said
 
 
