@@ -102,8 +102,8 @@ def render_comparison(found: Comparison, curves: Curves) -> str:
         drawn = figure(
             figures.classes(found),
             f"{seeds}. Change of each class's accuracy against the control, in points, with 95 % t "
-            f"intervals that are not adjusted for their number. At most {figures.MOST_PANELS} rows "
-            "are drawn.",
+            f"intervals (up to {figures.MOST_WHISKERS} classes) that are not adjusted for their "
+            f"number. At most {figures.MOST_PANELS} rows are drawn.",
         )
         parts.append(("classes", TITLES["classes"], _table(changes) + drawn))
     labels = [arm.label for arm in found.arms]
