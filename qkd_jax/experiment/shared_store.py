@@ -65,6 +65,8 @@ class SharedStages:
         Raises:
             Preempted: the run was asked to stop while it waited for another that makes it.
         """
+        if not run.stage_step:  # a run that was killed between saving and keeping
+            self.after_stage(run)
         for count, key in reversed(self.points):
             if count > run.stage_index and (self.directory / key).exists():
                 with self._reserved(run, key):
@@ -79,7 +81,7 @@ class SharedStages:
                 self.release()
 
     def after_stage(self, run: Run) -> None:
-        """Keeps the state of a run that is saved, if others need it from here on."""
+        """Keeps the state of a run that is saved, if others need it and have it not yet."""
         for count, key in self.points:
             if count == run.stage_index:
                 try:

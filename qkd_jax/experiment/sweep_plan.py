@@ -40,7 +40,11 @@ class Planned:
     @property
     def steps(self) -> int:
         """Global steps of its schedule."""
-        return sum(stage.steps for stage in self.stages)
+        return self.end_of(len(self.stages))
+
+    def end_of(self, count: int) -> int:
+        """Global steps of its first stages."""
+        return sum(stage.steps for stage in self.stages[:count])
 
 
 def plan_runs(

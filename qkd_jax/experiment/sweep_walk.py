@@ -24,16 +24,23 @@ _LOOK_SECONDS, _ELSEWHERE_SECONDS = 0.5, 1.0
 
 
 def next_run(
-    waiting: Sequence[Planned], running: Sequence[Planned], is_kept: Callable[[str], bool]
+    waiting: Sequence[Planned],
+    running: Sequence[tuple[Planned, int]],
+    is_kept: Callable[[str], bool],
 ) -> Planned | None:
     """Returns the first run that needs nothing which a running one is about to make for it.
 
     Args:
         waiting: runs that are left, in order.
-        running: runs that are being done.
+        running: runs that are being done, each with its steps so far.
         is_kept: whether the state of a key is in the store.
     """
-    making = {key for run in running for _, key in run.points if not is_kept(key)}
+    making = {
+        key
+        for run, step in running
+        for count, key in run.points
+        if step < run.end_of(count) and not is_kept(key)
+    }
     for run in waiting:
         if not any(key in making for _, key in run.points):
             return run
@@ -124,12 +131,11 @@ class Walk:
     def _hand_out(self) -> None:
         """Gives runs to idle workers, starts workers where there are too few, ends the others."""
         while not self._stopping and self.waiting:
-            running = [self.runs[w.task["name"]] for w in self.workers if w.task is not None]
+            running = [w.task["name"] for w in self.workers if w.task is not None]
             if len(running) >= self.jobs:
                 break
-            away = [self.runs[name] for name in self.elsewhere]
-            waiting = [self.runs[name] for name in self.waiting]
-            run = next_run(waiting, [*running, *away], self._is_kept)
+            active = [(self.runs[n], self.lines[n].step) for n in (*running, *self.elsewhere)]
+            run = next_run([self.runs[n] for n in self.waiting], active, self._is_kept)
             if run is None:
                 break
             idle = [worker for worker in self.workers if worker.task is None]

@@ -114,7 +114,7 @@ def show(planned: Sequence[Planned], folder: Path | None, *, index: int | None =
     for place, entry in enumerate(planned):
         # Of the stages that others have too, the steps that one of those before it takes.
         known = [count for count, key in entry.points if key in made]
-        taken = sum(stage.steps for stage in entry.stages[: max(known, default=0)])
+        taken = entry.end_of(max(known, default=0))
         made |= {key for _, key in entry.points}
         total, saved = total + entry.steps, saved + taken
         row = [str(place), entry.name, entry.entry.text(), f"{entry.steps:,}"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.sweep_list import Entry
 from qkd_jax.experiment.sweep_plan import Planned
 from qkd_jax.experiment.sweep_walk import next_run
@@ -89,17 +90,19 @@ def logged(folder):
 
 
 def test_a_run_waits_for_what_another_makes_for_it():
+    stage = Stage("s", "train", {}, 0, 0, 10, ())
     runs = [
-        Planned(Entry(name, {}), {}, (), points)
+        Planned(Entry(name, {}), {}, (stage,) * 3, points)
         for name, points in [("a", ((2, "A"),)), ("b", ((2, "A"), (3, "B"))), ("c", ())]
     ]
     a, b, c = runs
     none, all_kept = (lambda key: False), (lambda key: True)
     assert next_run(runs, [], none) is a
-    assert next_run([b, c], [a], none) is c  # b comes when A is there
-    assert next_run([b], [a], none) is None
-    assert next_run([b, c], [a], all_kept) is b
-    assert next_run([], [a], none) is None
+    assert next_run([b, c], [(a, 19)], none) is c  # b comes when A is there
+    assert next_run([b], [(a, 19)], none) is None
+    assert next_run([b, c], [(a, 0)], all_kept) is b
+    assert next_run([b, c], [(a, 20)], none) is b  # a is past these stages: nobody else makes A
+    assert next_run([], [(a, 0)], none) is None
 
 
 def test_a_failed_run_does_not_stop_the_others(config, tmp_path):
