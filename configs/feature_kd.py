@@ -20,16 +20,15 @@ Fashion-MNIST over 3 seeds.
 
 from configs import common, sweeps, terms
 
-# `losses` is "+"-separated; empty means all with a published recipe. Losses share the teacher and
+# `losses` is "+"-separated; "all" is all with a published recipe. Losses share the teacher and
 # `alone` of a seed, which are trained once.
-SWEEP = dict(seeds=3, losses="")
+SWEEP = dict(seeds=3, losses="all")
 
 
 def get_sweep(arg=""):
     """Returns a run for each loss and seed."""
     args, others = sweeps.split(arg, SWEEP)
-    losses = sweeps.chosen(args.losses, () if args.losses else terms.published())
-    runs = [dict(loss=loss) for loss in losses]
+    runs = [dict(loss=loss) for loss in sweeps.chosen(args.losses, terms.published())]
     return sweeps.with_seeds(runs, sweeps.seeds(args.seeds, others))
 
 

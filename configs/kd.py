@@ -12,16 +12,16 @@ top-1, `alone` 96.39, student 98.00. The spread over seeds was not measured.
 
 from configs import common, sweeps
 
-# `seeds`: how many, from `seed` on. `temperatures` and `weights` are "+"-separated; empty leaves
-# the argument as it is. The teacher and `alone` are trained once a seed.
+# `seeds`: how many, from `seed` on. `temperatures` and `weights` are "+"-separated; without them
+# the argument of the config stays. The teacher and `alone` are trained once a seed.
 SWEEP = dict(seeds=3, temperatures="", weights="")
 
 
 def get_sweep(arg=""):
     """Returns a run for each temperature, weight and seed."""
     args, others = sweeps.split(arg, SWEEP)
-    grid = dict(temperature=sweeps.chosen(args.temperatures, ()))
-    grid["kd_weight"] = sweeps.chosen(args.weights, ())
+    grid = dict(temperature=sweeps.chosen(args.temperatures))
+    grid["kd_weight"] = sweeps.chosen(args.weights)
     runs = sweeps.grid(**{name: values for name, values in grid.items() if values})
     return sweeps.with_seeds((o for _, o in runs), sweeps.seeds(args.seeds, others))
 

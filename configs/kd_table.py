@@ -19,18 +19,16 @@ from configs import common, experiments, feature_kd, qkd, sweeps, terms
 
 ALONE, QKD, FIXED = "labels_alone", "QKD", "QKD_fixed_teacher"
 METHODS = {ALONE: "labels alone", FIXED: "QKD's terms with a fixed teacher"}
-# `losses` is "+"-separated; empty means `labels_alone` and all losses, without the two of QKD.
-SWEEP = dict(seeds=3, losses="")
+# `losses` is "+"-separated; "all" is `labels_alone` and all losses, without the two of QKD.
+SWEEP = dict(seeds=3, losses="all")
 
 
 def get_sweep(arg=""):
     """Returns a run for each loss and seed."""
     args, others = sweeps.split(arg, SWEEP)
-    losses = sweeps.chosen(args.losses, ())
-    if not losses:
-        of_one = [name for name in terms.published() if not terms.entry(name).has_several_teachers]
-        losses = [ALONE, *of_one]
-    return sweeps.with_seeds((dict(loss=loss) for loss in losses), sweeps.seeds(args.seeds, others))
+    of_one = [name for name in terms.published() if not terms.entry(name).has_several_teachers]
+    runs = [dict(loss=loss) for loss in sweeps.chosen(args.losses, [ALONE, *of_one])]
+    return sweeps.with_seeds(runs, sweeps.seeds(args.seeds, others))
 
 
 def get_config(arg=""):

@@ -24,7 +24,7 @@ SWEEP = dict(seeds=3, widths="w8a8+w4a8+w4a4")
 def get_sweep(arg=""):
     """Returns a run, with all its rungs, for each width and seed."""
     args, others = sweeps.split(arg, SWEEP)
-    runs = [dict(bits=width) for width in sweeps.chosen(args.widths, ())]
+    runs = [dict(bits=width) for width in sweeps.chosen(args.widths)]
     return sweeps.with_seeds(runs, sweeps.seeds(args.seeds, others))
 
 

@@ -27,34 +27,29 @@ from configs import common, sweeps
 WIDTHS = ("w4a4", "w3a3", "w2a2")
 # The widths that their papers' weights have, and those of small floats.
 FIXED = {"ternary": ("w2a4",), "binary": ("w1a4",), "float": ("w8a8", "w6a6", "w4a4")}
-# `quantizers` and `widths` are "+"-separated; empty means all quantizers, and `WIDTHS`. Quantizers
-# of `FIXED` have those of their widths that are named, or all. The float net is trained once for
-# all runs of a seed.
-SWEEP = dict(seeds=3, quantizers="lsq", widths="")
+# `quantizers` and `widths` are "+"-separated, or "all"; quantizers of `FIXED` have those of their
+# widths that are named, or all. The float net is trained once for all runs of a seed.
+SWEEP = dict(seeds=3, quantizers="lsq", widths="all")
 
 
 def get_sweep(arg=""):
     """Returns a run for each quantizer, width and seed."""
     args, others = sweeps.split(arg, SWEEP)
-    runs = by_quantizer(sweeps.chosen(args.quantizers, ()), sweeps.chosen(args.widths, ()))
+    runs = by_quantizer(args.quantizers, args.widths)
     return sweeps.with_seeds(runs, sweeps.seeds(args.seeds, others))
 
 
 def by_quantizer(quantizers, widths):
-    """Overrides of `bits` for each quantizer (all if none is named) at each width."""
+    """Overrides of `bits` for each of some quantizers at each of some widths."""
     from qkd_jax.quantizers import QUANTIZERS
 
-    def of(quantizer):
-        own = FIXED.get(quantizer)
-        if own is None:
-            return widths or WIDTHS
-        return [width for width in own if width in widths] or own
-
-    return [
-        dict(bits=f"{width}:{quantizer}")
-        for quantizer in quantizers or QUANTIZERS
-        for width in of(quantizer)
-    ]
+    found = []
+    for quantizer in sweeps.chosen(quantizers, QUANTIZERS):
+        own = FIXED.get(quantizer, ())
+        wanted = sweeps.chosen(widths, own or WIDTHS)
+        for width in [w for w in own if w in wanted] or own or wanted:
+            found.append(dict(bits=f"{width}:{quantizer}"))
+    return found
 
 
 def get_config(arg=""):

@@ -13,15 +13,14 @@ trains the float net itself, once for all quantizers of a seed.
 
 from configs import common, experiments, qat, sweeps
 
-# As those of `configs/qat.py`; empty means all.
-SWEEP = dict(seeds=3, quantizers="", widths="")
+# As those of `configs/qat.py`.
+SWEEP = dict(seeds=3, quantizers="all", widths="all")
 
 
 def get_sweep(arg=""):
     """Returns a run for each quantizer, width and seed."""
     args, others = sweeps.split(arg, SWEEP)
-    chosen, widths = sweeps.chosen(args.quantizers, ()), sweeps.chosen(args.widths, ())
-    runs = qat.by_quantizer(chosen, widths)
+    runs = qat.by_quantizer(args.quantizers, args.widths)
     return sweeps.with_seeds(runs, sweeps.seeds(args.seeds, others))
 
 

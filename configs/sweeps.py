@@ -38,9 +38,9 @@ def split(arg: str | None, own: Mapping[str, Any]) -> tuple[ConfigDict, dict[str
     return arguments.parse(",".join(mine), **own), {k.strip(): v.strip() for k, v in others}
 
 
-def chosen(text: str, default: Iterable[str]) -> list[str]:
-    """Returns the words of a "+"-separated text, or the default where it is empty."""
-    return [word for word in text.split("+") if word] or list(default)
+def chosen(text: str, every: Iterable[str] = ()) -> list[str]:
+    """Returns the words of a "+"-separated text; "all" and "" stand for every one there is."""
+    return list(every) if text in ("", "all") else [word for word in text.split("+") if word]
 
 
 def seeds(count: int, others: Mapping[str, str]) -> range:
