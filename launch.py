@@ -145,6 +145,7 @@ def sweep(argv: list[str]) -> int:
         raise UsageError("--sweep needs --config, for example --config=configs/qkd.py:seeds=8.")
     if FLAGS.mode == "run" and not FLAGS.workdir:
         raise UsageError("--sweep needs --workdir, for example --workdir=runs/qkd_seeds.")
+    check_company()
     found, own = sweep_of(text)
     from qkd_jax import experiment
 
@@ -184,6 +185,20 @@ def _explain_override(argv: list[str]) -> str:
     return ""
 
 
+def check_company() -> None:
+    """Refuses flags that say nothing in this mode."""
+    if FLAGS.target and FLAGS.mode != "export":
+        raise UsageError(
+            f"--target goes with --mode=export, not {FLAGS.mode}; a run takes its target from "
+            "the config: --config.target=..."
+        )
+    if FLAGS.against and FLAGS.mode != "report":
+        raise UsageError(
+            f"--against goes with --mode=report, not {FLAGS.mode}: it names the control of a "
+            "comparison."
+        )
+
+
 def main(argv: list[str]) -> int:
     """Parses the flags, calls the experiment, returns the exit code."""
     if any(a in ("--help", "-h", "-help", "--helpfull") for a in argv[1:]):
@@ -191,8 +206,8 @@ def main(argv: list[str]) -> int:
         print(FLAGS.module_help(sys.modules[__name__]))
         return 0
     try:
-        words = [word.partition("=")[0] for word in argv[1:] if word.startswith("-")]
-        if {"sweep", "sweep_index"} & {word.lstrip("-") for word in words}:
+        words = [word.lstrip("-").partition("=")[0] for word in argv[1:] if word.startswith("-")]
+        if "sweep" in words or "sweep_index" in words:  # whose --config is no config's alone
             return sweep(argv)
         config = parse_flags(argv)
         if FLAGS.mode in ("run", "inspect") and config is None:
@@ -203,16 +218,9 @@ def main(argv: list[str]) -> int:
             raise UsageError(
                 f"--mode={FLAGS.mode} needs --workdir, for example --workdir=runs/qkd_digits."
             )
-        if FLAGS.target and FLAGS.mode != "export":
-            raise UsageError(
-                f"--target goes with --mode=export, not {FLAGS.mode}; a run takes its target from "
-                "the config: --config.target=..."
-            )
-        if FLAGS.against and FLAGS.mode != "report":
-            raise UsageError(
-                f"--against goes with --mode=report, not {FLAGS.mode}: it names the control of a "
-                "comparison."
-            )
+        check_company()
+        if FLAGS["jobs"].present:
+            raise UsageError("--jobs goes with --sweep: it says how many of its runs go at a time.")
         from qkd_jax import experiment
 
         return experiment.main(

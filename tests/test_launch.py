@@ -72,6 +72,12 @@ CONFIG = "--config=configs/qkd.py"
             "has 2 bits; tensorrt takes 8",
         ),
         (["--mode=report", "--workdir=/nowhere/at/all"], "does not exist"),
+        ([CONFIG, "--workdir=x", "--jobs=2"], "--jobs goes with --sweep"),
+        ([CONFIG, "--sweep"], "--sweep needs --workdir"),
+        (["--sweep", "--workdir=x"], "--sweep needs --config"),
+        (["--config=configs/float.py", "--sweep", "--workdir=x"], "has no get_sweep(arg)"),
+        (["--config=configs/none.py", "--sweep_index=0", "--workdir=x"], "file that is not there"),
+        ([CONFIG + ":seeds=x", "--sweep", "--mode=inspect"], "seeds is 'x'; it must be an integer"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_2(flags, message):
