@@ -5,7 +5,17 @@ values, `mapping` turns ranges into scales and numbers into codes, `rounding` ho
 building blocks. Pure functions of arrays; nothing here knows of models.
 """
 
-from qkd_jax.numerics.arrays import Array, Axes, AxisName, Key, OnGrid, Params, State, Values
+from qkd_jax.numerics.arrays import (
+    Array,
+    Axes,
+    AxisName,
+    Key,
+    OnGrid,
+    Params,
+    State,
+    Values,
+    filled,
+)
 from qkd_jax.numerics.backward import cotangents, mean_of, partial_sums
 from qkd_jax.numerics.fixed import FixedPointFormat
 from qkd_jax.numerics.floats import FLOAT_FORMATS, FloatFormat
@@ -98,6 +108,7 @@ __all__ = [
     "empty",
     "empty_histogram",
     "encode",
+    "filled",
     "finish",
     "gradient_scale",
     "guarded",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
@@ -27,3 +27,9 @@ Key: TypeAlias = jax.Array | None
 """Randomness of stochastic rounding; None rounds half to even."""
 AxisName: TypeAlias = str | tuple[str, ...] | None
 """Mapped axes (`pmap`, `shard_map`) to reduce over as well."""
+
+
+def filled(shape: Sequence[int], value: float, dtype: Any = np.float32) -> Array:
+    """Returns an array of one value: NumPy's, for JAX would compile a program for its shape."""
+    array: Any = np.full(shape, value, dtype)
+    return array

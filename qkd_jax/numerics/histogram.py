@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qkd_jax.numerics.arrays import Axes, AxisName, State
+from qkd_jax.numerics.arrays import Axes, AxisName, State, filled
 from qkd_jax.numerics.rounding import compute_dtype
 from qkd_jax.numerics.stats import reduced_axes
 
@@ -26,8 +27,8 @@ SMALLEST = -126
 def empty_histogram(shape: Sequence[int]) -> State:
     """No data: `counts` [*shape, BINS] int32 and `exponent` [*shape] int32, log2 of the width."""
     return {
-        "counts": jnp.zeros((*shape, BINS), jnp.int32),
-        "exponent": jnp.full(shape, SMALLEST, jnp.int32),
+        "counts": filled((*shape, BINS), 0, np.int32),
+        "exponent": filled(shape, SMALLEST, np.int32),
     }
 
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qkd_jax.numerics.arrays import Axes, AxisName, State
+from qkd_jax.numerics.arrays import Axes, AxisName, State, filled
 from qkd_jax.numerics.histogram import add_to_histogram, empty_histogram
 from qkd_jax.numerics.spec import Spec
 from qkd_jax.numerics.stats import Stats, measure
@@ -14,8 +15,7 @@ from qkd_jax.numerics.stats import Stats, measure
 def init_extremes(shape: Sequence[int], spec: Spec) -> State:
     """The state before any data: `lo` +inf, `hi` -inf."""
     del spec
-    hi = jnp.full(shape, -jnp.inf, jnp.float32)
-    return {"lo": -hi, "hi": hi}
+    return {"lo": filled(shape, np.inf), "hi": filled(shape, -np.inf)}
 
 
 def update_extremes(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkd_jax.numerics.arrays import Axes, AxisName
+from qkd_jax.numerics.arrays import Axes, AxisName, filled
 from qkd_jax.numerics.rounding import compute_dtype
 
 # Data beyond it are refused: the reciprocal of a scale, 1 / (2 |x|) with one code, and a range of
@@ -71,9 +71,7 @@ def reduced_axes(ndim: int, channel_axes: Axes = ()) -> tuple[int, ...]:
 
 def empty(shape: Sequence[int] = ()) -> Sums:
     """The sums of no data: the neutral element of `merge`."""
-    zero = jnp.zeros(shape, jnp.float32)
-    inf = jnp.full(shape, jnp.inf, jnp.float32)
-    unit = jnp.full(shape, _SMALLEST_UNIT, jnp.float32)
+    zero, inf, unit = (filled(shape, value) for value in (0, np.inf, _SMALLEST_UNIT))
     return Sums(lo=inf, hi=-inf, abs_sum=zero, sum=zero, deviations=zero, count=zero, unit=unit)
 
 

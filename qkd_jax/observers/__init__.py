@@ -9,6 +9,8 @@ Each is three pure functions and a flag:
   are NaN or infinite (outside `jit`, where values are known);
 - `NEEDS_STATS`: whether `update` wants `stats`, the finished statistics of a first pass over all
   batches;
+- `ANY_SPEC`, only where it is True: `init` and `update` do not look at the spec, so that operands
+  of one shape share a compiled program;
 - `OF_CODES`, only where it is True: the range depends on the number of evenly spaced codes, so
   quantizers with other levels are refused.
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qkd_jax import checks, numerics
 from qkd_jax.numerics import Axes, AxisName, Spec, State, Stats
@@ -29,8 +30,8 @@ def init(shape: Sequence[int], spec: Spec) -> State:
         ValueError: a momentum outside (0, 1].
     """
     checks.number("option momentum", _momentum(spec), low=0.0, high=1.0, low_allowed=False)
-    zero = jnp.zeros(shape, jnp.float32)
-    return {"lo": zero, "hi": zero, "batches": jnp.zeros((), jnp.int32)}
+    zero = numerics.filled(shape, 0)
+    return {"lo": zero, "hi": zero, "batches": numerics.filled((), 0, np.int32)}
 
 
 def _momentum(spec: Spec) -> float:

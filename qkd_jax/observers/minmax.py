@@ -10,9 +10,10 @@ from qkd_jax.numerics import Spec, State
 from qkd_jax.numerics.states import init_extremes as init
 from qkd_jax.numerics.states import update_extremes as update
 
-__all__ = ["NEEDS_STATS", "init", "range", "update"]
+__all__ = ["ANY_SPEC", "NEEDS_STATS", "init", "range", "update"]
 
 NEEDS_STATS = False
+ANY_SPEC = True
 
 
 def range(state: State, spec: Spec) -> tuple[jax.Array, jax.Array]:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qkd_jax import checks, numerics
 from qkd_jax.numerics import Axes, AxisName, Spec, State, Stats
@@ -44,8 +45,11 @@ def init(shape: Sequence[int], spec: Spec) -> State:
         ValueError: a power that is not above 0.
     """
     checks.number("option power", _power(spec), low=0.0, low_allowed=False)
-    hi = jnp.full(shape, -jnp.inf, jnp.float32)
-    return {"lo": -hi, "hi": hi, "loss": jnp.zeros((*shape, CANDIDATES), jnp.float32)}
+    return {
+        "lo": numerics.filled(shape, np.inf),
+        "hi": numerics.filled(shape, -np.inf),
+        "loss": numerics.filled((*shape, CANDIDATES), 0),
+    }
 
 
 def _power(spec: Spec) -> float:

@@ -19,9 +19,10 @@ from qkd_jax import numerics
 from qkd_jax.numerics import Axes, AxisName, IntFormat, Spec, State, Stats, Sums
 from qkd_jax.quantizers import code_format
 
-__all__ = ["NEEDS_STATS", "OF_CODES", "gaussian_multiple", "init", "range", "update"]
+__all__ = ["ANY_SPEC", "NEEDS_STATS", "OF_CODES", "gaussian_multiple", "init", "range", "update"]
 
 NEEDS_STATS = False
+ANY_SPEC = True
 OF_CODES = True
 
 

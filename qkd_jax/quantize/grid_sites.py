@@ -16,7 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from flax.core import unfreeze
+from flax.core import DenyList, unfreeze
 from flax.errors import InvalidRngError, ModifyScopeVariableError
 
 from qkd_jax import graph as graphs
@@ -29,7 +29,7 @@ from qkd_jax.quantize.calls import (
     split_arrays,
 )
 from qkd_jax.quantize.interception import Frame
-from qkd_jax.quantize.interceptors import intercepting
+from qkd_jax.quantize.interceptors import intercepting, naming_interceptors
 from qkd_jax.quantize.model import quantize
 
 # Each number of the result is one of the operand.
@@ -118,7 +118,8 @@ def find_grid_sites(model: nn.Module, images: Any, **kwargs: Any) -> GridSites:
         args, keywords, streams = joined(arrays)
         streams = {"params": jax.random.key(0), **streams}
         with intercepting(frame):
-            return unfreeze(model.init(streams, *args, method=method, **keywords))
+            kept = naming_interceptors(DenyList("intermediates"))
+            return unfreeze(model.init(streams, *args, method=method, mutable=kept, **keywords))
 
     def forward(variables: Any, arrays: list[Any]) -> Any:
         args, keywords, streams = joined(arrays)

@@ -70,7 +70,7 @@ def of_rank(tree: Any, rank: int, *, shared: bool) -> Any:
         shared: whether all of the operand shares its parameters.
     """
     return jax.tree.map(
-        lambda a: jnp.reshape(a, (*(1,) * rank, *a.shape)) if shared or a.ndim == 0 else a, tree
+        lambda a: a.reshape((*(1,) * rank, *a.shape)) if shared or a.ndim == 0 else a, tree
     )
 
 

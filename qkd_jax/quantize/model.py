@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import flax.linen as nn
-from flax.core import unfreeze
+from flax.core import DenyList, unfreeze
 
 from qkd_jax import checks
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize.interception import Frame
-from qkd_jax.quantize.interceptors import intercepting
+from qkd_jax.quantize.interceptors import intercepting, naming_interceptors
 from qkd_jax.quantize.operands import mark_operand, quantize_operand, watching
 from qkd_jax.quantize.rules import Rule, first_match
 from qkd_jax.quantize.variables import ATTENDED, join_quant, refuse_own_names, split_quant
@@ -75,7 +75,8 @@ class QuantizedModel:
         """
         frame = Frame(self.spec_of)
         with intercepting(frame):
-            variables = self.model.init(rngs, *args, **kwargs)
+            kept = naming_interceptors(kwargs.pop("mutable", DenyList("intermediates")))
+            variables = self.model.init(rngs, *args, mutable=kept, **kwargs)
         refuse_own_names(flatten(variables.get("params", {})))
         self.check_rules(frame.modules, frame.seen.keys())
         return unfreeze(variables)
@@ -130,11 +131,9 @@ class QuantizedModel:
     ) -> Any:
         """Applies the model in a frame, whose hook receives each operand that has a spec."""
         with intercepting(frame, frame.shared):
-            out = self.model.apply(join_quant(variables), *args, mutable=mutable, **kwargs)
-        if mutable is False:
-            return out
-        out, mutated = out
-        return out, split_quant(mutated)
+            kept = naming_interceptors(mutable)
+            out, mutated = self.model.apply(join_quant(variables), *args, mutable=kept, **kwargs)
+        return out if mutable is False else (out, split_quant(mutated))
 
     def spec_of(self, path: str, operand: str) -> Spec | None:
         """The spec of an operand ("weight", "input", "other", "output") of the layer at `path`."""

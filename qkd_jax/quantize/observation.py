@@ -19,7 +19,7 @@ from flax.errors import ModifyScopeVariableError
 
 from qkd_jax import checks
 from qkd_jax.graph import Segments
-from qkd_jax.numerics import Spec, stats
+from qkd_jax.numerics import Spec, filled, stats
 from qkd_jax.observers import OBSERVERS
 from qkd_jax.quantize.calls import CallForm, explaining_failures, split_arrays
 from qkd_jax.quantize.contraction import OperandGrid
@@ -76,21 +76,19 @@ class _Kept:
     """What is kept of an operand: equal for those whose statistics are one compiled function.
 
     Attributes:
-        spec: its spec.
-        observer: its observer.
+        spec: its spec, or None where nothing that is kept depends on it.
+        observer: its observer, or None where it is not shown the batches.
         axes: axes of the operand, its groups cut, that have statistics of their own.
         group: (axis, size) of its groups, or None.
         sums: whether sums are taken, as in the first pass.
-        state: whether the observer is shown the batches.
         moments: whether the observer wants to know the moments of all of them.
     """
 
-    spec: Spec
-    observer: ModuleType
+    spec: Spec | None
+    observer: ModuleType | None
     axes: tuple[int, ...]
     group: tuple[int, int] | None
     sums: bool
-    state: bool
     moments: bool
 
     def cut(self, x: jax.Array) -> jax.Array:
@@ -105,10 +103,10 @@ class _Kept:
         """Returns the state before any data, for an operand of this shape, its groups cut."""
         own = [n if i in self.axes else 1 for i, n in enumerate(shape)] if self.axes else ()
         state: Tree = {"sums": stats.empty(own)} if self.sums else {}
-        if self.state:
+        if self.observer is not None:
             state["observer"] = self.observer.init(tuple(own), self.spec)
         if self.moments:
-            state["stats"] = stats.Stats(*[jnp.zeros(own)] * len(stats.Stats._fields))
+            state["stats"] = stats.Stats(*[filled(own, 0)] * len(stats.Stats._fields))
         return state
 
     def placed(self, state: Tree, rank: int) -> Tree:
@@ -126,7 +124,7 @@ def _add_batch(state: Tree, x: jax.Array, kept: _Kept) -> Tree:
     if kept.sums:
         seen = stats.measure(x, channel_axes=kept.axes)
         new["sums"] = stats.merge(state["sums"], seen)
-    if kept.state:
+    if kept.observer is not None:
         moments = {"stats": state["stats"]} if kept.moments else {}
         new["observer"] = kept.observer.update(
             state["observer"], x, kept.spec, channel_axes=kept.axes, **moments
@@ -190,7 +188,15 @@ def observe(
         shown = not observer.NEEDS_STATS if known is None else key in known
         # Of a dynamic operand nothing is kept but that it is quantized.
         axes = () if use.spec.dynamic else use.axes
-        return _Kept(use.spec, observer, axes, use.group, first, shown, shown and not first)
+        read = shown and not getattr(observer, "ANY_SPEC", False)
+        return _Kept(
+            spec=use.spec if read else None,
+            observer=observer if shown else None,
+            axes=axes,
+            group=use.group,
+            sums=first,
+            moments=shown and not first,
+        )
 
     def trace(record: Record, form: CallForm, *args: Any) -> tuple[Any, Tree]:
         def run(floats: Any, before: Tree, arrays: Sequence[Any]) -> Tree:
@@ -252,10 +258,10 @@ def _first_states(
     @functools.cache
     def empty(kept: _Kept, shape: tuple[int, ...]) -> Tree:
         with jax.ensure_compile_time_eval():  # tracers of a layer's transform would end with it
-            x = jnp.zeros(shape)
-            state = kept.empty(kept.cut(x).shape)
+            x = jax.eval_shape(kept.cut, jax.ShapeDtypeStruct(shape, jnp.float32))
+            state = kept.empty(x.shape)
             state.pop("stats", None)
-            return kept.placed(state, kept.rank(x))
+            return kept.placed(state, x.ndim)
 
     def begin(_: Tree | None, use: OperandUse) -> Tree:
         kept = kept_of(use)
