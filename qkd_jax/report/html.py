@@ -387,9 +387,16 @@ def _latency(timings: Mapping[str, Any]) -> str:
 
 
 def _times(timings: Mapping[str, Any], schedule: Sequence[str]) -> str:
+    def place(name: Any) -> int:
+        return schedule.index(name) if name in schedule else 999
+
     stages = as_records(timings.get("stages"), "stage")
-    stages.sort(key=lambda r: schedule.index(r["stage"]) if r.get("stage") in schedule else 999)
-    return record_table(stages) + quiet("Seconds.") if stages else ""
+    stages.sort(key=lambda r: place(r.get("stage")))
+    said = "Seconds." if stages else ""
+    for entry in as_records(timings.get("shared"), "run"):
+        names = ", ".join(map(str, sorted(entry.get("stages") or (), key=place)))
+        said += f" {names} ran in {entry.get('run', '?')} of the sweep, whose seconds are there."
+    return (record_table(stages) if stages else "") + (quiet(safe(said)) if said else "")
 
 
 def _subtitle(rows: Sequence[Mapping[str, Any]], dataset: Mapping[str, Any]) -> str:

@@ -91,6 +91,8 @@ def test_the_record_says_what_was_taken_from_whom(swept):
     assert start["shared"] == [{"sha256": key, "run": "w4", "stages": stages}]
     (entry,) = json.loads((folder / "w2" / "timings.json").read_text())["shared"]
     assert entry["run"] == "w4" and entry["sha256"] == key
+    page = (folder / "w2" / "report.html").read_text()
+    assert f"{', '.join(stages)} ran in w4 of the sweep, whose seconds are there." in page
     # The seconds are those of the run that spent them.
     spent = stages_of(folder / "w4")
     assert entry["stages"] == {name: spent[name] for name in stages}
