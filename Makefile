@@ -1,6 +1,6 @@
 # make run   create .venv and run the main experiment
 # make test  create .venv and run the tests, the fast ones first
-# make newest  types, the main experiment and a part of the tests with the newest JAX, on Python 3.13
+# make newest  types, a short main experiment and a part of the tests with the newest JAX, on Python 3.13
 # make lint  create .venv, check format, lint and types
 # make docs  create .venv-docs and build the site into site/
 # make pages create .venv and rewrite what the pages take from the code: methods, rooms, figures
