@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,7 +96,10 @@ def _net(name: str, nets: Mapping[str, Any], quantized: set[str]) -> dict[str, A
             rules = [[n.get(field) for field in RULES] for n in (fields, nets[source])]
             facts["rules_of_source"] = rules[0] == rules[1]
     if source and source not in nets and weights.is_source(source):
-        facts["init_from"] = _content(source)
+        try:
+            facts["init_from"] = _content(source)
+        except (ValueError, OSError):  # gone since the run began: equal to no other
+            facts["init_from"] = secrets.token_hex(32)
     return facts
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from tiny_config import get_config
 
+from qkd_jax import weights
 from qkd_jax.experiment.shared_prefix import branch_points, prefix_keys
 from qkd_jax.experiment.sweep_list import Entry
 from qkd_jax.experiment.sweep_plan import plan_runs
@@ -46,6 +47,29 @@ def test_a_key_changes_from_the_first_stage_on_that_depends_on_a_field(first, fi
     base, other = keys_of(), keys_of(**fields)
     same = SCHEDULE.index(first) if first else len(SCHEDULE)
     assert base[:same] == other[:same] and set(base[same:]).isdisjoint(other)
+
+
+def test_weights_count_by_their_content_and_what_is_gone_is_equal_to_nothing(tmp_path):
+    variables = {"params": {"dense0": {"kernel": np.ones((2, 3), np.float32)}}}
+    files = [tmp_path / f"{name}.npz" for name in ("a", "b", "c", "gone")]
+    for file in files[:2]:
+        weights.save(file, variables)
+    variables["params"]["dense0"]["kernel"] += 1
+    weights.save(files[2], variables)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")  # it has begun: files are not asked for
+
+    def keys(file):
+        config = get_config().unlock()
+        config.nets.student.init_from = str(file)
+        (run,) = plan_runs([Entry("run", {})], lambda entry: config, folder=tmp_path)
+        return prefix_keys(run.config, run.stages, "data")
+
+    teacher = SCHEDULE.index("pretrain_student")
+    a, b, c, gone, again = map(keys, [*files, files[-1]])
+    assert a == b and a[:teacher] == c[:teacher] == gone[:teacher]
+    others = [set(found[teacher:]) for found in (a, c, gone, again)]
+    assert len(set.union(*others)) == sum(map(len, others))
 
 
 @pytest.mark.parametrize("train", [False, True])
