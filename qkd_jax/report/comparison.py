@@ -250,9 +250,11 @@ def _identical(row: Row, control: Row) -> bool:
 def _adjusted(found: list[Compared], measure: str) -> tuple[tuple[Compared, ...], int]:
     """Adds what holds for all comparisons of a measure at once."""
 
-    # Nets that arms share make the same comparison in each: it counts once.
+    # Nets that arms share make the same comparison in each: it counts once. Accuracies of two nets
+    # may agree by chance, so it is the same one only where all measures agree.
     def numbers(c: Compared) -> str:
-        return repr([[side.values[measure][s] for s in c.seeds] for side in (c.row, c.control)])
+        sides = (c.row.values, c.control.values)
+        return repr([[of[m].get(s) for m in TESTED for s in c.seeds] for of in sides])
 
     tested = [c for c in found if c.difference.n > 1 and not _identical(c.row, c.control)]
     once = {numbers(c): c.difference.p for c in tested}

@@ -68,6 +68,20 @@ def test_intervals_and_p_values_of_several_comparisons_go_together(tmp_path):
         assert c.together == pytest.approx(stats.t.interval(0.975, 2, centre, error))
 
 
+def test_nets_whose_accuracies_agree_by_chance_are_several_comparisons(tmp_path):
+    whole(tmp_path, seeds=(0, 1))
+    for lr, name in ((0.3, "third"), (0.4, "fourth")):  # the fourth has the nets of the third
+        for seed in (0, 1):
+            rows = [row("student", "QAT", FAST[seed], loss=0.3 + 0.02 * seed)]
+            run(tmp_path, f"{name}_seed{seed}", seed=seed, lr=lr, rows=rows)
+    found = comparison.build(tmp_path, against="slow")
+    # fast and third: two nets with the same right answers.
+    assert found.tests == {"top1": 2, "loss": 2}
+    [p] = {c.difference.p for c in found.compared["top1"] if not c.difference.same}
+    adjusted = [c.adjusted for c in found.compared["top1"] if not c.difference.same]
+    assert adjusted == pytest.approx([min(1, 2 * p)] * 3)
+
+
 def test_only_seeds_that_both_have_are_paired(tmp_path):
     whole(tmp_path)
     shutil.rmtree(tmp_path / "slow_seed1")
