@@ -71,8 +71,8 @@ def name(where: str, value: Any) -> None:
     """
     if not isinstance(value, str) or not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]{0,63}", value):
         raise ValueError(
-            f"{where} has the name {value!r}; it names files too, so it must be 1 to 64 letters "
-            "(A-Z, a-z), digits, '_' and '-', the first of them a letter or a digit."
+            f"{where} has the name {value!r:.200}; it names files too, so it must be 1 to 64 "
+            "letters (A-Z, a-z), digits, '_' and '-', the first of them a letter or a digit."
         )
 
 

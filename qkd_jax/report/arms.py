@@ -6,12 +6,14 @@ Files are read and never written or locked: a run that is alive goes on.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qkd_jax import checks
 from qkd_jax.record.folder import FREE_FIELDS, config_fields
 from qkd_jax.record.json_files import read_json
 from qkd_jax.record.log_index import last_rows
@@ -97,7 +99,7 @@ def read_runs(folder: str | Path, *, state_of: Callable[[Path], str] | None = No
     place = {name: number for number, name in enumerate(planned)}
     inside = sorted(
         (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")),
-        key=lambda path: (place.get(path.name, len(place)), _natural(path.name)),
+        key=lambda path: (place.get(path.name, len(place)), _natural(path.name), path.name),
     )
     runs = [path for path in inside if (path / "config.json").exists()]
     for path in runs:
@@ -143,7 +145,10 @@ def _planned(folder: Path, notes: list[str]) -> tuple[list[str], str]:
     try:
         sweep = read_json(folder / "sweep.json") or {}
         config = Path(str(sweep.get("config") or "").partition(":")[0]).stem
-        return [str(run["name"]) for run in sweep.get("runs") or []], config
+        names = [run["name"] for run in sweep.get("runs") or []]
+        for name in names:
+            checks.name(f"a run of {folder / 'sweep.json'}", name)
+        return names, config
     except (AttributeError, KeyError, TypeError):
         why = f"{folder / 'sweep.json'} does not hold the runs of a sweep"
     except (ValueError, OSError) as error:
@@ -226,9 +231,14 @@ def _rows(rows: Sequence[Mapping[str, Any]], classes: int) -> dict[RowKey, Mappi
             len(correct) != classes or any(type(count) is not int for count in correct)
         ):
             raise TypeError("class_correct holds no count for each class")
-        times = 1 + sum(key[0] == net and key[1].split(" #")[0] == method for key in found)
-        found[net, method if times == 1 else f"{method} #{times}"] = row
+        found[net, _unique(method, [key[1] for key in found if key[0] == net])] = row
     return found
+
+
+def _unique(name: str, others: Collection[str]) -> str:
+    """Returns the name; where others have it, the first free one of "name #2", "name #3", ..."""
+    numbered = (f"{name} #{number}" for number in itertools.count(2))
+    return next(n for n in itertools.chain([name], numbered) if n not in others)
 
 
 def _fingerprint(record: Mapping[str, Any]) -> str:
@@ -328,12 +338,10 @@ def _labels(groups: Sequence[Sequence[SeedRun]], name: str) -> list[str]:
             f"{label} ({what})" if label in same and what else label
             for label, what in zip(labels, told, strict=True)
         ]
-    seen: dict[str, int] = {}
-    for place, label in enumerate(labels):
-        seen[label] = seen.get(label, 0) + 1
-        if seen[label] > 1:
-            labels[place] = f"{label} #{seen[label]}"
-    return labels
+    unique: list[str] = []
+    for label in labels:
+        unique.append(_unique(label, unique))
+    return unique
 
 
 def _label(runs: Sequence[SeedRun]) -> str:

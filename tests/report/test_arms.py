@@ -61,6 +61,17 @@ def test_arms_are_in_the_order_of_the_sweep_or_of_their_numbers(tmp_path):
     assert [arm.label for arm in read_runs(tmp_path).arms] == ["w10", "w2", "w3"]
 
 
+def test_the_order_in_which_a_folder_is_listed_says_nothing(tmp_path, monkeypatch):
+    names = ["w1", "w01", "w001"]
+    for lr, name in enumerate(names):
+        run(tmp_path, name, seed=0, lr=lr, rows=rows_of(0))
+    orders = []
+    for listed in (names, names[::-1]):
+        monkeypatch.setattr(type(tmp_path), "iterdir", lambda p, n=listed: map(p.joinpath, n))
+        orders.append([arm.label for arm in read_runs(tmp_path).arms])
+    assert orders[0] == orders[1] and sorted(orders[0]) == sorted(names)
+
+
 def test_runs_called_by_their_seeds_have_the_name_of_the_sweep_or_the_folder(tmp_path):
     folder = tmp_path / "mine"
     for seed in (0, 1):
@@ -75,6 +86,26 @@ def test_equal_labels_say_what_differs(tmp_path):
         run(tmp_path, ("a_s0", "a_seed0")[i], seed=0, lr=lr, rows=rows_of(0))
     labels = [arm.label for arm in read_runs(tmp_path).arms]
     assert labels == [f"a (stages.train.optim.student.lr={lr})" for lr in (0.1, 0.2)]
+
+
+def test_numbered_names_meet_no_other_name(tmp_path):
+    rows = [row("student", method, FAST[0]) for method in ("a", "a", "a #2", "b #1", "b #1")]
+    # Three arms of one name, of which nothing short says what differs; a fourth has the number.
+    for i, name in enumerate(("x_0", "x-0", "x.0", "x #2_0")):
+        path = run(tmp_path, name, seed=0, lr=0.1, rows=rows)
+        change(path / "config.json", long="=" * 50 + str(i))
+    arms = read_runs(tmp_path).arms
+    assert len({arm.label for arm in arms}) == 4
+    methods = [method for _, method in arms[0].runs[0].rows]
+    assert methods == ["a", "a #2", "a #2 #2", "b #1", "b #1 #2"]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "../elsewhere", 5])
+def test_names_that_no_run_has_are_not_looked_for(tmp_path, name):
+    whole(tmp_path, seeds=(0,))
+    write_json(tmp_path / "sweep.json", {"config": "configs/qkd.py", "runs": [{"name": name}]})
+    [said] = read_runs(tmp_path).notes
+    assert "not known which runs were planned" in said and len(said) < 700
 
 
 def test_what_is_not_finished_is_said_and_not_counted(tmp_path):
