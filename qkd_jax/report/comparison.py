@@ -68,7 +68,8 @@ class Compared:
         unpaired: seeds that one of them has alone.
         difference: row minus control.
         adjusted: p by Holm's method among the `Comparison.tests` of the measure.
-        together: the interval whose coverage holds for all of them at once (Bonferroni).
+        together: the interval whose coverage holds for all of them at once (Bonferroni); None
+            where the difference has none.
     """
 
     row: Row
@@ -266,8 +267,8 @@ def _adjusted(found: list[Compared], measure: str) -> tuple[tuple[Compared, ...]
             return c
         ours, theirs = c.row.values[measure], c.control.values[measure]
         d = paired_difference([ours[s] for s in c.seeds], [theirs[s] for s in c.seeds], level=level)
-        assert d.low is not None and d.high is not None
-        return dataclasses.replace(c, adjusted=adjusted[numbers(c)], together=(d.low, d.high))
+        together = None if d.low is None or d.high is None else (d.low, d.high)
+        return dataclasses.replace(c, adjusted=adjusted[numbers(c)], together=together)
 
     return tuple(map(with_family, found)), len(once)
 

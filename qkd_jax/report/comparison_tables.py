@@ -17,6 +17,7 @@ MEASURES = {
 }
 COSTS = {"weight_bytes": "weight bytes", "bit_operations": "bit operations"}
 FRONT = {"weight_bytes": "bytes", "bit_operations": "bit-op."}
+UNTESTED = "Nothing is tested: that needs two seeds that both sides have, and two nets."
 MOST_CLASSES = 20
 EXTREMES = 3
 
@@ -52,13 +53,12 @@ def tables(comparison: Comparison) -> list[TextTable]:
 
 
 def seeds_text(comparison: Comparison) -> str:
-    """Returns "3 seeds (0, 1, 2)", "2 to 3 seeds (0, 1, 2)" where arms differ."""
-    each = [len(arm.runs) for arm in comparison.arms]
+    """Returns "3 seeds (0, 1, 2)"; where arms differ "2 to 3 seeds" or "2 of 3 seeds"."""
+    each, every = [len(arm.runs) for arm in comparison.arms], len(comparison.seeds)
     most, least = max(each), min(each)
-    if len(comparison.seeds) > 1 and least != most:
-        number = f"{least} to {most} seeds"
-    else:
-        number = f"{most} seed{'s' if most > 1 else ''}"
+    number = f"{most}" if least == most else f"{least} to {most}"
+    number += f" of {every}" if every > most else ""
+    number += " seeds" if every > 1 else " seed"
     listed = ", ".join(map(str, comparison.seeds[:12])) + (
         ", ..." if len(comparison.seeds) > 12 else ""
     )
@@ -115,8 +115,8 @@ def _means(comparison: Comparison) -> TextTable:
         else ""
     )
     caption = (
-        f"{seeds_text(comparison)}. {interval}. Pareto: no row has a higher mean top-1 at as few "
-        f"bytes, or bit operations.{of_tree}{agreement}{bits}"
+        f"{seeds_text(comparison)}. {interval}. Pareto: no row is as good in both mean top-1 and "
+        f"bytes, or bit operations, and better in one.{of_tree}{agreement}{bits}"
     )
     return _made("results", caption, shown, rows)
 
@@ -187,10 +187,11 @@ def _differences(comparison: Comparison, measure: str) -> TextTable:
             ", the interval that holds for all comparisons at once (Bonferroni), p of the paired t "
             "test as it is and adjusted by Holm's method for "
             f"{m} comparison{'s' if m > 1 else ''}. Each measure is adjusted by itself; rows with "
-            "the numbers of their control are not tested."
+            "the numbers of their control are not tested, and differences that are equal for all "
+            "seeds have neither interval nor p."
         )
     else:
-        caption += ". Nothing is tested: that needs two seeds that both sides have, and two nets."
+        caption += f". {UNTESTED}"
     return _made(f"differences-{measure}", caption, shown, comparison.compared[measure])
 
 

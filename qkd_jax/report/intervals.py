@@ -22,8 +22,10 @@ class Mean(NamedTuple):
 class Difference(NamedTuple):
     """A mean difference over paired seeds.
 
-    `low` and `high` are None below two pairs; `p`, of the two-sided paired t test, also where the
-    differences have no spread. `same` says that both sides are equal in every pair.
+    `low`, `high` and `p`, of the two-sided paired t test, are None below two pairs, and where the
+    differences have no spread: accuracies are multiples of one test image, so that few seeds may
+    agree by chance, of which an interval without width would know nothing. `same` says that both
+    sides are equal in every pair.
     """
 
     n: int
@@ -97,8 +99,10 @@ def paired_difference(
     if n < 2:
         return Difference(n, mean, None, None, None, None, same)
     sd = _spread(found, [*first, *second])
+    if not sd:
+        return Difference(n, mean, sd, None, None, None, same)
     half = _half_width(sd, n, level)
-    p = 2 * float(stdtr(n - 1, -abs(mean) / (sd / math.sqrt(n)))) if sd else None
+    p = 2 * float(stdtr(n - 1, -abs(mean) / (sd / math.sqrt(n))))
     return Difference(n, mean, sd, mean - half, mean + half, p, same)
 
 
