@@ -20,7 +20,7 @@ MOST_PANELS, MOST_WHISKERS = 12, 50
 
 def _clipped(text: str, most: int = 40) -> str:
     """A name that fits a figure; "$" is escaped, which matplotlib reads as mathematics."""
-    text = checks.printable(text).replace("\n", " ")
+    text = checks.printable(text).replace("\n", " ").replace("\t", " ")
     short = text if len(text) <= most else f"{text[: most - 3]}..."
     return short.replace("$", r"\$")
 

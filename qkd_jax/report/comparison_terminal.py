@@ -2,16 +2,17 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from qkd_jax import checks
 from qkd_jax.report.comparison import Compared, Comparison, Row
 from qkd_jax.report.comparison_tables import (
     COSTS,
     MEASURES,
+    UNTESTED,
     against_text,
     bits_text,
     cost_text,
@@ -50,15 +51,18 @@ def _table(title: str, caption: str, headings: Sequence[str]) -> Table:
     return made
 
 
-def _fill(made: Table, rows: Sequence[tuple[Row, Sequence[str]]], *, several: bool) -> Table:
-    """Adds rows; where there are several arms, each has a line before its own."""
+def _fill(made: Table, rows: Sequence[tuple[Row, str, Sequence[str]]], *, several: bool) -> Table:
+    """Adds rows (row, control or "", cells); several arms have a line each before their rows."""
     before = None
-    for row, cells in rows:
+    for row, control, cells in rows:
         if several and row.arm != before:
-            made.add_row(Text(row.arm, style="bold"))
+            made.add_row(Text(checks.printable(row.arm), style="bold"))
             before = row.arm
         indent = " " if several else ""
-        made.add_row(Text(f"{indent}{row.net}\n{indent}{row.method}"), *map(Text, cells))
+        lines = [row.net, row.method, *([f"against {control}"] if control else [])]
+        made.add_row(
+            Text("\n".join(indent + checks.printable(line) for line in lines)), *map(Text, cells)
+        )
     return made
 
 
@@ -93,32 +97,34 @@ def _results(comparison: Comparison) -> Table:
         "deviation). * on the Pareto front of mean top-1 against that cost."
     )
     made = _table(comparison.title, caption, headings)
-    return _fill(made, [(row, cells(row)) for row in rows], several=len(comparison.arms) > 1)
+    return _fill(made, [(row, "", cells(row)) for row in rows], several=len(comparison.arms) > 1)
 
 
 def _differences(comparison: Comparison, measure: str) -> Table:
     heading, factor, digits = MEASURES[measure]
     m, compared = comparison.tests[measure], comparison.compared[measure]
     assert comparison.control is not None
-    several = several_controls(compared)
-    headings = ["net\nmethod", "pairs", "difference", f"95 % interval\nfor all {m}", "p\np (Holm)"]
-    if several:
-        headings.append("against")
+    # The control stands below its row: a column of names would leave the rows' own no room.
+    control = against_text if several_controls(compared) else lambda c: ""
+    headings = ["net\nmethod", "pairs", "difference"]
+    caption = f"{seeds_text(comparison)}; row minus control, paired by seed. "
+    if m:
+        headings += [f"95 % interval\nfor all {m}", "p\np (Holm)"]
+        caption += (
+            f"Below: the interval that holds for all {m} comparisons at once, and p adjusted for "
+            "their number."
+        )
+    else:
+        caption += UNTESTED
 
-    def cells(c: Compared) -> list[Any]:
+    def cells(c: Compared) -> list[str]:
         d = c.difference
-        found = [
-            str(d.n),
-            difference_text(d, factor, digits),
-            f"{interval_text(c, factor, digits)}\n{span_text(c.together, factor, digits)}",
-            f"{p_text(d.p)}\n{p_text(c.adjusted)}",
-        ]
-        return [*found, against_text(c)] if several else found
+        found = [str(d.n), difference_text(d, factor, digits)]
+        if m:
+            spans = interval_text(c, factor, digits), span_text(c.together, factor, digits)
+            found += ["\n".join(spans), f"{p_text(d.p)}\n{p_text(c.adjusted)}"]
+        return found
 
-    caption = (
-        f"{seeds_text(comparison)}; row minus control, paired by seed. Below: the interval that "
-        f"holds for all {m} comparisons at once, and p adjusted for their number."
-    )
     made = _table(f"{heading}: difference from {comparison.control.text}", caption, headings)
-    rows = [(c.row, cells(c)) for c in compared]
+    rows = [(c.row, control(c), cells(c)) for c in compared]
     return _fill(made, rows, several=len(comparison.arms) > 1)

@@ -18,7 +18,7 @@ _LATEX = {
     "<": r"$<$",
     ">": r"$>$",
     "|": r"$|$",
-    '"': r"\textquotedbl{}",
+    '"': r"\char34{}",  # \textquotedbl is not in LaTeX's default encoding
     **{c: f"\\{c}" for c in "&%$#_{}"},
 }
 COLUMNS = (

@@ -6,6 +6,7 @@ style too. Text stays text in the SVG, so the page's own font is used and the fi
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,7 +89,10 @@ def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], *, inches
 def text(figure: Any, label: str) -> str:
     """Returns the figure as an <svg> element to be put into a page."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        # Text is drawn by the reader's fonts, which may have what matplotlib's own lacks.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)

@@ -9,11 +9,13 @@ import warnings
 import pytest
 from made_up_runs import CLASSES, FAST, SLOW, row, run, whole
 from mutation import accepted, mutated_text
+from rich.console import Console
 from scipy import stats
 
 from qkd_jax import experiment, report
 from qkd_jax.record.json_files import read_json, write_json
 from qkd_jax.report import comparison
+from qkd_jax.report.comparison_tables import seeds_text
 
 FILES = [f"comparison.{suffix}" for suffix in ("html", "md", "tex", "csv")]
 
@@ -80,6 +82,37 @@ def test_nets_whose_accuracies_agree_by_chance_are_several_comparisons(tmp_path)
     [p] = {c.difference.p for c in found.compared["top1"] if not c.difference.same}
     adjusted = [c.adjusted for c in found.compared["top1"] if not c.difference.same]
     assert adjusted == pytest.approx([min(1, 2 * p)] * 3)
+
+
+def test_a_difference_that_is_equal_for_all_seeds_has_no_interval(tmp_path):
+    for name, lr, right in (("slow", 0.1, (30, 40)), ("fast", 0.2, (30, 41))):
+        for seed in (0, 1):
+            rows = [row("student", "QAT", right, loss=0.3 + lr * (1 + seed))]
+            run(tmp_path, f"{name}_seed{seed}", seed=seed, lr=lr, rows=rows)
+    report.compare(tmp_path, against="slow")
+    found = texts(tmp_path)["comparison.md"]
+    assert "| fast | student | QAT | 2 | +1.00 | - | - | - | - |" in found
+    # 0.1 and 0.2: mean 0.15, sd 0.0707107, t(0.975, 1) = 12.7062, p = 2 atan(1 / 3) / pi.
+    assert r"| +0.150 | \[-0.485, +0.785\] | \[-0.485, +0.785\] | 0.205 | 0.205 |" in found
+
+
+def test_the_tables_fit_a_terminal_of_80_characters(tmp_path):
+    for number, arm in enumerate(("a" * 70, "b" * 70)):
+        for seed in (0, 1):
+            right = (30 + number + seed, 40 + 2 * seed)
+            rows = [row("teacher", "float", (40, 57)), row("student", "QAT", right)]
+            rows += [row("other", f"a method of words {number}", (right[0] - seed, 37))]
+            run(tmp_path, f"{arm}_seed{seed}", seed=seed, lr=number, rows=rows)
+    for against in ("a" * 70 + "/student/QAT", "b" * 70, "QAT"):
+        found = comparison.build(tmp_path, against=against)
+        console = Console(width=80, color_system=None)
+        with console.capture() as captured:
+            console.print(*report.terminal(found))
+        text = captured.get()
+        assert max(map(len, text.splitlines())) <= 80 and "\u2026" not in text
+        differences = text.partition("difference from")[2]
+        for name in ("teacher", "other", "a method of words"):
+            assert name in differences, (against, name)
 
 
 def test_only_seeds_that_both_have_are_paired(tmp_path):
@@ -155,13 +188,14 @@ def test_the_runs_are_only_read(tmp_path):
     assert not (tmp_path / "comparison.html").is_symlink()
 
 
-ODD = "<b>$x^2$ & 100 % | _a_ [1] \\ ` \x1b[31m"
+ODD = "<b>$x^2$ & 100 % | _a_ [1] \\ ` \x1b[31m \u65e5\t"
 
 
 def test_odd_names_are_shown_and_not_obeyed(tmp_path):
     for seed in (0, 1):
         rows = [row("teacher", "float", (40, 55 + seed)), row("<i>net", ODD, (30, 40 + 2 * seed))]
         run(tmp_path, f"a&b_seed{seed}", seed=seed, lr=0.1, rows=rows, steps=20)
+        run(tmp_path, f'"\u65e5\t"_seed{seed}', seed=seed, lr=0.2, rows=rows, steps=20)
     report.compare(tmp_path, against="teacher")
     found = texts(tmp_path)
     assert "<b>" not in found["comparison.html"] and "<i>" not in found["comparison.html"]
@@ -169,6 +203,7 @@ def test_odd_names_are_shown_and_not_obeyed(tmp_path):
     assert r"$<$b$>$\$x\textasciicircum{}2\$ \& 100 \% $|$ \_a\_ [1]" in found["comparison.tex"]
     assert r"&lt;b&gt;$x^2$ &amp; 100 % \| _a_ \[1\] \\ \`" in found["comparison.md"]
     assert not any("\x1b" in text for text in found.values())
+    assert "\\char34{}\u65e5 \\char34{} &" in found["comparison.tex"]
 
 
 def test_rows_of_older_runs_and_methods_that_repeat(tmp_path):
@@ -215,3 +250,11 @@ def test_damaged_files_break_no_page(tmp_path, name):
     )
     read = lambda: report.compare(tmp_path, against="slow")
     assert list(accepted(path, read, damage=damage, named="fast_seed0", count=6))
+
+
+def test_captions_say_of_how_many_seeds_the_arms_have_some(tmp_path):
+    for name, lr, seed in (("a_seed0", 0.1, 0), ("b_seed1", 0.2, 1)):
+        run(tmp_path, name, seed=seed, lr=lr, rows=[row("student", "QAT", FAST[seed])])
+    assert seeds_text(comparison.build(tmp_path)) == "1 of 2 seeds (0, 1)"
+    run(tmp_path, "a_seed2", seed=2, lr=0.1, rows=[row("student", "QAT", FAST[2])])
+    assert seeds_text(comparison.build(tmp_path)) == "1 to 2 of 3 seeds (0, 1, 2)"
