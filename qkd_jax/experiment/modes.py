@@ -33,7 +33,7 @@ from qkd_jax.record.checkpoint import SaveError
 from qkd_jax.record.folder import RunFolder
 from qkd_jax.record.restoring import first_line, read_latest
 from qkd_jax.record.stopping import EXIT_FILES, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_NONFINITE
-from qkd_jax.report import compare
+from qkd_jax.report import read_comparison, write_comparison
 from qkd_jax.training.loop import NonFiniteError, Preempted
 from qkd_jax.training.parallel import enable_compilation_cache
 
@@ -124,8 +124,10 @@ def report(workdir: str | Path, *, against: str = "", verbose: bool = True) -> N
     say = printer(verbose)
     if not (folder.path / "config.json").exists():
         state_of = lambda path: sweep_state.state_of(path).text()
-        found = compare(folder.path, against=against, state_of=state_of)
-        show_comparison(found, folder.path, say)
+        found, curves = read_comparison(folder.path, against=against, state_of=state_of)
+        show_comparison(found, say)  # first: somebody else's folder may be there to be read alone
+        write_comparison(folder.path, found, curves)
+        say(f"comparison: {folder.path / 'comparison.html'}, beside it .md, .tex and .csv")
         return
     if against:
         raise ValueError(

@@ -141,8 +141,8 @@ def _printed(table: Table) -> str:
     return text.get()
 
 
-def show_comparison(found: report.Comparison, folder: Path, say: Callable[[str], None]) -> None:
-    """Prints the tables and notes of a comparison, and where its files are."""
+def show_comparison(found: report.Comparison, say: Callable[[str], None]) -> None:
+    """Prints the tables and notes of a comparison."""
     for table in report.terminal(found):
         say(_printed(table))
     for note in found.notes:
@@ -151,7 +151,6 @@ def show_comparison(found: report.Comparison, folder: Path, say: Callable[[str],
         names = dict.fromkeys([arm.label for arm in found.arms if len(found.arms) > 1])
         names |= dict.fromkeys("/".join(row.key) for row in found.rows)
         say(f"no differences: name a control by --against=, one of {', '.join(names)}")
-    say(f"comparison: {folder / 'comparison.html'}, beside it .md, .tex and .csv")
 
 
 def times_text(timings: Mapping[str, Any]) -> str:

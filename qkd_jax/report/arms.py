@@ -21,6 +21,8 @@ from qkd_jax.record.log_index import last_rows
 LARGEST = 1e100  # whose squares are numbers too
 MEASURES = ("top1", "severity", "loss", "agreement")
 COSTS = ("weight_bytes", "bit_operations")
+# What no run measures outside of these: a share given in percent, a negative size.
+_RANGES = {"top1": (0, 1), "agreement": (0, 1), **{cost: (0, LARGEST) for cost in COSTS}}
 # What of a config reaches no number of results.json: that, and what is logged how often.
 _FREE = ("seed", "log", *FREE_FIELDS)
 
@@ -222,8 +224,8 @@ def _rows(rows: Sequence[Mapping[str, Any]], classes: int) -> dict[RowKey, Mappi
         if not isinstance(net, str) or not isinstance(method, str):
             raise TypeError(f"net {net!r:.80}, method {method!r:.80}")
         for key in (*MEASURES, *COSTS, "weight_bits", "activation_bits"):
-            value = row.get(key)
-            known = isinstance(value, int | float) and abs(value) <= LARGEST
+            value, (low, high) = row.get(key), _RANGES.get(key, (-LARGEST, LARGEST))
+            known = isinstance(value, int | float) and low <= value <= high
             if value is not None and (isinstance(value, bool) or not known):
                 raise TypeError(f"{key} is {value!r:.80}")
         correct = row.get("class_correct")

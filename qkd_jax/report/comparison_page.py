@@ -49,10 +49,26 @@ def compare(
             different results; a control that nothing has the name of.
         OSError: a file cannot be written.
     """
-    folder = Path(folder)
+    found, curves = read_comparison(folder, against=against, state_of=state_of)
+    write_comparison(folder, found, curves)
+    return found
+
+
+def read_comparison(
+    folder: str | Path, *, against: str = "", state_of: Callable[[Path], str] | None = None
+) -> tuple[Comparison, Curves]:
+    """Returns the numbers and the curves that `compare` writes; nothing is written."""
     found = build(folder, against=against, state_of=state_of)
     curves = read_curves(found.arms)
-    found = dataclasses.replace(found, notes=(*found.notes, *curves.notes))
+    return dataclasses.replace(found, notes=(*found.notes, *curves.notes)), curves
+
+
+def write_comparison(folder: str | Path, found: Comparison, curves: Curves) -> None:
+    """Writes the files of `compare`.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     texts = {
         "html": render_comparison(found, curves),
         "md": markdown(found),
@@ -60,8 +76,7 @@ def compare(
         "csv": csv_text(found),
     }
     for suffix, text in texts.items():
-        replace_file(folder / f"{NAME}.{suffix}", text.encode(errors="backslashreplace"))
-    return found
+        replace_file(Path(folder) / f"{NAME}.{suffix}", text.encode(errors="backslashreplace"))
 
 
 def _text(value: str) -> str:

@@ -160,6 +160,19 @@ def test_a_seed_counts_once(tmp_path):
         read_runs(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("top1", 92.0), ("agreement", -0.1), ("weight_bytes", -1000)]
+)
+def test_numbers_that_no_run_measures_are_damage(tmp_path, field, value):
+    whole(tmp_path, seeds=(0,))
+    rows = [row("student", "QAT", FAST[1], **{field: value})]
+    run(tmp_path, "fast_seed1", seed=1, lr=0.2, rows=rows)
+    [said] = read_runs(tmp_path).notes
+    assert (
+        "fast_seed1 is left out, its files are damaged" in said and f"{field} is {value}" in said
+    )
+
+
 def test_folders_without_a_finished_run(tmp_path):
     with pytest.raises(ValueError, match=r"has neither a config\.json of its own"):
         read_runs(tmp_path)

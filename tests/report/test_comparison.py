@@ -240,6 +240,14 @@ def test_the_front_door(folder, capsys):
         experiment.report(folder / "slow_seed0", against="slow")
 
 
+def test_the_numbers_of_a_folder_that_cannot_be_written_are_shown(tmp_path, capsys):
+    (whole(tmp_path, seeds=(0, 1)) / "comparison.html").mkdir()
+    with pytest.raises(OSError, match="comparison"):
+        experiment.report(tmp_path, against="slow")
+    said = capsys.readouterr().out
+    assert "+3.00" in said and "beside it" not in said
+
+
 @pytest.mark.parametrize("name", ["results.json", "metrics.jsonl"])
 def test_damaged_files_break_no_page(tmp_path, name):
     warnings.simplefilter("ignore")  # matplotlib's, of odd names and numbers
