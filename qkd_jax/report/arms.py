@@ -4,6 +4,7 @@ Runs whose configs agree in all but `seed` and the fields that reach no number a
 Files are read and never written or locked: a run that is alive goes on.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -347,8 +348,9 @@ def _labels(groups: Sequence[Sequence[SeedRun]], name: str) -> list[str]:
 
 
 def _label(runs: Sequence[SeedRun]) -> str:
-    stripped = {_without_seed(run.name, run.seed) for run in runs}
-    if len(stripped) == 1 and (label := stripped.pop()):
+    stripped = collections.Counter(_without_seed(run.name, run.seed) for run in runs)
+    label, times = stripped.most_common(1)[0]
+    if label and 2 * times > len(runs):  # one that is called otherwise renames no arm
         return label
     names = [run.name for run in runs]
     if len(names) == 1:

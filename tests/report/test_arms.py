@@ -160,6 +160,14 @@ def test_a_seed_counts_once(tmp_path):
         read_runs(tmp_path)
 
 
+def test_a_copy_that_comes_first_does_not_rename_the_arm(tmp_path):
+    whole(tmp_path)
+    shutil.copytree(tmp_path / "fast_seed0", tmp_path / "fabulous")
+    found = read_runs(tmp_path)
+    assert [arm.label for arm in found.arms] == ["fast", "slow"]
+    assert "fast_seed0 (as fabulous)" in found.notes[0]
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("top1", 92.0), ("agreement", -0.1), ("weight_bytes", -1000)]
 )
@@ -168,9 +176,7 @@ def test_numbers_that_no_run_measures_are_damage(tmp_path, field, value):
     rows = [row("student", "QAT", FAST[1], **{field: value})]
     run(tmp_path, "fast_seed1", seed=1, lr=0.2, rows=rows)
     [said] = read_runs(tmp_path).notes
-    assert (
-        "fast_seed1 is left out, its files are damaged" in said and f"{field} is {value}" in said
-    )
+    assert "fast_seed1 is left out, its files are damaged" in said and f"{field} is {value}" in said
 
 
 def test_folders_without_a_finished_run(tmp_path):
