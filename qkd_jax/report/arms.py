@@ -137,10 +137,10 @@ def read_runs(folder: str | Path, *, state_of: Callable[[Path], str] | None = No
     return RunsFolder(folder, arms, tuple(notes))
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """A key that puts w10 behind w9."""
-    parts = re.findall(r"([0-9]{1,18})|([^0-9]+)", name)
-    return [(0, int(number), "") if number else (1, 0, text) for number, text in parts]
+def _natural(name: str) -> list[tuple[int, float, str]]:
+    """A key that puts w10 behind w9, and lr-0.1 behind lr-0.05."""
+    parts = re.findall(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)|([^0-9]+)", name)
+    return [(0, float(number), "") if number else (1, 0, text) for number, text in parts]
 
 
 def _planned(folder: Path, notes: list[str]) -> tuple[list[str], str]:

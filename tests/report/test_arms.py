@@ -56,6 +56,9 @@ def test_arms_are_in_the_order_of_the_sweep_or_of_their_numbers(tmp_path):
     for bits in (2, 10, 3):
         run(tmp_path, f"w{bits}_seed0", seed=0, lr=bits, rows=rows_of(0))
     assert [arm.label for arm in read_runs(tmp_path).arms] == ["w2", "w3", "w10"]
+    for lr in ("0.1", "0.05"):
+        run(tmp_path / "rates", f"lr-{lr}_seed0", seed=0, lr=float(lr), rows=rows_of(0))
+    assert [arm.label for arm in read_runs(tmp_path / "rates").arms] == ["lr-0.05", "lr-0.1"]
     planned = [{"name": f"w{bits}_seed0", "overrides": {}} for bits in (10, 2, 3)]
     write_json(tmp_path / "sweep.json", {"config": "configs/qat.py", "runs": planned})
     assert [arm.label for arm in read_runs(tmp_path).arms] == ["w10", "w2", "w3"]
