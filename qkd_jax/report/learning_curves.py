@@ -60,7 +60,7 @@ def read_curves(arms: Sequence[Arm]) -> Curves:
             continue
         rows = []
         for split, name in CURVES.items():
-            picked, first_rows = _pick(arm, indices, split)
+            picked, first_rows = _pick(arm, indices, split, notes)
             rows += first_rows
             curves, dropped = _curves(picked, name)
             for net, curve in curves.items():
@@ -112,7 +112,7 @@ def _missing(indices: Mapping[int, Mapping[str, Lines]], split: str) -> int:
 
 
 def _pick(
-    arm: Arm, indices: Mapping[int, Mapping[str, Lines]], split: str
+    arm: Arm, indices: Mapping[int, Mapping[str, Lines]], split: str, notes: list[str]
 ) -> tuple[dict[int, dict[str, dict[int, float]]], list[dict[str, Any]]]:
     """Reads each k-th of the common steps: {seed: {"net/value": {step: number}}}, rows of one."""
     common = _common(indices, split)
@@ -123,8 +123,11 @@ def _pick(
     for seed, index in indices.items():
         values: dict[str, dict[int, float]] = {}
         if split in index:
-            lines = index[split]
-            for row in read_lines(arm.runs[seed].path, lines.offsets[np.isin(lines.steps, wanted)]):
+            lines, run = index[split], arm.runs[seed]
+            found = read_lines(run.path, lines.offsets[np.isin(lines.steps, wanted)])
+            if damaged := found.count(None):
+                notes.append(f"{run.name}: {damaged:,} lines of {FILE}, {split}, are damaged.")
+            for row in found:
                 if row is None:
                     continue
                 if not picked:

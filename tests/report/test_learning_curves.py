@@ -47,6 +47,16 @@ def test_one_seed_has_no_band_and_no_log_no_curve(tmp_path):
     assert found.found == {"loss": {}, "top1": {}} and "a_seed0" in found.notes[0]
 
 
+def test_a_line_that_only_begins_well_is_said_of_a_single_seed_too(tmp_path):
+    arms = arms_of(tmp_path, (30,))
+    path = tmp_path / "a_seed0" / FILE
+    line = b'"step":20,"values":{"student/loss":'
+    path.write_bytes(path.read_bytes().replace(line, line + b"?"))
+    found = read_curves(arms)
+    assert found.found["loss"]["student"]["a"].steps.tolist() == [10, 30]
+    assert found.notes == ("a_seed0: 1 lines of metrics.jsonl, train, are damaged.",)
+
+
 def test_a_long_log_is_thinned(tmp_path):
     arms = arms_of(tmp_path, (10,))
     lines = [
