@@ -14,6 +14,23 @@ from typing import Any
 
 import jax
 
+# Options of JAX, also set by variables such as JAX_DEFAULT_PRNG_IMPL, that reach the numbers.
+_NUMERIC_OPTIONS = (
+    "jax_allow_f16_reductions",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_disable_jit",
+    "jax_disable_most_optimizations",
+    "jax_numpy_dtype_promotion",
+    "jax_optimization_level",
+    "jax_random_seed_offset",
+    "jax_softmax_custom_jvp",
+    "jax_threefry_gpu_kernel_lowering",
+    "jax_threefry_partitionable",
+    "jax_use_shardy_partitioner",
+)
+# Variables that XLA and the libraries below it read themselves.
+_NUMERIC_VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "qkd_jax")
 
 
@@ -73,6 +90,8 @@ def numeric_environment() -> dict[str, Any]:
         "threads": _THREADS,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "x64": jax.dtypes.canonicalize_dtype(float).name,
+        "options": {name: str(getattr(jax.config, name, None)) for name in _NUMERIC_OPTIONS},
+        "variables": {name: os.environ.get(name, "") for name in _NUMERIC_VARIABLES},
     }
 
 
