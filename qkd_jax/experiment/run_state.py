@@ -92,6 +92,8 @@ class Run:
         heads: {net: [{"head", metrics}]} of the classifiers that its last training stage had beside
             the net, at the end of that stage; a list, as a checkpoint keeps no order of names.
         synthetic: {stage: {"sha256"}} of the images that stages made.
+        bases: SHA-256 of all that the state depends on, one for each of the launches of a sweep
+            that differ in it; "" stands for one that is not known.
         timings: everything that is a time.
         stage_index: index in the schedule of the stage that runs or comes next.
         stage_step: steps of that stage that are done.
@@ -112,6 +114,7 @@ class Run:
     oscillating: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     heads: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     synthetic: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    bases: list[str] = dataclasses.field(default_factory=list)
     timings: dict[str, Any] = dataclasses.field(default_factory=dict)
     stage_index: int = 0
     stage_step: int = 0
@@ -334,6 +337,7 @@ class Run:
             "oscillating": self.oscillating,
             "heads": self.heads,
             "synthetic": self.synthetic,
+            "bases": self.bases or [""],
             "timings": self.timings,
             "lines": 0 if self.folder is None else self.folder.metrics.lines,
         }
@@ -355,6 +359,7 @@ class Run:
         self.oscillating = saved.meta.get("oscillating", {})
         self.heads = saved.meta.get("heads", {})
         self.synthetic = saved.meta.get("synthetic", {})
+        self.bases = list(saved.meta.get("bases", [""]))
         self.timings = saved.meta["timings"]
 
     @property

@@ -5,6 +5,9 @@ its metrics and the files that stages wrote, and in `shared.json` the SHA-256 of
 them. The folder appears whole or not at all; one whose bytes have changed is removed, and the
 stages are run. While a run trains what others will take, it holds the lock `<key>.lock`, so that
 they wait instead of doing the same.
+
+A run that was begun with other code, on another machine or from other files than it goes on with
+has a state that no key stands for: it may take stages, and keeps none.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ class SharedStages:
         directory: of the store.
         points: [(number of stages, key)], ascending, of `shared_prefix.branch_points`.
         name: the run's, for the record.
+        basis: SHA-256 of everything that the run depends on now; "" where that is not known.
         say: takes a line of text.
     """
 
@@ -51,11 +55,13 @@ class SharedStages:
         points: Sequence[tuple[int, str]],
         *,
         name: str,
+        basis: str,
         say: Callable[[str], None] = lambda text: None,
     ):
         self.directory = Path(directory)
         self.points = list(points)
         self.name = name
+        self.basis = basis
         self.say = say
         self._lock: BinaryIO | None = None
 
@@ -65,6 +71,8 @@ class SharedStages:
         Raises:
             Preempted: the run was asked to stop while it waited for another that makes it.
         """
+        if self.basis not in run.bases:
+            run.bases.append(self.basis)
         if not run.stage_step:  # a run that was killed between saving and keeping
             self.after_stage(run)
         for count, key in reversed(self.points):
@@ -74,7 +82,7 @@ class SharedStages:
                         self.release()
                         return
         ahead = [(count, key) for count, key in self.points if count > run.stage_index]
-        if self._lock is None and ahead:
+        if self._lock is None and ahead and self._stands_for(run):
             count, key = ahead[0]
             self._lock = self._reserve(run, key)
             if (self.directory / key).exists() and self._take(run, count, key):
@@ -85,11 +93,20 @@ class SharedStages:
         for count, key in self.points:
             if count == run.stage_index:
                 try:
-                    if not (self.directory / key).exists():
+                    if not self._stands_for(run):
+                        self.say(
+                            f"the state after {count} stages is not kept for other runs: other "
+                            "code, another machine or other files have had a part in it."
+                        )
+                    elif not (self.directory / key).exists():
                         self._keep(run, key)
                 except OSError as error:  # a full disk: the run itself can go on
                     self.say(f"the state after {count} stages is not kept: {first_line(error)}")
                 self.release()
+
+    def _stands_for(self, run: Run) -> bool:
+        """Whether all of a run's state was made from what its keys are hashes of."""
+        return run.bases == [self.basis]
 
     def release(self) -> None:
         """Lets others make what this run has reserved."""
@@ -166,6 +183,7 @@ class SharedStages:
         run.folder.metrics.truncate()
         own = run.timings
         run.load(saved)
+        run.bases = [self.basis]  # what is kept stands for what this run's keys say
         theirs = dict(run.timings.get("stages", {}))
         for entry in run.timings.get("shared", ()):
             theirs |= entry["stages"]

@@ -25,12 +25,14 @@ class Planned:
         config: the resolved config.
         stages: its schedule.
         points: of `shared_prefix.branch_points`: what it shares with other runs.
+        basis: SHA-256 of everything that the run depends on, its last key.
     """
 
     entry: Entry
     config: dict[str, Any]
     stages: tuple[Stage, ...]
     points: tuple[tuple[int, str], ...] = ()
+    basis: str = ""
 
     @property
     def name(self) -> str:
@@ -139,4 +141,7 @@ def _with_points(planned: list[Planned], fingerprints: list[str]) -> list[Planne
         for run, fingerprint in zip(planned, fingerprints, strict=True)
     }
     points = branch_points(keys, {run.name: run.stages for run in planned})
-    return [dataclasses.replace(run, points=tuple(points[run.name])) for run in planned]
+    return [
+        dataclasses.replace(run, points=tuple(points[run.name]), basis=keys[run.name][-1])
+        for run in planned
+    ]

@@ -17,6 +17,7 @@ from qkd_jax.experiment.sweep_list import LOGS, SHARED
 from qkd_jax.experiment.sweep_plan import Planned
 from qkd_jax.experiment.sweep_processes import Worker, share_cores, wait_for_answers
 from qkd_jax.experiment.sweep_table import Line, SweepTable
+from qkd_jax.record.environment import code_sha256
 from qkd_jax.record.folder import holder
 from qkd_jax.record.stopping import EXIT_INTERRUPTED, GracefulStop
 
@@ -171,6 +172,8 @@ class Walk:
                 "argv": self.argv,
                 "store": str(self.folder / SHARED),
                 "points": run.points,
+                "basis": run.basis,
+                "code": code_sha256(),
             }
         )
         self.lines[run.name].begins("running")

@@ -5,9 +5,9 @@
 It reads tasks, one JSON line each, from standard input, and answers on standard output. What runs
 print goes into a file of their own. Imports and compiled steps are paid once for all its runs.
 
-A task is {"name", "config" (resolved), "folder", "log", "argv", "store", "points"}; the answers
-are {"ready": true} and {"name", "code", "in_use"}. It ends with standard input, so a worker whose
-launcher was killed finishes its run and leaves.
+A task is {"name", "config", "folder", "log", "argv", "store", "points", "basis", "code"};
+the answers are {"ready": true} and {"name", "code", "in_use"}. It ends with standard input, so a
+worker whose launcher was killed finishes its run and leaves.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from qkd_jax.experiment.modes import exit_code
 from qkd_jax.experiment.orchestrate import run, step_cache
 from qkd_jax.experiment.settings import Settings
 from qkd_jax.experiment.shared_store import SharedStages
+from qkd_jax.record.environment import code_sha256
 from qkd_jax.record.folder import InUseError
 from qkd_jax.record.stopping import EXIT_FILES, EXIT_INTERRUPTED, EXIT_MEMORY, GracefulStop
 from qkd_jax.training.parallel import StepCache
@@ -39,10 +40,15 @@ def run_task(
     task: Mapping[str, Any], stop: GracefulStop | None, steps: Callable[[Settings], StepCache]
 ) -> tuple[int, bool]:
     """Runs one run of a sweep; returns (exit code, whether another process has its folder)."""
+    # The keys are of the launcher's code; a worker that began after an edit has another.
+    same = task["code"] == code_sha256()
+    if not same:
+        print("WARNING: the code has changed since the sweep began; nothing is shared.", flush=True)
     shared = SharedStages(
         Path(task["store"]),
-        [(int(count), key) for count, key in task["points"]],
+        [(int(count), key) for count, key in task["points"]] if same else (),
         name=task["name"],
+        basis=task["basis"] if same else "",
         say=lambda text: print(text, flush=True),
     )
     folder = task["folder"]
@@ -80,6 +86,7 @@ def main() -> int:
             os.write(answers, f"{json.dumps(facts)}\n".encode())
 
     with GracefulStop() as stop:
+        code_sha256()  # of the files as they have just been imported
         jax.devices()  # starts the threads, before the launcher gives this process its cores
         answer(ready=True)
         steps = step_caches()

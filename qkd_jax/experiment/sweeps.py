@@ -91,7 +91,13 @@ def run_one(planned: Planned, folder: Path) -> int:
     """
     target = folder / planned.name
     say = printer(verbose=True)
-    shared = SharedStages(folder / sweep_list.SHARED, planned.points, name=planned.name, say=say)
+    shared = SharedStages(
+        folder / sweep_list.SHARED,
+        planned.points,
+        name=planned.name,
+        basis=planned.basis,
+        say=say,
+    )
     say(f"run {planned.name!r} of the sweep in {folder}: {planned.entry.text() or 'no overrides'}")
     sweep_state.clear_failure(target)
     code = exit_code(lambda: run(planned.config, target, shared=shared))

@@ -3,16 +3,22 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_config import get_config
 
 from qkd_jax import experiment
+from qkd_jax.experiment import shared_prefix
+from qkd_jax.experiment.shared_store import SharedStages
 from qkd_jax.experiment.sweep_list import SHARED, Entry
 from qkd_jax.experiment.sweep_plan import plan_runs
+from qkd_jax.experiment.sweep_worker import run_task, step_caches
 from qkd_jax.experiment.sweeps import run_one
+from qkd_jax.record.environment import code_sha256
 from qkd_jax.record.restoring import read_latest
+from qkd_jax.training.loop import Preempted
 
 BITS = {
     "w4": "w4a4",
@@ -123,3 +129,39 @@ def test_damaged_stages_are_trained_again(swept, tmp_path, damage):
         assert (copy / "w2" / name).read_bytes() == (folder / "w2" / name).read_bytes()
     assert run_one(runs[1], copy) == 0  # it is finished
     assert (kept / "shared.json").exists()  # and kept again
+
+
+def short_config_of(entry):
+    config = get_config("seed=3,steps=4").unlock()
+    config.nets.student.rules = BITS[entry.name]
+    config.schedule = ("pretrain_student", "calibrate")
+    return config.lock()
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_what_other_code_has_begun_is_not_kept_for_others(monkeypatch, tmp_path, edited):
+    plan = lambda: plan_runs([Entry(name, {}) for name in BITS], short_config_of)
+    first = plan()[0]
+    shared = SharedStages(tmp_path / SHARED, first.points, name="w4", basis=first.basis)
+    stop = SimpleNamespace(requested=True)  # after one step
+    with pytest.raises(Preempted):
+        experiment.run(first.config, tmp_path / "w4", shared=shared, stop=stop, verbose=False)
+    if edited:
+        monkeypatch.setattr(shared_prefix, "code_sha256", lambda: "of the file as it is now")
+    again = plan()
+    assert (again[0].points == first.points) != edited
+    for run in again:
+        assert run_one(run, tmp_path) == 0
+    # The first run has a step by the code as it was: the second may take none of its state.
+    assert list(stages_of(tmp_path / "w2")) == ["pretrain_student", "calibrate"][not edited :]
+
+
+@pytest.mark.parametrize("code", ["as the launcher has it", "edited since"])
+def test_a_worker_with_other_code_than_its_launcher_keeps_nothing(tmp_path, code):
+    run = plan_runs([Entry(name, {}) for name in BITS], short_config_of)[0]
+    task = {"name": "w4", "config": run.config, "folder": str(tmp_path / "w4")}
+    task |= {"store": str(tmp_path / SHARED), "points": run.points, "basis": run.basis}
+    same = code != "edited since"
+    task["code"] = code_sha256() if same else code
+    assert run_task(task, None, step_caches()) == (0, False)
+    assert any((tmp_path / SHARED).glob("*/shared.json")) == same
