@@ -120,16 +120,22 @@ def sweep_of(text: str) -> tuple[object, Collection[str]]:
     import runpy
 
     path, _, arguments = text.partition(":")
+    if not os.path.exists(path):
+        raise UsageError(NO_FILE)
     try:
         names = runpy.run_path(path)
-    except OSError as error:
-        raise UsageError(NO_FILE) from error
-    if "get_sweep" not in names:
+        if "get_sweep" not in names:
+            raise UsageError(
+                f"{path} has no get_sweep(arg), which returns the runs of a sweep as a list of "
+                "(name, overrides); see docs/running.md."
+            )
+        return names["get_sweep"](arguments), tuple(names.get("SWEEP", ()))
+    except ValueError:
+        raise
+    except (Exception, SystemExit) as error:  # as in get_config: a mistake in the file
         raise UsageError(
-            f"{path} has no get_sweep(arg), which returns the runs of a sweep as a list of (name, "
-            "overrides); see docs/running.md."
-        )
-    return names["get_sweep"](arguments), tuple(names.get("SWEEP", ()))
+            f"{path}: {type(error).__name__}: {error}; --debug shows where."
+        ) from error
 
 
 def sweep(argv: list[str]) -> int:

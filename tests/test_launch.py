@@ -87,6 +87,22 @@ def test_mistakes_are_one_message_and_exit_code_2(flags, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_sweep(arg):\n    return {}['bits']", "KeyError: 'bits'"),
+        ("def get_sweep():\n    return []", "TypeError: get_sweep()"),
+        ("def get_sweep(arg):\n    raise SystemExit(0)", "SystemExit: 0"),
+        ("def get_sweep(arg)", "SyntaxError: "),
+    ],
+)
+def test_an_error_in_get_sweep_is_one_message(tmp_path, text, message):
+    (tmp_path / "swept.py").write_text(text)
+    done = launch(f"--config={tmp_path}/swept.py", "--sweep", "--mode=inspect")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and message in done.stderr
+
+
 def test_debug_shows_where_a_mistake_was_found():
     done = launch(CONFIG, "--mode=inspect", "--config.nets.student.rules=w2", "--debug")
     assert done.returncode == 1 and "Traceback" in done.stderr
