@@ -54,6 +54,7 @@ def entries_of(found: Any, fields: Mapping[str, str]) -> list[Entry]:
             "for each run, such as [('seed-0', {'seed': 0})]."
         )
     entries: list[Entry] = []
+    known: dict[str, str] = {}  # by their lower case: some file systems know no other
     for place, pair in enumerate(found):
         if (
             not isinstance(pair, list | tuple)
@@ -67,16 +68,19 @@ def entries_of(found: Any, fields: Mapping[str, str]) -> list[Entry]:
             )
         name, overrides = pair
         checks.name(f"entry {place} of get_sweep", name)
-        if name in (LOGS, SHARED):
+        if name.lower() in (LOGS, SHARED):
             raise ValueError(
                 f"entry {place} of get_sweep has the name {name!r}, which is that of a folder of "
                 "the sweep's own; give it another."
             )
-        if any(name == entry.name for entry in entries):
+        if name.lower() in known:
+            other = known[name.lower()]
             raise ValueError(
-                f"get_sweep has two entries of the name {name!r}; each run needs a folder of its "
-                "own, so give them different names."
+                f"get_sweep has two entries of the name {name!r}"
+                + (f" ({other!r} is the same folder where case does not count)" * (other != name))
+                + "; each run needs a folder of its own, so give them different names."
             )
+        known[name.lower()] = name
         for key, value in overrides.items():
             try:
                 as_text(value)
@@ -180,11 +184,13 @@ def write_list(
         own: arguments in `text` that are the sweep's own.
 
     Raises:
-        ValueError: the folder holds another sweep, or runs that the list has no longer.
+        ValueError: the folder holds another sweep, runs that the list has no longer, or a file or a
+            symbolic link in the place of a folder that the sweep writes into.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"workdir is {str(folder)!r}, a file; it must be a folder.")
     folder.mkdir(parents=True, exist_ok=True)
+    _check_folders(folder, [entry.name for entry in entries])
     path = folder / FILE
     here = [json.loads(json.dumps(entry.record())) for entry in entries]
     with locked(folder / ".sweep.lock"):
@@ -200,6 +206,20 @@ def write_list(
         write_json(path, {"config": text, "runs": here})
 
 
+def _check_folders(folder: Path, names: Sequence[str]) -> None:
+    # A run that is done is only read.
+    begun = (name for name in names if not (folder / name / "results.json").exists())
+    for name in (LOGS, SHARED, *begun):
+        if (folder / name).is_symlink():
+            raise ValueError(
+                f"{folder / name} is a symbolic link, and a sweep writes into its own folder only; "
+                "remove it."
+            )
+    for name in (LOGS, SHARED):
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise ValueError(f"{folder / name} is a file; a sweep has a folder there. Remove it.")
+
+
 def _check_same(
     path: Path,
     saved: Mapping[str, Any],
@@ -212,7 +232,8 @@ def _check_same(
         not isinstance(saved.get("config"), str)
         or not isinstance(there, list)
         or not all(
-            isinstance(run, Mapping) and {"name", "overrides"} <= run.keys() for run in there
+            isinstance(run, Mapping) and isinstance(run.get("name"), str) and "overrides" in run
+            for run in there
         )
     ):
         raise ValueError(f"{path} is not the list of a sweep; restore or delete it.")

@@ -32,7 +32,8 @@ class Worker:
         log.parent.mkdir(parents=True, exist_ok=True)
         path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH", "")]))
         self.log = log
-        with open(log, "wb") as said:
+        log.unlink(missing_ok=True)  # it may be a link
+        with open(log, "xb") as said:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "qkd_jax.experiment.sweep_worker"],
                 env={**os.environ, **(environment or {}), "PYTHONPATH": path},

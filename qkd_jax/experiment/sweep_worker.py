@@ -113,8 +113,10 @@ def main() -> int:
 
 
 def _print_to(path: str) -> None:
-    """Appends what this process prints to a file."""
+    """Appends what this process prints to a file; a link in its place is replaced."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if os.path.islink(path):
+        os.unlink(path)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     sys.stdout.flush()
     sys.stderr.flush()

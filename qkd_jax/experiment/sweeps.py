@@ -79,7 +79,9 @@ def sweep(
     if code:
         return code
     if index is None:
-        return walk_runs(planned, folder, jobs=jobs)
+        codes: list[int] = []  # the launcher's own files may fail too
+        code = exit_code(lambda: codes.append(walk_runs(planned, folder, jobs=jobs)))
+        return code or codes[0]
     return run_one(planned[index], folder)
 
 

@@ -26,7 +26,9 @@ TWO = [("a", {"seed": 0}), ("b", {"seed": 1})]
         ([("a/b", {})], "'a/b'; it names files too"),
         ([("", {})], "it names files too"),
         ([("logs", {})], "a folder of the sweep's own"),
+        ([("Logs", {})], "a folder of the sweep's own"),
         ([("a", {}), ("a", {"seed": 1})], "two entries of the name 'a'"),
+        ([("A", {}), ("a", {"seed": 1})], "('A' is the same folder where case does not count)"),
         ([("a", {"seed": None})], "entry 'a' of get_sweep: seed is None"),
         ([("a", {"config.schedule": [[1]]})], "config.schedule is"),
         ([("a", {"config.x": 1})], "--config.x is given for every run, and entry 'a'"),
@@ -80,6 +82,35 @@ def test_a_list_is_extended_and_never_cut_or_changed(tmp_path):
     (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is the folder of a run"):
         write_list(tmp_path / "run", "f.py", entries_of(TWO, {}))
+
+
+@pytest.mark.parametrize("name", ["logs", "shared", "a"])
+def test_nothing_is_written_through_a_link_in_the_folder(tmp_path, name):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "sweep"
+    elsewhere.mkdir()
+    folder.mkdir()
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=f"{name} is a symbolic link"):
+        write_list(folder, "f.py", entries_of(TWO, {}))
+    assert [path.name for path in folder.iterdir()] == [name]
+    (elsewhere / "results.json").write_text("{}")  # a run that is done is only read
+    if name == "a":
+        write_list(folder, "f.py", entries_of(TWO, {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("logs", "", "logs is a file; a sweep has a folder there"),
+        ("sweep.json", '{"config": "f.py", "runs": [{"name": [], "overrides": {}}]}', "is not the"),
+        ("sweep.json", '{"config": "f.py", "ru', "is not valid JSON"),
+    ],
+)
+def test_a_folder_with_damaged_files_is_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        write_list(tmp_path, "f.py", entries_of(TWO, {}))
+    assert (tmp_path / name).read_text() == text
 
 
 def _write(folder, count):
