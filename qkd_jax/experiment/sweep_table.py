@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -75,6 +77,17 @@ def eta_of(lines: Sequence[Line], jobs: int) -> str:
     return duration(max([seconds, *(step / mean for step in left)])) if left else ""
 
 
+class _Console(Console):
+    """A console that says no more once its reader has gone (`| head`): the runs need none."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.file.fileno())  # what is buffered goes there at the end
+            os.close(nowhere)
+
+
 class SweepTable:
     """Shows the runs of a sweep while they run.
 
@@ -96,7 +109,7 @@ class SweepTable:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.lines, self.jobs = list(lines), jobs
-        self._console = console or Console(file=sys.stderr)
+        self._console = console or _Console(file=sys.stderr)
         self._interval, self._clock, self._last = interval, clock, clock()
         self._live: Live | None = None
 

@@ -1,6 +1,8 @@
 """The table of a sweep: rates and times to the end by hand, and what a terminal and a file show."""
 
 import io
+import os
+import sys
 
 from rich.console import Console
 
@@ -39,6 +41,16 @@ def test_a_file_gets_a_line_now_and_then():
         "1 of 3 done | ETA 1:20 | two: co_study 40/100, student loss 0.5, ETA 0:30",
         "three: \\u001b[2Jfailed",
     ]
+
+
+def test_a_sweep_goes_on_without_a_reader(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        with SweepTable(three(), 1, interval=0.0) as table:
+            table.say("two: done.")
+            table.show()
 
 
 def test_a_terminal_gets_one_table_with_the_runs_that_are_active():
