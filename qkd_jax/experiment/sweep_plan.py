@@ -14,6 +14,7 @@ from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.settings import Settings, resolve
 from qkd_jax.experiment.shared_prefix import branch_points, prefix_keys
 from qkd_jax.experiment.sweep_list import Entry
+from qkd_jax.record.folder import FREE_FIELDS, RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,8 @@ def plan_runs(
         only_look: whether nothing will run, so that data need not be here.
 
     Raises:
-        ValueError: a mistake in the config of a run, which is named.
+        ValueError: a mistake in the config of a run, which is named; a run that has begun with
+            another config, though its overrides are the same.
     """
     planned: list[Planned] = []
     checked: dict[str, Settings] = {}
@@ -79,6 +81,9 @@ def plan_runs(
             begun = folder is not None and (folder / entry.name / "config.json").exists()
             if not begun:
                 check_sources(settings)
+            elif folder is not None and not only_look:  # a run that is done too
+                target = RunFolder(folder / entry.name, create=False)
+                target.check_config(plain, ignore=FREE_FIELDS)
         except ValueError as error:
             raise ValueError(f"run {entry.name!r} of the sweep: {error}") from error
         planned.append(Planned(entry, plain, settings.stages))
