@@ -92,6 +92,15 @@ def parse_flags(argv: list[str], values: flags.FlagValues = FLAGS) -> ConfigDict
     return config
 
 
+def wants_sweep(argv: list[str]) -> bool:
+    """Returns whether a command line is a sweep's; `--sweep=false` is not."""
+    given = [word.lstrip("-").partition("=") for word in argv[1:] if word.startswith("-")]
+    return any(
+        name == "sweep_index" or (name == "sweep" and value.lower() not in ("false", "f", "0"))
+        for name, _, value in given
+    )
+
+
 def split_sweep(argv: list[str]) -> tuple[list[str], str, dict[str, str]]:
     """Returns the command line without its config, the text of --config, and the overrides."""
     rest, given, words = [], [], iter(argv)
@@ -142,6 +151,11 @@ def sweep(argv: list[str]) -> int:
     """Runs, or with --mode=inspect lists, the runs of a config's get_sweep."""
     rest, text, fields = split_sweep(argv)
     parse_flags(rest)
+    if FLAGS.sweep_index is not None and FLAGS["jobs"].present:
+        raise UsageError(
+            "--jobs goes with --sweep, which runs all; --sweep_index is one run in this process. "
+            "Drop one of them."
+        )
     if FLAGS.mode not in ("run", "inspect"):
         raise UsageError(
             f"--sweep goes with --mode=run and --mode=inspect, not {FLAGS.mode}; runs that are "
@@ -212,8 +226,7 @@ def main(argv: list[str]) -> int:
         print(FLAGS.module_help(sys.modules[__name__]))
         return 0
     try:
-        words = [word.lstrip("-").partition("=")[0] for word in argv[1:] if word.startswith("-")]
-        if "sweep" in words or "sweep_index" in words:  # whose --config is no config's alone
+        if wants_sweep(argv):  # whose --config is no config's alone
             return sweep(argv)
         config = parse_flags(argv)
         if FLAGS.mode in ("run", "inspect") and config is None:

@@ -74,6 +74,8 @@ CONFIG = "--config=configs/qkd.py"
         (["--mode=report", "--workdir=/nowhere/at/all"], "does not exist"),
         ([CONFIG, "--workdir=x", "--jobs=2"], "--jobs goes with --sweep"),
         ([CONFIG, "--sweep"], "--sweep needs --workdir"),
+        ([CONFIG, "--sweep=false"], "--mode=run needs --workdir"),
+        ([CONFIG, "--sweep_index=0", "--jobs=2", "--workdir=x"], "Drop one of them"),
         (["--sweep", "--workdir=x"], "--sweep needs --config"),
         (["--config=configs/float.py", "--sweep", "--workdir=x"], "has no get_sweep(arg)"),
         (["--config=configs/none.py", "--sweep_index=0", "--workdir=x"], "file that is not there"),
