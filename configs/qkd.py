@@ -18,8 +18,8 @@ start of co-studying on: a loss that is a stage of its own (`fsp`, `ab`) leaves 
 labels, and `ft` keeps its paraphraser.
 
 Expect, on the digits at W2A2, 8 seeds: 43 to 59 s on two cores of an AMD EPYC; top-1 of the teacher
-97.66 +- 0.50 %, float student 96.18 +- 0.27, QAT alone 95.68 +- 0.87, QAT with the fixed teacher
-96.38 +- 0.57, QKD 96.28 +- 0.88 (docs/results.md).
+97.66 +- 0.50 %, float student 96.18 +- 0.27, QAT alone 95.78 +- 0.89, QAT with the fixed teacher
+96.39 +- 0.80, QKD 96.39 +- 0.74 (docs/results.md).
 """
 
 from configs import common, sweeps, terms
