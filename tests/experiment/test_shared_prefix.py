@@ -6,12 +6,14 @@ import pytest
 from tiny_config import get_config
 
 from qkd_jax import weights
+from qkd_jax.experiment.settings import resolve
 from qkd_jax.experiment.shared_prefix import branch_points, prefix_keys
 from qkd_jax.experiment.sweep_list import Entry
 from qkd_jax.experiment.sweep_plan import plan_runs
 from qkd_jax.models import create
 from qkd_jax.quantize import presets, quantize
 from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.record.json_files import write_json
 
 SCHEDULE = list(get_config().schedule)
 
@@ -57,11 +59,12 @@ def test_weights_count_by_their_content_and_what_is_gone_is_equal_to_nothing(tmp
     variables["params"]["dense0"]["kernel"] += 1
     weights.save(files[2], variables)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{}")  # it has begun: files are not asked for
 
     def keys(file):
         config = get_config().unlock()
         config.nets.student.init_from = str(file)
+        # It has begun: files are not asked for.
+        write_json(tmp_path / "run" / "config.json", resolve(config))
         (run,) = plan_runs([Entry("run", {})], lambda entry: config, folder=tmp_path)
         return prefix_keys(run.config, run.stages, "data")
 
