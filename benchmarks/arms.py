@@ -36,9 +36,7 @@ def config(module, **arguments):
     """A module's config with these arguments, without deploy and diagnose stages or curves."""
     from configs import experiments
 
-    return experiments.for_table(
-        module.get_config(",".join(f"{k}={v}" for k, v in arguments.items()))
-    )
+    return experiments.for_table(module, arguments)
 
 
 def run_arm(config, folder, *, dry=False):

@@ -1,5 +1,6 @@
 """Whole experiments that several configs share."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -47,8 +48,14 @@ def without_training(
     return common.finish(config, stages, unscheduled=[name for name in skipped if skipped[name]])
 
 
-def for_table(config: ConfigDict) -> ConfigDict:
-    """Returns a config as a row of a table needs it: no deploy and diagnose stages, no curves."""
+def for_table(module: Any, arguments: Mapping[str, Any]) -> ConfigDict:
+    """Returns a config as a row of a table needs it: no deploy and diagnose stages, no curves.
+
+    Args:
+        module: a config file's.
+        arguments: of its `get_config`.
+    """
+    config = module.get_config(",".join(f"{key}={value}" for key, value in arguments.items()))
     config = config.copy_and_resolve_references().unlock()
     kinds = config.stages
     config.schedule = tuple(
@@ -90,3 +97,8 @@ def beside_labels(
     if deployed:
         stages["deploy"] = common.deploy("student")
     return common.finish(config, stages)
+
+
+def net_of_seed(folder: str, seed: int) -> str:
+    """Returns the float net of a run's folder, in whose name `{seed}` stands for the seed."""
+    return folder.replace("{seed}", str(seed)) + "#net"

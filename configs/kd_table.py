@@ -53,22 +53,17 @@ def get_config(arg=""):
     given = dict(args.items())
     teachers, students, loss = (given.pop(name) for name in ("teachers", "students", "loss"))
     if teachers:
-        given["teacher_from"] = teachers.replace("{seed}", str(args.seed)) + "#net"
+        given["teacher_from"] = experiments.net_of_seed(teachers, args.seed)
     if students and loss != "simkd":  # it trains a net with the teacher's head
-        given["init_from"] = students.replace("{seed}", str(args.seed)) + "#net"
+        given["init_from"] = experiments.net_of_seed(students, args.seed)
     if loss in (QKD, FIXED):
         return _qkd(given, fixed=loss == FIXED)
     return _distil(given | dict(loss="kd" if loss == ALONE else loss), alone=loss == ALONE)
 
 
-def _config(module, given):
-    text = ",".join(f"{key}={value}" for key, value in given.items())
-    return experiments.for_table(module.get_config(text)).unlock()
-
-
 def _distil(given, *, alone):
     """`configs/feature_kd.py` without its control, or with labels alone in the student's place."""
-    config = _config(feature_kd, given)
+    config = experiments.for_table(feature_kd, given).unlock()
     if alone:
         # Its weights are drawn as the students' of the other runs are: by the net's name.
         config.stages.distil.learn = {"student": dict(ce=common.ce())}
@@ -88,7 +83,7 @@ def _distil(given, *, alone):
 
 def _qkd(given, *, fixed):
     """`configs/qkd.py` from the same nets: the student, or its control with a fixed teacher."""
-    config = _config(qkd, given)
+    config = experiments.for_table(qkd, given).unlock()
     controls = ("qat_only", "qat_fixed_teacher", "reestimate_bn_controls", "evaluate_controls")
     if fixed:
         pretrained = [s for s in config.schedule if s.startswith("pretrain_")]

@@ -42,6 +42,5 @@ def get_config(arg=""):
     given = dict(args.items())
     floats = given.pop("floats")
     if floats:
-        given["init_from"] = floats.replace("{seed}", str(args.seed)) + "#net"
-    text = ",".join(f"{key}={value}" for key, value in given.items())
-    return experiments.for_table(qat.get_config(text))
+        given["init_from"] = experiments.net_of_seed(floats, args.seed)
+    return experiments.for_table(qat, given)
