@@ -39,18 +39,16 @@ def config(module, **arguments):
     return experiments.for_table(module, arguments)
 
 
-def run_arm(config, folder, *, dry=False):
-    """Runs an arm, or reads one that is finished: (rows of results.json, timings.json) or None.
+def run_arm(config, folder):
+    """Runs an arm, or reads one that is finished: (rows of results.json, timings.json).
 
-    None where `dry` forbids to run it. An arm that diverged has no rows.
+    An arm that diverged has no rows.
     """
     from qkd_jax import experiment
 
     folder = pathlib.Path(folder)
     results = folder / "results.json"
     if not results.exists():
-        if dry:
-            return None
         begin = time.perf_counter()
         try:
             experiment.run(config, folder, report=False, verbose=False)
