@@ -91,11 +91,28 @@ def parse(augment: Sequence[str]) -> tuple[tuple[Augmentation, int], ...]:
 
 
 def apply(
-    images: np.ndarray, augment: Sequence[tuple[Augmentation, int]], *, seed: int, step: int
+    images: np.ndarray,
+    augment: Sequence[tuple[Augmentation, int]],
+    *,
+    seed: int,
+    step: int,
+    rows: np.ndarray | None = None,
+    batch_size: int | None = None,
 ) -> np.ndarray:
-    """Applies parsed augmentations to the batch of one step."""
+    """Applies parsed augmentations to the batch of one step, or to some rows of it.
+
+    Args:
+        images: the batch, or its rows `rows`.
+        augment: of `parse`; rows can be augmented by themselves where all `keeps_labels`.
+        seed: of the draws.
+        step: of the draws.
+        rows: which rows of the batch the images are; each gets the draws of its row.
+        batch_size: examples of the whole batch, with `rows`.
+    """
+    total = len(images) if batch_size is None else batch_size
     for slot, (entry, amount) in enumerate(augment):
-        count = len(images) * entry.words
-        raw = draws.words(count, seed=seed, stream=draws.AUGMENT, index=step, slot=slot)
-        images = entry.function(images, raw.reshape(len(images), entry.words), amount)
+        raw = draws.words(
+            total * entry.words, seed=seed, stream=draws.AUGMENT, index=step, slot=slot
+        ).reshape(total, entry.words)
+        images = entry.function(images, raw if rows is None else raw[rows], amount)
     return images

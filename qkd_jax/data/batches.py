@@ -41,6 +41,7 @@ class TrainBatches:
         augment: Sequence[str] = (),
         views: int = 0,
         known: Mapping[str, Lookup] | None = None,
+        rows: np.ndarray | None = None,
     ) -> None:
         checks.integer_in("batch_size", batch_size, 1)
         checks.integer_in("seed", seed, 0, draws.LARGEST_SEED)
@@ -57,6 +58,11 @@ class TrainBatches:
                 "views is 0, so every step augments its images and nothing is known of them "
                 f"beforehand, but known has {sorted(self.known)}; give views=1 or more."
             )
+        self.rows = None if rows is None else np.asarray(rows)
+        if self.rows is not None:
+            checks.rows_within("rows", self.rows, self.batch_size)
+        # An image that is mixed with others of its batch needs them all.
+        self._mixes = any(not entry.keeps_labels for entry, _ in self._augment)
         # An epoch's order serves many steps; threads that prefetch may sit in two epochs.
         self._order = functools.lru_cache(maxsize=4)(self._permutation)
 
@@ -91,14 +97,15 @@ class TrainBatches:
             "image" float32 [batch, H, W, C], normalised; "label" int32 [batch]; "index" int64
             [batch], the rows of the train split; and what `known` knows, under its names.
         """
-        index = self.indices(step)
+        whole = self.indices(step)
+        index = whole if self.rows is None else whole[self.rows]
         extra = {}
         if self.views is None:
-            images = self.dataset.train_images[index]
-            images = augmentations.apply(images, self._augment, seed=self.seed, step=int(step))
+            images = self._augmented(step, whole if self._mixes else index)
         else:
             place = int(step) * self.batch_size + np.arange(self.batch_size)
             view = place // len(self.dataset.train_images) % self.views.count
+            view = view if self.rows is None else view[self.rows]
             images = self.views.images(index, view)
             extra = {name: lookup.rows(index, view) for name, lookup in self.known.items()}
         return {
@@ -107,6 +114,18 @@ class TrainBatches:
             "index": index,
             **extra,
         }
+
+    def _augmented(self, step: int, index: np.ndarray) -> np.ndarray:
+        """Returns the images of a step's rows, from those at `index` in the train split."""
+        images = self.dataset.train_images[index]
+        seed, step = self.seed, int(step)
+        if self.rows is None:
+            return augmentations.apply(images, self._augment, seed=seed, step=step)
+        if self._mixes:
+            return augmentations.apply(images, self._augment, seed=seed, step=step)[self.rows]
+        return augmentations.apply(
+            images, self._augment, seed=seed, step=step, rows=self.rows, batch_size=self.batch_size
+        )
 
     def iter(
         self, start_step: int = 0, stop_step: int | None = None, *, prefetch: int = 4
@@ -147,6 +166,7 @@ def train_batches(
     augment: Sequence[str] = (),
     views: int = 0,
     known: Mapping[str, Lookup] | None = None,
+    rows: np.ndarray | None = None,
 ) -> TrainBatches:
     """Returns the endless training batches of a data set.
 
@@ -161,6 +181,8 @@ def train_batches(
             each example, drawn beforehand: epoch e shows view e modulo `views`. 1 shows the images
             as they are. See `views.Views`.
         known: {name in the batch: what is known of each example in each view}; needs `views`.
+        rows: the rows of each batch that are made, int [rows]; by default all. They have the bits
+            of those rows of the whole batch, so processes may share a batch in any way.
 
     Returns:
         An object with `[step]`, `.iter(start_step)` and `.indices(step)`.
@@ -169,7 +191,13 @@ def train_batches(
         ValueError: for an unknown augmentation (with the nearest name), or a number out of range.
     """
     return TrainBatches(
-        dataset, batch_size=batch_size, seed=seed, augment=augment, views=views, known=known
+        dataset,
+        batch_size=batch_size,
+        seed=seed,
+        augment=augment,
+        views=views,
+        known=known,
+        rows=rows,
     )
 
 

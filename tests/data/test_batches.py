@@ -130,3 +130,17 @@ def test_eval_batches_index_like_a_list(dataset):
 def test_errors_name_what_is_allowed(dataset, call, message):
     with pytest.raises(ValueError, match=message):
         call(dataset)
+
+
+@pytest.mark.parametrize(
+    ("augment", "views"), [(AUGMENT, 0), (("flip", "mixup", "shift:1"), 0), (AUGMENT, 3)]
+)
+def test_rows_of_a_batch_are_those_of_the_whole_batch(dataset, augment, views):
+    options = dict(batch_size=10, seed=3, augment=augment, views=views)
+    whole = data.train_batches(dataset, **options)
+    for rows in (np.arange(5), np.array([0, 1, 4, 9]), np.arange(10)):
+        part = data.train_batches(dataset, rows=rows, **options)
+        for step in (0, 2, 7):  # the third batch straddles two epochs
+            equal(part[step], {name: array[rows] for name, array in whole[step].items()})
+    with pytest.raises(ValueError, match="rows holds 10"):
+        data.train_batches(dataset, rows=np.array([10]), **options)
