@@ -3,7 +3,7 @@
 # make newest  types, a short main experiment and a part of the tests with the newest JAX, on Python 3.13
 # make lint  create .venv, check format, lint and types
 # make docs  create .venv-docs and build the site into site/
-# make pages create .venv and rewrite what the pages take from the code: methods, rooms, figures
+# make pages create .venv and rewrite what the pages take from code and results/: methods, rooms, figures, tables
 
 VENV ?= .venv
 DOCS_VENV ?= .venv-docs
@@ -64,6 +64,7 @@ docs: $(DOCS_READY)
 pages: $(READY)
 	$(BIN)/python docs/make_pages.py
 	$(BIN)/python docs/make_figures.py
+	$(BIN)/python docs/make_results.py
 
 format: $(READY)
 	$(BIN)/ruff format .

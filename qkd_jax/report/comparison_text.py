@@ -43,13 +43,18 @@ def markdown(comparison: Comparison) -> str:
     if comparison.notes:
         lines += ["", *(f"- {cell(note)}" for note in comparison.notes)]
     for table in tables(comparison):
-        lines += ["", cell(table.caption), ""]
-        lines.append(f"| {' | '.join(cell(heading) for heading, _ in table.headings)} |")
-        lines.append(
-            "|" + "|".join("---:" if right else "---" for _, right in table.headings) + "|"
-        )
-        lines += [f"| {' | '.join(map(cell, row))} |" for row in table.cells]
+        lines += ["", markdown_table(table)]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(table: TextTable) -> str:
+    """Returns a table with its caption above it, as Markdown."""
+    cell = _markdown_cell
+    lines = [cell(table.caption), ""]
+    lines.append(f"| {' | '.join(cell(heading) for heading, _ in table.headings)} |")
+    lines.append("|" + "|".join("---:" if right else "---" for _, right in table.headings) + "|")
+    lines += [f"| {' | '.join(map(cell, row))} |" for row in table.cells]
+    return "\n".join(lines)
 
 
 def _latex_cell(text: str) -> str:
