@@ -1,11 +1,9 @@
 """One student by every loss with a published recipe, at equal budgets: a table of results.md.
 
-    for s in 0 1 2; do
-      python launch.py --workdir=runs/float/resnet20_s$s \
-        --config=configs/float.py:data=fashion_mnist,model=resnet20,width=8,train_examples=10000,epochs=10,seed=$s
-    done
+    python launch.py --sweep --workdir=runs/resnet20 --config=configs/float.py:seeds=3,\
+data=fashion_mnist,model=resnet20,width=8,train_examples=10000,epochs=10
     python launch.py --sweep --workdir=runs/kd \
-        --config=configs/kd_table.py:teachers=runs/float/resnet20_s{seed}
+        --config=configs/kd_table.py:teachers=runs/resnet20/seed-{seed}
 
 A run is the student's part of `configs/feature_kd.py` from a trained teacher. Seeds come one after
 another, so that an unfinished table has equal seeds in most rows. Losses of several teachers are

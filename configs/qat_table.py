@@ -1,11 +1,9 @@
 """One float net, quantized and trained by every quantizer at equal budgets: a table of results.md.
 
-    for s in 0 1 2; do
-      python launch.py --workdir=runs/float/resnet8_s$s \
-        --config=configs/float.py:data=fashion_mnist,model=resnet8,width=8,train_examples=10000,epochs=10,seed=$s
-    done
+    python launch.py --sweep --workdir=runs/resnet8 --config=configs/float.py:seeds=3,\
+data=fashion_mnist,model=resnet8,width=8,train_examples=10000,epochs=10
     python launch.py --sweep --workdir=runs/qat \
-        --config=configs/qat_table.py:floats=runs/float/resnet8_s{seed}
+        --config=configs/qat_table.py:floats=runs/resnet8/seed-{seed}
 
 A run is `configs/qat.py` from a trained float net, evaluated and not deployed. Without `floats` it
 trains the float net itself, once for all quantizers of a seed.

@@ -77,7 +77,7 @@ CONFIG = "--config=configs/qkd.py"
         ([CONFIG, "--sweep=false"], "--mode=run needs --workdir"),
         ([CONFIG, "--sweep_index=0", "--jobs=2", "--workdir=x"], "Drop one of them"),
         (["--sweep", "--workdir=x"], "--sweep needs --config"),
-        (["--config=configs/float.py", "--sweep", "--workdir=x"], "has no get_sweep(arg)"),
+        (["--config=configs/static.py", "--sweep", "--workdir=x"], "has no get_sweep(arg)"),
         (["--config=configs/none.py", "--sweep_index=0", "--workdir=x"], "file that is not there"),
         ([CONFIG + ":seeds=x", "--sweep", "--mode=inspect"], "seeds is 'x'; it must be an integer"),
     ],
