@@ -190,6 +190,12 @@ def sgd(lr: float, *, weight_decay: float, continues: str = "", **fields: Any) -
     `milestones` count steps, or below 1 fractions of the schedule. `clip_norm=0` does not clip.
     `freeze` lists regular expressions of layers that do not learn. `continues` names the stage
     whose optimizer and schedule run on over the joint length.
+
+    Schedule "wsd" is flat between warm-up and `decay`, its last part, of `decay_shape` "1-sqrt",
+    "linear" or "cosine". `layer_decay` multiplies rates by itself a block from the head to the
+    input, where `layer_stem` is; `layer_rates` gives factors by layer, ("stem:0.1",). `ema` is the
+    decay of an average of the net (0: none), which forgets faster at first with `ema_warmup`, and
+    which the net becomes at the stage's end with `ema_final`. For Muon and Lion see `optimizers`.
     """
     defaults = dict(
         name="sgd",
@@ -206,8 +212,18 @@ def sgd(lr: float, *, weight_decay: float, continues: str = "", **fields: Any) -
         final=0.0,
         milestones=(),
         decay_factor=0.1,
+        decay=0.2,
+        decay_shape="1-sqrt",
         clip_norm=0.0,
         freeze=(),
+        rms=0.2,
+        adam_layers=("head",),
+        layer_decay=1.0,
+        layer_stem=("stem.*", ".*embed.*", "positions", "token"),
+        layer_rates=(),
+        ema=0.0,
+        ema_warmup=False,
+        ema_final=True,
         continues=continues,
     )
     return filled("optimizer", defaults, fields)

@@ -184,6 +184,13 @@ def _check_chain(
                 f"{where} is {before!r}, but net {net!r} does not learn there, so there is no "
                 "optimizer to carry on; name a stage in which it learns, or ''."
             )
+        averaged = done[before].fields["optim"].get(net, {})
+        if averaged.get("ema") and averaged.get("ema_final", True):
+            raise ValueError(
+                f"{where} is {before!r}, at whose end the net becomes its average, from which its "
+                f"optimizer cannot go on; give stages.{before}.optim.{net}.ema_final=False, so "
+                "that the average goes on too and is taken at the end of the last stage."
+            )
         if done[before].fields["images"] != fields["images"]:
             raise ValueError(
                 f"stages.{name}.images is {fields['images']!r} and that of {before!r}, which it "

@@ -2,7 +2,8 @@
 
 plan         a `learn` table becomes structure (compiled) and numbers (arguments)
 hygiene      options against oscillation and runaway scales: `oscillation`, `clamping`, `bit_budget`
-optim        optimizers and schedules over the groups weights, plain and quant
+optim        optimizers over the groups weights, plain and quant: `muon`, `schedules`, `layer_rates`
+averages     of the variables of the nets that learn
 state        what a step reads and writes; random streams
 objective    forward passes and losses of all nets
 step         the step and the evaluation, pure functions

@@ -6,14 +6,14 @@ learning rate, no decay); layers that `freeze` names do not learn. Every number 
 warm-up, horizon, ...) is a float32 argument of the compiled step; only the names and the number of
 milestones are static, so two arms that differ in numbers share one compilation.
 
-Add an optimizer as a function in OPTIMIZERS, a schedule as one in SCHEDULES.
+Add an optimizer as a function in OPTIMIZERS, a schedule as one in `schedules.SCHEDULES`.
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,24 @@ import optax
 
 from qkd_jax import checks
 from qkd_jax.distillation.terms import in_steps
+from qkd_jax.training import layer_rates, muon
+from qkd_jax.training.schedules import DECAY_SHAPES, SCHEDULES
 from qkd_jax.trees import unboxed
 
 Tree = Any
 Hyper = dict[str, Any]
+
+
+class Labels(NamedTuple):
+    """What an optimizer knows of the arrays: a tree of them, of their groups, of what is decayed.
+
+    An array that is frozen has its group here, so that stages that freeze other layers continue
+    one state; it is not decayed.
+    """
+
+    tree: Tree
+    groups: Tree
+    decayed: Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,58 +51,70 @@ class OptimStructure:
     nesterov: bool = True
     milestones: int = 0
     freeze: tuple[str, ...] = ()
+    decay_shape: str = ""
+    consistent_rms: bool = False
+    adam_layers: tuple[str, ...] = ()
+    layer_rates: tuple[str, ...] = ()
+    layer_stem: tuple[str, ...] = ()
+    ema: str = ""  # "", "plain" or "warmup"
+
+    def of_adaptor(self) -> "OptimStructure":
+        """Returns that of an adaptor of a loss term: options that name the net's layers are off."""
+        off: dict[str, Any] = dict.fromkeys(("freeze", "adam_layers", "layer_rates"), ())
+        return dataclasses.replace(self, **off, layer_stem=(), ema="")
 
 
-def sgd(structure: OptimStructure, hyper: Hyper, decayed: Tree) -> optax.GradientTransformation:
+def sgd(structure: OptimStructure, hyper: Hyper, labels: Labels) -> optax.GradientTransformation:
     """SGD with momentum: d = g + decay p; m <- momentum m + d; update = d + momentum m, or m."""
     return optax.chain(
-        optax.add_decayed_weights(hyper["weight_decay"], mask=decayed),
+        optax.add_decayed_weights(hyper["weight_decay"], mask=labels.decayed),
         optax.trace(hyper["momentum"], nesterov=structure.nesterov),
     )
 
 
-def adamw(structure: OptimStructure, hyper: Hyper, decayed: Tree) -> optax.GradientTransformation:
+def adamw(structure: OptimStructure, hyper: Hyper, labels: Labels) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101): update = adam(g) + decay p."""
     return optax.chain(
         optax.scale_by_adam(hyper["b1"], hyper["b2"], hyper["eps"]),
-        optax.add_decayed_weights(hyper["weight_decay"], mask=decayed),
+        optax.add_decayed_weights(hyper["weight_decay"], mask=labels.decayed),
     )
 
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": sgd, "adamw": adamw}
+def lion(structure: OptimStructure, hyper: Hyper, labels: Labels) -> optax.GradientTransformation:
+    """Lion (Chen et al. 2023, arXiv 2302.06675): update = sign(b1 m + (1 - b1) g) + decay p.
+
+    m <- b2 m + (1 - b2) g. Every entry moves by the whole rate, the size of a quantizer's step too:
+    rates are 3 to 10 times smaller than AdamW's, the decay as many times larger; b2 is 0.99.
+    """
+    return optax.chain(
+        optax.scale_by_lion(hyper["b1"], hyper["b2"]),
+        optax.add_decayed_weights(hyper["weight_decay"], mask=labels.decayed),
+    )
 
 
-# Schedules: position and hyper in, a factor of the peak learning rate out.
+def muon_and_adam(
+    structure: OptimStructure, hyper: Hyper, labels: Labels
+) -> optax.GradientTransformation:
+    """Muon for matrices, Adam for the rest (see `muon`): update = either's + decay p.
+
+    With `rms` 0.2 an update has the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that
+    one `lr` serves both; with `rms` 0 it is scaled by sqrt(max(1, out / in)), as its authors do.
+    """
+    kinds = muon.labels_of(labels.tree, labels.groups, structure.adam_layers)
+    options: dict[str, Any] = {"nesterov": structure.nesterov}
+    return optax.chain(
+        muon.transform(hyper, kinds, consistent_rms=structure.consistent_rms, **options),
+        optax.add_decayed_weights(hyper["weight_decay"], mask=labels.decayed),
+    )
 
 
-def _progress(position: jax.Array, hyper: Hyper) -> jax.Array:
-    """Fraction of the schedule after warm-up that has passed, in [0, 1]."""
-    span = jnp.maximum(hyper["horizon"] - hyper["warmup"], 1.0)
-    return jnp.clip((position - hyper["warmup"]) / span, 0.0, 1.0)
-
-
-def constant(position: jax.Array, hyper: Hyper) -> jax.Array:
-    """The peak rate, always."""
-    return jnp.ones_like(position)
-
-
-def cosine(position: jax.Array, hyper: Hyper) -> jax.Array:
-    """Half a cosine from 1 to `final` at the horizon: final + (1 - final) (1 + cos(pi t)) / 2."""
-    wave = 0.5 * (1.0 + jnp.cos(jnp.pi * _progress(position, hyper)))
-    return hyper["final"] + (1.0 - hyper["final"]) * wave
-
-
-def step(position: jax.Array, hyper: Hyper) -> jax.Array:
-    """decay_factor ** (number of milestones that have been reached)."""
-    reached = jnp.sum((position >= hyper["milestones"]).astype(jnp.float32))
-    return hyper["decay_factor"] ** reached
-
-
-SCHEDULES: dict[str, Callable[[jax.Array, Hyper], jax.Array]] = {
-    "constant": constant,
-    "cosine": cosine,
-    "step": step,
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": sgd,
+    "adamw": adamw,
+    "lion": lion,
+    "muon": muon_and_adam,
 }
+
 
 # Every field of `optim.<net>` and its default; None: see plan_optimizer.
 OPTIM_FIELDS: dict[str, Any] = {
@@ -106,8 +132,18 @@ OPTIM_FIELDS: dict[str, Any] = {
     "final": 0.0,
     "milestones": (),
     "decay_factor": 0.1,
+    "decay": 0.2,
+    "decay_shape": "1-sqrt",
     "clip_norm": None,
     "freeze": (),
+    "rms": 0.2,
+    "adam_layers": ("head",),
+    "layer_decay": 1.0,
+    "layer_stem": layer_rates.STEM,
+    "layer_rates": (),
+    "ema": 0.0,
+    "ema_warmup": False,
+    "ema_final": True,
     "continues": None,
 }
 
@@ -116,8 +152,11 @@ OPTIM_FIELDS: dict[str, Any] = {
 _USES: dict[str, tuple[str, ...]] = {
     "sgd": ("momentum",),
     "adamw": ("b1", "b2", "eps"),
+    "lion": ("b1", "b2"),
+    "muon": ("momentum", "b1", "b2", "eps", "rms"),
     "cosine": ("final",),
     "step": ("decay_factor",),
+    "wsd": ("final",),
 }
 
 
@@ -129,11 +168,15 @@ def plan_optimizer(
     Args:
         name: the net's name, for messages.
         fields: some of OPTIM_FIELDS. `lr` must be there; `quant_lr` defaults to `lr`. `warmup` and
-            `milestones` are steps, or below 1 fractions of the horizon. `final` is the cosine's
-            last factor. `freeze` lists regular expressions; a layer whose whole path matches one
-            keeps its parameters (a BatchNorm still updates its running statistics). Fields that
-            the chosen optimizer or schedule does not use are allowed, so that one override on the
-            command line can switch it.
+            `milestones` are steps, or below 1 fractions of the horizon, as `decay` is, the last
+            part of schedule "wsd"; `final` is its last factor and the cosine's. `freeze` lists
+            regular expressions; a layer whose whole path matches one keeps its parameters (a
+            BatchNorm still updates its running statistics). `adam_layers` are those that "muon"
+            leaves to Adam. `layer_decay`, `layer_stem` and `layer_rates`: see that module. `ema`
+            above 0 averages the net's variables with that decay (see that module), and with
+            `ema_final` the net ends the stage as its average. Fields that the chosen optimizer or
+            schedule does not use are allowed, so that one override on the command line can switch
+            it.
         horizon: length of the schedule in steps; the joint length where stages continue one.
 
     Returns:
@@ -146,7 +189,7 @@ def plan_optimizer(
     for key in fields:
         if key not in OPTIM_FIELDS:
             raise checks.unknown(f"field of {where}", key, OPTIM_FIELDS)
-    given = {**OPTIM_FIELDS, **fields}
+    given: Hyper = {**OPTIM_FIELDS, **fields}
     checks.one_of(f"{where}.name", given["name"], OPTIMIZERS)
     checks.one_of(f"{where}.schedule", given["schedule"], SCHEDULES)
     checks.integer_in(f"horizon of {name}", horizon, 1)
@@ -157,7 +200,7 @@ def plan_optimizer(
     for key in ("lr", "quant_lr", "weight_decay"):
         checks.in_range(f"{where}.{key}", given[key], 0.0, 1e6)
     checks.positive(f"{where}.lr", given["lr"])
-    for key in ("momentum", "b1", "b2"):
+    for key in ("momentum", "b1", "b2", "ema"):
         checks.in_range(f"{where}.{key}", given[key], 0.0, 1.0)
         if given[key] == 1:
             raise ValueError(f"{where}.{key} is 1: an average that forgets nothing; use below 1.")
@@ -167,6 +210,10 @@ def plan_optimizer(
         checks.in_range(f"{where}.{key}", given[key], 0.0, math.inf)
         checks.positive(f"{where}.{key}", given[key])
     checks.in_range(f"{where}.warmup", given["warmup"], 0, horizon)
+    checks.number(f"{where}.rms", given["rms"], low=0)
+    checks.number(f"{where}.layer_decay", given["layer_decay"], low=0, low_allowed=False, high=1)
+    patterns, rates = layer_rates.parse_rates(f"{where}.layer_rates", given["layer_rates"])
+    by_depth = given["layer_decay"] != 1
 
     used = ("lr", "quant_lr", "weight_decay", "clip_norm")
     used += _USES.get(given["name"], ()) + _USES.get(given["schedule"], ())
@@ -183,17 +230,52 @@ def plan_optimizer(
         for index, value in enumerate(milestones):
             checks.in_range(f"{where}.milestones[{index}]", value, 0, horizon)
         numbers["milestones"] = np.asarray([in_steps(m, horizon) for m in milestones], np.float32)
+    if given["schedule"] == "wsd":
+        numbers["decay"] = np.float32(_decay_steps(where, given, horizon))
+    if by_depth:
+        numbers["layer_decay"] = np.float32(given["layer_decay"])
+    if patterns:
+        numbers["layer_rates"] = np.asarray(rates, np.float32)
+    if given["ema"]:
+        numbers["ema"] = np.float32(given["ema"])
+    is_muon = given["name"] == "muon"
+    stem = _patterns(f"{where}.layer_stem", given["layer_stem"])
+    if by_depth and not stem:
+        raise ValueError(
+            f"{where}.layer_stem is empty; layer_decay needs what comes before the first block, "
+            f"such as layer_stem={layer_rates.STEM!r}."
+        )
     structure = OptimStructure(
         name=given["name"],
         schedule=given["schedule"],
-        nesterov=bool(given["nesterov"]) if given["name"] == "sgd" else False,
+        nesterov=bool(given["nesterov"]) and given["name"] in ("sgd", "muon"),
         milestones=len(milestones),
         freeze=_patterns(f"{where}.freeze", given["freeze"]),
+        decay_shape=given["decay_shape"] if given["schedule"] == "wsd" else "",
+        consistent_rms=is_muon and given["rms"] > 0,
+        adam_layers=_patterns(f"{where}.adam_layers", given["adam_layers"]) if is_muon else (),
+        # The first pattern that matches decides, so their order stays.
+        layer_rates=_patterns(f"{where}.layer_rates", patterns, ordered=True),
+        layer_stem=stem if by_depth else (),
+        ema=("warmup" if given["ema_warmup"] else "plain") if given["ema"] else "",
     )
     return structure, {key: np.asarray(value) for key, value in numbers.items()}
 
 
-def _patterns(where: str, given: Any) -> tuple[str, ...]:
+def _decay_steps(where: str, given: Hyper, horizon: int) -> float:
+    """Returns the length of the decay of schedule "wsd"; what is between it and warm-up is flat."""
+    checks.one_of(f"{where}.decay_shape", given["decay_shape"], DECAY_SHAPES)
+    checks.in_range(f"{where}.decay", given["decay"], 0, horizon)
+    decay, warmup = (in_steps(given[key], horizon) for key in ("decay", "warmup"))
+    if decay + warmup > horizon:
+        raise ValueError(
+            f"{where}.decay is {given['decay']:g} and warmup {given['warmup']:g}, together "
+            f"{decay + warmup:g} steps of a schedule of {horizon}; shorten one of them."
+        )
+    return decay
+
+
+def _patterns(where: str, given: Any, *, ordered: bool = False) -> tuple[str, ...]:
     if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
         raise ValueError(
             f"{where} is {given!r}; give a tuple of regular expressions, such as ('stem', "
@@ -204,7 +286,7 @@ def _patterns(where: str, given: Any) -> tuple[str, ...]:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{where} {pattern!r} is no regular expression: {error}.") from None
-    return tuple(sorted(given))
+    return tuple(given) if ordered else tuple(sorted(given))
 
 
 def schedule_factor(structure: OptimStructure, hyper: Hyper, position: jax.Array) -> jax.Array:
@@ -215,7 +297,8 @@ def schedule_factor(structure: OptimStructure, hyper: Hyper, position: jax.Array
     """
     position = jnp.asarray(position, jnp.float32)
     rise = jnp.minimum((position + 1.0) / jnp.maximum(hyper["warmup"], 1.0), 1.0)
-    return rise * SCHEDULES[structure.schedule](position, hyper)
+    options = {"shape": structure.decay_shape} if structure.decay_shape else {}
+    return rise * SCHEDULES[structure.schedule](position, hyper, **options)
 
 
 def group_of(path: tuple[str, ...], ndim: int) -> str:
@@ -253,10 +336,11 @@ def frozen_by(freeze: tuple[str, ...], path: tuple[str, ...]) -> list[str]:
 
 
 def _transform(
-    structure: OptimStructure, hyper: Hyper, labels: Tree
+    structure: OptimStructure, hyper: Hyper, trainable: Tree, labels: Tree
 ) -> optax.GradientTransformation:
     decayed = jax.tree.map(lambda label: label == "weights", labels)
-    return OPTIMIZERS[structure.name](structure, hyper, decayed)
+    of_arrays = Labels(trainable, groups(trainable), decayed)
+    return OPTIMIZERS[structure.name](structure, hyper, of_arrays)
 
 
 def init_optimizer(structure: OptimStructure, trainable: Tree) -> dict[str, Any]:
@@ -265,8 +349,9 @@ def init_optimizer(structure: OptimStructure, trainable: Tree) -> dict[str, Any]
     `position` counts the steps of the schedule; a stage that continues another keeps it.
     """
     # No number of hyper is read by init, so zeros stand in for all of them.
-    zeros = dict.fromkeys(("weight_decay", "momentum", "b1", "b2", "eps"), 0.0)
-    inner = _transform(structure, zeros, groups(trainable, structure.freeze)).init(trainable)
+    zeros = dict.fromkeys(("weight_decay", "momentum", "b1", "b2", "eps", "rms"), 0.0)
+    labels = groups(trainable, structure.freeze)
+    inner = _transform(structure, zeros, trainable, labels).init(trainable)
     return {"position": jnp.zeros((), jnp.int32), "inner": inner}
 
 
@@ -297,16 +382,42 @@ def update_optimizer(
     # clip_norm is inf where clipping is off: then the factor is exactly 1.
     shrink = jnp.minimum(hyper["clip_norm"] / jnp.maximum(norm, 1e-30), 1.0)
     grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
-    updates, inner = _transform(structure, hyper, labels).update(grads, state["inner"], trainable)
+    transform = _transform(structure, hyper, trainable, labels)
+    updates, inner = transform.update(grads, state["inner"], trainable)
     factor = schedule_factor(structure, hyper, state["position"])
     rates = {"lr": factor * hyper["lr"], "quant_lr": factor * hyper["quant_lr"]}
 
-    def move(label: str, value: jax.Array, update: jax.Array) -> jax.Array:
+    def move(label: str, value: jax.Array, update: jax.Array, *factor: jax.Array) -> jax.Array:
         if label == "frozen":
             return value
         rate = rates["quant_lr" if label == "quant" else "lr"]
+        for of_layer in factor:
+            rate = rate * of_layer
         return (value - rate * update).astype(value.dtype)
 
-    moved = jax.tree.map(move, labels, trainable, updates)
+    trees = [labels, trainable, updates]
+    if structure.layer_rates or structure.layer_stem:
+        by = {"patterns": structure.layer_rates, "stem": structure.layer_stem}
+        trees.append(layer_rates.factors(trainable, hyper, **by))
+    moved = jax.tree.map(move, *trees)
     new_state = {"position": state["position"] + 1, "inner": inner}
     return moved, new_state, {**rates, "grad_norm": norm}
+
+
+def describe_options(structure: OptimStructure, numbers: Mapping[str, Any]) -> str:
+    """Returns what an optimizer does beside SGD or AdamW at one rate, as text; "" for nothing.
+
+    Such as "muon, wsd, layer_decay=0.75, ema=0.999 (warm-up)".
+    """
+    parts = [structure.name] if structure.name in ("muon", "lion") else []
+    if structure.schedule == "wsd":
+        parts.append(f"wsd with {structure.decay_shape} over {float(numbers['decay']):g} steps")
+    if structure.layer_stem:
+        parts.append(f"layer_decay={float(numbers['layer_decay']):g}")
+    if structure.layer_rates:
+        pairs = zip(structure.layer_rates, numbers["layer_rates"].tolist(), strict=True)
+        parts.append("rates " + ", ".join(f"{pattern} x{factor:g}" for pattern, factor in pairs))
+    if structure.ema:
+        warmup = " (warm-up)" if structure.ema == "warmup" else ""
+        parts.append(f"ema={float(numbers['ema']):g}{warmup}")
+    return ", ".join(parts)

@@ -25,7 +25,7 @@ from qkd_jax.distillation.term_state import Start, check_learned
 from qkd_jax.distillation.terms import Term
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.training.hygiene import Hygiene, describe, plan_hygiene
-from qkd_jax.training.optim import OptimStructure, plan_optimizer
+from qkd_jax.training.optim import OptimStructure, describe_options, plan_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Plan:
         return next(n for n in self.structure.learners if n.slot == self.slots[name])
 
     def describe(self) -> list[str]:
-        """Returns a line for each term and each hygiene.
+        """Returns a line for each term, each hygiene and what an optimizer does beside descent.
 
         Such as 'student <- 1 kd(temperature=2) from teacher'.
         """
@@ -135,6 +135,8 @@ class Plan:
             if learner.hygiene is not None:
                 numbers = self.hyper[learner.slot]["hygiene"]
                 lines.append(f"{name}: {describe(learner.hygiene, numbers)}")
+            if options := describe_options(learner.optim, self.hyper[learner.slot]["optim"]):
+                lines.append(f"{name}: {options}")
         return lines
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.distillation.term_state import check_learned
 from qkd_jax.quantize.variables import folded_entries
-from qkd_jax.training import hygiene, optim
+from qkd_jax.training import averages, hygiene, layer_rates, optim
 from qkd_jax.training.plan import Plan
 from qkd_jax.trees import flatten
 
@@ -33,7 +33,8 @@ class TrainState(flax.struct.PyTreeNode):
         step: int32 scalar, counts over the whole experiment and is never reset.
         seed: uint32 scalar, root of the random streams.
         nets: {slot: variables} of the nets that learn.
-        opt: {slot: {"position", "inner"}}; `position` is the place in the net's schedule.
+        opt: {slot: {"position", "inner"}}; `position` is the place in the net's schedule. With
+            "hygiene" and "ema", the average of the net's variables, where they are on.
         hyper: {slot: numbers}, float32; nothing in it forces a new compilation.
         loss_state: {slot: {term: state}} of the terms that have one: the variables of an adaptor
             between two nets' features ("params", "batch_stats", "teacher": constants of the
@@ -119,7 +120,7 @@ def start_state(
                 f"net {name!r} has a folded BatchNorm at {path or '/'!r} and cannot learn; train "
                 "the variables from before fold_bn."
             )
-        optimizers[slot] = initial = init_opt(plan, name, learned)
+        optimizers[slot] = initial = init_opt(plan, name, nets[slot])
         if opt is not None and name in opt:
             wanted = {key: initial[key] for key in opt[name] if key in initial}
             optimizers[slot] = {**initial, **_continued(name, opt[name], wanted)}
@@ -161,7 +162,8 @@ def init_term_state(
     state = plan.starts[plan.slots[name]][term](key, teacher, labels)
     if state.get("params"):
         of_adaptor = {"params": state["params"]}
-        state["opt"] = optim.init_optimizer(plan.learner(name).optim, of_adaptor)["inner"]
+        structure = plan.learner(name).optim.of_adaptor()
+        state["opt"] = optim.init_optimizer(structure, of_adaptor)["inner"]
     return state
 
 
@@ -199,28 +201,37 @@ def _loss_state(
     return states
 
 
-def init_opt(plan: Plan, name: str, learned: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the initial state of a net's optimizer, and of its hygiene if it has any."""
+def init_opt(plan: Plan, name: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the initial state of a net's optimizer, and of its hygiene and average if any."""
     learner = plan.learner(name)
-    _check_freeze(name, learner.optim.freeze, learned)
+    learned, _ = split(variables)
+    _check_patterns(name, learner.optim, learned)
     state = optim.init_optimizer(learner.optim, learned)
     if learner.hygiene is not None:
         where = f"hygiene.{name}"
         state["hygiene"] = hygiene.init(learner.hygiene, learner.net, learned, where=where)
+    if learner.optim.ema:
+        state["ema"] = averages.init(variables)
     return state
 
 
-def _check_freeze(name: str, freeze: tuple[str, ...], learned: Mapping[str, Any]) -> None:
-    """Refuses a pattern that freezes nothing."""
+def _check_patterns(name: str, structure: optim.OptimStructure, learned: Mapping[str, Any]) -> None:
+    """Refuses a pattern that matches nothing."""
     paths = [tuple(path.split("/")) for path in flatten(dict(learned))]
-    used = {pattern for path in paths for pattern in optim.frozen_by(freeze, path)}
-    for pattern in freeze:
-        if pattern not in used:
-            layers = dict.fromkeys("/".join(path[1:-1]) for path in paths if path[0] == "params")
-            raise ValueError(
-                f"optim.{name}.freeze {pattern!r} matches no layer; a pattern must match a whole "
-                f"path: {', '.join(layers)}.{checks.nearest(pattern, layers)}"
-            )
+    for field in ("freeze", "adam_layers"):
+        patterns = getattr(structure, field)
+        used = {pattern for path in paths for pattern in optim.frozen_by(patterns, path)}
+        for pattern in patterns:
+            if pattern not in used:
+                layers = dict.fromkeys(
+                    "/".join(path[1:-1]) for path in paths if path[0] == "params"
+                )
+                raise ValueError(
+                    f"optim.{name}.{field} {pattern!r} matches no layer; a pattern must match a "
+                    f"whole path: {', '.join(layers)}.{checks.nearest(pattern, layers)}"
+                )
+    patterns, stem = structure.layer_rates, structure.layer_stem
+    layer_rates.check(f"optim.{name}", learned, patterns=patterns, stem=stem)
 
 
 def _continued(name: str, state: Any, initial: Any) -> Any:
@@ -262,6 +273,15 @@ def stale_variables(plan: Plan, state: TrainState) -> dict[str, Variables]:
 def net_variables(plan: Plan, state: TrainState) -> dict[str, Variables]:
     """Returns {name: variables} of the nets that learn."""
     return {name: state.nets[plan.slots[name]] for name in plan.learners}
+
+
+def average_variables(plan: Plan, state: TrainState) -> dict[str, Variables]:
+    """Returns {name: average of its variables} of the nets that have one, in their dtypes."""
+    found = {}
+    for name in plan.learners:
+        if (own := state.opt[plan.slots[name]].get("ema")) is not None:
+            found[name] = averages.averaged(own, state.nets[plan.slots[name]])
+    return found
 
 
 def optimizer_states(plan: Plan, state: TrainState) -> dict[str, Any]:

@@ -7,14 +7,13 @@
    gives the gradients of nets and adaptors;
 3. under a mapped axis loss, gradients and metrics are summed over devices;
 4. each net is updated by its optimizer, then its quantizers and weights are kept in their limits
-   (`hygiene`), then the adaptors of its terms are updated;
+   (`hygiene`), its average follows (`averages`), then the adaptors of its terms are updated;
 5. if anything is not finite, the old nets, optimizers and states of terms are kept.
 
 Nets that only teach are an argument, in evaluation mode. The step knows nothing of devices;
 `parallel.compile_step` compiles it for them.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +26,7 @@ from qkd_jax.distillation.terms import Term, has_started
 from qkd_jax.losses import TABLE
 from qkd_jax.metrics import classification
 from qkd_jax.quantize import QuantizedModel
-from qkd_jax.training import hygiene, optim
+from qkd_jax.training import averages, hygiene, optim
 from qkd_jax.training.objective import Batch, Metrics, gradients
 from qkd_jax.training.plan import Learner, Plan, StepStructure
 from qkd_jax.training.state import TrainState, join, split
@@ -82,6 +81,8 @@ def make_step(structure: StepStructure) -> Step:
             slot = learner.slot
             new, opt[slot], rates = _update_net(learner, state, grads[slot])
             nets[slot] = join(new, updated[slot])
+            if learner.optim.ema:
+                opt[slot]["ema"] = _update_average(learner, state, nets[slot])
             metrics[slot] = {**metrics[slot], **rates}
             # The norm is finite only if every gradient is: one number stands for all of them.
             finite = finite & jnp.isfinite(rates["grad_norm"])
@@ -141,6 +142,20 @@ def _update_net(
     return new, new_opt, {**rates, **shares}
 
 
+def _update_average(
+    learner: Learner, state: TrainState, variables: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Updates the average of a net's variables, with what it is after the step."""
+    opt = state.opt[learner.slot]
+    return averages.update(
+        opt["ema"],
+        variables,
+        state.hyper[learner.slot]["optim"]["ema"],
+        warmup=learner.optim.ema == "warmup",
+        copied=opt.get("hygiene", {}).get("annealed"),
+    )
+
+
 def _update_adaptor(
     learner: Learner, term: Term, state: TrainState, own: Mapping[str, Any], gradient: Any
 ) -> tuple[dict[str, Any], jax.Array]:
@@ -151,7 +166,7 @@ def _update_adaptor(
     layers of the net, not its own. Its parts that learn before the term starts are frozen then.
     """
     new, optimizer, rates = optim.update_optimizer(
-        dataclasses.replace(learner.optim, freeze=()),
+        learner.optim.of_adaptor(),
         state.hyper[learner.slot]["optim"],
         {"params": gradient},
         {"position": state.opt[learner.slot]["position"], "inner": own["opt"]},

@@ -6,13 +6,21 @@ import numpy as np
 import pytest
 
 from qkd_jax.training import optim
+from qkd_jax.training.schedules import SCHEDULES
 
 HORIZON = 200
 
 
-def expected_factor(schedule, position, warmup, final, milestones, decay_factor):
+SHAPES = {"linear": lambda t: 1 - t, "1-sqrt": lambda t: 1 - t**0.5}
+SHAPES["cosine"] = lambda t: (1 + np.cos(np.pi * t)) / 2
+
+
+def expected_factor(schedule, position, warmup, final, milestones, decay_factor, shape):
     """What the documentation says, in plain Python."""
     rise = min(1.0, (position + 1) / warmup) if warmup else 1.0
+    if schedule == "wsd":  # the last quarter of 200 steps
+        t = min(max((position - 150) / 50, 0.0), 1.0)
+        return rise * (final + (1 - final) * SHAPES[shape](t))
     if schedule == "constant":
         return rise
     if schedule == "step":
@@ -21,9 +29,12 @@ def expected_factor(schedule, position, warmup, final, milestones, decay_factor)
     return rise * (final + (1 - final) * (1 + np.cos(np.pi * t)) / 2)
 
 
-@pytest.mark.parametrize("schedule", sorted(optim.SCHEDULES))
+@pytest.mark.parametrize(
+    ("schedule", "shape"),
+    [*((name, "linear") for name in sorted(SCHEDULES)), ("wsd", "1-sqrt"), ("wsd", "cosine")],
+)
 @pytest.mark.parametrize(("warmup", "final"), [(0, 0.0), (10, 0.1), (0.25, 0.0)])
-def test_schedule_equals_numpy(schedule, warmup, final):
+def test_schedule_equals_numpy(schedule, shape, warmup, final):
     fields = {
         "lr": 0.1,
         "schedule": schedule,
@@ -31,13 +42,16 @@ def test_schedule_equals_numpy(schedule, warmup, final):
         "final": final,
         "milestones": (0.5, 150, 180),
         "decay_factor": 0.2,
+        "decay": 50 if final else 0.25,
+        "decay_shape": shape,
     }
     structure, hyper = optim.plan_optimizer("net", fields, HORIZON)
     positions = np.arange(HORIZON + 20)
     got = jax.jit(jax.vmap(lambda p: optim.schedule_factor(structure, hyper, p)))(positions)
     steps = 50 if warmup == 0.25 else warmup
     want = [
-        expected_factor(schedule, p, steps, final, (100, 150, 180), 0.2) for p in positions.tolist()
+        expected_factor(schedule, p, steps, final, (100, 150, 180), 0.2, shape)
+        for p in positions.tolist()
     ]
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-7)
 
@@ -95,7 +109,14 @@ def restated_adamw(p, m, v, g, t, lr, decay):
     return p - lr * (update + decay * p), m, v
 
 
-@pytest.mark.parametrize(("name", "nesterov"), [("sgd", True), ("sgd", False), ("adamw", True)])
+def restated_lion(p, m, g, lr, decay):
+    """One array's step in float64, with b1 0.9 and b2 0.99."""
+    return p - lr * (np.sign(0.9 * m + 0.1 * g) + decay * p), 0.99 * m + 0.01 * g
+
+
+@pytest.mark.parametrize(
+    ("name", "nesterov"), [("sgd", True), ("sgd", False), ("adamw", True), ("lion", True)]
+)
 def test_update_equals_float64_restatement(name, nesterov):
     rng = np.random.default_rng(1)
     params = tree(rng, np.float32)
@@ -106,6 +127,7 @@ def test_update_equals_float64_restatement(name, nesterov):
         "quant_lr": quant_lr,
         "weight_decay": decay,
         "nesterov": nesterov,
+        "b2": 0.99 if name == "lion" else 0.999,
         "clip_norm": clip,
         "warmup": 3,
     }
@@ -132,6 +154,8 @@ def test_update_equals_float64_restatement(name, nesterov):
             wd = decay if label == "weights" else 0.0
             if name == "sgd":
                 p[i], m[i] = restated_sgd(p[i], m[i], g, rate, wd, 0.9, nesterov)
+            elif name == "lion":
+                p[i], m[i] = restated_lion(p[i], m[i], g, rate, wd)
             else:
                 p[i], m[i], v[i] = restated_adamw(p[i], m[i], v[i], g, position + 1, rate, wd)
     assert state["position"] == 6
@@ -178,6 +202,17 @@ def test_update_keeps_dtype_of_parameters():
         ({"lr": 0.1, "warmup": 500}, r"optim\.student\.warmup is 500"),
         ({"lr": 0.1, "schedule": "step"}, "milestones is empty"),
         ({"lr": 0.1, "schedule": "step", "milestones": (0.5, 500)}, r"milestones\[1\] is 500"),
+        ({"lr": 0.1, "schedule": "wsd", "decay": 500}, r"optim\.student\.decay is 500"),
+        ({"lr": 0.1, "schedule": "wsd", "decay": 0.9, "warmup": 20}, "110 steps of a schedule"),
+        ({"lr": 0.1, "schedule": "wsd", "decay_shape": "sqrt"}, "Did you mean '1-sqrt'"),
+        ({"lr": 0.1, "layer_rates": "stem:0.1"}, "give pairs of a regular expression"),
+        ({"lr": 0.1, "layer_rates": (("stem", "x"),)}, "give pairs of a regular expression"),
+        ({"lr": 0.1, "layer_rates": ("stem:-1",)}, r"layer_rates of 'stem' is -1"),
+        ({"lr": 0.1, "layer_rates": ("st(em:1",)}, "is no regular expression"),
+        ({"lr": 0.1, "layer_decay": 1.5}, r"layer_decay is 1\.5"),
+        ({"lr": 0.1, "layer_decay": 0.5, "layer_stem": ()}, "layer_stem is empty"),
+        ({"lr": 0.1, "ema": 1.0}, "an average that forgets nothing"),
+        ({"lr": 0.1, "rms": -1, "name": "muon"}, r"rms is -1"),
     ],
 )
 def test_bad_fields(fields, message):
@@ -191,3 +226,8 @@ def test_numbers_are_not_structure():
     assert one[0] == two[0] and hash(one[0]) == hash(two[0])
     assert set(one[1]) == set(two[1])
     assert all(value.dtype == np.float32 for value in one[1].values())
+    rates = {"layer_rates": ("stem:0.1", "head:2"), "layer_decay": 0.5, "schedule": "wsd"}
+    three = optim.plan_optimizer("c", rates | {"lr": 1, "ema": 0.9, "name": "muon"}, 100)
+    rates |= {"layer_rates": (("stem", 1), ("head", 1)), "layer_decay": 0.9, "decay": 7}
+    four = optim.plan_optimizer("d", rates | {"lr": 2, "ema": 0.5, "name": "muon", "rms": 1}, 9)
+    assert three[0] == four[0] and three[0] != one[0]

@@ -14,18 +14,19 @@ from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.stages.teacher_cache import cached_nets, prepare
 from qkd_jax.record.progress import Progress
+from qkd_jax.training import averages
 from qkd_jax.training.clamping import collapsed
 from qkd_jax.training.loop import Hooks, Window, run_steps
 from qkd_jax.training.oscillation import oscillating
 from qkd_jax.training.plan import Plan, plan_step
 from qkd_jax.training.state import (
     TrainState,
+    average_variables,
     frozen_variables,
     init_opt,
     init_term_state,
     net_variables,
     optimizer_states,
-    split,
     stale_variables,
     start_state,
     term_states,
@@ -35,6 +36,7 @@ from qkd_jax.trees import flatten, unflatten_like
 # Prefixes, beside a net's optimizer state in a checkpoint: the state of its loss terms, and the
 # stale copy through which it teaches.
 OWNED, STALE = "owned/", "stale/"
+EMA = "ema"
 
 
 def plan_stage(nets: Mapping[str, Any], stage: Stage) -> Plan:
@@ -88,7 +90,8 @@ def train(
     once for that many views of each image that take turns by epoch (1: the images as they are).
     With `cache` the frozen teachers are not run: see `teacher_cache`. `images` names a stage that
     makes images, which with their labels replace the training split. With `stale` nets that learn
-    teach one another through copies that are that many steps old at most.
+    teach one another through copies that are that many steps old at most. Where `optim` averages a
+    net (`ema`), evaluations show both, and the net ends the stage as its average (`ema_final`).
     """
     # `stage` holds these in the form that the plan reads.
     del learn, optim, epochs, steps, hygiene, cache, stale
@@ -132,6 +135,7 @@ def train(
             )
         finally:
             run.add_times(stage.name, progress.summary())
+    state = _with_averages(stage, plan, state)
     _take(run, stage, plan, state, stage.steps, Window())
     run.heads |= evaluate_heads(run, plan, state)
     # The optimizer and what terms own travel on only if a later stage continues them.
@@ -152,15 +156,28 @@ def _optimizers(run: Run, stage: Stage, plan: Plan) -> dict[str, Any]:
             flat = run.optimizers[plan.continues[net]].pop(net)
         else:
             continue
-        learned, _ = split(run.variables[net])
-        fresh = jax.eval_shape(lambda tree, net=net: init_opt(plan, net, tree), learned)
+        variables = run.variables[net]
+        fresh = jax.eval_shape(lambda tree, net=net: init_opt(plan, net, tree), variables)
         flat = _without(STALE, _without(OWNED, flat))
-        if not run.stage_step:  # hygiene belongs to a stage; the optimizer alone travels on
+        if not run.stage_step:  # hygiene belongs to a stage; optimizer and average travel on
             fresh.pop("hygiene", None)
             flat = _without("hygiene/", flat)
-            flat = {**_of_new_quantizers(fresh, flat), **flat}
+            # An average that starts here, or of new quantizers, starts as what it averages.
+            current = flatten({EMA: averages.init(variables)}) if EMA in fresh else {}
+            flat = flat if current else _without(f"{EMA}/", flat)
+            flat = {**current, **_of_new_quantizers(fresh, {**current, **flat}), **flat}
         found[net] = unflatten_like(flat, fresh)
     return found
+
+
+def _with_averages(stage: Stage, plan: Plan, state: TrainState) -> TrainState:
+    """The state at a stage's end, whose nets are their averages where that is asked for."""
+    last = {
+        plan.slots[net]: average
+        for net, average in average_variables(plan, state).items()
+        if stage.fields["optim"][net].get("ema_final", True)
+    }
+    return state.replace(nets={**state.nets, **last})
 
 
 def _without(prefix: str, flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,6 +279,9 @@ def _hooks(run: Run, stage: Stage, plan: Plan) -> Hooks:
         if at(step, eval_every):
             found = {net: run.evaluate(net, variables=v).metrics for net, v in nets.items()}
             values = {f"{n}/{k}": v for n, m in found.items() for k, v in m.items() if k != "count"}
+            for net, average in average_variables(plan, state).items():
+                means = run.evaluate(net, variables=average).metrics
+                values |= {f"{net}/ema_{k}": v for k, v in means.items() if k != "count"}
             run.log(stage, step, "test", values)
             top1 = found[plan.learners[0]]["top1"]
             if top1 > best["top1"]:
