@@ -291,6 +291,8 @@ def train(
     views: int = 0,
     images: str = "",
     stale: int = 0,
+    accumulate: int = 1,
+    remat: str = "none",
 ) -> dict[str, Any]:
     """Returns a `train` stage. `steps` above 0 decides its length instead of `epochs`.
 
@@ -306,6 +308,9 @@ def train(
         images: a stage that makes images, which replace the training split.
         stale: nets that learn teach one another through copies that are refreshed every so many
             steps; 0 for the nets as they are.
+        accumulate: micro-batches in which a batch is processed for one update, to save memory.
+        remat: what nets that learn keep for the backward pass: "none" all of it, "products" the
+            outputs of products, "blocks" those of the net's blocks; the rest is computed again.
     """
     return dict(
         kind="train",
@@ -319,6 +324,8 @@ def train(
         views=views,
         images=images,
         stale=stale,
+        accumulate=accumulate,
+        remat=remat,
         hygiene={**{net: dict(HYGIENE) for net in learn}, **(hygiene or {})},
     )
 

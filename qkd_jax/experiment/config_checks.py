@@ -86,6 +86,19 @@ def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:
                 )
 
 
+def check_micro_batches(name: str, fields: Mapping[str, Any], parallel: Mapping[str, Any]) -> None:
+    """Refuses an `accumulate` that does not cut every device's part of a batch evenly."""
+    where, parts, rows = f"stages.{name}.accumulate", fields["accumulate"], fields["batch_size"]
+    checks.integer_in(where, parts, 1)
+    devices = parallel["devices"] or len(jax.devices())
+    if parts > 1 and rows % (parts * devices):
+        raise ValueError(
+            f"{where} is {parts}, and batches of {rows} examples on {devices} device(s) have no "
+            f"{parts} equal parts on each. Take a batch_size that is a multiple of "
+            f"{parts * devices}, or another accumulate."
+        )
+
+
 def tree_of(data: Mapping[str, Any]) -> str:
     """Returns the class tree of config.data: `tree`, else the data set's own; "" for none.
 

@@ -20,6 +20,7 @@ from qkd_jax.distillation.taps import DataShape, features_of
 from qkd_jax.experiment.config_checks import (
     check_augment,
     check_frame,
+    check_micro_batches,
     check_origins,
     mapping,
     tree_of,
@@ -177,6 +178,7 @@ def build_settings(
     for stage in stages:
         if stage.trains:
             check_augment(stage.name, stage.fields, plain["data"]["augment"])
+            check_micro_batches(stage.name, stage.fields, plain["parallel"])
         for net in stage.nets:
             if net not in nets:
                 raise checks.unknown(f"net in stages.{stage.name}", net, nets)

@@ -16,7 +16,8 @@ from qkd_jax.distillation.terms import term_numbers
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.interceptors import intercepting
 from qkd_jax.quantize.operands import ROUNDING
-from qkd_jax.training.objective import Batch, gradients
+from qkd_jax.training.accumulation import accumulated_gradients
+from qkd_jax.training.objective import Batch
 from qkd_jax.training.plan import Learner, Plan
 from qkd_jax.training.state import TrainState, split, step_key
 from qkd_jax.trees import find, join, path_name
@@ -78,7 +79,7 @@ def locate_nonfinite(
         if located:
             return located
     (_, (_, term_states, sums)), (grads, of_adaptors) = jax.jit(
-        functools.partial(gradients, structure)
+        functools.partial(accumulated_gradients, structure)
     )(state, batch, frozen)
     for learner in structure.learners:
         after = term_states.get(learner.slot, {})

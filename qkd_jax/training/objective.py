@@ -4,6 +4,7 @@ A loss is weighted sums over examples. What a net teaches is detached, so no net
 another net's loss, and one `value_and_grad` of `total_loss` gives all gradients.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from qkd_jax.losses import TABLE
 from qkd_jax.quantize.operands import ROUNDING
 from qkd_jax.training import hygiene
 from qkd_jax.training.plan import Learner, StepStructure, cached_key
+from qkd_jax.training.rematerialisation import rematerialised
 from qkd_jax.training.state import TrainState, join, split, step_key
 
 Batch = Mapping[str, jax.Array]
@@ -57,6 +59,8 @@ def gradients(
     frozen: Mapping[str, Any],
     *,
     axis_name: str | None = None,
+    whole: jax.Array | None = None,
+    part: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, Any], tuple[dict[str, Any], dict[str, Any]]]:
     """Returns (what `total_loss` returns, ({slot: gradient}, {slot: {term: its adaptor's}}))."""
     parts = {slot: split(variables) for slot, variables in state.nets.items()}
@@ -73,6 +77,8 @@ def gradients(
             frozen,
             adaptors=adaptors,
             axis_name=axis_name,
+            whole=whole,
+            part=part,
         )
 
     differentiate = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
@@ -89,6 +95,8 @@ def total_loss(
     *,
     adaptors: Mapping[str, Mapping[str, Any]] | None = None,
     axis_name: str | None = None,
+    whole: jax.Array | None = None,
+    part: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[dict[str, Any], dict[str, Any], Metrics]]:
     """Sum over nets of sum over terms of weight * mean over the whole batch.
 
@@ -106,16 +114,21 @@ def total_loss(
         adaptors: {slot: {term: parameters of its adaptor}}, differentiated too; None takes those
             of the state.
         axis_name: the mapped axis, or None.
+        whole: number of examples of the batch, over all devices, of which `batch` is a micro-batch;
+            None if it is the whole.
+        part: number of that micro-batch. Masks of dropout are its own; weights are rounded alike
+            in all.
 
     Returns:
         (loss, ({slot: carried after the pass}, {slot: {term: its state after the pass}}, {slot:
         sums of metrics on this device})).
     """
-    outputs, updated = _forward(structure, learned, carried, state, batch, frozen, axis_name)
+    outputs, updated = _forward(structure, learned, carried, state, batch, frozen, axis_name, part)
     labels, mask = batch["label"], outputs.mask
     adaptors = adaptor_params(state) if adaptors is None else adaptors
-    count = _masked_sum(jnp.ones(labels.shape, jnp.float32), mask)
+    count = example_count(batch)
     global_count = count if axis_name is None else jax.lax.psum(count, axis_name)
+    global_count = global_count if whole is None else whole
     loss = jnp.zeros((), jnp.float32)
     metrics: Metrics = {}
     term_states: dict[str, Any] = {}
@@ -149,7 +162,7 @@ def total_loss(
             if term_state:
                 term_states.setdefault(slot, {})[term.name] = term_state
         if learner.hygiene is not None:
-            # Shared out over devices by their examples, so that their sum has it once.
+            # Shared out over devices and parts by their examples, so that their sum has it once.
             sums["loss"] = sums["loss"] + count * hygiene.penalty(
                 learner.hygiene,
                 learner.net,
@@ -170,6 +183,7 @@ def _forward(
     batch: Batch,
     frozen: Mapping[str, Any],
     axis_name: str | None,
+    part: jax.Array | None,
 ) -> tuple[_Outputs, dict[str, Any]]:
     """Runs every net once; returns (outputs, {slot: carried collections of learners})."""
     images, taps = batch["image"], structure.taps
@@ -179,22 +193,23 @@ def _forward(
     key = step_key(state.seed, "dropout", state.step)
     if axis_name is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    if part is not None:
+        key = jax.random.fold_in(key, part)
     outputs = _Outputs({}, {}, {}, batch, mask, axis_name)
     updated: dict[str, Any] = {}
     for index, learner in enumerate(structure.learners):
         slot = learner.slot
-        outputs.logits[slot], updated[slot], outputs.features[slot] = forward_taps(
-            learner.net,
-            join(learned[slot], carried[slot]),
-            images,
-            taps=taps[slot],
-            train=True,
-            rngs={
-                "dropout": jax.random.fold_in(key, index),
-                ROUNDING: jax.random.fold_in(rounding_key, index),
-            },
-            axis_name=axis_name,
+        run = functools.partial(
+            forward_taps, learner.net, taps=taps[slot], train=True, axis_name=axis_name
         )
+        rngs = {
+            "dropout": jax.random.fold_in(key, index),
+            ROUNDING: jax.random.fold_in(rounding_key, index),
+        }
+        outputs.logits[slot], updated[slot], outputs.features[slot] = rematerialised(
+            structure.remat,
+            lambda variables, images, rngs, run=run: run(variables, images, rngs=rngs),
+        )(join(learned[slot], carried[slot]), images, rngs)
     for slot, net in structure.teachers:
         if slot in structure.cached:
             outputs.logits[slot] = batch[cached_key(slot)]
@@ -280,6 +295,12 @@ def adaptor_params(state: TrainState) -> dict[str, dict[str, Any]]:
         slot: {term: own["params"] for term, own in terms.items() if own.get("params")}
         for slot, terms in state.loss_state.items()
     }
+
+
+def example_count(batch: Batch) -> jax.Array:
+    """Returns the number of examples of a batch that its mask does not leave out, float32."""
+    mask = None if "mask" not in batch else batch["mask"].astype(bool)
+    return _masked_sum(jnp.ones(batch["label"].shape, jnp.float32), mask)
 
 
 def _masked_sum(values: jax.Array, mask: jax.Array | None) -> jax.Array:

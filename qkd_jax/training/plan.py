@@ -26,6 +26,7 @@ from qkd_jax.distillation.terms import Term
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.training.hygiene import Hygiene, describe, plan_hygiene
 from qkd_jax.training.optim import OptimStructure, describe_options, plan_optimizer
+from qkd_jax.training.rematerialisation import REMAT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +49,16 @@ class StepStructure:
         teachers: (slot, net) of those that only teach.
         cached: slots of teachers whose logits come with the batch.
         stale: slots of learners that teach through an older copy.
+        accumulate: micro-batches in which a batch is processed.
+        remat: what nets that learn keep for the backward pass, of `rematerialisation.REMAT`.
     """
 
     learners: tuple[Learner, ...]
     teachers: tuple[tuple[str, QuantizedModel], ...] = ()
     cached: tuple[str, ...] = ()
     stale: tuple[str, ...] = ()
+    accumulate: int = 1
+    remat: str = "none"
 
     @functools.cached_property
     def nets(self) -> dict[str, QuantizedModel]:
@@ -106,11 +111,15 @@ class Plan:
         return next(n for n in self.structure.learners if n.slot == self.slots[name])
 
     def describe(self) -> list[str]:
-        """Returns a line for each term, each hygiene and what an optimizer does beside descent.
+        """Returns a line for each term, each hygiene, options of optimizers and of the step.
 
         Such as 'student <- 1 kd(temperature=2) from teacher'.
         """
         lines = []
+        if self.structure.accumulate > 1:
+            lines.append(f"each batch in {self.structure.accumulate} micro-batches")
+        if self.structure.remat != "none":
+            lines.append(f"backward passes keep {self.structure.remat} and compute the rest again")
         for learner in self.structure.learners:
             name = self.name_of(learner.slot)
             for term in learner.terms:
@@ -158,6 +167,8 @@ def plan_step(
     first: int = 0,
     cached: Collection[str] = (),
     stale: int = 0,
+    accumulate: int = 1,
+    remat: str = "none",
 ) -> Plan:
     """Checks the table of a stage and splits it into structure and numbers.
 
@@ -175,13 +186,16 @@ def plan_step(
         stale: above 0, a net that learns teaches the others through a copy of itself, in evaluation
             mode, which is replaced every so many steps (Anil et al. 2018, arXiv 1804.03235): at
             the stage's first step and at every `stale`-th behind it, before that step's update.
+        accumulate: micro-batches in which a batch is processed, for one update (`accumulation`).
+        remat: what nets that learn keep for the backward pass (`rematerialisation`).
 
     Returns:
         The plan of the stage's step.
 
     Raises:
         ValueError: An unknown net, loss, argument or tap (with the nearest valid one), a loss that
-            needs a source and has none, a net that teaches itself, a weight that is negative.
+            needs a source and has none, a net that teaches itself, a weight that is negative, a
+            loss that relates examples together with `accumulate`.
     """
     checks.at_least_one("learn", learn)
     hygiene = hygiene or {}
@@ -222,6 +236,8 @@ def plan_step(
     teachers = tuple(name for name in slots if name not in learn)
     _check_cached(cached, teachers, slots, learners)
     copied = _stale_slots(stale, learners)
+    _check_accumulate(accumulate, learners, labels, slots)
+    checks.one_of("remat", remat, REMAT)
     for slot in copied:
         numbers = {"every": stale, "first": first}
         hyper[slot]["stale"] = {key: np.asarray(n, np.float32) for key, n in numbers.items()}
@@ -231,6 +247,8 @@ def plan_step(
             teachers=tuple((slots[name], nets[name]) for name in teachers),
             cached=tuple(slots[name] for name in teachers if name in cached),
             stale=copied,
+            accumulate=accumulate,
+            remat=remat,
         ),
         hyper=hyper,
         slots=slots,
@@ -266,6 +284,28 @@ def _stale_slots(stale: int, learners: Sequence[Learner]) -> tuple[str, ...]:
             "to take; let nets learn from one another (learn.<net>.<label>.source) or give stale=0."
         )
     return slots
+
+
+def _check_accumulate(
+    accumulate: int,
+    learners: Sequence[Learner],
+    labels: Mapping[str, Mapping[str, str]],
+    slots: Mapping[str, str],
+) -> None:
+    """Refuses losses that would see the examples of a micro-batch in place of the batch's."""
+    checks.integer_in("accumulate", accumulate, 1)
+    if accumulate == 1:
+        return
+    names = {slot: name for name, slot in slots.items()}
+    for learner in learners:
+        for term in learner.terms:
+            if term.takes_axis_name or "memory" in term.inputs:
+                raise ValueError(
+                    f"accumulate is {accumulate}, but learn.{names[learner.slot]}."
+                    f"{labels[learner.slot][term.name]} (loss {term.loss!r}) relates the examples "
+                    "of a batch, of which a micro-batch has a part. Give accumulate=1 and save "
+                    "memory by remat or more devices, or take a loss of single examples."
+                )
 
 
 def _check_cached(

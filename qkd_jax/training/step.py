@@ -4,7 +4,7 @@
 
 1. copies through which nets teach are renewed, where it is time;
 2. all nets run forward, the terms of their losses are added (`objective`), and one `value_and_grad`
-   gives the gradients of nets and adaptors;
+   gives the gradients of nets and adaptors, in micro-batches where asked for (`accumulation`);
 3. under a mapped axis loss, gradients and metrics are summed over devices;
 4. each net is updated by its optimizer, then its quantizers and weights are kept in their limits
    (`hygiene`), its average follows (`averages`), then the adaptors of its terms are updated;
@@ -27,7 +27,8 @@ from qkd_jax.losses import TABLE
 from qkd_jax.metrics import classification
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.training import averages, hygiene, optim
-from qkd_jax.training.objective import Batch, Metrics, gradients
+from qkd_jax.training.accumulation import accumulated_gradients
+from qkd_jax.training.objective import Batch, Metrics
 from qkd_jax.training.plan import Learner, Plan, StepStructure
 from qkd_jax.training.state import TrainState, join, split
 
@@ -61,7 +62,7 @@ def make_step(structure: StepStructure) -> Step:
         state = refresh_stale(structure, state)
 
         # 2. Loss and gradients.
-        (loss, (updated, terms, metrics)), (grads, adaptor_grads) = gradients(
+        (loss, (updated, terms, metrics)), (grads, adaptor_grads) = accumulated_gradients(
             structure, state, batch, frozen, axis_name=axis_name
         )
 

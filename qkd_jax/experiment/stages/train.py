@@ -61,6 +61,8 @@ def plan_stage(nets: Mapping[str, Any], stage: Stage) -> Plan:
             first=stage.first,
             cached=cached_nets(stage),
             stale=stage.fields["stale"],
+            accumulate=stage.fields["accumulate"],
+            remat=stage.fields["remat"],
         )
     except ValueError as error:
         raise ValueError(f"stages.{stage.name}: {error}") from error
@@ -81,6 +83,8 @@ def train(
     cache: Mapping[str, Any] | None = None,
     images: str = "",
     stale: int = 0,
+    accumulate: int = 1,
+    remat: str = "none",
 ) -> None:
     """Trains the nets of `learn`; resumes where the stage was interrupted.
 
@@ -92,9 +96,11 @@ def train(
     makes images, which with their labels replace the training split. With `stale` nets that learn
     teach one another through copies that are that many steps old at most. Where `optim` averages a
     net (`ema`), evaluations show both, and the net ends the stage as its average (`ema_final`).
+    `accumulate` processes each batch in that many micro-batches for one update, and `remat` says
+    what its backward pass computes again to save memory.
     """
     # `stage` holds these in the form that the plan reads.
-    del learn, optim, epochs, steps, hygiene, cache, stale
+    del learn, optim, epochs, steps, hygiene, cache, stale, accumulate, remat
     augment = augment or run.settings["data"]["augment"]
     plan = plan_stage(run.nets, stage)
     compiled = run.steps.get(plan)
