@@ -7,6 +7,8 @@ A table stands between two markers, and what is between them is this script's:
 
     <!-- sweep results/qkd against QKD: results, differences-top1 -->
     <!-- end -->
+    <!-- sweep results/quantizers: results of QAT -->  (the rows with this method alone)
+    <!-- end -->
 
 `results/<name>` holds what a sweep measured and nothing that only its machine knows: `sweep.json`
 and of each run `config.json`, `results.json`, `metrics.jsonl.gz`, and of `run.json` the code,
@@ -18,6 +20,7 @@ sweep's own; for its learning curves the logs are unpacked (`gunzip`) first.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gzip
 import re
 import sys
@@ -28,8 +31,8 @@ from typing import Any
 from qkd_jax import checks
 from qkd_jax.record.json_files import read_json, write_json
 from qkd_jax.report.arms import SeedRun, read_runs
-from qkd_jax.report.comparison import compared_runs
-from qkd_jax.report.comparison_tables import tables
+from qkd_jax.report.comparison import Comparison, compared_runs
+from qkd_jax.report.comparison_tables import TextTable, tables
 from qkd_jax.report.comparison_text import markdown_table
 from qkd_jax.whole_files import replace_file
 
@@ -95,9 +98,6 @@ def section(folder: str, against: str, names: Sequence[str]) -> str:
     """The text between two markers: on what the runs were made, what is to be said, the tables."""
     found = read_runs(ROOT / folder)
     comparison = compared_runs(found, against=against)
-    made = {table.name: table for table in tables(comparison)}
-    for name in names:
-        checks.one_of(f"table of {folder}", name, made)
     runs = [run for arm in found.arms for run in arm.runs.values()]
     number = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     lines = [
@@ -106,8 +106,25 @@ def section(folder: str, against: str, names: Sequence[str]) -> str:
     if comparison.notes:
         lines += ["", *(f"- {note}" for note in comparison.notes)]
     for name in names:
-        lines += ["", markdown_table(made[name])]
+        lines += ["", markdown_table(chosen(comparison, *name.split(" of ", 1)))]
     return "\n".join(lines) + "\n"
+
+
+def chosen(comparison: Comparison, name: str, method: str = "") -> TextTable:
+    """The table of a name; with a method, its rows alone."""
+    if method:
+        checks.one_of("method", method, dict.fromkeys(row.method for row in comparison.rows))
+        comparison = dataclasses.replace(
+            comparison,
+            rows=tuple(row for row in comparison.rows if row.method == method),
+            compared={
+                measure: tuple(pair for pair in pairs if pair.row.method == method)
+                for measure, pairs in comparison.compared.items()
+            },
+        )
+    made = {table.name: table for table in tables(comparison)}
+    checks.one_of(f"table of {comparison.title}", name, made)
+    return made[name]
 
 
 def environment(runs: Sequence[SeedRun]) -> str:

@@ -77,8 +77,22 @@ def _made(name: str, caption: str, shown: Shown, records: Sequence[Any]) -> Text
     return TextTable(name, caption, headings, cells)
 
 
+def shared_once(rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows with those that arms share, numbers and all, where the first of them is.
+
+    Its arm is then "3 arms", such as those whose float net is one.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(repr((row.key, row.values, row.costs, row.bits)), []).append(row)
+    return [
+        group[0] if len(group) == 1 else dataclasses.replace(group[0], arm=f"{len(group)} arms")
+        for group in groups.values()
+    ]
+
+
 def _means(comparison: Comparison) -> TextTable:
-    rows = comparison.rows
+    rows = shared_once(comparison.rows)
     shown = names_of(comparison)
     shown.append(("seeds", True, seeds_of))
     for measure in MEASURES:

@@ -53,6 +53,13 @@ def test_numbers_by_hand(folder):
     assert [d.mean for d in change] == pytest.approx([sum(d) / 3 for d in by_hand])
 
 
+def test_a_net_that_arms_share_is_in_the_table_once(folder):
+    rows = (folder / "comparison.md").read_text().splitlines()
+    means = rows[: next(i for i, line in enumerate(rows) if "Row minus control" in line)]
+    assert [line.split(" | ")[0] for line in means if "| teacher |" in line] == ["| 2 arms"]
+    assert len([line for line in means if "| student |" in line]) == 2
+
+
 def test_intervals_and_p_values_of_several_comparisons_go_together(tmp_path):
     whole(tmp_path)
     for seed, right in enumerate([(30, 50), (33, 52), (38, 49)]):
