@@ -66,7 +66,7 @@ def step_of(
     )
     step = compile_step(make_step(plan.structure), devices=jax.devices()[:1])
     held = [start_state(plan, variables)]
-    frozen = step.replicate(frozen_variables(plan, variables))
+    frozen = step.place(frozen_variables(plan, variables))
     if cached is not None:
         batch = {**batch, cached_key(plan.slots["teacher"]): cached}
     batch = step.shard_batch(batch)

@@ -65,7 +65,8 @@ def frame(*, data: str, seed: int, train_examples: int = -1) -> ConfigDict:
     # 0 switches a periodic action off. Steps are counted within a stage.
     config.log = dict(every_steps=10, eval_every_steps=100, quant_every_steps=20)
     config.checkpoint = dict(every_seconds=30.0, every_steps=0)
-    config.parallel = dict(mode="jit", devices=0)  # devices=0: all of them
+    # devices=0: all. `model` of them divide the nets, by `rules` (qkd_jax/training/mesh.py).
+    config.parallel = dict(mode="jit", devices=0, model=1, rules=())
     return config
 
 

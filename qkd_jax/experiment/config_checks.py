@@ -12,6 +12,7 @@ from qkd_jax.hierarchy import TREES, find
 from qkd_jax.losses import TABLE
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.targets import TARGETS
+from qkd_jax.training.mesh import MeshLayout
 from qkd_jax.training.parallel import MODES
 
 
@@ -47,11 +48,51 @@ def check_frame(plain: Mapping[str, Any]) -> None:
     checks.one_of("config.parallel.mode", plain["parallel"]["mode"], MODES)
     devices = plain["parallel"]["devices"]
     checks.integer_in("config.parallel.devices", devices, 0, len(jax.devices()))
+    layout = mesh_layout(plain["parallel"])
+    try:
+        layout.check_devices(plain["parallel"]["mode"], device_count(plain["parallel"]))
+    except ValueError as error:
+        raise ValueError(f"config.parallel: {error}") from error
     for key in ("nets", "stages"):
         mapping(f"config.{key}", plain[key], {"<name>": {}})
         checks.at_least_one(f"config.{key}", plain[key])
         for name in plain[key]:
             checks.name(f"config.{key}", name)
+
+
+def device_count(parallel: Mapping[str, Any]) -> int:
+    """Returns the number of devices of config.parallel."""
+    return parallel["devices"] or len(jax.devices())
+
+
+def mesh_layout(parallel: Mapping[str, Any]) -> MeshLayout:
+    """Returns the layout of config.parallel.
+
+    Raises:
+        ValueError: as `MeshLayout`.
+    """
+
+    def tupled(value: Any) -> Any:
+        return tuple(map(tupled, value)) if isinstance(value, list | tuple) else value
+
+    rules = tupled(parallel["rules"])
+    if not isinstance(rules, tuple):
+        raise ValueError(
+            f"config.parallel.rules is {rules!r}; it must be a tuple of (pattern, axes), such as "
+            "(('head/kernel', ('model',)),)."
+        )
+    try:
+        return MeshLayout(parallel["model"], rules)
+    except ValueError as error:
+        raise ValueError(f"config.parallel: {error}") from error
+
+
+def check_rules_of_mesh(parallel: Mapping[str, Any], nets: Mapping[str, Any]) -> None:
+    """Refuses rules of config.parallel that do not fit the nets: {name: shapes of variables}."""
+    try:
+        mesh_layout(parallel).check_nets(nets, device_count(parallel))
+    except ValueError as error:
+        raise ValueError(f"config.parallel: {error}") from error
 
 
 def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:
@@ -90,7 +131,7 @@ def check_micro_batches(name: str, fields: Mapping[str, Any], parallel: Mapping[
     """Refuses an `accumulate` that does not cut every device's part of a batch evenly."""
     where, parts, rows = f"stages.{name}.accumulate", fields["accumulate"], fields["batch_size"]
     checks.integer_in(where, parts, 1)
-    devices = parallel["devices"] or len(jax.devices())
+    devices = device_count(parallel) // parallel["model"]
     if parts > 1 and rows % (parts * devices):
         raise ValueError(
             f"{where} is {parts}, and batches of {rows} examples on {devices} device(s) have no "

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from qkd_jax.experiment import soft_label_record
+from qkd_jax.experiment.config_checks import mesh_layout
 from qkd_jax.experiment.origin import (
     changes,
     check_data,
@@ -137,7 +138,11 @@ def run(
 def step_cache(settings: Settings) -> StepCache:
     """Returns an empty cache of steps, compiled for the devices of a config."""
     fields = settings["parallel"]
-    return StepCache(mode=fields["mode"], devices=jax.devices()[: fields["devices"] or None])
+    return StepCache(
+        mode=fields["mode"],
+        devices=jax.devices()[: fields["devices"] or None],
+        layout=mesh_layout(fields),
+    )
 
 
 def _resume(

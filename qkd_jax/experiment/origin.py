@@ -40,8 +40,14 @@ def origin_of(
         "config": config_digest(config),
         "data": dataset.fingerprint,
         "code": code_version(git),
-        "devices": config["parallel"]["devices"] or jax.device_count(),
+        "devices": _devices(config["parallel"]),
     }
+
+
+def _devices(parallel: Mapping[str, Any]) -> int | str:
+    """The number of devices, or what they are where some of them divide the nets."""
+    count = parallel["devices"] or jax.device_count()
+    return f"{count} (model {parallel['model']})" if parallel["model"] > 1 else count
 
 
 def check_digest(

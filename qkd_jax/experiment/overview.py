@@ -1,5 +1,6 @@
 """The text of `--mode=inspect`: schedule, layers, coverage. Shapes only; nothing is computed."""
 
+import functools
 import io
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +12,16 @@ from rich.table import Table
 
 from qkd_jax.distillation.forward import mode_arguments
 from qkd_jax.distillation.taps import features_of
+from qkd_jax.experiment.config_checks import device_count, mesh_layout
 from qkd_jax.experiment.settings import Settings, shapes
 from qkd_jax.experiment.stages.train import plan_stage
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.inspection import coverage, layers
+from qkd_jax.training.mesh import bytes_on_a_device
+from qkd_jax.training.optim import init_optimizer
+from qkd_jax.training.plan import Plan
+from qkd_jax.training.state import split
+from qkd_jax.trees import flatten
 
 WIDTH = 118
 
@@ -26,6 +33,8 @@ def overview(settings: Settings) -> str:
     console.print(_schedule(settings))
     for warning in settings.warnings():
         console.print(warning)
+    for line in _devices(settings):
+        console.print(line)
     seen: dict[QuantizedModel, str] = {}
     images = jax.ShapeDtypeStruct(settings.image_shape, np.float32)
     for name, net in settings.nets.items():
@@ -74,6 +83,31 @@ def _schedule(settings: Settings) -> Table:
     trained = sum(stage.steps for stage in settings.stages if stage.trains)
     table.add_row("", "", "", str(trained), "", "")
     return table
+
+
+def _devices(settings: Settings) -> list[str]:
+    """The mesh, and what each device holds of the nets that learn, where it divides nets."""
+    layout, count = mesh_layout(settings["parallel"]), device_count(settings["parallel"])
+    if not layout.is_sharded:
+        return []
+    lines = [f"\n{layout.describe(count)}"]
+    learning: dict[str, Plan] = {}
+    for stage in settings.stages:
+        if stage.trains:
+            plan = plan_stage(settings.nets, stage)
+            learning |= {name: plan for name in plan.learners if name not in learning}
+    for name, plan in learning.items():
+        learned, _ = split(shapes(settings.nets[name], settings.image_shape))
+        start = functools.partial(init_optimizer, plan.learner(name).optim)
+        tree = {"net": learned, "opt": jax.eval_shape(start, learned)}
+        specs = layout.specs(tree, count)
+        whole, part = bytes_on_a_device(tree, specs, layout.sizes(count))
+        divided = [any(spec) for spec in flatten(specs["net"]["params"]).values()]
+        lines.append(
+            f"  {name}: {whole:,} bytes of parameters and optimizer, {part:,} on each device; "
+            f"{sum(divided)} of {len(divided)} arrays are divided"
+        )
+    return lines
 
 
 def _taps(net: QuantizedModel, image: tuple[int, ...]) -> str:

@@ -22,6 +22,7 @@ from qkd_jax.experiment.config_checks import (
     check_frame,
     check_micro_batches,
     check_origins,
+    check_rules_of_mesh,
     mapping,
     tree_of,
 )
@@ -38,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "eval_batch_size": 500,
     "log": {"every_steps": 10, "eval_every_steps": 0, "quant_every_steps": 0},
     "checkpoint": {"every_seconds": 30.0, "every_steps": 0},
-    "parallel": {"mode": "jit", "devices": 0},
+    "parallel": {"mode": "jit", "devices": 0, "model": 1, "rules": ()},
 }
 STRUCTURE = ("nets", "stages", "schedule")
 # Beyond it a float64 skips integers; nothing that a config counts comes near.
@@ -174,6 +175,9 @@ def build_settings(
         for name, fields in plain["nets"].items()
     }
     check_origins(plain["nets"])
+    if plain["parallel"]["rules"]:
+        of_nets = {name: shapes(net, (1, *data.image)) for name, net in nets.items()}
+        check_rules_of_mesh(plain["parallel"], of_nets)
     stages = lay_out(plain, kinds, data)
     for stage in stages:
         if stage.trains:

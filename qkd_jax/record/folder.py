@@ -33,8 +33,14 @@ from qkd_jax.record.metrics_log import MetricsLog
 from qkd_jax.whole_files import open_lock, remove_temporaries
 
 # What may differ between a run folder and the command that resumes it: none of it reaches a number
-# in results.json.
-FREE_FIELDS = ("checkpoint", "data.dir")
+# in results.json, but for the rounding of sums that devices share.
+FREE_FIELDS = (
+    "checkpoint",
+    "data.dir",
+    "parallel.devices",
+    "parallel.model",
+    "parallel.rules",
+)
 
 _HAS_LOCKS = importlib.util.find_spec("fcntl") is not None  # not on Windows
 

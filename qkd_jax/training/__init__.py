@@ -5,14 +5,16 @@ hygiene      options against oscillation and runaway scales: `oscillation`, `cla
 optim        optimizers over the groups weights, plain and quant: `muon`, `schedules`, `layer_rates`
 averages     of the variables of the nets that learn
 state        what a step reads and writes; random streams
-objective    forward passes and losses of all nets
+objective    forward passes and losses of all nets: `accumulation`, `rematerialisation`
 step         the step and the evaluation, pure functions
+mesh         devices as (data, model), and the rules by which nets are divided over them
 parallel     the step compiled for devices; the compilation cache
 nonfinite    the first layer with a NaN or inf
 loop         imported by name: it needs `record`
 """
 
 from qkd_jax.distillation.taps import DataShape
+from qkd_jax.training.mesh import MeshLayout
 from qkd_jax.training.nonfinite import NonFinite, locate_nonfinite
 from qkd_jax.training.parallel import (
     CompiledStep,
@@ -33,6 +35,7 @@ from qkd_jax.training.step import eval_step, make_step, name_metrics
 __all__ = [
     "CompiledStep",
     "DataShape",
+    "MeshLayout",
     "NonFinite",
     "Plan",
     "StepCache",

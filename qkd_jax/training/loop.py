@@ -117,7 +117,7 @@ def run_steps(
         Preempted: `hooks.stop()` was true; the state has been saved.
     """
     window = Window() if window is None else window
-    frozen = compiled.replicate(dict(frozen))
+    frozen = compiled.place(dict(frozen))
     pending: tuple[int, Any, Any] | None = None
 
     def settle(waited: float = 0.0, later: int = 0) -> None:

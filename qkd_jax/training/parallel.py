@@ -2,14 +2,15 @@
 
 Under `jit` the program is written for the whole batch and XLA divides it, so BatchNorm and the
 quantizers' statistics are global by construction. Under `pmap` each device runs its share and the
-step gets `axis_name`: sums, counts and gradients are added over it. Both equal one device.
+step gets `axis_name`: sums, counts and gradients are added over it. Both equal one device. Under a
+`MeshLayout` that divides the nets too, the state goes in and out as it is divided.
 
 From JAX 0.10.0 to 0.12.0.1, `pmap` is `jit` of `shard_map(..., check_vma=False)` over a mesh of one
 axis (`jax/_src/pmap.py`); its docstring calls it the "old way of doing parallel map", and it warns
 of nothing. Three things here rest on that. Nothing tracks what differs between devices, so a
 gradient is the device's own until the step adds it up (`numerics.rounding.match_cotangent`).
 `out_axes=None` declares a result replicated without a look: what the step did not reduce would be
-one device's. And replicated arrays go in and out with the sharding that `replicate` gives them, so
+one device's. And replicated arrays go in and out with the sharding that `place` gives them, so
 the state stays in place and can be donated.
 """
 
@@ -27,11 +28,12 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qkd_jax import checks
+from qkd_jax.training.mesh import PMAP_AXIS, WHOLE_NETS, MeshLayout
 from qkd_jax.training.plan import Plan, StepStructure
 from qkd_jax.training.state import TrainState
 from qkd_jax.training.step import Metrics, Step, make_step
 
-AXIS = "batch"
+AXIS = PMAP_AXIS
 MODES = ("jit", "pmap")
 
 
@@ -43,13 +45,21 @@ class CompiledStep:
     Attributes:
         mode: "jit" or "pmap".
         devices: the devices it runs on.
+        layout: how the devices divide batches and nets.
         traces: how often the step has been traced; 1 as long as the shapes stay.
     """
 
-    def __init__(self, step: Step, mode: str, devices: Sequence[jax.Device]):
+    def __init__(
+        self,
+        step: Step,
+        mode: str,
+        devices: Sequence[jax.Device],
+        layout: MeshLayout = WHOLE_NETS,
+    ):
         """Wraps `step`; see `compile_step`."""
         self.mode = mode
         self.devices = tuple(devices)
+        self.layout = layout
         self.traces = 0
         # Host devices share a pool of as many threads, and a sum over them holds its threads until
         # all have come: two steps in flight hold what the other waits for, and XLA ends the process
@@ -61,12 +71,23 @@ class CompiledStep:
             self.traces += 1  # runs while tracing only
             return step(state, batch, frozen, axis_name=AXIS if mode == "pmap" else None)
 
-        mesh = jax.make_mesh(
-            (len(self.devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=self.devices
-        )
+        self._counted = counted
+
+        if layout.is_sharded:
+            mesh, rows = layout.mesh(self.devices), layout.axes[0]
+        else:  # all devices share the batch, and one axis is enough
+            axis_types = (AxisType.Auto,)
+            mesh = jax.make_mesh(
+                (len(self.devices),), (AXIS,), axis_types=axis_types, devices=self.devices
+            )
+            rows = AXIS
+        self._mesh = mesh
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._sharded = NamedSharding(mesh, PartitionSpec(AXIS))
-        if mode == "jit":
+        self._sharded = NamedSharding(mesh, PartitionSpec(rows))
+        self._divided: dict[Any, Any] = {}
+        if layout.is_sharded:
+            self.function = self._run_divided
+        elif mode == "jit":
             self.function = jax.jit(
                 counted,
                 in_shardings=(self._replicated, self._sharded, self._replicated),
@@ -88,7 +109,7 @@ class CompiledStep:
     ) -> tuple[TrainState, Metrics]:
         """Runs one step, after moving arrays that are elsewhere to the devices.
 
-        Moving `frozen` at every step is slow: `replicate` it once a stage. Over several CPU
+        Moving `frozen` at every step is slow: `place` it once a stage. Over several CPU
         devices a call returns when the step has ended; elsewhere the next one can be started.
         """
         results = self.function(*self._to_devices(state, batch, frozen))
@@ -96,23 +117,58 @@ class CompiledStep:
 
     def lower(self, state: TrainState, batch: Mapping[str, Any], frozen: Mapping[str, Any]) -> Any:
         """Traces and lowers without running: `.lower(...).compile()` tells time and memory."""
-        return self.function.lower(*self._to_devices(state, batch, frozen))
+        arguments = self._to_devices(state, batch, frozen)
+        return self.jitted(arguments[0], arguments[2]).lower(*arguments)
 
     def _to_devices(
         self, state: TrainState, batch: Mapping[str, Any], frozen: Mapping[str, Any]
     ) -> tuple[Any, dict[str, jax.Array], Any]:
-        return self._replicate_once(state), self.shard_batch(batch), self._replicate_once(frozen)
+        return self._place_once(state), self.shard_batch(batch), self._place_once(frozen)
 
-    def replicate(self, tree: Any) -> Any:
-        """Puts a whole copy of every array on every device."""
-        return jax.device_put(tree, self._replicated)
+    def place(self, tree: Any) -> Any:
+        """Puts a state, or nets by slot, on the devices: whole copies, or as the layout divides."""
+        return jax.device_put(tree, self._shardings(tree))
 
-    def _replicate_once(self, tree: Any) -> Any:
+    def _place_once(self, tree: Any) -> Any:
         # The first leaf stands for all: device_put on some hundred leaves that are in place
         # already would cost a small net a tenth of its step.
         leaf = next(iter(jax.tree.leaves(tree)), None)
-        in_place = isinstance(leaf, jax.Array) and leaf.sharding == self._replicated
-        return tree if leaf is None or in_place else self.replicate(tree)
+        if leaf is None:
+            return tree
+        wanted = jax.tree.leaves(self._shardings(tree))[0]
+        in_place = isinstance(leaf, jax.Array) and leaf.sharding == wanted
+        return tree if in_place else self.place(tree)
+
+    def _shardings(self, tree: Any) -> Any:
+        """The sharding of every array of a tree; one for all where the layout divides nothing."""
+        if not self.layout.is_sharded:
+            return self._replicated
+        leaves, structure = jax.tree.flatten(tree)
+        key = structure, tuple(np.shape(leaf) for leaf in leaves)
+        if key not in self._divided:
+            self._divided[key] = self.layout.shardings(self._mesh, tree)
+        return self._divided[key]
+
+    def jitted(self, state: TrainState, frozen: Mapping[str, Any]) -> Any:
+        """Returns the function that JAX compiles for a state and nets of these shapes."""
+        if not self.layout.is_sharded:
+            return self.function
+        of_state, of_frozen = self._shardings(state), self._shardings(frozen)
+        leaves, structure = jax.tree.flatten((of_state, of_frozen))
+        key = structure, tuple(leaves)
+        if key not in self._divided:
+            self._divided[key] = jax.jit(
+                self._counted,
+                in_shardings=(of_state, self._sharded, of_frozen),
+                out_shardings=(of_state, self._replicated),
+                donate_argnums=0,
+            )
+        return self._divided[key]
+
+    def _run_divided(
+        self, state: TrainState, batch: Mapping[str, Any], frozen: Mapping[str, Any]
+    ) -> tuple[TrainState, Metrics]:
+        return self.jitted(state, frozen)(state, batch, frozen)
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Divides a batch over the devices; one that is divided already is returned as it is.
@@ -127,9 +183,9 @@ class CompiledStep:
             along their first axis.
 
         Raises:
-            ValueError: The batch is not divisible by the number of devices.
+            ValueError: The batch is not divisible by the number of devices that share it.
         """
-        image, count = batch["image"], len(self.devices)
+        image, count = batch["image"], len(self.devices) // self.layout.model
         if isinstance(image, jax.Array) and image.sharding == self._sharded:
             # Labels are [batch]; with another axis they have pmap's layout.
             if self.mode == "jit" or batch["label"].ndim == 2:
@@ -154,42 +210,59 @@ def _in_jax_dtype(array: Any) -> Any:
 
 
 def compile_step(
-    step: Step, *, mode: str = "jit", devices: Sequence[jax.Device] | None = None
+    step: Step,
+    *,
+    mode: str = "jit",
+    devices: Sequence[jax.Device] | None = None,
+    layout: MeshLayout = WHOLE_NETS,
 ) -> CompiledStep:
     """Compiles a step by `jit` over a mesh of devices, or by `pmap`.
 
     Args:
         step: from `make_step`.
         mode: "jit" or "pmap".
-        devices: which devices share a batch; all of them by default.
+        devices: which devices take part; all of them by default.
+        layout: the mesh that they form; by default all share the batch, and have whole nets.
 
     Returns:
         A callable (state, batch, frozen) -> (state, metrics); compilation happens at its first
         call, once for the shapes of a stage.
 
     Raises:
-        ValueError: An unknown mode, or no device.
+        ValueError: An unknown mode, no device, or a layout that the mode or the number of devices
+            does not allow.
     """
     checks.one_of("mode", mode, MODES)
     devices = jax.devices() if devices is None else list(devices)
     checks.at_least_one("devices", devices)
-    return CompiledStep(step, mode, devices)
+    layout.check_devices(mode, len(devices))
+    return CompiledStep(step, mode, devices, layout)
 
 
 class StepCache:
     """Compiled steps by structure: stages and arms that differ in numbers share one."""
 
-    def __init__(self, *, mode: str = "jit", devices: Sequence[jax.Device] | None = None):
-        """Takes the mode and the devices of all its steps; see `compile_step`."""
+    def __init__(
+        self,
+        *,
+        mode: str = "jit",
+        devices: Sequence[jax.Device] | None = None,
+        layout: MeshLayout = WHOLE_NETS,
+    ):
+        """Takes the mode, the devices and the layout of all its steps; see `compile_step`."""
         self.mode = mode
         self.devices = devices
+        self.layout = layout
         self._steps: dict[StepStructure, CompiledStep] = {}
 
     def get(self, plan: Plan) -> CompiledStep:
         """Returns the compiled step of a plan, built at the first request for its structure."""
         if plan.structure not in self._steps:
             self._steps[plan.structure] = compile_step(
-                make_step(plan.structure), mode=self.mode, devices=self.devices
+                make_step(plan.structure),
+                mode=self.mode,
+                devices=self.devices,
+                layout=self.layout,
             )
         return self._steps[plan.structure]
 
