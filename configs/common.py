@@ -294,6 +294,7 @@ def train(
     stale: int = 0,
     accumulate: int = 1,
     remat: str = "none",
+    compute: str = "",
 ) -> dict[str, Any]:
     """Returns a `train` stage. `steps` above 0 decides its length instead of `epochs`.
 
@@ -312,6 +313,8 @@ def train(
         accumulate: micro-batches in which a batch is processed for one update, to save memory.
         remat: what nets that learn keep for the backward pass: "none" all of it, "products" the
             outputs of products, "blocks" those of the net's blocks; the rest is computed again.
+        compute: "bfloat16" for activations of that type, on parameters and codes of float32; "" for
+            the nets' own.
     """
     return dict(
         kind="train",
@@ -327,6 +330,7 @@ def train(
         stale=stale,
         accumulate=accumulate,
         remat=remat,
+        compute=compute,
         hygiene={**{net: dict(HYGIENE) for net in learn}, **(hygiene or {})},
     )
 

@@ -35,6 +35,7 @@ from qkd_jax.quantize.contraction import (
 )
 from qkd_jax.quantize.layer_fields import (
     ContractionFactory,
+    MasterKernel,
     Promotion,
     bias_in_output,
     check_positions,
@@ -170,16 +171,20 @@ class Frame:
         elif isinstance(module, _Conv) and module.shared_weights:
             check_positions(module, path, self.spec_of(path, "input"))
             base = injected(module.conv_general_dilated_cls, module.conv_general_dilated)
+            master = MasterKernel(module)
             function = self._contraction(
-                module, path, "conv", conv_contraction, base or lax.conv_general_dilated
+                module, path, "conv", conv_contraction, base or lax.conv_general_dilated, master
             )
-            fields = {"conv_general_dilated_cls": ContractionFactory(function, base)}
+            factory = ContractionFactory(function, base)
+            fields = {"conv_general_dilated_cls": factory, "promote_dtype": master}
         elif isinstance(module, nn.Dense | nn.DenseGeneral):
             base = injected(module.dot_general_cls, module.dot_general)
+            master = MasterKernel(module)
             function = self._contraction(
-                module, path, "dense", dot_contraction, base or lax.dot_general
+                module, path, "dense", dot_contraction, base or lax.dot_general, master
             )
-            fields = {"dot_general_cls": ContractionFactory(function, base)}
+            factory = ContractionFactory(function, base)
+            fields = {"dot_general_cls": factory, "promote_dtype": master}
         elif isinstance(module, nn.MultiHeadDotProductAttention):
             fields = self._attention(module, path)
         elif isinstance(module, nn.Einsum | nn.ConvTranspose | nn.Embed):
@@ -196,6 +201,7 @@ class Frame:
         kind: str,
         described: Callable[..., Contraction],
         base: Callable[..., Any],
+        kernel: MasterKernel,
     ) -> Callable[..., jax.Array]:
         """A drop-in for a lax contraction that quantizes its operands and scales its sums once."""
 
@@ -205,7 +211,8 @@ class Frame:
             x_hat, x_grid = self._operand(
                 module, path, "input", lhs, left_axes(contraction), batch_axes=batch_axes_of(lhs)
             )
-            w_hat, w_grid = self._operand(module, path, "weight", rhs, right_axes(contraction))
+            w = rhs if self.spec_of(path, "weight") is None else kernel.master(rhs)
+            w_hat, w_grid = self._operand(module, path, "weight", w, right_axes(contraction))
             folded = read_variable(module, "", FOLDED) or {}
             if self.traced and "multiplier" in folded:
                 raise ValueError(f"layer {path!r} is folded already; trace it unfolded.")
@@ -292,16 +299,17 @@ class Frame:
         scaling: dict[str, Any] = {}
 
         def quantized(*arrays: Any, **options: Any) -> tuple[Any, ...]:
-            arrays = tuple(promote(*arrays, **options))
+            before, arrays = arrays, tuple(promote(*arrays, **options))
             if isinstance(module, nn.Embed):
-                w, bias = arrays[-1], None
+                at, w, bias = -1, arrays[-1], None
                 x = arrays[0] if method == "attend" else None  # a lookup has no second operand
             else:
-                x, w, bias = arrays
+                at, (x, w, bias) = 1, arrays
             assert w is not None
             contraction, kind = describe(module, args, kwargs, x, w)
             self._use(path, kind, contraction)
-            w_hat, w_grid = self._operand(module, path, "weight", w, right_axes(contraction))
+            own = w if self.spec_of(path, "weight") is None else before[at]
+            w_hat, w_grid = self._operand(module, path, "weight", own, right_axes(contraction))
             if x is None:
                 return (w_hat.astype(w.dtype),)
             x_hat, x_grid = self._operand(

@@ -41,6 +41,29 @@ class Promotion:
         return self.function(*arrays, **options)
 
 
+class MasterKernel(Promotion):
+    """A layer's own `promote_dtype`, which remembers the kernel as it was before.
+
+    A layer of bfloat16 with parameters of float32 rounds its kernel first. Codes are those of the
+    kernel that is trained and deployed.
+    """
+
+    def __init__(self, module: Any):
+        base = module.promote_dtype
+        super().__init__(self._promote, base.base if isinstance(base, Promotion) else base)
+        self._before: Any = None
+        self._after: Any = None
+
+    def _promote(self, *arrays: Any, **options: Any) -> tuple[Any, ...]:
+        promoted = tuple(self.base(*arrays, **options))
+        self._before, self._after = arrays[1], promoted[1]
+        return promoted
+
+    def master(self, kernel: jax.Array) -> jax.Array:
+        """Returns what the kernel was before it was promoted."""
+        return self._before if kernel is self._after else kernel
+
+
 def injected(factory: Any, function: Any) -> Any:
     """Returns the contraction that the model itself injected into a layer, or None."""
     if isinstance(factory, ContractionFactory):

@@ -5,7 +5,8 @@ hygiene      options against oscillation and runaway scales: `oscillation`, `cla
 optim        optimizers over the groups weights, plain and quant: `muon`, `schedules`, `layer_rates`
 averages     of the variables of the nets that learn
 state        what a step reads and writes; random streams
-objective    forward passes and losses of all nets: `accumulation`, `rematerialisation`
+objective    forward passes and losses of all nets: `accumulation`, `rematerialisation`,
+             `precision`
 step         the step and the evaluation, pure functions
 mesh         devices as (data, model), and the rules by which nets are divided over them
 parallel     the step compiled for devices; the compilation cache

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.distillation.learn_table import SCHEDULE, plan_terms
+from qkd_jax.distillation.learn_table import SCHEDULE, as_sources, plan_terms
 from qkd_jax.distillation.taps import DataShape
 from qkd_jax.distillation.term_state import Start, check_learned
 from qkd_jax.distillation.terms import Term
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.training.hygiene import Hygiene, describe, plan_hygiene
 from qkd_jax.training.optim import OptimStructure, describe_options, plan_optimizer
+from qkd_jax.training.precision import computing_in
 from qkd_jax.training.rematerialisation import REMAT
 
 
@@ -91,6 +92,7 @@ class Plan:
         teachers: names of the nets that only teach (frozen).
         continues: {name: stage} of nets that continue that stage's optimizer.
         starts: {slot: {term: function that makes the term's initial state}}.
+        compute: the precision of activations, "" for the models' own.
     """
 
     structure: StepStructure
@@ -101,6 +103,7 @@ class Plan:
     teachers: tuple[str, ...]
     continues: dict[str, str]
     starts: dict[str, dict[str, Start]] = dataclasses.field(default_factory=dict)
+    compute: str = ""
 
     def name_of(self, slot: str) -> str:
         """Returns the name of the net in a slot."""
@@ -118,6 +121,8 @@ class Plan:
         lines = []
         if self.structure.accumulate > 1:
             lines.append(f"each batch in {self.structure.accumulate} micro-batches")
+        if self.compute:
+            lines.append(f"activations are {self.compute}")
         if self.structure.remat != "none":
             lines.append(f"backward passes keep {self.structure.remat} and compute the rest again")
         for learner in self.structure.learners:
@@ -169,6 +174,7 @@ def plan_step(
     stale: int = 0,
     accumulate: int = 1,
     remat: str = "none",
+    compute: str = "",
 ) -> Plan:
     """Checks the table of a stage and splits it into structure and numbers.
 
@@ -188,6 +194,7 @@ def plan_step(
             the stage's first step and at every `stale`-th behind it, before that step's update.
         accumulate: micro-batches in which a batch is processed, for one update (`accumulation`).
         remat: what nets that learn keep for the backward pass (`rematerialisation`).
+        compute: the precision of activations, "bfloat16" or that of the models (`precision`).
 
     Returns:
         The plan of the stage's step.
@@ -198,6 +205,7 @@ def plan_step(
             loss that relates examples together with `accumulate`.
     """
     checks.at_least_one("learn", learn)
+    nets = {**nets, **{n: computing_in(compute, n, nets[n]) for n in _used(nets, learn)}}
     hygiene = hygiene or {}
     for what, table, known in (
         ("net in learn", learn, nets),
@@ -257,12 +265,20 @@ def plan_step(
         teachers=teachers,
         continues=continues,
         starts=starts,
+        compute=compute,
     )
 
 
 def cached_key(slot: str) -> str:
     """Returns the batch's key of a cached teacher's logits, float32 [batch, classes]."""
     return f"logits/{slot}"
+
+
+def _used(nets: Collection[str], learn: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Names of the nets that learn or teach, as far as they are known."""
+    rows = (row for table in learn.values() for row in table.values())
+    sources = (source for row in rows for source in as_sources(row.get("source")))
+    return [name for name in dict.fromkeys((*learn, *sources)) if name in nets]
 
 
 def _stale_slots(stale: int, learners: Sequence[Learner]) -> tuple[str, ...]:

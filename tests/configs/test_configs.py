@@ -276,6 +276,7 @@ def changed(**changes):
         ("stages__calibrate__nets", ["studnt"], "Did you mean 'student'"),
         ("stages__tutor__accumulate", 7, "accumulate is 7, and batches of .* a multiple of"),
         ("stages__tutor__remat", "block", "Did you mean 'blocks'"),
+        ("stages__tutor__compute", "float16", "compute is 'float16'; allowed"),
         ("stages__tutor__learn__student__kd__loss", "kdd", "Did you mean 'kd'"),
         ("stages__tutor__learn__student__kd__source", "techer", "Did you mean 'teacher'"),
         ("stages__tutor__learn__student__kd__temp", 1.0, "temperature"),

@@ -63,6 +63,7 @@ def plan_stage(nets: Mapping[str, Any], stage: Stage) -> Plan:
             stale=stage.fields["stale"],
             accumulate=stage.fields["accumulate"],
             remat=stage.fields["remat"],
+            compute=stage.fields["compute"],
         )
     except ValueError as error:
         raise ValueError(f"stages.{stage.name}: {error}") from error
@@ -85,6 +86,7 @@ def train(
     stale: int = 0,
     accumulate: int = 1,
     remat: str = "none",
+    compute: str = "",
 ) -> None:
     """Trains the nets of `learn`; resumes where the stage was interrupted.
 
@@ -97,10 +99,10 @@ def train(
     teach one another through copies that are that many steps old at most. Where `optim` averages a
     net (`ema`), evaluations show both, and the net ends the stage as its average (`ema_final`).
     `accumulate` processes each batch in that many micro-batches for one update, and `remat` says
-    what its backward pass computes again to save memory.
+    what its backward pass computes again to save memory. With `compute` activations are bfloat16.
     """
     # `stage` holds these in the form that the plan reads.
-    del learn, optim, epochs, steps, hygiene, cache, stale, accumulate, remat
+    del learn, optim, epochs, steps, hygiene, cache, stale, accumulate, remat, compute
     augment = augment or run.settings["data"]["augment"]
     plan = plan_stage(run.nets, stage)
     compiled = run.steps.get(plan)
