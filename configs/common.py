@@ -57,6 +57,9 @@ def frame(*, data: str, seed: int, train_examples: int = -1) -> ConfigDict:
         train_examples=known.train_examples if train_examples < 0 else train_examples,
         augment=known.augment,
         tree="",  # "": the data set's own class tree, if it has one; "none": without
+        image_size=0,  # of a streamed set, in pixels; 0: its own
+        decoder="pillow",  # of a streamed set; "turbo" needs `pip install qkd_jax[input]`
+        workers=0,  # processes that make the batches; 0: threads of this one
     )
     config.nets = {}
     config.stages = {}

@@ -1,4 +1,4 @@
-"""Data sets and batches: uint8 arrays from TFDS sources, and batches that depend on the step alone.
+"""Data sets and batches: uint8 images in memory or streamed, batches that depend on the step alone.
 
     dataset = load("digits", train_examples=300, seed=0)
     batches = train_batches(dataset, batch_size=64, seed=0, augment=("shift:1",))
@@ -12,11 +12,14 @@ should be prepared without TensorFlow too, add its reader to `official.py`.
 
 import os
 
+import numpy as np
+
 from qkd_jax import checks
-from qkd_jax.data import digits, draws, sources, synthetic
+from qkd_jax.data import digits, draws, sources, streamed_sets, synthetic
 from qkd_jax.data.augment import AUGMENTATIONS
 from qkd_jax.data.batches import EvalBatches, TrainBatches, eval_batches, train_batches
 from qkd_jax.data.dataset import Arrays, Dataset
+from qkd_jax.data.decoding import UnreadableError
 from qkd_jax.data.sources import NotPreparedError, Recipe, Source
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "Recipe",
     "Source",
     "TrainBatches",
+    "UnreadableError",
     "eval_batches",
     "load",
     "recipe_of",
@@ -80,6 +84,21 @@ DATASETS: dict[str, Source] = {
         description="CIFAR-100, 50,000 + 10,000 colour images",
         recipe=Recipe(128, epochs=200, augment=("pad_crop:4", "flip")),
     ),
+    "imagenet2012": Source(
+        kind="streamed",
+        image_shape=(224, 224, 3),
+        num_classes=1000,
+        description="ImageNet (ILSVRC 2012), 1,281,167 + 50,000 photographs, as TFDS prepares it",
+        recipe=Recipe(256, epochs=90, augment=("random_resized_crop", "flip")),
+        splits=("train", "validation"),
+    ),
+    "folder": Source(
+        kind="folder",
+        image_shape=(224, 224, 3),
+        num_classes=1000,
+        description="photographs in a folder, `data.dir`: `train/<class>/*`, `val/<class>/*`",
+        recipe=Recipe(256, epochs=90, augment=("random_resized_crop", "flip")),
+    ),
     "synthetic": Source(
         kind="generated",
         image_shape=(8, 8, 1),
@@ -120,8 +139,10 @@ def load(
     seed: int = 0,
     image_shape: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
+    image_size: int | None = None,
+    decoder: str = "pillow",
 ) -> Dataset:
-    """Loads a data set into memory.
+    """Loads a data set into memory, or opens one that is streamed (`imagenet2012`, `folder`).
 
     `digits` is one pool of images: the first `train_examples` (default 300) of a random permutation
     keyed by `seed` train, all the others test; classes are not balanced by hand. The other sets
@@ -137,6 +158,9 @@ def load(
         seed: of the random split, subset or synthetic images.
         image_shape: (height, width, channels); for `synthetic` only.
         num_classes: number of classes; for `synthetic` only.
+        image_size: side in pixels to which images are cut and resized; for streamed sets only,
+            None for 224.
+        decoder: "pillow" or "turbo", for streamed sets only; see `decoding`.
 
     Returns:
         A `Dataset`.
@@ -152,6 +176,12 @@ def load(
     source = DATASETS[name]
     train = source.train_examples if train_examples is None else train_examples
     test = source.test_examples if test_examples is None else test_examples
+    if not source.is_streamed and (image_size is not None or decoder != "pillow"):
+        streamed = ", ".join(known for known, other in DATASETS.items() if other.is_streamed)
+        raise ValueError(
+            f"image_size is {image_size!r} and decoder {decoder!r}; {name!r} is in memory at its "
+            f"own size, and only streamed sets take them: {streamed}."
+        )
     if source.kind == "generated":
         shape, classes = image_shape or source.image_shape, num_classes or source.num_classes
         arrays = _generate(shape, classes, train, test, seed)
@@ -159,6 +189,8 @@ def load(
     for argument, value in (("image_shape", image_shape), ("num_classes", num_classes)):
         if value is not None:
             raise ValueError(f"{argument} is {value!r}; only 'synthetic' takes it, not {name!r}.")
+    if source.is_streamed:
+        return _stream(name, source, data_dir, train, test, seed, image_size, decoder)
     if source.kind == "embedded":
         images, labels = digits.read(DATASETS["digits"], data_dir)
         if source.image_shape != images.shape[1:]:
@@ -169,6 +201,17 @@ def load(
     train_split = _subset("train_examples", name, *arrays[:2], train, seed, draws.TRAIN_EXAMPLES)
     test_split = _subset("test_examples", name, *arrays[2:], test, seed, draws.TEST_EXAMPLES)
     return Dataset(name, source.num_classes, *train_split, *test_split)
+
+
+def _stream(name, source, data_dir, train, test, seed, image_size, decoder) -> Dataset:
+    size = source.image_shape[0] if image_size is None else image_size
+    if source.kind == "folder":
+        found = streamed_sets.read_folder(data_dir, size, decoder)
+    else:
+        found = streamed_sets.read_prepared(name, source, data_dir, size, decoder)
+    train_split = _subset("train_examples", name, *found[:2], train, seed, draws.TRAIN_EXAMPLES)
+    test_split = _subset("test_examples", name, *found[2:4], test, seed, draws.TEST_EXAMPLES)
+    return Dataset(name, found.num_classes, *train_split, *test_split)
 
 
 def _generate(image_shape, num_classes, train, test, seed) -> Arrays:
@@ -200,4 +243,5 @@ def _subset(argument, name, images, labels, count, seed, stream):
         return images, labels
     checks.integer_in(f"{argument} of {name!r}", count, 1, len(images))
     chosen = draws.permutation(len(images), seed=seed, stream=stream)[:count]
-    return images[chosen], labels[chosen]
+    images = images[chosen] if isinstance(images, np.ndarray) else images.subset(chosen)
+    return images, labels[chosen]

@@ -16,6 +16,7 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.data import augment as augmentations
 from qkd_jax.data import draws
+from qkd_jax.data import workers as workers_of
 from qkd_jax.data.dataset import Dataset
 from qkd_jax.data.views import Views
 
@@ -50,6 +51,7 @@ class TrainBatches:
         self.seed = int(seed)
         self.augment = tuple(augment) if not isinstance(augment, str) else augment
         self._augment = augmentations.parse(self.augment)
+        augmentations.check_order(dataset.train_images, self.augment)
         checks.integer_in("views", views, 0)
         self.views = Views(dataset, views, augment=self.augment, seed=self.seed) if views else None
         self.known = dict(known or {})
@@ -61,8 +63,6 @@ class TrainBatches:
         self.rows = None if rows is None else np.asarray(rows)
         if self.rows is not None:
             checks.rows_within("rows", self.rows, self.batch_size)
-        # An image that is mixed with others of its batch needs them all.
-        self._mixes = any(not entry.keeps_labels for entry, _ in self._augment)
         # An epoch's order serves many steps; threads that prefetch may sit in two epochs.
         self._order = functools.lru_cache(maxsize=4)(self._permutation)
 
@@ -97,62 +97,83 @@ class TrainBatches:
             "image" float32 [batch, H, W, C], normalised; "label" int32 [batch]; "index" int64
             [batch], the rows of the train split; and what `known` knows, under its names.
         """
+        batch = self.pixels(step)
+        batch["image"] = self.dataset.normalize(batch["image"])
+        return batch
+
+    def pixels(self, step: int) -> Batch:
+        """Returns the batch of a step with "image" as uint8: a quarter of the bytes to move."""
         whole = self.indices(step)
         index = whole if self.rows is None else whole[self.rows]
         extra = {}
         if self.views is None:
-            images = self._augmented(step, whole if self._mixes else index)
+            images = augmentations.batch(
+                self.dataset.train_images,
+                whole,
+                self._augment,
+                seed=self.seed,
+                step=int(step),
+                rows=self.rows,
+            )
         else:
             place = int(step) * self.batch_size + np.arange(self.batch_size)
             view = place // len(self.dataset.train_images) % self.views.count
             view = view if self.rows is None else view[self.rows]
             images = self.views.images(index, view)
             extra = {name: lookup.rows(index, view) for name, lookup in self.known.items()}
-        return {
-            "image": self.dataset.normalize(images),
-            "label": self.dataset.train_labels[index],
-            "index": index,
-            **extra,
-        }
-
-    def _augmented(self, step: int, index: np.ndarray) -> np.ndarray:
-        """Returns the images of a step's rows, from those at `index` in the train split."""
-        images = self.dataset.train_images[index]
-        seed, step = self.seed, int(step)
-        if self.rows is None:
-            return augmentations.apply(images, self._augment, seed=seed, step=step)
-        if self._mixes:
-            return augmentations.apply(images, self._augment, seed=seed, step=step)[self.rows]
-        return augmentations.apply(
-            images, self._augment, seed=seed, step=step, rows=self.rows, batch_size=self.batch_size
-        )
+        return {"image": images, "label": self.dataset.train_labels[index], "index": index, **extra}
 
     def iter(
-        self, start_step: int = 0, stop_step: int | None = None, *, prefetch: int = 4
+        self,
+        start_step: int = 0,
+        stop_step: int | None = None,
+        *,
+        prefetch: int = 4,
+        workers: int = 0,
+        pixels: bool = False,
     ) -> Iterator[Batch]:
-        """Yields the batches of start_step, start_step + 1, ..., made ahead of time by a thread.
+        """Yields the batches of start_step, start_step + 1, ..., made ahead of time.
 
         Args:
             start_step: the first step.
             stop_step: one past the last step; None for no end.
             prefetch: how many batches are ready ahead of use; 0 makes each when it is asked for.
+            workers: processes that make whole batches in turn, each with two ahead; 0 makes them in
+                a thread of this process. The batches are the same for any number.
+            pixels: whether to yield `pixels(step)`.
 
         Returns:
             An iterator of batches, equal to `[self[k] for k in range(start_step, stop_step)]`.
+
+        Raises:
+            UnreadableError: an image of a streamed set cannot be read; it names the file.
+            RuntimeError: a worker process ended.
         """
         checks.integer_in("start_step", start_step, 0)
         checks.integer_in("prefetch", prefetch, 0)
+        checks.integer_in("workers", workers, 0, workers_of.MOST)
         if stop_step is not None:
             checks.integer_in("stop_step", stop_step, start_step)
         # Grain wants a length; 2**40 steps do not end.
         stop = 2**40 if stop_step is None else stop_step
+        make = self.pixels if pixels else self.__getitem__
+        if workers:
+            return workers_of.batches(make, start_step, stop, workers)
         if not prefetch:
-            return (self[step] for step in range(start_step, stop))
+            return (make(step) for step in range(start_step, stop))
         import grain
 
-        steps = grain.MapDataset.range(start_step, stop).map(self.__getitem__)
+        steps = grain.MapDataset.range(start_step, stop).map(make)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
         return iter(steps.to_iter_dataset(options))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The epoch's order is a cached function, which does not travel to a worker process.
+        return {name: value for name, value in vars(self).items() if name != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._order = functools.lru_cache(maxsize=4)(self._permutation)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.iter()
@@ -214,6 +235,17 @@ class EvalBatches(Sequence[Batch]):
     def __len__(self) -> int:
         return -(-len(self._images) // self.batch_size)
 
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches; those of a streamed set are made ahead of use."""
+        numbers = range(len(self))
+        if isinstance(self._images, np.ndarray):
+            return map(self.__getitem__, numbers)
+        import grain
+
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        made = grain.MapDataset.range(len(self)).map(self.__getitem__)
+        return iter(made.to_iter_dataset(options))
+
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[k] for k in range(*number.indices(len(self)))]
@@ -221,16 +253,22 @@ class EvalBatches(Sequence[Batch]):
             raise IndexError(f"batch {number} of {len(self)}")
         start = (int(number) % len(self)) * self.batch_size
         images = self._images[start : start + self.batch_size]
-        count, padding = len(images), self.batch_size - len(images)
         image = np.zeros((self.batch_size, *images.shape[1:]), np.float32)
-        image[:count] = self.dataset.normalize(images)
+        image[: len(images)] = self.dataset.normalize(images)
+        return {"image": image, **self._outline(start)}
+
+    def _outline(self, start: int) -> Batch:
         labels = self._labels[start : start + self.batch_size]
+        count, padding = len(labels), self.batch_size - len(labels)
         return {
-            "image": image,
             "label": np.pad(labels, (0, padding)),
             "index": np.pad(np.arange(start, start + count), (0, padding), constant_values=-1),
             "mask": np.arange(self.batch_size) < count,
         }
+
+    def outlines(self) -> Iterator[Batch]:
+        """Yields the batches without their images, which a streamed set need not decode then."""
+        return (self._outline(k * self.batch_size) for k in range(len(self)))
 
 
 def eval_batches(dataset: Dataset, split: str, batch_size: int) -> EvalBatches:

@@ -46,6 +46,10 @@ def prepare(
         raise checks.unknown("data set", name, DATASETS)
     if DATASETS[name].kind == "generated":
         raise ValueError(f"data set {name!r} is generated when it is loaded; nothing to prepare.")
+    if DATASETS[name].kind == "folder":
+        raise ValueError(
+            "data set 'folder' is read as it lies; give --config.data.dir the folder of its images."
+        )
     if DATASETS[name].kind == "embedded":
         return digits.prepare(data_dir)
     if name not in OFFICIAL:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from qkd_jax.data import sources
+from qkd_jax.data.records import RANDOM_ACCESS
 
 
 def png(image: np.ndarray) -> bytes:
@@ -90,7 +90,7 @@ def write(
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}-", dir=directory))
     tfds.disable_progress_bar()
     try:
-        builder = Builder(data_dir=temporary, file_format=sources.RANDOM_ACCESS)
+        builder = Builder(data_dir=temporary, file_format=RANDOM_ACCESS)
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS reports a download here
             builder.download_and_prepare()
         target.parent.mkdir(exist_ok=True)

@@ -10,15 +10,13 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from qkd_jax.data import cache
 from qkd_jax.data.dataset import Arrays
-
-CHUNK = 1000  # records read at once: `__getitems__` is twice as fast as single records
-RANDOM_ACCESS = "array_record"
+from qkd_jax.data.records import CHUNK, RANDOM_ACCESS, open_split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,23 +42,31 @@ class Source:
 
     Attributes:
         kind: "prepared" lies on disk as TFDS writes it; "embedded" ships in the package and
-            prepares itself; "generated" is made from a seed.
-        image_shape: (height, width, channels).
-        num_classes: labels are 0..num_classes-1.
+            prepares itself; "generated" is made from a seed; "streamed" lies on disk as TFDS writes
+            it and is decoded while it is used, "folder" in a folder of image files.
+        image_shape: (height, width, channels); of a streamed set, without `image_size`.
+        num_classes: labels are 0..num_classes-1; a folder says itself how many it has.
         description: one line for people.
         recipe: the recipe of the configs; without one the set can be loaded, and `configs/` refuse
             it.
         train_examples: the default of `load`; None for all.
         test_examples: the default of `load`; None for all.
+        splits: what TFDS calls the two splits.
     """
 
-    kind: Literal["prepared", "embedded", "generated"]
+    kind: Literal["prepared", "embedded", "generated", "streamed", "folder"]
     image_shape: tuple[int, int, int]
     num_classes: int
     description: str
     recipe: Recipe | None = None
     train_examples: int | None = None
     test_examples: int | None = None
+    splits: tuple[str, str] = ("train", "test")
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether images are decoded while they are used."""
+        return self.kind in ("streamed", "folder")
 
 
 class NotPreparedError(ValueError):
@@ -83,8 +89,15 @@ def find(name: str, directory: pathlib.Path) -> pathlib.Path | None:
     return max(prepared)[1] if prepared else None
 
 
-def read(name: str, source: Source, data_dir: str | os.PathLike[str] | None) -> Arrays:
-    """Reads both splits of a prepared set.
+def prepared_folder(
+    name: str, data_dir: str | os.PathLike[str] | None, command: str = ""
+) -> pathlib.Path:
+    """Returns the folder of a prepared set.
+
+    Args:
+        name: the TFDS name.
+        data_dir: where TFDS data sets lie.
+        command: prepares the set; "" for our own.
 
     Raises:
         NotPreparedError: where it is not on disk, or in a format without random access.
@@ -92,7 +105,7 @@ def read(name: str, source: Source, data_dir: str | os.PathLike[str] | None) -> 
     directory = data_directory(data_dir)
     folder = find(name, directory)
     option = "" if data_dir is None else f" --data_dir={directory}"
-    command = f"python -m qkd_jax.data.prepare {name}{option}"
+    command = (command or f"python -m qkd_jax.data.prepare {name}") + option
     if folder is None:
         raise NotPreparedError(
             f"data set {name!r} is not prepared in {directory} (data_dir, or TFDS_DATA_DIR). "
@@ -104,7 +117,17 @@ def read(name: str, source: Source, data_dir: str | os.PathLike[str] | None) -> 
             f"data set {name!r} in {folder} is stored as {written!r}, which has no random access; "
             f"it must be {RANDOM_ACCESS!r}. Move that folder away, then: {command}"
         )
-    return Arrays(*decoded(name, source, folder, ("train", "test")))
+    return folder
+
+
+def read(name: str, source: Source, data_dir: str | os.PathLike[str] | None) -> Arrays:
+    """Reads both splits of a prepared set.
+
+    Raises:
+        NotPreparedError: where it is not on disk, or in a format without random access.
+    """
+    folder = prepared_folder(name, data_dir)
+    return Arrays(*decoded(name, source, folder, source.splits))
 
 
 def decoded(
@@ -124,26 +147,16 @@ def read_split(
     name: str, source: Source, folder: pathlib.Path, split: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reads one split through TFDS: images uint8 [examples, H, W, C], labels int32 [examples]."""
-    import tensorflow_datasets as tfds
     from PIL import Image
 
-    # Naming the version lets TFDS read the files as they are, whatever version its own code has.
-    # The file format must be said as soon as data_dir is, or TFDS goes back to TFRecord.
-    records: Any = tfds.data_source(
-        f"{name}:{folder.name}",
-        split=split,
-        data_dir=folder.parent.parent,
-        download=False,
-        builder_kwargs={"file_format": RANDOM_ACCESS},
-        decoders={"image": tfds.decode.SkipDecoding()},
-    )
+    found = open_split(name, folder, split)
     height, width, channels = source.image_shape
     mode = {1: "L", 3: "RGB"}[channels]
-    images = np.empty((len(records), *source.image_shape), np.uint8)
-    labels = np.empty(len(records), np.int32)
-    for start in range(0, len(records), CHUNK):
-        rows = range(start, min(start + CHUNK, len(records)))
-        for row, record in zip(rows, records.__getitems__(list(rows)), strict=True):
+    images = np.empty((len(found), *source.image_shape), np.uint8)
+    labels = np.empty(len(found), np.int32)
+    for start in range(0, len(found), CHUNK):
+        rows = range(start, min(start + CHUNK, len(found)))
+        for row, record in zip(rows, found.__getitems__(list(rows)), strict=True):
             with Image.open(io.BytesIO(record["image"])) as image:
                 if image.size != (width, height):
                     raise ValueError(

@@ -7,6 +7,7 @@ is computed once and read from then on. One view is the images as they are, with
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,7 @@ class Views:
         self.seed = int(seed)
         self.augment = tuple(augment) if views > 1 else ()
         self._augment = augmentations.parse(self.augment)
+        augmentations.check_order(dataset.train_images, self.augment)
         for text, (entry, _) in zip(self.augment, self._augment, strict=True):
             if not entry.keeps_labels:
                 raise ValueError(
@@ -48,6 +50,14 @@ class Views:
                     "step (views=0)."
                 )
         # A batch sits in two epochs at most.
+        self._raw = functools.lru_cache(maxsize=2 * max(len(self._augment), 1))(self._words)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A cached function does not travel to a worker process.
+        return {name: value for name, value in vars(self).items() if name != "_raw"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
         self._raw = functools.lru_cache(maxsize=2 * max(len(self._augment), 1))(self._words)
 
     def _words(self, view: int, slot: int, each: int) -> np.ndarray:
@@ -64,12 +74,16 @@ class Views:
         rows = np.asarray(rows)
         checks.rows_within("rows", rows, len(self.dataset.train_images))
         views = np.broadcast_to(views, rows.shape)
-        images = self.dataset.train_images[rows]
-        for view in np.unique(views) if self._augment else ():
-            chosen = np.flatnonzero(views == view)
-            part = images[chosen]
-            for slot, (entry, amount) in enumerate(self._augment):
-                raw = self._raw(int(view), slot, entry.words)[rows[chosen]]
-                part = entry.function(part, raw, amount)
-            images[chosen] = part
+        if not self._augment:
+            return self.dataset.train_images[rows]
+        images = np.empty((len(rows), *self.dataset.image_shape), np.uint8)
+        for number in np.unique(views):
+            chosen = np.flatnonzero(views == number)
+            raw = [
+                self._raw(int(number), slot, entry.words)[rows[chosen]]
+                for slot, (entry, _) in enumerate(self._augment)
+            ]
+            images[chosen] = augmentations.view(
+                self.dataset.train_images, rows[chosen], self._augment, raw
+            )
         return images

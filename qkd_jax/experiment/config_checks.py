@@ -6,8 +6,10 @@ from typing import Any
 import jax
 
 from qkd_jax import checks
-from qkd_jax.data import DATASETS, augment
+from qkd_jax.data import DATASETS, augment, decoding
+from qkd_jax.data.crops import image_size
 from qkd_jax.data.views import LARGEST as LARGEST_VIEWS
+from qkd_jax.data.workers import MOST as MOST_WORKERS
 from qkd_jax.hierarchy import TREES, find
 from qkd_jax.losses import TABLE
 from qkd_jax.quantize import QuantizedModel
@@ -33,11 +35,7 @@ def check_frame(plain: Mapping[str, Any]) -> None:
         augment.parse(plain["data"]["augment"])
     except ValueError as error:
         raise ValueError(f"config.data.augment: {error}") from error
-    if tree := tree_of(plain["data"]):
-        try:
-            find(tree, DATASETS[plain["data"]["name"]].num_classes)
-        except ValueError as error:
-            raise ValueError(f"config.data.tree: {error}") from error
+    check_stream(plain["data"])
     checks.integer_in("config.seed", plain["seed"], 0, 2**32 - 1)
     checks.integer_in("config.eval_batch_size", plain["eval_batch_size"], 1)
     for key, value in plain["log"].items():
@@ -93,6 +91,35 @@ def check_rules_of_mesh(parallel: Mapping[str, Any], nets: Mapping[str, Any]) ->
         mesh_layout(parallel).check_nets(nets, device_count(parallel))
     except ValueError as error:
         raise ValueError(f"config.parallel: {error}") from error
+
+
+def check_stream(data: Mapping[str, Any]) -> None:
+    """Checks the fields of config.data that streamed sets alone have."""
+    checks.integer_in("config.data.workers", data["workers"], 0, MOST_WORKERS)
+    checks.integer_in("config.data.image_size", data["image_size"], 0)
+    if DATASETS[data["name"]].is_streamed:
+        if data["image_size"]:
+            image_size("config.data.image_size", data["image_size"])
+        try:
+            decoding.check(data["decoder"])
+        except ValueError as error:
+            raise ValueError(f"config.data.{error}") from error
+    elif data["image_size"] or data["decoder"] != "pillow":
+        streamed = ", ".join(name for name, source in DATASETS.items() if source.is_streamed)
+        raise ValueError(
+            f"config.data.image_size is {data['image_size']!r} and config.data.decoder "
+            f"{data['decoder']!r}; {data['name']!r} is in memory at its own size. Leave them at 0 "
+            f"and 'pillow', or take a streamed set: {streamed}."
+        )
+
+
+def check_tree(data: Mapping[str, Any], classes: int) -> None:
+    """Checks that the class tree of config.data has the classes of the data set."""
+    if tree := tree_of(data):
+        try:
+            find(tree, classes)
+        except ValueError as error:
+            raise ValueError(f"config.data.tree: {error}") from error
 
 
 def check_augment(name: str, fields: Mapping[str, Any], default: Any) -> None:

@@ -6,6 +6,7 @@ from qkd_jax import checks, data, weights
 from qkd_jax.data import DATASETS, NotPreparedError
 from qkd_jax.distillation.forward import mode_arguments
 from qkd_jax.distillation.taps import DataShape
+from qkd_jax.experiment.config_checks import check_stream
 from qkd_jax.experiment.hygiene_checks import check_hygiene
 from qkd_jax.experiment.run_state import without_fresh
 from qkd_jax.experiment.settings import Settings, build_settings, resolve, shapes
@@ -18,11 +19,15 @@ UNKNOWN_EXAMPLES = 50_000
 def load_data(config: dict[str, Any]) -> data.Dataset:
     """Loads the data set of a resolved config."""
     fields = config["data"]
+    if fields["name"] in DATASETS:
+        check_stream(fields)
     return data.load(
         fields["name"],
         data_dir=fields["dir"] or None,
         train_examples=fields["train_examples"] or None,
         seed=config["seed"],
+        image_size=fields["image_size"] or None,
+        decoder=fields["decoder"],
     )
 
 
@@ -40,10 +45,8 @@ def read(config: Any, dataset: data.Dataset | None = None) -> Settings:
     name = plain["data"]["name"]
     if name not in DATASETS:
         raise checks.unknown("data set in config.data.name", name, DATASETS)
-    source = DATASETS[name]
-    examples = _examples(plain) if dataset is None else len(dataset.train_images)
-    shape = DataShape(source.image_shape, examples)
-    settings = build_settings(plain, STAGES, data=shape, classes=source.num_classes)
+    shape, classes = _sizes(plain, dataset)
+    settings = build_settings(plain, STAGES, data=shape, classes=classes)
     for name, net in settings.nets.items():
         try:
             mode_arguments(net, False)
@@ -57,12 +60,18 @@ def read(config: Any, dataset: data.Dataset | None = None) -> Settings:
     return settings
 
 
-def _examples(config: dict[str, Any]) -> int:
-    """Size of the training split."""
+def _sizes(config: dict[str, Any], dataset: data.Dataset | None) -> tuple[DataShape, int]:
+    """Shapes of the data and the number of classes; of data that are not here, those expected."""
     try:
-        return len(load_data(config).train_images)
+        dataset = dataset or load_data(config)
     except NotPreparedError:
-        return config["data"]["train_examples"] or UNKNOWN_EXAMPLES
+        source, fields = DATASETS[config["data"]["name"]], config["data"]
+        height, width, channels = source.image_shape
+        side = fields["image_size"]
+        image = (side or height, side or width, channels)
+        examples = fields["train_examples"] or UNKNOWN_EXAMPLES
+        return DataShape(image, examples), source.num_classes
+    return DataShape(dataset.image_shape, len(dataset.train_images)), dataset.num_classes
 
 
 def check_sources(settings: Settings) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,11 +195,11 @@ class Run:
     # --- data ---------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _eval_batches(self) -> dict[str, Sequence[Any]]:
+    def _eval_batches(self) -> dict[str, data.EvalBatches]:
         size = self.settings["eval_batch_size"]
         return {s: data.eval_batches(self.dataset, s, size) for s in ("train", "test")}
 
-    def eval_batches(self, split: str) -> Sequence[Any]:
+    def eval_batches(self, split: str) -> data.EvalBatches:
         """The batches of a split, in order, padded, with masks."""
         return self._eval_batches[split]
 
@@ -279,7 +279,7 @@ class Run:
         total: dict[str, float] | None = None
         logits = []
         for batch in self.eval_batches(split):
-            inputs = {k: batch[k] for k in ("image", "label", "mask")}
+            inputs: dict[str, Any] = {k: batch[k] for k in ("image", "label", "mask")}
             sums, out = jax.device_get(compiled(on_device, inputs))
             total = sums if total is None else metrics.add(total, sums)
             logits.append(out[batch["mask"]])
@@ -297,7 +297,7 @@ class Run:
             return {}
         of_batch, size = hierarchical_step(self.settings.tree), self.settings["eval_batch_size"]
         total: dict[str, float] = {}
-        for batch in self.eval_batches(split):
+        for batch in self.eval_batches(split).outlines():
             mask = batch["mask"]
             padded = np.zeros((size, logits.shape[1]), np.float32)
             padded[mask] = logits[batch["index"][mask]]

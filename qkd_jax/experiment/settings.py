@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from qkd_jax import checks, weights
-from qkd_jax.data import DATASETS
 from qkd_jax.distillation.forward import mode_arguments
 from qkd_jax.distillation.taps import DataShape, features_of
 from qkd_jax.experiment.config_checks import (
@@ -23,6 +22,7 @@ from qkd_jax.experiment.config_checks import (
     check_micro_batches,
     check_origins,
     check_rules_of_mesh,
+    check_tree,
     mapping,
     tree_of,
 )
@@ -35,7 +35,16 @@ from qkd_jax.record.folder import config_fields
 DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "target": "",
-    "data": {"name": "digits", "dir": "", "train_examples": 0, "augment": (), "tree": ""},
+    "data": {
+        "name": "digits",
+        "dir": "",
+        "train_examples": 0,
+        "augment": (),
+        "tree": "",
+        "image_size": 0,
+        "decoder": "pillow",
+        "workers": 0,
+    },
     "eval_batch_size": 500,
     "log": {"every_steps": 10, "eval_every_steps": 0, "quant_every_steps": 0},
     "checkpoint": {"every_seconds": 30.0, "every_steps": 0},
@@ -49,11 +58,15 @@ NET_FIELDS = ("model", "rules", "init_from", "head_from", "reduce_range", "fresh
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A checked config: the plain dict, the quantized models, the stages in order."""
+    """A checked config: the plain dict, the quantized models, the stages in order.
+
+    `image` is the (height, width, channels) of an image of the data set.
+    """
 
     config: dict[str, Any]
     nets: dict[str, QuantizedModel]
     stages: tuple[Stage, ...]
+    image: tuple[int, ...]
 
     def __getitem__(self, key: str) -> Any:
         return self.config[key]
@@ -64,9 +77,9 @@ class Settings:
         return tree_of(self.config["data"])
 
     @property
-    def image_shape(self) -> tuple[int, int, int, int]:
+    def image_shape(self) -> tuple[int, ...]:
         """(1, height, width, channels): one image of the data set as a batch of one."""
-        return (1, *DATASETS[self.config["data"]["name"]].image_shape)
+        return (1, *self.image)
 
     @property
     def total_steps(self) -> int:
@@ -170,6 +183,7 @@ def build_settings(
         ValueError: naming the field, what is allowed, and the nearest valid name.
     """
     check_frame(plain)
+    check_tree(plain["data"], classes)
     nets = {
         name: build_net(name, fields, plain["nets"], data, classes, plain["target"])
         for name, fields in plain["nets"].items()
@@ -188,7 +202,7 @@ def build_settings(
                 raise checks.unknown(f"net in stages.{stage.name}", net, nets)
     # A ConfigDict sorts its keys; people want the nets in the order in which they take part.
     order = dict.fromkeys([*(net for stage in stages for net in stage.nets), *nets])
-    return Settings(plain, {net: nets[net] for net in order}, stages)
+    return Settings(plain, {net: nets[net] for net in order}, stages, data.image)
 
 
 @functools.lru_cache(maxsize=64)

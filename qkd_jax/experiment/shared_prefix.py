@@ -49,7 +49,7 @@ def prefix_keys(
         "code": code_sha256(),
         "environment": numeric_environment(),
         "fingerprint": fingerprint,
-        "data": {k: v for k, v in plain["data"].items() if k != "dir"},
+        "data": {k: v for k, v in plain["data"].items() if k not in ("dir", "workers")},
         **{field: plain[field] for field in SHARED_FIELDS},
     }
     keys, touched, quantized = [], [], set()

@@ -37,6 +37,7 @@ from qkd_jax.whole_files import open_lock, remove_temporaries
 FREE_FIELDS = (
     "checkpoint",
     "data.dir",
+    "data.workers",
     "parallel.devices",
     "parallel.model",
     "parallel.rules",

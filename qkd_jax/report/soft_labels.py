@@ -24,7 +24,7 @@ def softmax(logits: Any, temperature: float) -> np.ndarray:
 
 
 def collect(
-    images: np.ndarray,
+    images: Any,
     labels: np.ndarray,
     logits: Mapping[str, np.ndarray],
     *,
@@ -37,7 +37,7 @@ def collect(
     """Collects the numbers of the figures as plain data.
 
     Args:
-        images: uint8 [examples, height, width, 1 or 3], of the test split.
+        images: uint8 [examples, height, width, 1 or 3], of the test split, streamed or an array.
         labels: int [examples].
         logits: {net: [examples, classes]}; the teacher comes first, the student second, after them
             nets to compare with.

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from qkd_jax.record.progress import Progress
+from qkd_jax.training.feed import on_host
 from qkd_jax.training.nonfinite import locate_nonfinite
 from qkd_jax.training.parallel import CompiledStep
 from qkd_jax.training.plan import Plan
@@ -129,7 +130,9 @@ def run_steps(
         if not bool(jax.device_get(metrics["finite"])):
             # A step that was started since has left the nets as they were.
             bad = state.replace(step=state.step - later)
-            raise NonFiniteError(_explain(plan, bad, batch, frozen, progress.stage, step, steps))
+            raise NonFiniteError(
+                _explain(plan, bad, on_host(batch), frozen, progress.stage, step, steps)
+            )
         named = name_metrics(plan, metrics)
         window.add(named)
         progress.update(step, loss=named[plan.learners[0]]["loss"], waited=waited)

@@ -77,6 +77,9 @@ def test_two_of_one_kind_draw_apart():
         (("shift:0",), "at least 1"),
         (("pad_crop:1.5",), "at least 1"),
         (("flip:2",), "takes no amount; write 'flip'"),
+        (("randaugment",), "a magnitude of at least 1, as 'randaugment:1'"),
+        (("randaugment:31",), "a magnitude of at most 30"),
+        (("color_jitter",), "a strength in per cent of at least 1"),
         ("shift:1", r"give a tuple, as \('shift:1',\)"),
     ],
 )
@@ -96,3 +99,23 @@ def test_mixup_equals_a_loop():
         # Half a level of rounding, and the share's 24 bits.
         np.testing.assert_allclose(out, mixed, atol=0.5 + 255 / 2**24)
     assert len(set(partners.tolist())) > 1 and 0.1 < np.mean(shares) < 0.9
+
+
+def test_cutmix_equals_a_loop():
+    entry = augment.AUGMENTATIONS["cutmix"]
+    images = batch((40, 9, 12, 2))
+    raw = words(images, entry)
+    partners = draws.below(40, raw[:, 1])
+    share = raw[:, 0] / 2**64
+    pasted = []
+    for k, out in enumerate(entry.function(images, raw, 0)):
+        row, column = int(raw[k, 2]) * 9 >> 64, int(raw[k, 3]) * 12 >> 64
+        tall, wide = (int(0.5 * side * (1 - share[k]) ** 0.5) for side in (9, 12))
+        wanted = images[k].copy()
+        for i in range(9):
+            for j in range(12):
+                if row - tall <= i < row + tall and column - wide <= j < column + wide:
+                    wanted[i, j] = images[partners[k], i, j]
+        np.testing.assert_array_equal(out, wanted)
+        pasted.append(np.any(out != images[k], axis=-1).mean())
+    assert min(pasted) == 0 and max(pasted) > 0.5

@@ -18,9 +18,14 @@ def same(a, b):
 def test_every_data_set_loads_or_says_how_to_prepare_it(name, tmp_path):
     source = data.DATASETS[name]
     assert source.description
-    if source.kind == "prepared":
-        with pytest.raises(data.NotPreparedError, match=f"qkd_jax.data.prepare {name}"):
-            data.load(name, data_dir=tmp_path)
+    missing = {
+        "prepared": f"qkd_jax.data.prepare {name}",
+        "streamed": f"tfds build {name} --file_format=array_record",
+        "folder": r"'.*missing', which is no folder; it must hold <dir>/train/<class>",
+    }
+    if source.kind in missing:
+        with pytest.raises(data.NotPreparedError, match=missing[source.kind]):
+            data.load(name, data_dir=tmp_path / "missing")
         return
     dataset = data.load(name)
     assert dataset.name == name

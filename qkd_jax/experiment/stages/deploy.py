@@ -126,7 +126,9 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
         write_json(made, _made(folder, name, target, written))
     runs, runs_float = (deploy.open_onnx(p, engine) for p in (path, path_float))
 
-    test = list(run.eval_batches("test"))
+    test = run.eval_batches("test")
+    # In memory a list spares normalising the same images three times; a streamed set may not fit.
+    outlines, test = test.outlines, test if run.dataset.is_streamed else list(test)
     entry = _row(run, name, trained)
     logits = _logits(lambda x: runs(x)[0], test)
     entry["export"] = {
@@ -135,14 +137,16 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
         "saturating_layers": list(written.saturating),
         "biases": "float" if deployed is trained else "integer",
         "deployed_top1": deployed.metrics["top1"],
-        **compare(logits, deployed.logits, test),
+        **compare(logits, deployed.logits, outlines()),
         "as_trained": distance(logits, trained.logits),
     }
     entry["integer"] = {
         "bytes": integer.nbytes,
         "weight_bytes": integer.weight_bytes,
         "files": sizes,
-        **compare(_logits(lambda x: deploy.integer_apply(integer, x), test), trained.logits, test),
+        **compare(
+            _logits(lambda x: deploy.integer_apply(integer, x), test), trained.logits, outlines()
+        ),
     }
     infos = layers(net, variables, run.example, **run.apply_arguments(name))
     write_json(folder / "layers.json", [_layer(info) for info in infos])

@@ -16,6 +16,7 @@ from qkd_jax.experiment.stages.teacher_cache import cached_nets, prepare
 from qkd_jax.record.progress import Progress
 from qkd_jax.training import averages
 from qkd_jax.training.clamping import collapsed
+from qkd_jax.training.feed import feed
 from qkd_jax.training.loop import Hooks, Window, run_steps
 from qkd_jax.training.oscillation import oscillating
 from qkd_jax.training.plan import Plan, plan_step
@@ -119,14 +120,21 @@ def train(
         stale=_stale(run, stage, plan),
     )
     start = stage.data_start
-    batches = data.train_batches(
+    made = data.train_batches(
         dataset,
         batch_size=batch_size,
         seed=run.settings["seed"],
         augment=augment,
         views=views,
         known=prepare(run, stage, plan, augment),
-    ).iter(start + done, start + stage.steps)
+    ).iter(
+        start + done,
+        start + stage.steps,
+        workers=run.settings["data"]["workers"],
+        # A streamed set's images are normalised on the devices.
+        pixels=dataset.is_streamed and compiled.mode == "jit",
+    )
+    batches = feed(made, compiled, affine=dataset.affine)
     with Progress(stage.name, stage.steps, batch_size, start=done, enabled=run.verbose) as progress:
         try:
             state = run_steps(
@@ -142,6 +150,8 @@ def train(
                 window=run.window,
             )
         finally:
+            if close := getattr(made, "close", None):
+                close()  # worker processes end with their stage
             run.add_times(stage.name, progress.summary())
     state = _with_averages(stage, plan, state)
     _take(run, stage, plan, state, stage.steps, Window())

@@ -1,0 +1,149 @@
+"""Encoded images to pixels of one size: decoding, cutting out a box and resizing it, in one call.
+
+There are two decoders. "pillow" gives what torchvision's loaders give on Pillow: bilinear with
+antialiasing. "turbo" is about twice as fast: libjpeg-turbo through simplejpeg, with the fast DCT
+that tf.data has too, and OpenCV's bilinear, without antialiasing. What is no plain JPEG (PNG files
+under a JPEG's name, CMYK) goes through Pillow in both, as evaluation does.
+
+Grey images become three equal channels, CMYK is converted, transparency is dropped, and the EXIF
+orientation is left alone, all as torchvision's loader does it.
+"""
+
+import functools
+import io
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from qkd_jax import checks
+from qkd_jax.data.crops import Box
+
+DECODERS = ("pillow", "turbo")
+# Given the stored height and width, the box to show.
+Chooser = Callable[[int, int], Box]
+LARGEST_PIXELS = 1 << 28
+
+_scratch = threading.local()
+
+
+class UnreadableError(ValueError):
+    """An image that cannot be decoded."""
+
+
+def check(decoder: str) -> None:
+    """Refuses an unknown decoder, or one whose packages are not installed.
+
+    Raises:
+        ValueError: saying what to install.
+    """
+    checks.one_of("decoder", decoder, DECODERS)
+    if decoder == "turbo":
+        try:
+            _packages()
+        except ImportError as error:
+            raise ValueError(
+                f"decoder is 'turbo', which needs a package that is not installed ({error}): "
+                "pip install 'qkd_jax[input]', or take decoder='pillow'."
+            ) from error
+
+
+def decode(
+    decoder: str, encoded: bytes, choose: Chooser, out: np.ndarray, *, exact: bool = False
+) -> None:
+    """Decodes one image and writes a box of it, resized, to `out`.
+
+    Args:
+        decoder: "pillow" or "turbo".
+        encoded: the content of a file.
+        choose: the box, from the stored height and width.
+        out: uint8 [height, width, 3]; it is overwritten.
+        exact: whether images much larger than `out` are decoded at full size (evaluation), instead
+            of at a half, a quarter or an eighth by the DCT.
+
+    Raises:
+        UnreadableError: the bytes are no image that can be decoded.
+    """
+    try:
+        if decoder == "pillow" or exact or not _by_turbo(encoded, choose, out):
+            _by_pillow(encoded, choose, out, exact=exact)
+    except (OSError, SyntaxError, ValueError, ZeroDivisionError) as error:
+        raise UnreadableError(str(error) or type(error).__name__) from error
+
+
+def _by_pillow(encoded: bytes, choose: Chooser, out: np.ndarray, *, exact: bool) -> None:
+    from PIL import Image
+
+    height, width = out.shape[:2]
+    with Image.open(io.BytesIO(encoded)) as image:
+        stored_w, stored_h = image.size
+        if stored_w * stored_h > LARGEST_PIXELS:
+            raise ValueError(f"it has {stored_h} x {stored_w} pixels; {LARGEST_PIXELS:,} at most")
+        top, left, h, w = choose(stored_h, stored_w)
+        shrink = 1 if exact else min(h / height, w / width)
+        if shrink >= 2 and image.format == "JPEG":
+            # The decoder halves the image as long as no side falls below what is asked for.
+            image.draft(None, (int(stored_w / shrink), int(stored_h / shrink)))
+        across, down = image.size[0] / stored_w, image.size[1] / stored_h
+        box = (left * across, top * down, (left + w) * across, (top + h) * down)
+        box = (box[0], box[1], min(box[2], image.size[0]), min(box[3], image.size[1]))
+        whole = image if image.mode == "RGB" else image.convert("RGB")
+        if not exact:  # a crop ends at its border; a box of the resized image sees beyond it
+            whole, box = whole.crop(_whole(box)), None
+        out[...] = np.asarray(whole.resize((width, height), Image.Resampling.BILINEAR, box=box))
+
+
+def _whole(box: Box) -> tuple[int, int, int, int]:
+    """Whole pixels, at least one each way, of (left, top, right, bottom)."""
+    left, top = int(box[0]), int(box[1])
+    return left, top, max(int(box[2]), left + 1), max(int(box[3]), top + 1)
+
+
+@functools.cache
+def _packages() -> tuple[Any, Any]:
+    import cv2  # pyrefly: ignore[missing-import]  # optional
+    import simplejpeg  # pyrefly: ignore[missing-import]  # optional
+
+    cv2.setNumThreads(0)  # the workers are what runs in parallel
+    return cv2, simplejpeg
+
+
+def _by_turbo(encoded: bytes, choose: Chooser, out: np.ndarray) -> bool:
+    """Whether simplejpeg took the image."""
+    cv2, simplejpeg = _packages()
+    if encoded[:2] != b"\xff\xd8":
+        return False
+    try:
+        stored_h, stored_w, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+        if colorspace not in ("YCbCr", "Gray", "RGB") or stored_h * stored_w > LARGEST_PIXELS:
+            return False
+        top, left, h, w = choose(stored_h, stored_w)
+        height, width = out.shape[:2]
+        shrink = min(h / height, w / width)
+        least = {}
+        if shrink >= 2:
+            least = dict(
+                min_height=int(stored_h / shrink), min_width=int(stored_w / shrink), min_factor=2
+            )
+        # A buffer that is used again spares the page faults of half a megabyte an image.
+        image = simplejpeg.decode_jpeg(
+            encoded, fastdct=True, buffer=_buffer(stored_h * stored_w * 3), **least
+        )
+    except ValueError:
+        return False  # Pillow reads what it can, and says what is wrong with the rest
+    across, down = image.shape[1] / stored_w, image.shape[0] / stored_h
+    left, top, right, bottom = _whole(
+        (left * across, top * down, (left + w) * across, (top + h) * down)
+    )
+    part = image[top:bottom, left:right]
+    cv2.resize(part, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
+    return True
+
+
+def _buffer(size: int) -> np.ndarray:
+    """Returns this thread's buffer, of at least `size` bytes."""
+    held = getattr(_scratch, "held", None)
+    if held is None or len(held) < size:
+        held = _scratch.held = np.empty(size, np.uint8)
+    return held
