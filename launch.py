@@ -7,11 +7,14 @@ python launch.py --config=configs/qkd.py:seeds=8 --sweep --workdir=DIR [--jobs=2
 python launch.py --config=configs/qkd.py:seeds=8 --sweep_index=$SLURM_ARRAY_TASK_ID --workdir=DIR
 python launch.py --workdir=DIR --mode=export --target=onnxruntime-x86   # of quantize/targets.py
 python launch.py --workdir=RUNS --mode=report --against=CONTROL   # compares the runs in a folder
+srun python launch.py --config=configs/qkd.py --workdir=DIR   # or GKE, TPU pods, Open MPI
+python launch.py ... --coordinator=HOST:PORT --processes=2 --process=0   # and 1 in another shell
 
 Exit codes: 0 done; 2 a mistake in the flags or the config; 3 a loss or gradient that is not
 finite; 71 out of memory; 74 a file or folder that cannot be written or read; 75 stopped by SIGTERM
-or SIGINT after saving. After 71, 74 and 75 the same command resumes the run. A sweep has the code
-of its runs that failed, 1 where they have several or ended by a signal.
+or SIGINT after saving, or another process of the run has died or not come. After 71, 74 and 75 the
+same command resumes the run. A sweep has the code of its runs that failed, 1 where they have
+several or ended by a signal.
 """
 
 from __future__ import annotations
@@ -61,6 +64,17 @@ flags.DEFINE_bool(
 )
 flags.DEFINE_integer("jobs", 1, "With --sweep: how many runs at a time.")
 flags.DEFINE_integer("sweep_index", None, "Run this one of the config's get_sweep alone: 0, 1, ...")
+flags.DEFINE_string(
+    "coordinator",
+    "",
+    "A run of several processes: host:port of process 0, the port free there. Slurm, GKE, Cloud "
+    "TPU and Open MPI need none of these three; the others may set JAX_COORDINATOR_ADDRESS, "
+    "JAX_NUM_PROCESSES and JAX_PROCESS_ID instead.",
+)
+flags.DEFINE_integer("processes", None, "How many processes the run has.")
+flags.DEFINE_integer("process", None, "Which of them this is: 0, 1, ...")
+flags.DEFINE_float("start_timeout", 300.0, "Seconds until all processes of a run must have come.")
+flags.DEFINE_float("peer_timeout", 60.0, "Seconds without a word after which a process is dead.")
 flags.DEFINE_bool("debug", False, "Show the traceback of an error in the flags or the config.")
 
 
@@ -205,8 +219,17 @@ def _explain_override(argv: list[str]) -> str:
     return ""
 
 
+CLUSTER = ("coordinator", "processes", "process", "start_timeout", "peer_timeout")
+
+
 def check_company() -> None:
     """Refuses flags that say nothing in this mode."""
+    of_cluster = [name for name in CLUSTER if FLAGS[name].present]
+    if of_cluster and (FLAGS.mode != "run" or wants_sweep(sys.argv)):
+        raise UsageError(
+            f"--{of_cluster[0]} goes with --mode=run of one run: it is for a run of several "
+            "processes, and all else is done by one."
+        )
     if FLAGS.target and FLAGS.mode != "export":
         raise UsageError(
             f"--target goes with --mode=export, not {FLAGS.mode}; a run takes its target from "
@@ -248,6 +271,7 @@ def main(argv: list[str]) -> int:
             workdir=FLAGS.workdir,
             target=FLAGS.target,
             against=FLAGS.against,
+            cluster={name: FLAGS[name].value for name in CLUSTER},
         )
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

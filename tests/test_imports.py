@@ -13,7 +13,7 @@ PACKAGE = ROOT / "qkd_jax"
 # From the bottom up; a room imports from the rows above its own, and within itself.
 LAYERS: tuple[tuple[set[str], ...], ...] = (
     ({"checks"}, {"trees"}, {"whole_files"}),
-    ({"graph"},),
+    ({"graph"}, {"processes"}),
     ({"numerics"}, {"hierarchy"}),
     ({"quantizers"}, {"losses"}),
     (

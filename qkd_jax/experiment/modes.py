@@ -3,13 +3,14 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from qkd_jax import checks
+from qkd_jax import checks, processes
 from qkd_jax.data import NotPreparedError
 from qkd_jax.experiment import soft_label_record, sweep_state
 from qkd_jax.experiment.orchestrate import run, step_cache
@@ -29,10 +30,18 @@ from qkd_jax.experiment.results import (
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.settings import resolve
 from qkd_jax.experiment.stages import STAGES
+from qkd_jax.experiment.together import follow
+from qkd_jax.processes.startup import USAGE_ERROR
 from qkd_jax.record.checkpoint import SaveError
 from qkd_jax.record.folder import RunFolder
 from qkd_jax.record.restoring import first_line, read_latest
-from qkd_jax.record.stopping import EXIT_FILES, EXIT_INTERRUPTED, EXIT_MEMORY, EXIT_NONFINITE
+from qkd_jax.record.stopping import (
+    EXIT_FILES,
+    EXIT_INTERRUPTED,
+    EXIT_MEMORY,
+    EXIT_NONFINITE,
+    GracefulStop,
+)
 from qkd_jax.report import read_comparison, write_comparison
 from qkd_jax.training.loop import NonFiniteError, Preempted
 from qkd_jax.training.parallel import enable_compilation_cache
@@ -179,8 +188,12 @@ def _os_message(error: OSError) -> str:
     )
 
 
-def exit_code(act: Callable[[], Any]) -> int:
+def exit_code(act: Callable[[], Any], *, say: Callable[[str], None] = _complain) -> int:
     """Calls `act`; returns 0, or the exit code of the error that it ended with, which it prints.
+
+    Args:
+        act: what is done.
+        say: prints a text.
 
     Raises:
         ValueError: a mistake of the user, whose message is all that needs to be shown.
@@ -188,20 +201,20 @@ def exit_code(act: Callable[[], Any]) -> int:
     try:
         act()
     except NonFiniteError as error:
-        _complain(f"stopped: {error}")
+        say(f"stopped: {error}")
         return EXIT_NONFINITE
     except Preempted as error:
-        _complain(f"asked to stop, saved at {error}; the same command resumes.")
+        say(f"asked to stop, saved at {error}; the same command resumes.")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         raise
     except OSError as error:
-        _complain(f"error: {_os_message(error)}")
+        say(f"error: {_os_message(error)}")
         return EXIT_FILES
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        _complain(
+        say(
             f"error: out of memory ({first_line(error) or 'MemoryError'}); take a smaller batch, "
             "eval_batch_size, image or model. What was saved is whole: the same command resumes."
         )
@@ -209,16 +222,77 @@ def exit_code(act: Callable[[], Any]) -> int:
     return 0
 
 
+def _together(config: Any, workdir: str | Path, start: Callable[[], processes.Group | None]) -> int:
+    """Runs, in several processes where this is one of several; returns the exit code.
+
+    One of several does not return: it ends once the others know.
+
+    Raises:
+        ValueError: a mistake of the user, where this process is alone or not yet with the others.
+    """
+    try:
+        group = start()
+    except processes.PeerError as error:
+        _complain(f"error: {error}")
+        return error.code
+    if group is None:
+        return exit_code(lambda: run(config, workdir))
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text.removeprefix("error: "))
+        _complain(text if group.leads else f"{group}: {text}")
+
+    code = 1
+    try:
+        if group.leads:
+            code = exit_code(lambda: run(config, workdir, group=group), say=say)
+        else:
+            with GracefulStop() as stop:
+                code = exit_code(lambda: follow(config, group, step_cache, stop), say=say)
+    except processes.Ended as error:
+        code = error.code
+        if code:
+            say(str(error))
+    except BaseException as error:
+        # A step fails where another process has died: the watch says which, and ends this one.
+        group.settle()
+        if isinstance(error, processes.PeerError | ValueError):
+            code = getattr(error, "code", USAGE_ERROR)
+            say(f"error: {error}")
+        else:
+            traceback.print_exc()
+            said.append(f"{type(error).__name__}: {first_line(error)}")
+    group.leave(code, " ".join(said))
+    return code
+
+
 def main(
-    mode: str, *, config: Any, workdir: str | Path, target: str = "", against: str = ""
+    mode: str,
+    *,
+    config: Any,
+    workdir: str | Path,
+    target: str = "",
+    against: str = "",
+    cluster: Mapping[str, Any] | None = None,
 ) -> int:
     """Runs a mode of the command line; returns the exit code.
+
+    Args:
+        mode: "run", "inspect", "eval", "export" or "report".
+        config: of a run, and to inspect.
+        workdir: the run folder.
+        target: of `export`.
+        against: of `report`.
+        cluster: arguments of `processes.start`, for a run of several processes; other modes are of
+            one process.
 
     Raises:
         ValueError: a mistake of the user, whose message is all that needs to be shown.
     """
+    if mode == "run":
+        return _together(config, workdir, lambda: processes.start(**(cluster or {})))
     acts: dict[str, Callable[[], Any]] = {
-        "run": lambda: run(config, workdir),
         "inspect": lambda: inspect(config),
         "eval": lambda: evaluate(workdir),
         "export": lambda: export(workdir, target=target),

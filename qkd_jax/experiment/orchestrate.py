@@ -23,6 +23,8 @@ from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.settings import Settings, resolve
 from qkd_jax.experiment.shared_store import SharedStages
 from qkd_jax.experiment.stages import STAGES
+from qkd_jax.experiment.together import check_same, facts_of, send_state
+from qkd_jax.processes import Group
 from qkd_jax.record.checkpoint import Checkpoints
 from qkd_jax.record.environment import git_state
 from qkd_jax.record.folder import FREE_FIELDS, RunFolder
@@ -41,6 +43,7 @@ def run(
     shared: SharedStages | None = None,
     steps: Callable[[Settings], StepCache] | None = None,
     stop: GracefulStop | None = None,
+    group: Group | None = None,
 ) -> dict[str, Any]:
     """Runs an experiment, or resumes it where it was interrupted.
 
@@ -52,6 +55,7 @@ def run(
         shared: the stages that it shares with other runs of a sweep.
         steps: returns the cache of compiled steps for a config's devices, where runs share one.
         stop: asks the run to stop; without it SIGTERM and Ctrl-C do.
+        group: the processes of the run where there are several, of which this is process 0.
 
     Returns:
         The content of results.json.
@@ -67,6 +71,10 @@ def run(
     if not Path(workdir).exists():  # a mistake in the config leaves no folder behind
         dataset = load_data(plain)
         check_sources(read(plain, dataset))
+    git = git_state()
+    if group is not None:  # before the folder is made
+        dataset = dataset or load_data(plain)
+        group.compare(facts_of(plain, dataset, git))
     with RunFolder(workdir) as folder:
         folder.lock()
         known = folder.check_config(plain, ignore=FREE_FIELDS)
@@ -85,7 +93,6 @@ def run(
             check_sources(settings)
         for warning in settings.warnings():
             say(warning)
-        git = git_state()
         asked = contextlib.nullcontext(stop) if stop is not None else GracefulStop()
         with Checkpoints(folder.checkpoints) as checkpoints, asked as stop:
             state = Run(
@@ -94,8 +101,9 @@ def run(
                 folder,
                 checkpoints,
                 (steps or step_cache)(settings),
-                stopping=lambda: stop.requested,
+                stopping=lambda: stop.requested or (group is not None and group.asked),
                 verbose=verbose,
+                group=group,
                 origin=origin_of(plain, dataset, git),
             )
             changed = _resume(state, folder, checkpoints, say, known=known)
@@ -200,7 +208,11 @@ def walk(
         try:
             for name in stage.nets:
                 state.init_net(name)
+            if stage.trains:
+                send_state(state, stage)
             STAGES[stage.kind].run(state, stage, **stage.fields)
+            if stage.trains:
+                check_same(state, stage)
         finally:
             state.add_times(stage.name, {"seconds": time.perf_counter() - begin})
         state.stage_index, state.stage_step = state.stage_index + 1, 0

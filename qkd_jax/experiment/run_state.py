@@ -16,6 +16,7 @@ from qkd_jax.distillation.forward import mode_arguments
 from qkd_jax.experiment.schedule import Stage
 from qkd_jax.experiment.settings import Settings, shapes
 from qkd_jax.models import MODELS
+from qkd_jax.processes import Group
 from qkd_jax.quantize import QuantizedModel, load_float
 from qkd_jax.quantize.variables import is_folded
 from qkd_jax.record.checkpoint import Checkpoints
@@ -82,6 +83,8 @@ class Run:
         steps: the compiled steps, shared by all stages.
         stopping: whether the run has been asked to stop.
         verbose: whether progress is shown.
+        group: the processes of the run, where there are several; only process 0 has a folder and
+            walks the schedule, the others have training stages alone.
         origin: of `origin.origin_of`; each checkpoint carries it.
         variables: {net: variables}; a net is there once it has taken part in a stage.
         optimizers: {stage: {net: flat optimizer state}} of the stage that runs and of those that a
@@ -107,6 +110,7 @@ class Run:
     steps: StepCache = dataclasses.field(default_factory=StepCache)
     stopping: Callable[[], bool] = lambda: False
     verbose: bool = True
+    group: Group | None = None
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     variables: dict[str, Variables] = dataclasses.field(default_factory=dict)
     optimizers: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
@@ -239,6 +243,10 @@ class Run:
             self._images[stage] = images
         return self._images[stage]
 
+    def give_images(self, stage: str, images: dict[str, np.ndarray]) -> None:
+        """Takes the images that a stage made in another process."""
+        self._images[stage] = images
+
     def training_set(self, source: str) -> Dataset:
         """The data set whose training images a stage made; "" is the data set itself.
 
@@ -324,9 +332,12 @@ class Run:
 
     def save(self, *, score: float | None = None, blocking: bool = False) -> None:
         """Saves a checkpoint of everything that resuming needs."""
-        if self.checkpoints is None:
-            return
-        tree = {"nets": self.variables, "optimizers": self.optimizers}
+        if self.checkpoints is not None:
+            tree, meta = self.snapshot()
+            self.checkpoints.save(self.step, tree, meta, score=score, blocking=blocking)
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns (arrays, facts): everything that resuming needs, as `load` takes it."""
         meta = {
             "origin": self.origin,
             "stage": "" if self.finished else self.stage().name,
@@ -341,7 +352,7 @@ class Run:
             "timings": self.timings,
             "lines": 0 if self.folder is None else self.folder.metrics.lines,
         }
-        self.checkpoints.save(self.step, tree, meta, score=score, blocking=blocking)
+        return {"nets": self.variables, "optimizers": self.optimizers}, meta
 
     def load(self, saved: Restored) -> None:
         """Restores the state that `save` wrote."""
@@ -361,6 +372,26 @@ class Run:
         self.synthetic = saved.meta.get("synthetic", {})
         self.bases = list(saved.meta.get("bases", [""]))
         self.timings = saved.meta["timings"]
+
+    @property
+    def follows(self) -> bool:
+        """Whether another process leads the run."""
+        return self.group is not None and not self.group.leads
+
+    def alone(self, act: Callable[..., None]) -> Callable[..., None]:
+        """Returns an act between steps that process 0 does while the others wait for it."""
+        group = self.group
+        if group is None:
+            return act
+
+        def led(*arguments: Any) -> None:
+            act(*arguments)
+            group.tell({"kind": "done"})
+
+        def wait(*_: Any) -> None:
+            group.hear()
+
+        return led if group.leads else wait
 
     @property
     def finished(self) -> bool:

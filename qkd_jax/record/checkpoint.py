@@ -32,6 +32,7 @@ from qkd_jax.record.restoring import (
     Restored,
     canonical,
     first_line,
+    orbax_alone,
     quiet_orbax,
     read_latest,
     read_record,
@@ -95,6 +96,9 @@ class Checkpoints:
             # Without this every step's metadata is parsed here, and one damaged file would stop
             # the manager from opening at all.
             lightweight_initialize=True,
+            # The folder is there, and several processes do not make one together.
+            create=False,
+            multiprocessing_options=orbax_alone(),
         )
         return ocp.CheckpointManager(self.directory, options=options)
 

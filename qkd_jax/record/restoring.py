@@ -176,7 +176,9 @@ def _read_arrays(folder: Path, names: set[str]) -> Any:
     wanted = ocp.args.PyTreeRestore(
         restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
     )
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    options = orbax_alone()
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
         return checkpointer.restore(folder, args=wanted)
 
 
@@ -184,6 +186,21 @@ def raise_trouble_of_machine(error: BaseException) -> None:
     """Raises an error that is the machine's and not the file's: a good step is not set aside."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) in _TROUBLE:
         raise error
+
+
+def orbax_alone() -> Any:
+    """Returns Orbax's options for one process of several that reads and writes by itself.
+
+    By default Orbax waits for the others at each save and each read.
+    """
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    here = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import jax
 from qkd_jax.record.progress import Progress
 from qkd_jax.training.feed import on_host
 from qkd_jax.training.nonfinite import locate_nonfinite
-from qkd_jax.training.parallel import CompiledStep
+from qkd_jax.training.parallel import REQUESTS, CompiledStep
 from qkd_jax.training.plan import Plan
 from qkd_jax.training.state import TrainState
 from qkd_jax.training.step import name_metrics
@@ -71,6 +71,7 @@ class Hooks:
         save: called with (step, state, window) if `save_at(step)`, and before stopping.
         save_at: whether to save after a step.
         stop: whether the run has been asked to stop.
+        late: whether a save is overdue by the clock.
         log_every: interval of `log`; 0 logs at the end only.
     """
 
@@ -80,6 +81,7 @@ class Hooks:
     save: Callable[[int, TrainState, Window], None]
     save_at: Callable[[int], bool]
     stop: Callable[[], bool]
+    late: Callable[[], bool] = lambda: False
     log_every: int = 10
 
 
@@ -121,18 +123,25 @@ def run_steps(
     frozen = compiled.place(dict(frozen))
     pending: tuple[int, Any, Any] | None = None
 
+    # What processes have asked for in the newest step whose metrics are here. All read the same
+    # numbers, so all stop and save at the same step: the one after that of the request.
+    requests = (False, False)
+
     def settle(waited: float = 0.0, later: int = 0) -> None:
         """Reads the metrics of the pending step; `later` steps have been started since."""
-        nonlocal pending
+        nonlocal pending, requests
         if pending is None:
             return
         (step, batch, metrics), pending = pending, None
         if not bool(jax.device_get(metrics["finite"])):
             # A step that was started since has left the nets as they were.
             bad = state.replace(step=state.step - later)
-            raise NonFiniteError(
-                _explain(plan, bad, on_host(batch), frozen, progress.stage, step, steps)
-            )
+            bad, batch, nets = compiled.local((bad, batch, frozen))
+            here = on_host(batch)
+            raise NonFiniteError(_explain(plan, bad, here, nets, progress.stage, step, steps))
+        if compiled.spans_processes:
+            stops, saves = jax.device_get(metrics[REQUESTS])
+            requests = bool(stops), bool(saves)
         named = name_metrics(plan, metrics)
         window.add(named)
         progress.update(step, loss=named[plan.learners[0]]["loss"], waited=waited)
@@ -143,21 +152,27 @@ def run_steps(
         begin = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - begin
+        if compiled.spans_processes:
+            batch = compiled.with_requests(batch, stop=hooks.stop(), save=hooks.late())
         state, metrics = compiled(state, batch, frozen)
         settle(waited, later=1)
         pending = (step, batch, metrics)
-        stop, look, save = hooks.stop(), hooks.look_at(step), hooks.save_at(step)
+        stop, late = requests if compiled.spans_processes else (hooks.stop(), hooks.late())
+        look, save = hooks.look_at(step), step < steps and (late or hooks.save_at(step))
         if stop or look or save or step in (done + 1, steps):
             settle()
             acting = time.perf_counter()
+            saving = save or (stop and step < steps)
+            readable = compiled.local(state) if look or saving else state
             if look:
-                hooks.look(step, state)
-            if save or (stop and step < steps):
-                hooks.save(step, state, window)
+                hooks.look(step, readable)
+            if saving:
+                hooks.save(step, readable, window)
+                requests = (requests[0], False)
             progress.paused(time.perf_counter() - acting)
             if stop and step < steps:
                 raise Preempted(f"stage {progress.stage!r}, step {step} of {steps}")
-    return state
+    return compiled.local(state)
 
 
 def _explain(

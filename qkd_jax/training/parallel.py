@@ -1,5 +1,8 @@
 """Compiles a step for devices: `jit` over a mesh (the default) or `pmap`.
 
+The devices may be those of several processes (`jax.distributed`), under `jit`. Each process gives
+its own rows of a batch and has the whole state.
+
 Under `jit` the program is written for the whole batch and XLA divides it, so BatchNorm and the
 quantizers' statistics are global by construction. Under `pmap` each device runs its share and the
 step gets `axis_name`: sums, counts and gradients are added over it. Both equal one device. Under a
@@ -24,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -35,6 +39,8 @@ from qkd_jax.training.step import Metrics, Step, make_step
 
 AXIS = PMAP_AXIS
 MODES = ("jit", "pmap")
+# The name, in a batch and in a step's metrics, of what processes ask of one another.
+REQUESTS = "requests"
 
 
 class CompiledStep:
@@ -65,11 +71,27 @@ class CompiledStep:
         # all have come: two steps in flight hold what the other waits for, and XLA ends the process
         # after 40 seconds.
         self._one_by_one = len(self.devices) > 1 and self.devices[0].platform == "cpu"
+        processes = {device.process_index for device in self.devices}
+        self.spans_processes = jax.process_count() > 1
+        if self.spans_processes and mode == "pmap":
+            raise ValueError(
+                "parallel.mode is 'pmap', which is for one process; several need 'jit'."
+            )
+        if self.spans_processes and len(processes) < jax.process_count():
+            raise ValueError(
+                f"parallel.devices is {len(self.devices)}, all of {len(processes)} of "
+                f"{jax.process_count()} processes; set it to 0, which takes the devices of all."
+            )
 
         @functools.wraps(step)
         def counted(state: TrainState, batch: Mapping[str, Any], frozen: Mapping[str, Any]):
             self.traces += 1  # runs while tracing only
-            return step(state, batch, frozen, axis_name=AXIS if mode == "pmap" else None)
+            arrays = dict(batch)
+            requests = arrays.pop(REQUESTS, None)
+            state, metrics = step(state, arrays, frozen, axis_name=AXIS if mode == "pmap" else None)
+            if requests is not None:
+                metrics = {**metrics, REQUESTS: jnp.max(requests, axis=0)}
+            return state, metrics
 
         self._counted = counted
 
@@ -126,8 +148,72 @@ class CompiledStep:
         return self._place_once(state), self.shard_batch(batch), self._place_once(frozen)
 
     def place(self, tree: Any) -> Any:
-        """Puts a state, or nets by slot, on the devices: whole copies, or as the layout divides."""
-        return jax.device_put(tree, self._shardings(tree))
+        """Puts a state, or nets by slot, on the devices: whole copies, or as the layout divides.
+
+        Where devices are of several processes, all of them have the same arrays and call this.
+        """
+        shardings = self._shardings(tree)
+        if not self.spans_processes:
+            return jax.device_put(tree, shardings)
+
+        # Not device_put: it compares whole arrays over processes, one by one.
+        def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+            if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+                return leaf
+            host = _in_jax_dtype(np.asarray(leaf))
+            return jax.make_array_from_callback(host.shape, sharding, lambda at: host[at])
+
+        if isinstance(shardings, NamedSharding):
+            return jax.tree.map(lambda leaf: put(leaf, shardings), tree)
+        return jax.tree.map(put, tree, shardings)
+
+    def local(self, tree: Any) -> Any:
+        """Returns a tree whose arrays this process can read by itself; all processes call this.
+
+        A state of this process alone is returned as it is. Arrays may share memory with `tree`.
+        """
+        if not self.spans_processes:
+            return tree
+
+        def of_all(leaf: Any) -> Any:
+            whole = not isinstance(leaf, jax.Array) or leaf.is_fully_replicated
+            return leaf if whole else self._gather(leaf)
+
+        def read(leaf: Any) -> Any:
+            return leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
+
+        return jax.tree.map(lambda leaf: read(of_all(leaf)), tree)
+
+    @functools.cached_property
+    def _gather(self) -> Any:
+        return jax.jit(lambda x: x, out_shardings=self._replicated)
+
+    def rows(self, batch_size: int) -> np.ndarray | None:
+        """Returns the rows of a batch that this process gives, ascending; None for all of them.
+
+        Raises:
+            ValueError: The batch is not divisible by the number of devices.
+        """
+        if not self.spans_processes:
+            return None
+        self._check_even(batch_size)
+        parts = self._sharded.addressable_devices_indices_map((batch_size,)).values()
+        assert parts is not None
+        return np.unique(np.concatenate([np.arange(batch_size)[index] for index in parts]))
+
+    def with_requests(
+        self, batch: Mapping[str, Any], *, stop: bool, save: bool
+    ) -> Mapping[str, Any]:
+        """Adds to a batch what this process asks of all: to stop, to save.
+
+        The step's metrics have what any of them asks, int32 [2], under `REQUESTS`: an agreement
+        that waits for nothing but the step.
+        """
+        parts = len(self.devices) // self.layout.model
+        here = self.rows(parts)
+        assert here is not None
+        asked = np.broadcast_to(np.array([stop, save], np.int32), (len(here), 2))
+        return {**self.shard_batch(batch), REQUESTS: self._whole(asked, parts)}
 
     def _place_once(self, tree: Any) -> Any:
         # The first leaf stands for all: device_put on some hundred leaves that are in place
@@ -176,7 +262,8 @@ class CompiledStep:
         A step does this itself. Call it to start the transfer earlier, or to reuse a batch.
 
         Args:
-            batch: arrays [batch, ...], on the host or on a device.
+            batch: arrays [batch, ...], on the host or on a device; where devices are of several
+                processes, this one's `rows`, on the host.
 
         Returns:
             Arrays [batch, ...] under `jit`, [devices, batch / devices, ...] under `pmap`, divided
@@ -190,16 +277,39 @@ class CompiledStep:
             # Labels are [batch]; with another axis they have pmap's layout.
             if self.mode == "jit" or batch["label"].ndim == 2:
                 return dict(batch)
-        rows = image.shape[0]
+        if self.spans_processes:
+            return self._shard_rows(batch)
+        self._check_even(image.shape[0])
+        arrays = {name: _in_jax_dtype(array) for name, array in batch.items()}
+        if self.mode == "pmap":
+            arrays = {n: a.reshape(count, -1, *a.shape[1:]) for n, a in arrays.items()}
+        return jax.device_put(arrays, self._sharded)
+
+    def _shard_rows(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Makes arrays of the whole batch from this process's rows of it."""
+        parts = len(self.devices) // self.layout.model
+        one_a_part = self.rows(parts)
+        assert one_a_part is not None
+        total = len(batch["image"]) * parts // len(one_a_part)
+        return {name: self._whole(array, total) for name, array in batch.items()}
+
+    def _whole(self, array: np.ndarray, total: int) -> jax.Array:
+        """Makes an array [total, ...] from this process's rows of it."""
+        rows, array = self.rows(total), _in_jax_dtype(array)
+        assert rows is not None
+
+        def part(at: Any) -> np.ndarray:
+            return array[np.searchsorted(rows, np.arange(total)[at[0]])]
+
+        return jax.make_array_from_callback((total, *array.shape[1:]), self._sharded, part)
+
+    def _check_even(self, rows: int) -> None:
+        count = len(self.devices) // self.layout.model
         if rows % count:
             raise ValueError(
                 f"the batch has {rows} examples, which {count} devices cannot share evenly; use a "
                 f"batch size that is a multiple of {count}, or fewer devices."
             )
-        arrays = {name: _in_jax_dtype(array) for name, array in batch.items()}
-        if self.mode == "pmap":
-            arrays = {n: a.reshape(count, -1, *a.shape[1:]) for n, a in arrays.items()}
-        return jax.device_put(arrays, self._sharded)
 
 
 def _in_jax_dtype(array: Any) -> Any:

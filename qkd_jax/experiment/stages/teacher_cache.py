@@ -119,7 +119,8 @@ def prepare(
     found = {}
     dataset, source = run.training_set(stage.fields["images"]), stage.fields["images"]
     with tempfile.TemporaryDirectory() as scratch:
-        base = Path(fields["dir"]) if fields["dir"] else None
+        # One process writes; one that follows computes what it looks up by itself.
+        base = Path(fields["dir"]) if fields["dir"] and not run.follows else None
         if base is None:
             base = Path(scratch) if run.folder is None else run.folder.path / "cache"
         for net in cached_nets(stage):

@@ -127,6 +127,7 @@ def train(
         augment=augment,
         views=views,
         known=prepare(run, stage, plan, augment),
+        rows=compiled.rows(batch_size),
     ).iter(
         start + done,
         start + stage.steps,
@@ -155,7 +156,8 @@ def train(
             run.add_times(stage.name, progress.summary())
     state = _with_averages(stage, plan, state)
     _take(run, stage, plan, state, stage.steps, Window())
-    run.heads |= evaluate_heads(run, plan, state)
+    if not run.follows:
+        run.heads |= evaluate_heads(run, plan, state)
     # The optimizer and what terms own travel on only if a later stage continues them.
     kept = {net: _without(STALE, run.optimizers[stage.name][net]) for net in stage.continued}
     del run.optimizers[stage.name]
@@ -306,10 +308,11 @@ def _hooks(run: Run, stage: Stage, plan: Plan) -> Hooks:
                 best.update(top1=top1, step=step)
 
     def save_at(step: int) -> bool:
-        if step == stage.steps:
-            return False  # the end of the stage saves
-        late = bool(save_seconds) and time.monotonic() - best["last"] >= save_seconds
-        return late or (bool(save_steps) and step % save_steps == 0)
+        return bool(save_steps) and step % save_steps == 0
+
+    def late() -> bool:
+        since = time.monotonic() - best["last"]
+        return bool(save_seconds) and not run.follows and since >= save_seconds
 
     def save(step: int, state: TrainState, window: Window) -> None:
         _take(run, stage, plan, state, step, window)
@@ -320,11 +323,12 @@ def _hooks(run: Run, stage: Stage, plan: Plan) -> Hooks:
 
     return Hooks(
         log=log,
-        look=look,
+        look=run.alone(look),
         look_at=lambda step: at(step, eval_every) or at(step, quant_every) or step == stage.steps,
-        save=save,
+        save=run.alone(save),
         save_at=save_at,
         stop=run.stopping,
+        late=late,
         log_every=every["every_steps"],
     )
 
