@@ -8,7 +8,8 @@ output, for any layout.
 `quantized_contraction` computes on codes and scales once:
 `contraction(codes_x, codes_w) * (s_x * s_w)`. Integer codes are exact in float32, so training,
 evaluation and the integer path see the same sums. That holds for layers of bfloat16 and float16
-too: their codes and sums are float32, and the scaled output is cast to the layer's type once.
+too: their sums are float32, and the scaled output is cast to the layer's type once. Codes of up to
+8 bits are exact in bfloat16, so layers of that type multiply them as such.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ class Contraction:
         rhs_axes: the same for the right operand.
         rank: of the output.
         positions: axes of the left operand that a window moves along, in a sequence.
+        summed_in_float32: `fn` for operands of bfloat16 with a result of float32, or None.
     """
 
     fn: Callable[[jax.Array, jax.Array], jax.Array]
@@ -43,6 +45,7 @@ class Contraction:
     rhs_axes: Axes
     rank: int
     positions: tuple[int, ...] = ()
+    summed_in_float32: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
     def dtype(self, lhs: Any, rhs: Any) -> Any:
         """Returns the type in which `fn` gives its result for two operands."""
@@ -113,11 +116,13 @@ def conv_contraction(
     """Returns the contraction `base(lhs, rhs, *args, **kwargs)` of a `conv_general_dilated`."""
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, kwargs.get("dimension_numbers"))
     axes = output_axes("conv_general_dilated", numbers, (lhs.ndim, rhs.ndim))
+    wide = {**kwargs, "preferred_element_type": jnp.float32}
     return Contraction(
         lambda a, b: base(a, b, *args, **kwargs),
         *axes,
         lhs.ndim,
         sequence_positions(numbers.lhs_spec),
+        (lambda a, b: base(a, b, *args, **wide)) if base is lax.conv_general_dilated else None,
     )
 
 
@@ -137,7 +142,15 @@ def dot_contraction(
     """Returns the contraction `base(lhs, rhs, dimension_numbers, ...)` of a `dot_general`."""
     axes = output_axes("dot_general", dimension_numbers, (lhs.ndim, rhs.ndim))
     rank = len({out for side in axes for out in side if out is not None})
-    return Contraction(lambda a, b: base(a, b, dimension_numbers, *args, **kwargs), *axes, rank)
+    wide = {**kwargs, "preferred_element_type": jnp.float32}
+    return Contraction(
+        lambda a, b: base(a, b, dimension_numbers, *args, **kwargs),
+        *axes,
+        rank,
+        summed_in_float32=(lambda a, b: base(a, b, dimension_numbers, *args, **wide))
+        if base is lax.dot_general
+        else None,
+    )
 
 
 def einsum_contraction(equation: str, lhs: jax.Array, rhs: jax.Array) -> Contraction:
@@ -160,7 +173,13 @@ def einsum_contraction(equation: str, lhs: jax.Array, rhs: jax.Array) -> Contrac
         return tuple(result.index(c) if c in result else None for c in labels)
 
     return Contraction(
-        lambda a, b: jnp.einsum(equation, a, b), axes(left), axes(right), len(result)
+        lambda a, b: jnp.einsum(equation, a, b),
+        axes(left),
+        axes(right),
+        len(result),
+        summed_in_float32=lambda a, b: jnp.einsum(
+            equation, a, b, preferred_element_type=jnp.float32
+        ),
     )
 
 
@@ -172,6 +191,11 @@ def code_dtype(format: IntFormat, zero_point: bool) -> Any:
     return np.int8 if widest <= 127 else np.int16 if widest <= 32767 else np.int32
 
 
+def largest_code(format: IntFormat, zero_point: bool) -> int:
+    """Returns the largest size of a centred code (`code - zero_point`)."""
+    return format.qmax - format.qmin if zero_point else max(format.qmax, -format.qmin)
+
+
 class _Static(NamedTuple):
     """The static arguments of a compiled contraction: the dtypes of its stages, its folding."""
 
@@ -181,6 +205,7 @@ class _Static(NamedTuple):
     sums: Any
     out: Any
     folded: bool  # whether a multiplier was given in place of the scales' product
+    narrow: bool  # whether codes are multiplied as bfloat16
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -204,7 +229,13 @@ def _forward(
     multiplier: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     codes_x, codes_w = codes_of(x_hat, x_scale), codes_of(w_hat, w_scale)
-    out = (static.contraction.fn(codes_x, codes_w) * multiplier).astype(static.out)
+    if static.narrow:
+        product = static.contraction.summed_in_float32
+        assert product is not None
+        sums = product(codes_x.astype(jnp.bfloat16), codes_w.astype(jnp.bfloat16))
+    else:
+        sums = static.contraction.fn(codes_x, codes_w)
+    out = (sums * multiplier).astype(static.out)
     # Residuals: codes in their own width (a quarter of float32 or less), and two small scales.
     kept = codes_x.astype(static.kept_x), codes_w.astype(static.kept_w)
     return out, (*kept, x_scale, w_scale, multiplier)
@@ -270,12 +301,16 @@ def quantized_contraction(
     elif jnp.ndim(multiplier) not in (0, contraction.rank):
         multiplier = jnp.reshape(multiplier, (1,) * (contraction.rank - 1) + (-1,))
     stop = lax.stop_gradient
+    out = contraction.dtype(x_hat, w_hat) if dtype is None else dtype
     static = _Static(
         contraction,
         code_dtype(x_format, x_affine),
         code_dtype(w_format, w_affine),
         x_hat.dtype,
-        contraction.dtype(x_hat, w_hat) if dtype is None else dtype,
+        out,
         folded,
+        narrow=contraction.summed_in_float32 is not None
+        and out == jnp.bfloat16
+        and all(largest_code(format, affine) <= 256 for _, format, affine in (x_grid, w_grid)),
     )
     return _contracted(static, x_hat, w_hat, stop(x_scale), stop(w_scale), stop(multiplier))

@@ -10,6 +10,7 @@ layer's parameters do, where values handed to a callback would leak.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -134,9 +135,13 @@ class OperandUse:
         assert self.module.scope is not None
         if spec.rounding == "stochastic" and self.module.scope.has_rng(ROUNDING):
             key = self.module.make_rng(ROUNDING)
-        x_hat, params = self.fake_quant(
-            self.x, params, batch_axes=self.batch_axes, key=key, axis_name=self.axis_name
+        quantized = functools.partial(
+            self.fake_quant, batch_axes=self.batch_axes, key=key, axis_name=self.axis_name
         )
+        if jnp.issubdtype(self.x.dtype, jnp.floating) and self.x.dtype.itemsize < 4:
+            # Kept for the backward pass as it is, in place of what it is widened to.
+            quantized = jax.checkpoint(quantized)
+        x_hat, params = quantized(self.x, params)
         grid = None
         if self.group is None:
             grid = QUANTIZERS[spec.quantizer].integer_view(params, spec)

@@ -153,3 +153,19 @@ def test_integer_only_refuses_a_product_that_is_rounded_to_bfloat16():
     net, variables = calibrated(model, x, rules)
     with pytest.raises(ValueError, match=r"integer_only.*rounds to bfloat16"):
         convert(net, variables, x, integer_only=True)
+
+
+@pytest.mark.parametrize(("bits", "narrow"), [(8, True), (12, False)])
+def test_a_layer_of_bfloat16_multiplies_codes_of_8_bits_as_such(bits, narrow):
+    x = jax.random.normal(jax.random.key(1), (4, 6, 6, 3))
+    spec = Spec(bits, signed=False, symmetric=False)
+    model = nn.Sequential(
+        [nn.Conv(4, (3, 3), dtype="bfloat16"), nn.DenseGeneral(4, dtype="bfloat16")]
+    )
+    net, variables = calibrated(model, x, [Rule(".*", weight=WEIGHT, input=spec)])
+    text = jax.jit(net.apply).lower(variables, x).as_text()
+    for product in ("stablehlo.convolution", "stablehlo.dot_general"):
+        (line,) = (line for line in text.splitlines() if product in line)
+        operands, result = line.rsplit(":", 1)[1].split("->")
+        assert operands.count("bf16>") == (2 if narrow else 0), line
+        assert "xf32>" in result, line
