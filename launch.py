@@ -75,6 +75,12 @@ flags.DEFINE_integer("processes", None, "How many processes the run has.")
 flags.DEFINE_integer("process", None, "Which of them this is: 0, 1, ...")
 flags.DEFINE_float("start_timeout", 300.0, "Seconds until all processes of a run must have come.")
 flags.DEFINE_float("peer_timeout", 60.0, "Seconds without a word after which a process is dead.")
+flags.DEFINE_string(
+    "profile_steps",
+    "",
+    "a,b: write a trace of the steps a to b (counted from 1 over the whole schedule) to "
+    "<workdir>/profile.",
+)
 flags.DEFINE_bool("debug", False, "Show the traceback of an error in the flags or the config.")
 
 
@@ -179,6 +185,8 @@ def sweep(argv: list[str]) -> int:
         raise UsageError("--sweep needs --config, for example --config=configs/qkd.py:seeds=8.")
     if FLAGS.mode == "run" and not FLAGS.workdir:
         raise UsageError("--sweep needs --workdir, for example --workdir=runs/qkd_seeds.")
+    if FLAGS.profile_steps:
+        raise UsageError("--profile_steps traces one run; start that one without --sweep.")
     check_company()
     found, own = sweep_of(text)
     from qkd_jax import experiment
@@ -235,6 +243,10 @@ def check_company() -> None:
             f"--target goes with --mode=export, not {FLAGS.mode}; a run takes its target from "
             "the config: --config.target=..."
         )
+    if FLAGS.profile_steps and FLAGS.mode != "run":
+        raise UsageError(
+            f"--profile_steps goes with --mode=run, not {FLAGS.mode}: it traces steps of training."
+        )
     if FLAGS.against and FLAGS.mode != "report":
         raise UsageError(
             f"--against goes with --mode=report, not {FLAGS.mode}: it names the control of a "
@@ -272,6 +284,7 @@ def main(argv: list[str]) -> int:
             target=FLAGS.target,
             against=FLAGS.against,
             cluster={name: FLAGS[name].value for name in CLUSTER},
+            profile_steps=FLAGS.profile_steps,
         )
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

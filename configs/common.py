@@ -48,8 +48,7 @@ def frame(*, data: str, seed: int, train_examples: int = -1) -> ConfigDict:
         train_examples: labelled images to train on; 0 is all, -1 the recipe's number.
     """
     known = recipe(data)
-    config = ConfigDict()
-    config.seed = seed
+    config = ConfigDict(dict(seed=seed))
     config.target = ""  # the engine that will run the nets, a key of qkd_jax/quantize/targets.py
     config.data = dict(
         name=data,
@@ -67,6 +66,8 @@ def frame(*, data: str, seed: int, train_examples: int = -1) -> ConfigDict:
     config.eval_batch_size = 500
     # 0 switches a periodic action off. Steps are counted within a stage.
     config.log = dict(every_steps=10, eval_every_steps=100, quant_every_steps=20)
+    config.log.update(codes_every_steps=0, live=())  # live=("ranges", "agreement", ...)
+    config.track = dict(trackers=(), project="qkd_jax")  # "tensorboard", "wandb"
     config.checkpoint = dict(every_seconds=30.0, every_steps=0)
     # devices=0: all. `model` of them divide the nets, by `rules` (qkd_jax/training/mesh.py).
     config.parallel = dict(mode="jit", devices=0, model=1, rules=())
@@ -195,11 +196,8 @@ def sgd(lr: float, *, weight_decay: float, continues: str = "", **fields: Any) -
     `freeze` lists regular expressions of layers that do not learn. `continues` names the stage
     whose optimizer and schedule run on over the joint length.
 
-    Schedule "wsd" is flat between warm-up and `decay`, its last part, of `decay_shape` "1-sqrt",
-    "linear" or "cosine". `layer_decay` multiplies rates by itself a block from the head to the
-    input, where `layer_stem` is; `layer_rates` gives factors by layer, ("stem:0.1",). `ema` is the
-    decay of an average of the net (0: none), which forgets faster at first with `ema_warmup`, and
-    which the net becomes at the stage's end with `ema_final`. For Muon and Lion see `optimizers`.
+    `decay` is schedule "wsd"'s, `layer_*` are rates by layer, `ema*` an average of the net, `rms`
+    and `adam_layers` Muon's: see docs/running.md, and `optimizers` for Lion and Muon.
     """
     defaults = dict(
         name="sgd",

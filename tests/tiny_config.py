@@ -17,7 +17,7 @@ def get_config(arg=""):
     config = common.frame(data="synthetic", seed=args.seed, train_examples=96)
     config.eval_batch_size = 128
     config.data.augment = ("shift:1",)
-    config.log = dict(every_steps=3, eval_every_steps=4, quant_every_steps=4)
+    config.log.update(every_steps=3, eval_every_steps=4, quant_every_steps=4)
     config.checkpoint = dict(every_seconds=0.0, every_steps=args.save_steps)
     config.parallel.devices = 1
 

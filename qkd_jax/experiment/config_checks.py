@@ -14,8 +14,13 @@ from qkd_jax.hierarchy import TREES, find
 from qkd_jax.losses import TABLE
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.targets import TARGETS
+from qkd_jax.record import trackers
+from qkd_jax.training import plan
 from qkd_jax.training.mesh import MeshLayout
 from qkd_jax.training.parallel import MODES
+
+# What `config.log.live` may name.
+LIVE = (*plan.LIVE, "ranges", "oscillating")
 
 
 def mapping(where: str, value: Any, example: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -39,7 +44,14 @@ def check_frame(plain: Mapping[str, Any]) -> None:
     checks.integer_in("config.seed", plain["seed"], 0, 2**32 - 1)
     checks.integer_in("config.eval_batch_size", plain["eval_batch_size"], 1)
     for key, value in plain["log"].items():
-        checks.integer_in(f"config.log.{key}", value, 0)
+        if key != "live":
+            checks.integer_in(f"config.log.{key}", value, 0)
+    live = plain["log"]["live"]
+    if isinstance(live, str):
+        raise ValueError(f"config.log.live is {live!r}; give a tuple, such as ('ranges',).")
+    for name in live:
+        checks.one_of("config.log.live", name, LIVE)
+    trackers.check(plain["track"]["trackers"])
     every = plain["checkpoint"]
     checks.in_range("config.checkpoint.every_seconds", every["every_seconds"], 0, float("inf"))
     checks.integer_in("config.checkpoint.every_steps", every["every_steps"], 0)

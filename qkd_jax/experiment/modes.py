@@ -45,6 +45,7 @@ from qkd_jax.record.stopping import (
 from qkd_jax.report import read_comparison, write_comparison
 from qkd_jax.training.loop import NonFiniteError, Preempted
 from qkd_jax.training.parallel import enable_compilation_cache
+from qkd_jax.training.profiling import parse_steps
 
 
 def _open(workdir: str | Path) -> tuple[RunFolder, Run]:
@@ -222,7 +223,13 @@ def exit_code(act: Callable[[], Any], *, say: Callable[[str], None] = _complain)
     return 0
 
 
-def _together(config: Any, workdir: str | Path, start: Callable[[], processes.Group | None]) -> int:
+def _together(
+    config: Any,
+    workdir: str | Path,
+    start: Callable[[], processes.Group | None],
+    *,
+    profile_steps: tuple[int, int] | None = None,
+) -> int:
     """Runs, in several processes where this is one of several; returns the exit code.
 
     One of several does not return: it ends once the others know.
@@ -236,7 +243,7 @@ def _together(config: Any, workdir: str | Path, start: Callable[[], processes.Gr
         _complain(f"error: {error}")
         return error.code
     if group is None:
-        return exit_code(lambda: run(config, workdir))
+        return exit_code(lambda: run(config, workdir, profile_steps=profile_steps))
     said: list[str] = []
 
     def say(text: str) -> None:
@@ -246,7 +253,8 @@ def _together(config: Any, workdir: str | Path, start: Callable[[], processes.Gr
     code = 1
     try:
         if group.leads:
-            code = exit_code(lambda: run(config, workdir, group=group), say=say)
+            act = lambda: run(config, workdir, group=group, profile_steps=profile_steps)
+            code = exit_code(act, say=say)
         else:
             with GracefulStop() as stop:
                 code = exit_code(lambda: follow(config, group, step_cache, stop), say=say)
@@ -275,6 +283,7 @@ def main(
     target: str = "",
     against: str = "",
     cluster: Mapping[str, Any] | None = None,
+    profile_steps: str = "",
 ) -> int:
     """Runs a mode of the command line; returns the exit code.
 
@@ -286,12 +295,16 @@ def main(
         against: of `report`.
         cluster: arguments of `processes.start`, for a run of several processes; other modes are of
             one process.
+        profile_steps: of a run, "a,b"; process 0 writes the trace.
 
     Raises:
         ValueError: a mistake of the user, whose message is all that needs to be shown.
     """
+    traced = parse_steps(profile_steps) if profile_steps else None
     if mode == "run":
-        return _together(config, workdir, lambda: processes.start(**(cluster or {})))
+        return _together(
+            config, workdir, lambda: processes.start(**(cluster or {})), profile_steps=traced
+        )
     acts: dict[str, Callable[[], Any]] = {
         "inspect": lambda: inspect(config),
         "eval": lambda: evaluate(workdir),

@@ -25,12 +25,15 @@ from qkd_jax.experiment.shared_store import SharedStages
 from qkd_jax.experiment.stages import STAGES
 from qkd_jax.experiment.together import check_same, facts_of, send_state
 from qkd_jax.processes import Group
+from qkd_jax.record import trackers
 from qkd_jax.record.checkpoint import Checkpoints
 from qkd_jax.record.environment import git_state
 from qkd_jax.record.folder import FREE_FIELDS, RunFolder
 from qkd_jax.record.stopping import GracefulStop
+from qkd_jax.report import images
 from qkd_jax.training.loop import Preempted
 from qkd_jax.training.parallel import StepCache, enable_compilation_cache
+from qkd_jax.training.profiling import FOLDER, Profile, check_steps
 from qkd_jax.trees import tree_sha256
 
 
@@ -44,6 +47,7 @@ def run(
     steps: Callable[[Settings], StepCache] | None = None,
     stop: GracefulStop | None = None,
     group: Group | None = None,
+    profile_steps: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Runs an experiment, or resumes it where it was interrupted.
 
@@ -56,6 +60,7 @@ def run(
         steps: returns the cache of compiled steps for a config's devices, where runs share one.
         stop: asks the run to stop; without it SIGTERM and Ctrl-C do.
         group: the processes of the run where there are several, of which this is process 0.
+        profile_steps: the first and the last step of a trace, written to <workdir>/profile.
 
     Returns:
         The content of results.json.
@@ -67,10 +72,15 @@ def run(
     """
     plain = resolve(config)
     say = printer(verbose)
+    trackers.check(plain["track"]["trackers"])
+    trackers.check_packages(plain["track"]["trackers"])
     dataset = None
     if not Path(workdir).exists():  # a mistake in the config leaves no folder behind
         dataset = load_data(plain)
-        check_sources(read(plain, dataset))
+        checked = read(plain, dataset)
+        check_sources(checked)
+        if profile_steps is not None:
+            check_steps(profile_steps, checked.stages)
     git = git_state()
     if group is not None:  # before the folder is made
         dataset = dataset or load_data(plain)
@@ -91,10 +101,13 @@ def run(
         settings = read(plain, dataset)
         if not known:
             check_sources(settings)
+        if profile_steps is not None:
+            check_steps(profile_steps, settings.stages)
         for warning in settings.warnings():
             say(warning)
         asked = contextlib.nullcontext(stop) if stop is not None else GracefulStop()
-        with Checkpoints(folder.checkpoints) as checkpoints, asked as stop:
+        follow = trackers.tracking(folder.metrics, plain["track"], plain, say)
+        with Checkpoints(folder.checkpoints) as checkpoints, asked as stop, follow as follower:
             state = Run(
                 settings,
                 dataset,
@@ -104,6 +117,7 @@ def run(
                 stopping=lambda: stop.requested or (group is not None and group.asked),
                 verbose=verbose,
                 group=group,
+                profile=Profile(*profile_steps, folder.path / FOLDER) if profile_steps else None,
                 origin=origin_of(plain, dataset, git),
             )
             changed = _resume(state, folder, checkpoints, say, known=known)
@@ -116,6 +130,8 @@ def run(
                 resumed_from=state.step,
                 **({"changed": changed} if changed else {}),
             )
+            if profile_steps is not None and state.step >= profile_steps[1]:
+                say(f"the run is at step {state.step}, past --profile_steps: nothing is traced")
             before = state.timings.get("seconds", 0.0)
 
             def clock() -> None:
@@ -133,6 +149,9 @@ def run(
             folder.write_run(
                 nets={name: {"sha256": tree_sha256(v)} for name, v in state.variables.items()}
             )
+            if follower.trackers:
+                figures = images(folder.path)
+                follower.images(folder.metrics.lines, state.step, figures)
             folder.write_results(results)
             if report:
                 soft_label_record.write(state, folder.path)

@@ -23,6 +23,7 @@ from qkd_jax.record.checkpoint import Checkpoints
 from qkd_jax.record.restoring import Restored
 from qkd_jax.training.loop import Window
 from qkd_jax.training.parallel import StepCache
+from qkd_jax.training.profiling import Profile
 from qkd_jax.training.state import jit_once, stream_key
 from qkd_jax.training.step import eval_step
 from qkd_jax.trees import flatten, nested, tree_sha256
@@ -85,6 +86,7 @@ class Run:
         verbose: whether progress is shown.
         group: the processes of the run, where there are several; only process 0 has a folder and
             walks the schedule, the others have training stages alone.
+        profile: which steps are traced.
         origin: of `origin.origin_of`; each checkpoint carries it.
         variables: {net: variables}; a net is there once it has taken part in a stage.
         optimizers: {stage: {net: flat optimizer state}} of the stage that runs and of those that a
@@ -111,6 +113,7 @@ class Run:
     stopping: Callable[[], bool] = lambda: False
     verbose: bool = True
     group: Group | None = None
+    profile: Profile | None = None
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     variables: dict[str, Variables] = dataclasses.field(default_factory=dict)
     optimizers: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)

@@ -46,7 +46,14 @@ DEFAULTS: dict[str, Any] = {
         "workers": 0,
     },
     "eval_batch_size": 500,
-    "log": {"every_steps": 10, "eval_every_steps": 0, "quant_every_steps": 0},
+    "log": {
+        "every_steps": 10,
+        "eval_every_steps": 0,
+        "quant_every_steps": 0,
+        "codes_every_steps": 0,
+        "live": (),
+    },
+    "track": {"trackers": (), "project": "qkd_jax"},
     "checkpoint": {"every_seconds": 30.0, "every_steps": 0},
     "parallel": {"mode": "jit", "devices": 0, "model": 1, "rules": ()},
 }

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 RECORD, CHECKPOINT, FILES = "shared.json", "checkpoint", "files"
 # Of a run folder, what belongs to the run and not to its stages, or can be computed again.
-OWN = ("config.json", "run.json", "results.json", "timings.json", "report.html", "checkpoints")
+OWN = (
+    *("config.json", "run.json", "results.json", "timings.json", "report.html", "checkpoints"),
+    *("tensorboard", "wandb", "wandb.json", "profile"),
+)
 REMADE = ("cache", "soft_labels.json")
 _POLL_SECONDS = 0.2
 

@@ -15,6 +15,7 @@ from qkd_jax.experiment.settings import Settings, resolve
 from qkd_jax.experiment.shared_prefix import branch_points, prefix_keys
 from qkd_jax.experiment.sweep_list import Entry
 from qkd_jax.record.folder import FREE_FIELDS, RunFolder
+from qkd_jax.record.trackers import check_packages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,8 @@ def plan_runs(
         try:
             plain = resolve(config_of(entry))
             settings = _read(plain, checked, data, only_look=only_look)
+            if not only_look:
+                check_packages(plain["track"]["trackers"])
             begun = folder is not None and (folder / entry.name / "config.json").exists()
             if not begun:
                 check_sources(settings)

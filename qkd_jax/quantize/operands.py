@@ -141,7 +141,8 @@ class OperandUse:
         if jnp.issubdtype(self.x.dtype, jnp.floating) and self.x.dtype.itemsize < 4:
             # Kept for the backward pass as it is, in place of what it is widened to.
             quantized = jax.checkpoint(quantized)
-        x_hat, params = quantized(self.x, params)
+        with jax.named_scope(quantizer_key(self.operand)):  # for profiles
+            x_hat, params = quantized(self.x, params)
         grid = None
         if self.group is None:
             grid = QUANTIZERS[spec.quantizer].integer_view(params, spec)

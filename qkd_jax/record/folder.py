@@ -41,6 +41,7 @@ FREE_FIELDS = (
     "parallel.devices",
     "parallel.model",
     "parallel.rules",
+    "track",
 )
 
 _HAS_LOCKS = importlib.util.find_spec("fcntl") is not None  # not on Windows

@@ -67,10 +67,15 @@ class MetricsLog:
 
     Args:
         folder: the run folder.
+
+    Attributes:
+        follower: is told which rows the file has when it is cut back, and of each new one; see
+            `trackers.Follower`.
     """
 
     def __init__(self, folder: Path):
         self.path = folder / FILE
+        self.follower: Any = None
         self._count: int | None = None
 
     @property
@@ -94,6 +99,8 @@ class MetricsLog:
         # One write a line: a process killed in between leaves at most one torn line, at the end.
         append(self.path, f"{text}\n".encode())
         self._count = self.lines + 1
+        if self.follower is not None:
+            self.follower.add(self._count - 1, row)
 
     def truncate(self, step: int | None = None, *, lines: int | None = None) -> None:
         """Cuts the file back to what a checkpoint had seen; torn lines go in any case.
@@ -105,7 +112,9 @@ class MetricsLog:
                 logged at `step` after the checkpoint would be there twice.
         """
         found, data = _lines(self.path)
-        kept = [line for line, row in found[:lines] if step is None or row["step"] <= step]
-        if b"".join(kept) != data:
-            replace_file(self.path, b"".join(kept))
+        kept = [pair for pair in found[:lines] if step is None or pair[1]["step"] <= step]
+        if (whole := b"".join(line for line, _ in kept)) != data:
+            replace_file(self.path, whole)
         self._count = len(kept)
+        if self.follower is not None:
+            self.follower.begin([row for _, row in kept])

@@ -11,11 +11,13 @@ from qkd_jax.report.comparison_page import compare, read_comparison, write_compa
 from qkd_jax.report.comparison_terminal import terminal
 from qkd_jax.report.histograms import weight_histograms
 from qkd_jax.report.html import render, write
+from qkd_jax.report.images import images
 from qkd_jax.report.table import table
 
 __all__ = [
     "Comparison",
     "compare",
+    "images",
     "read_comparison",
     "render",
     "table",

@@ -1,7 +1,7 @@
 """The report's figures of a run, as SVG text: they read plain dicts and know no files."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qkd_jax.quantize.variables import quantizer_key
@@ -95,11 +95,12 @@ def mark_stages(
         axes.set_xlim(0, total)
 
 
-def curves(rows: Rows) -> str | None:
+def curves(rows: Rows, *, draw: Callable[[Any, str], Any] = svg.text) -> Any:
     """Returns the training loss and test accuracy over steps, stages marked; None without any.
 
     Args:
         rows: lines of metrics.jsonl; nets are the parts of "<net>/loss" and "<net>/top1".
+        draw: `svg.text`, or `svg.png` for an image.
     """
     loss = series(rows, "train", "loss")
     accuracy, split = series(rows, "test", "top1"), "test"
@@ -147,7 +148,7 @@ def curves(rows: Rows) -> str | None:
         grid[-1, 0].set_xlabel("step, counted over the whole schedule")
         handles = [grid[0, 0].plot([], [], line[n], color=color[n])[0] for n in nets]
         svg.legend(figure, handles, nets, inches=-0.05)
-        return svg.text(figure, "training loss and test accuracy over the steps of the run")
+        return draw(figure, "training loss and test accuracy over the steps of the run")
 
 
 def _steps(loss: Series, accuracy: Series, net: str) -> list[int]:
@@ -179,8 +180,13 @@ def _pick(paths: Sequence[str], limit: int = MAX_LAYERS) -> list[str]:
 
 
 def quantizer_paths(
-    rows: Rows, operand: str, *, net: str = "", order: Sequence[str] = ()
-) -> str | None:
+    rows: Rows,
+    operand: str,
+    *,
+    net: str = "",
+    order: Sequence[str] = (),
+    draw: Callable[[Any, str], Any] = svg.text,
+) -> Any:
     """Returns how one operand's quantizer parameters move, one panel a layer; None without any.
 
     Args:
@@ -189,6 +195,7 @@ def quantizer_paths(
         operand: "weight", "input" or "output".
         net: only keys under this prefix.
         order: the net's layers in order.
+        draw: of `curves`.
     """
     layers: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
@@ -227,17 +234,21 @@ def quantizer_paths(
         styles = [svg.LINES[number % len(svg.LINES)] for number in range(len(params))]
         handles = [panels[0].plot([], [], style, color=color)[0] for style in styles]
         svg.legend(figure, handles, [f"{operand} {param}" for param in params], inches=0.05)
-        return svg.text(
-            figure, f"{operand} quantizer parameters of {net or 'the net'} over the steps"
-        )
+        return draw(figure, f"{operand} quantizer parameters of {net or 'the net'} over the steps")
 
 
-def histograms(layers: Mapping[str, Mapping[str, Any]], *, order: Sequence[str] = ()) -> str | None:
+def histograms(
+    layers: Mapping[str, Mapping[str, Any]],
+    *,
+    order: Sequence[str] = (),
+    draw: Callable[[Any, str], Any] = svg.text,
+) -> Any:
     """Returns float weights and their codes on the code grid, one panel a layer; None without any.
 
     Args:
         layers: the "layers" of model/histograms.json, see `report.weight_histograms`.
         order: the net's layers in order.
+        draw: of `curves`.
     """
     if not layers:
         return None
@@ -251,9 +262,7 @@ def histograms(layers: Mapping[str, Mapping[str, Any]], *, order: Sequence[str] 
             known |= _one_histogram(axes, path, layers[path])
         svg.name_axes(figure, "code = weight / step", "share of the weights (%)")
         svg.legend(figure, list(known.values()), list(known), inches=0.05)
-        return svg.text(
-            figure, "histograms of the float weights and of their codes, layer by layer"
-        )
+        return draw(figure, "histograms of the float weights and of their codes, layer by layer")
 
 
 def _one_histogram(axes: Any, path: str, layer: Mapping[str, Any]) -> dict[str, Any]:

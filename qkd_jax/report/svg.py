@@ -102,6 +102,15 @@ def text(figure: Any, label: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{safe}" ', 1)
 
 
+def png(figure: Any, label: str) -> bytes:
+    """Returns the figure as a PNG image, with `text`'s arguments, for what shows no SVG."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        figure.savefig(buffer, format="png", dpi=100, metadata={"Title": label})
+    return buffer.getvalue()
+
+
 def style() -> Any:
     """Returns the context in which the report's figures are drawn."""
     import matplotlib

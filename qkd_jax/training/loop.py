@@ -18,6 +18,7 @@ from qkd_jax.training.feed import on_host
 from qkd_jax.training.nonfinite import locate_nonfinite
 from qkd_jax.training.parallel import REQUESTS, CompiledStep
 from qkd_jax.training.plan import Plan
+from qkd_jax.training.profiling import no_trace
 from qkd_jax.training.state import TrainState
 from qkd_jax.training.step import name_metrics
 
@@ -73,6 +74,8 @@ class Hooks:
         stop: whether the run has been asked to stop.
         late: whether a save is overdue by the clock.
         log_every: interval of `log`; 0 logs at the end only.
+        trace: called with (step, state) before each step, behind the last one, and with step 0
+            where the stage is left before its end; see `profiling`.
     """
 
     log: Callable[[int, dict[str, float]], None]
@@ -83,6 +86,7 @@ class Hooks:
     stop: Callable[[], bool]
     late: Callable[[], bool] = lambda: False
     log_every: int = 10
+    trace: Callable[[int, TrainState], None] = no_trace
 
 
 def run_steps(
@@ -135,6 +139,7 @@ def run_steps(
         (step, batch, metrics), pending = pending, None
         if not bool(jax.device_get(metrics["finite"])):
             # A step that was started since has left the nets as they were.
+            hooks.trace(0, state)
             bad = state.replace(step=state.step - later)
             bad, batch, nets = compiled.local((bad, batch, frozen))
             here = on_host(batch)
@@ -149,6 +154,7 @@ def run_steps(
             hooks.log(step, window.take())
 
     for step in range(done + 1, steps + 1):
+        hooks.trace(step, state)
         begin = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - begin
@@ -171,7 +177,9 @@ def run_steps(
                 requests = (requests[0], False)
             progress.paused(time.perf_counter() - acting)
             if stop and step < steps:
+                hooks.trace(0, state)
                 raise Preempted(f"stage {progress.stage!r}, step {step} of {steps}")
+    hooks.trace(0, state)
     return compiled.local(state)
 
 

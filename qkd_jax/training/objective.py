@@ -140,15 +140,17 @@ def total_loss(
         sums = {"count": count, "top1": _masked_sum(correct, mask), "loss": jnp.zeros(())}
         for position, term in enumerate(learner.terms):
             numbers = term_numbers(term, hyper["terms"][term.name], state.step)
-            per_example, adaptor_loss, term_state = _term_values(
-                learner,
-                term,
-                outputs,
-                adaptors.get(slot, {}).get(term.name, {}),
-                state,
-                numbers,
-                jax.random.fold_in(jax.random.fold_in(loss_key, index), position),
-            )
+            label = structure.scope(f"{slot}/{term.name}", term.loss)
+            with jax.named_scope(f"{structure.scope(slot)}/loss/{label}"):
+                per_example, adaptor_loss, term_state = _term_values(
+                    learner,
+                    term,
+                    outputs,
+                    adaptors.get(slot, {}).get(term.name, {}),
+                    state,
+                    numbers,
+                    jax.random.fold_in(jax.random.fold_in(loss_key, index), position),
+                )
             value = jnp.sum(per_example)
             sums[term.name] = value
             weighted = numbers["weight"] * value
@@ -161,6 +163,8 @@ def total_loss(
                 sums["loss"] = sums["loss"] + jnp.where(started, 0.0, adaptor_sum)
             if term_state:
                 term_states.setdefault(slot, {})[term.name] = term_state
+        if "agreement" in structure.live:
+            sums |= _agreement(learner, outputs)
         if learner.hygiene is not None:
             # Shared out over devices and parts by their examples, so that their sum has it once.
             sums["loss"] = sums["loss"] + count * hygiene.penalty(
@@ -173,6 +177,18 @@ def total_loss(
         loss = loss + sums["loss"] / jnp.maximum(global_count, 1.0)
         metrics[slot] = sums
     return loss, (updated, term_states, metrics)
+
+
+def _agreement(learner: Learner, outputs: _Outputs) -> dict[str, jax.Array]:
+    """{"agreement/<slot>": sum over examples of "says the same class"} of a net's teachers."""
+    own = jnp.argmax(outputs.logits[learner.slot], axis=-1)
+    teachers = dict.fromkeys(source for term in learner.terms for source in term.sources)
+    found = {}
+    for source in teachers:
+        if source != learner.slot:
+            same = own == jnp.argmax(outputs.taught(learner, source)[0], axis=-1)
+            found[f"agreement/{source}"] = _masked_sum(same.astype(jnp.float32), outputs.mask)
+    return found
 
 
 def _forward(
@@ -206,21 +222,25 @@ def _forward(
             "dropout": jax.random.fold_in(key, index),
             ROUNDING: jax.random.fold_in(rounding_key, index),
         }
-        outputs.logits[slot], updated[slot], outputs.features[slot] = rematerialised(
-            structure.remat,
-            lambda variables, images, rngs, run=run: run(variables, images, rngs=rngs),
-        )(join(learned[slot], carried[slot]), images, rngs)
+        with jax.named_scope(structure.scope(slot)):
+            outputs.logits[slot], updated[slot], outputs.features[slot] = rematerialised(
+                structure.remat,
+                lambda variables, images, rngs, run=run: run(variables, images, rngs=rngs),
+            )(join(learned[slot], carried[slot]), images, rngs)
     for slot, net in structure.teachers:
         if slot in structure.cached:
             outputs.logits[slot] = batch[cached_key(slot)]
             continue
-        outputs.logits[slot], _, outputs.features[slot] = forward_taps(
-            net, frozen[slot], images, taps=taps[slot], axis_name=axis_name
-        )
+        with jax.named_scope(structure.scope(slot)):
+            outputs.logits[slot], _, outputs.features[slot] = forward_taps(
+                net, frozen[slot], images, taps=taps[slot], axis_name=axis_name
+            )
     for slot in structure.stale:
-        logits, _, features = forward_taps(
-            structure.nets[slot], state.stale[slot], images, taps=taps[slot], axis_name=axis_name
-        )
+        net, copy = structure.nets[slot], state.stale[slot]
+        with jax.named_scope(f"{structure.scope(slot)}_stale"):
+            logits, _, features = forward_taps(
+                net, copy, images, taps=taps[slot], axis_name=axis_name
+            )
         outputs.stale[slot] = logits, features
     return outputs, updated
 

@@ -404,6 +404,16 @@ def update_optimizer(
     return moved, new_state, {**rates, "grad_norm": norm}
 
 
+def group_norms(structure: OptimStructure, grads: Tree, trainable: Tree) -> dict[str, jax.Array]:
+    """Returns {"grad_norm_weights", "grad_norm_plain", "grad_norm_quant"}, those that there are."""
+    parts: dict[str, list[jax.Array]] = {}
+    labels = jax.tree.leaves(groups(trainable, structure.freeze))
+    for label, gradient in zip(labels, jax.tree.leaves(grads), strict=True):
+        if label != "frozen":
+            parts.setdefault(label, []).append(gradient)
+    return {f"grad_norm_{label}": optax.tree.norm(leaves) for label, leaves in parts.items()}
+
+
 def describe_options(structure: OptimStructure, numbers: Mapping[str, Any]) -> str:
     """Returns what an optimizer does beside SGD or AdamW at one rate, as text; "" for nothing.
 

@@ -29,6 +29,10 @@ from qkd_jax.training.optim import OptimStructure, describe_options, plan_optimi
 from qkd_jax.training.precision import computing_in
 from qkd_jax.training.rematerialisation import REMAT
 
+# What a step can measure beside its losses: the gradients' norms by group, and how often a net and
+# those that teach it agree on the class.
+LIVE = ("grad_norms", "agreement")
+
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
@@ -52,6 +56,9 @@ class StepStructure:
         stale: slots of learners that teach through an older copy.
         accumulate: micro-batches in which a batch is processed.
         remat: what nets that learn keep for the backward pass, of `rematerialisation.REMAT`.
+        live: what is measured beside the losses, of `LIVE`.
+        names: ((slot or "slot/term", name), ...) of the scopes in a profile; () where nobody looks:
+            steps of other names are other programs.
     """
 
     learners: tuple[Learner, ...]
@@ -60,6 +67,12 @@ class StepStructure:
     stale: tuple[str, ...] = ()
     accumulate: int = 1
     remat: str = "none"
+    live: tuple[str, ...] = ()
+    names: tuple[tuple[str, str], ...] = ()
+
+    def scope(self, key: str, otherwise: str = "") -> str:
+        """Returns the name of a slot, or of a "slot/term", in profiles."""
+        return dict(self.names).get(key, otherwise or key)
 
     @functools.cached_property
     def nets(self) -> dict[str, QuantizedModel]:
@@ -152,6 +165,21 @@ class Plan:
             if options := describe_options(learner.optim, self.hyper[learner.slot]["optim"]):
                 lines.append(f"{name}: {options}")
         return lines
+
+
+def with_live(plan: Plan, live: Collection[str]) -> Plan:
+    """Returns the plan of a step that also measures what is named of `LIVE`."""
+    chosen = tuple(name for name in LIVE if name in live)
+    return dataclasses.replace(plan, structure=dataclasses.replace(plan.structure, live=chosen))
+
+
+def with_names(plan: Plan) -> Plan:
+    """Returns the plan of a step whose scopes have the names of nets and terms, for a profile."""
+    names = {slot: name for name, slot in plan.slots.items()}
+    for slot, labels in plan.labels.items():
+        names |= {f"{slot}/{term}": label for term, label in labels.items()}
+    structure = dataclasses.replace(plan.structure, names=tuple(names.items()))
+    return dataclasses.replace(plan, structure=structure)
 
 
 def _number_text(numbers: Mapping[str, Any], key: str) -> str:

@@ -80,7 +80,10 @@ def make_step(structure: StepStructure) -> Step:
         nets, opt = {}, {}
         for learner in structure.learners:
             slot = learner.slot
-            new, opt[slot], rates = _update_net(learner, state, grads[slot])
+            with jax.named_scope(f"{structure.scope(slot)}/optimizer"):
+                new, opt[slot], rates = _update_net(learner, state, grads[slot])
+            if "grad_norms" in structure.live:
+                rates |= optim.group_norms(learner.optim, grads[slot], split(state.nets[slot])[0])
             nets[slot] = join(new, updated[slot])
             if learner.optim.ema:
                 opt[slot]["ema"] = _update_average(learner, state, nets[slot])
@@ -201,9 +204,14 @@ def name_metrics(plan: Plan, metrics: Metrics) -> dict[str, dict[str, float]]:
             # A label may be called "loss" or "lr"; the step's own names come first.
             key = label if label not in values else f"{label}_term"
             row[key] = float(values[term]) / count
-        for name in ("lr", "quant_lr", "grad_norm", "oscillating", "frozen"):
+        for name in ("lr", "quant_lr", "oscillating", "frozen"):
             if name in values:
                 row[name] = float(values[name])
+        for name, value in values.items():
+            if name.startswith("grad_norm"):
+                row[name] = float(value)
+            elif name.startswith("agreement/"):
+                row[f"agreement_{plan.name_of(name.partition('/')[2])}"] = float(value) / count
         named[plan.name_of(learner.slot)] = row
     return named
 

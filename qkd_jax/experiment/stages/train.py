@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from qkd_jax import data
+from qkd_jax.experiment import live_values
 from qkd_jax.experiment.head_rows import evaluate_heads
 from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.schedule import Stage
@@ -19,7 +20,8 @@ from qkd_jax.training.clamping import collapsed
 from qkd_jax.training.feed import feed
 from qkd_jax.training.loop import Hooks, Window, run_steps
 from qkd_jax.training.oscillation import oscillating
-from qkd_jax.training.plan import Plan, plan_step
+from qkd_jax.training.plan import Plan, plan_step, with_live, with_names
+from qkd_jax.training.profiling import is_within, keep_names_apart, no_trace, tracer
 from qkd_jax.training.state import (
     TrainState,
     average_variables,
@@ -105,9 +107,12 @@ def train(
     # `stage` holds these in the form that the plan reads.
     del learn, optim, epochs, steps, hygiene, cache, stale, accumulate, remat, compute
     augment = augment or run.settings["data"]["augment"]
-    plan = plan_stage(run.nets, stage)
+    stage, done = live_values.with_tracking(run, stage), run.stage_step
+    plan = with_live(plan_stage(run.nets, stage), run.settings["log"]["live"])
+    if is_within(run.profile, stage, done):
+        keep_names_apart()
+        plan = with_names(plan)
     compiled = run.steps.get(plan)
-    done = run.stage_step
     dataset = run.training_set(images)
     state = start_state(
         plan,
@@ -288,6 +293,7 @@ def _hooks(run: Run, stage: Stage, plan: Plan) -> Hooks:
 
     def look(step: int, state: TrainState) -> None:
         nets = net_variables(plan, state)
+        live_values.look(run, stage, step, nets, every)
         _report_collapsed(run, stage, step, nets)
         if at(step, quant_every):
             paths = quantizer_means(nets)
@@ -321,15 +327,17 @@ def _hooks(run: Run, stage: Stage, plan: Plan) -> Hooks:
         run.save(score=score)
         best["last"] = time.monotonic()
 
+    intervals = eval_every, quant_every, every["codes_every_steps"]
     return Hooks(
         log=log,
         look=run.alone(look),
-        look_at=lambda step: at(step, eval_every) or at(step, quant_every) or step == stage.steps,
+        look_at=lambda step: step == stage.steps or any(at(step, i) for i in intervals),
         save=run.alone(save),
         save_at=save_at,
         stop=run.stopping,
         late=late,
         log_every=every["every_steps"],
+        trace=tracer(run.profile, stage.first, print) if run.profile else no_trace,
     )
 
 

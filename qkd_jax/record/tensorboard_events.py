@@ -1,0 +1,97 @@
+"""TensorBoard's event files, `<run folder>/tensorboard`, written by tensorboardX.
+
+The folder is derived from the log and made anew when a run starts or resumes: what the log lost,
+the curves lose too. A TensorBoard that is looking on sees the restart by its first event.
+"""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FOLDER = "tensorboard"
+
+
+class TensorBoard:
+    """A tracker; see `trackers.Tracker`.
+
+    Args:
+        folder: the run folder.
+        options: not used.
+    """
+
+    def __init__(self, folder: Path, options: Mapping[str, Any]):
+        # Missing in tests and on most machines: an optional dependency.
+        from tensorboardX import summary  # pyrefly: ignore[missing-import]
+        from tensorboardX.event_file_writer import EventsWriter  # pyrefly: ignore[missing-import]
+        from tensorboardX.proto import (  # pyrefly: ignore[missing-import]
+            event_pb2,
+            summary_pb2,
+        )
+
+        self.path = folder / FOLDER
+        self._summary, self._writer, self._protocol = summary, EventsWriter, event_pb2
+        self._messages = summary_pb2
+        self._file: Any = None
+
+    def begin(self, points: Sequence[Any]) -> None:
+        """Writes a new file with the points of all lines."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir()
+        self._file = self._writer(str(self.path / "events"))
+        # A TensorBoard that has read the file before discards all it had from step 0 on.
+        start = self._protocol.SessionLog(status=self._protocol.SessionLog.START)
+        self._write(0, session_log=start)
+        for of_line in points:
+            self._add(of_line)
+        self._file.flush()
+
+    def add(self, number: int, points: Any) -> None:
+        """Appends the points of a line."""
+        self._add(points)
+        self._file.flush()
+
+    def _add(self, points: Any) -> None:
+        if points.scalars:  # one event a line: an event each would cost a small step some percent
+            kind = self._messages.Summary
+            values = [kind.Value(tag=n, simple_value=v) for n, v in points.scalars.items()]
+            self._write(points.step, summary=kind(value=values))
+        for name, (first, counts) in points.histograms.items():
+            codes = range(first, first + len(counts))
+            sums = [sum(n * code**p for n, code in zip(counts, codes, strict=True)) for p in (1, 2)]
+            summary = self._summary.histogram_raw(
+                name,
+                min=first,
+                max=codes[-1],
+                num=sum(counts),
+                sum=sums[0],
+                sum_squares=sums[1],
+                bucket_limits=[code + 0.5 for code in codes],
+                bucket_counts=list(counts),
+            )
+            self._write(points.step, summary=summary)
+
+    def images(self, number: int, step: int, images: Mapping[str, bytes]) -> None:
+        """Appends images."""
+        import io
+
+        import numpy as np
+        from PIL import Image
+
+        for name, png in images.items():
+            pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+            summary = self._summary.image(name, pixels, dataformats="HWC")
+            self._write(step, summary=summary)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def _write(self, step: int, **what: Any) -> None:
+        event = self._protocol.Event(step=step, wall_time=time.time(), **what)
+        self._file.write_event(event)

@@ -1,0 +1,128 @@
+"""Live values of a run: in the record, for trackers, and the same after an interruption."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_config import get_config
+
+from qkd_jax import experiment
+from qkd_jax.experiment import live_values, orchestrate
+from qkd_jax.record import trackers
+from qkd_jax.record.metrics_log import read_metrics
+from qkd_jax.training.loop import Preempted
+
+KEPT: dict = {}
+
+
+class Memory:
+    """A tracker in memory; KEPT outlives a process as a service does."""
+
+    def __init__(self, folder, options):
+        self.points, self.figures = KEPT.setdefault(folder, ({}, {}))
+
+    def begin(self, points):
+        self.points.clear()
+        self.points.update(enumerate(points))
+
+    def add(self, number, points):
+        assert number not in self.points
+        self.points[number] = points
+
+    def images(self, number, step, images):
+        self.figures.update(images)
+
+    def close(self):
+        pass
+
+
+class StopAt:
+    """Asks a run to stop after so many questions, as SIGTERM does at some moment."""
+
+    def __init__(self, count):
+        self.left, self.received = count, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    @property
+    def requested(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def config_of():
+    config = get_config()
+    config.log.live = ("ranges", "oscillating", "grad_norms", "agreement")
+    config.log.codes_every_steps = 4
+    config.track.trackers = ("memory",)
+    config.schedule = ("calibrate", "self_study", "co_study")
+    return config
+
+
+def test_a_run_with_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(trackers.TRACKERS, "memory", Memory)
+    monkeypatch.setattr(orchestrate, "GracefulStop", lambda: StopAt(5))
+    folder = tmp_path / "run"
+    with pytest.raises(Preempted):
+        experiment.run(config_of(), folder, report=False, verbose=False)
+    monkeypatch.undo()
+    monkeypatch.setitem(trackers.TRACKERS, "memory", Memory)
+    experiment.run(config_of(), folder, report=False, verbose=False)
+
+    rows = read_metrics(folder)
+    points, figures = KEPT[folder]
+    assert list(points.values()) == [trackers.points_of(row) for row in rows]
+    assert {"report/curves", "report/student_weight_quantizers"} <= set(figures)
+    assert all(png.startswith(b"\x89PNG") for png in figures.values())
+
+    last = {row["split"]: row["values"] for row in rows if row["stage"] == "co_study"}
+    for group in ("weights", "plain", "quant"):
+        assert last["train"][f"student/grad_norm_{group}"] > 0
+    assert 0 <= last["train"]["student/agreement_teacher"] <= 1
+    assert 0 <= last["train"]["student/oscillating"] <= 1
+    assert "teacher/oscillating" not in last["train"]
+    # Ranges and codes of the checkpoint, from the step sizes by hand: 4 bits, narrow for weights.
+    run = experiment.restore(folder)
+    variables = run.variables["student"]
+    step = np.asarray(variables["quant"]["dense2"]["weight_quantizer"]["step"])
+    ends = [last["ranges"][f"student/dense2/weight_quantizer/{end}"] for end in ("low", "high")]
+    assert ends[1] == pytest.approx(7 * step.max(), rel=1e-6)
+    assert ends[0] == pytest.approx(-ends[1], rel=1e-6) or ends[0] == pytest.approx(
+        -8 / 7 * ends[1]
+    )
+    kernel = np.asarray(variables["params"]["dense2"]["kernel"])
+    found = np.clip(np.round(kernel / step), ends[0] / step.min(), 7)
+    values, counts = np.unique(found, return_counts=True)
+    codes = {k: v for k, v in last["codes"].items() if k.startswith("student/dense2/")}
+    assert codes == {
+        f"student/dense2/{int(v)}": n for v, n in zip(values, counts.tolist(), strict=True)
+    }
+    # Trackers may come and go with a run; what is measured may not.
+    config = config_of()
+    config.track.trackers = ()
+    experiment.run(config, folder, report=False, verbose=False)
+    config.log.live = ()
+    with pytest.raises(ValueError, match=r"log\.live"):
+        experiment.run(config, folder, report=False, verbose=False)
+    assert json.loads((folder / "results.json").read_text())["rows"] == []
+    assert live_values.ranges(run.nets["teacher"], run.variables["teacher"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("log.live", ("range",), "Did you mean 'ranges'"),
+        ("log.codes_every_steps", -1, r"config\.log\.codes_every_steps is -1"),
+        ("track.trackers", ("wandbb",), "Did you mean 'wandb'"),
+    ],
+)
+def test_what_is_not_known_is_refused(field, value, message):
+    config = get_config()
+    node, key = field.split(".")
+    config[node][key] = value
+    with pytest.raises(ValueError, match=message):
+        experiment.inspect(config, verbose=False)
