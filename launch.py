@@ -233,7 +233,7 @@ CLUSTER = ("coordinator", "processes", "process", "start_timeout", "peer_timeout
 def check_company() -> None:
     """Refuses flags that say nothing in this mode."""
     of_cluster = [name for name in CLUSTER if FLAGS[name].present]
-    if of_cluster and (FLAGS.mode != "run" or wants_sweep(sys.argv)):
+    if of_cluster and (FLAGS.mode != "run" or FLAGS.sweep or FLAGS.sweep_index is not None):
         raise UsageError(
             f"--{of_cluster[0]} goes with --mode=run of one run: it is for a run of several "
             "processes, and all else is done by one."

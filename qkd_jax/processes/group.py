@@ -8,6 +8,7 @@ text, the bytes. A connection that breaks, or on which nothing has come for `tim
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import queue
 import socket
@@ -322,7 +323,10 @@ def _shown(facts: Mapping[str, Any], name: str) -> str:
 
 
 def _exit(code: int) -> None:
-    # Not `sys.exit`: JAX's clean-up at the end of an interpreter waits for all processes.
+    # Not `sys.exit`: JAX's clean-up at the end of an interpreter waits for all processes. So what
+    # multiprocessing would clean up is ours to end: the workers of the input.
+    for worker in multiprocessing.active_children():
+        worker.kill()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
