@@ -1,12 +1,16 @@
 """Throughput of the input pipeline, beside what a training step consumes.
 
     python benchmarks/input.py [--data_dir DIR] [--rounds 7]
+    python benchmarks/input.py --jpegs [--tensorflow PYTHON] [--torchvision PYTHON] [--rounds 7]
 
 The consumer is the float step of ResNet-8 of width 8 on batches that are on the device already: a
 quantized student and any teacher are slower, so this is the hungriest net of the main job. Input
 and step run in turn, so that machine drift affects both alike; quoted are medians. The
 bar is ten times. Fashion-MNIST is read where it is prepared; else synthetic images of its shape
 stand in.
+
+`--jpegs` measures what one core decodes, crops, flips and normalises of photographs' size, beside
+tf.data and torchvision; see `jpegs.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import arms  # noqa: F401  (finds the project)
 import flax
 import grain
 import jax
+import jpegs
 import numpy as np
 
 from qkd_jax import data
@@ -86,7 +91,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", help="default: TFDS_DATA_DIR, else ~/tensorflow_datasets")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--jpegs", action="store_true", help="photographs beside the peers")
+    jpegs.add_arguments(parser)
     options = parser.parse_args()
+    if options.jpegs:
+        return jpegs.compare(options)
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"numpy {np.__version__}, grain {grain.__version__}, jax {jax.__version__}, "

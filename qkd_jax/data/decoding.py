@@ -1,9 +1,9 @@
 """Encoded images to pixels of one size: decoding, cutting out a box and resizing it, in one call.
 
 There are two decoders. "pillow" gives what torchvision's loaders give on Pillow: bilinear with
-antialiasing. "turbo" is about twice as fast: libjpeg-turbo through simplejpeg, with the fast DCT
-that tf.data has too, and OpenCV's bilinear, without antialiasing. What is no plain JPEG (PNG files
-under a JPEG's name, CMYK) goes through Pillow in both, as evaluation does.
+antialiasing. "turbo" is about twice as fast: libjpeg-turbo through simplejpeg, with its fast DCT
+and upsampling, no row below the box decoded, and OpenCV's bilinear, without antialiasing. What is
+no plain JPEG (PNG files under a JPEG's name, CMYK) goes through Pillow in both, as evaluation does.
 
 Grey images become three equal channels, CMYK is converted, transparency is dropped, and the EXIF
 orientation is left alone, all as torchvision's loader does it.
@@ -13,7 +13,7 @@ import functools
 import io
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,7 +50,13 @@ def check(decoder: str) -> None:
 
 
 def decode(
-    decoder: str, encoded: bytes, choose: Chooser, out: np.ndarray, *, exact: bool = False
+    decoder: str,
+    encoded: bytes,
+    choose: Chooser,
+    out: np.ndarray,
+    *,
+    mirrored: bool = False,
+    exact: bool = False,
 ) -> None:
     """Decodes one image and writes a box of it, resized, to `out`.
 
@@ -59,6 +65,7 @@ def decode(
         encoded: the content of a file.
         choose: the box, from the stored height and width.
         out: uint8 [height, width, 3]; it is overwritten.
+        mirrored: whether left and right are exchanged.
         exact: whether images much larger than `out` are decoded at full size (evaluation), instead
             of at a half, a quarter or an eighth by the DCT.
 
@@ -66,13 +73,15 @@ def decode(
         UnreadableError: the bytes are no image that can be decoded.
     """
     try:
-        if decoder == "pillow" or exact or not _by_turbo(encoded, choose, out):
-            _by_pillow(encoded, choose, out, exact=exact)
+        if decoder == "pillow" or exact or not _by_turbo(encoded, choose, out, mirrored):
+            _by_pillow(encoded, choose, out, mirrored, exact=exact)
     except (OSError, SyntaxError, ValueError, ZeroDivisionError) as error:
         raise UnreadableError(str(error) or type(error).__name__) from error
 
 
-def _by_pillow(encoded: bytes, choose: Chooser, out: np.ndarray, *, exact: bool) -> None:
+def _by_pillow(
+    encoded: bytes, choose: Chooser, out: np.ndarray, mirrored: bool, *, exact: bool
+) -> None:
     from PIL import Image
 
     height, width = out.shape[:2]
@@ -91,7 +100,10 @@ def _by_pillow(encoded: bytes, choose: Chooser, out: np.ndarray, *, exact: bool)
         whole = image if image.mode == "RGB" else image.convert("RGB")
         if not exact:  # a crop ends at its border; a box of the resized image sees beyond it
             whole, box = whole.crop(_whole(box)), None
-        out[...] = np.asarray(whole.resize((width, height), Image.Resampling.BILINEAR, box=box))
+        resized = whole.resize((width, height), Image.Resampling.BILINEAR, box=box)
+        if mirrored:
+            resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        out[...] = np.asarray(resized)
 
 
 def _whole(box: Box) -> tuple[int, int, int, int]:
@@ -109,35 +121,81 @@ def _packages() -> tuple[Any, Any]:
     return cv2, simplejpeg
 
 
-def _by_turbo(encoded: bytes, choose: Chooser, out: np.ndarray) -> bool:
+class _Frame(NamedTuple):
+    """What a JPEG's frame header says; `at` is where the header begins."""
+
+    at: int
+    height: int
+    width: int
+    components: int
+    sequential: bool
+    unit: int  # rows of pixels that are coded together
+
+
+def _frame(encoded: bytes) -> _Frame | None:
+    """Reads the frame header of a JPEG of 8 bits; None where there is none."""
+    at = 2
+    while at + 20 < len(encoded) and encoded[at] == 0xFF:
+        marker = encoded[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = (int.from_bytes(encoded[at + k : at + k + 2]) for k in (5, 7))
+            components = encoded[at + 9]
+            rows = max((encoded[at + 11 + 3 * k] & 15 for k in range(components)), default=0)
+            known = marker <= 0xC2 and encoded[at + 4] == 8 and height and width
+            return _Frame(at, height, width, components, marker < 0xC2, 8 * rows) if known else None
+        else:
+            at += 2 + int.from_bytes(encoded[at + 2 : at + 4])
+    return None
+
+
+def _by_turbo(encoded: bytes, choose: Chooser, out: np.ndarray, mirrored: bool) -> bool:
     """Whether simplejpeg took the image."""
     cv2, simplejpeg = _packages()
-    if encoded[:2] != b"\xff\xd8":
+    # Without its end a file is cut short, which the early stop below would not see.
+    if encoded[:2] != b"\xff\xd8" or encoded.rfind(b"\xff\xd9", -256) < 0:
         return False
+    frame = _frame(encoded)
+    if frame is None or frame.components not in (1, 3):
+        return False
+    if frame.height * frame.width > LARGEST_PIXELS:
+        return False  # Pillow's message
+    top, left, h, w = choose(frame.height, frame.width)
+    content, stored_h, strict = encoded, frame.height, True
+    last = -(-int(top + h) // frame.unit) * frame.unit
+    if frame.sequential and last < stored_h:
+        # Rows below the box are not decoded: the header says that the image ends there. With the
+        # simple upsampling no row depends on those of the next unit. What follows the last row is
+        # what `strict` complains of.
+        content, stored_h, strict = bytearray(encoded), last, False
+        content[frame.at + 5 : frame.at + 7] = last.to_bytes(2)
+    shrink = min(h / out.shape[0], w / out.shape[1])
+    least: dict[str, Any] = {}
+    if shrink >= 2:
+        least = dict(min_height=int(stored_h / shrink), min_width=int(frame.width / shrink))
+        least["min_factor"] = 2
     try:
-        stored_h, stored_w, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
-        if colorspace not in ("YCbCr", "Gray", "RGB") or stored_h * stored_w > LARGEST_PIXELS:
-            return False
-        top, left, h, w = choose(stored_h, stored_w)
-        height, width = out.shape[:2]
-        shrink = min(h / height, w / width)
-        least = {}
-        if shrink >= 2:
-            least = dict(
-                min_height=int(stored_h / shrink), min_width=int(stored_w / shrink), min_factor=2
-            )
-        # A buffer that is used again spares the page faults of half a megabyte an image.
         image = simplejpeg.decode_jpeg(
-            encoded, fastdct=True, buffer=_buffer(stored_h * stored_w * 3), **least
+            content,
+            fastdct=True,
+            fastupsample=True,
+            strict=strict,
+            # A buffer that is used again spares the page faults of half a megabyte an image.
+            buffer=_buffer(stored_h * frame.width * 3),
+            **least,
         )
     except ValueError:
         return False  # Pillow reads what it can, and says what is wrong with the rest
-    across, down = image.shape[1] / stored_w, image.shape[0] / stored_h
+    across, down = image.shape[1] / frame.width, image.shape[0] / stored_h
     left, top, right, bottom = _whole(
         (left * across, top * down, (left + w) * across, (top + h) * down)
     )
-    part = image[top:bottom, left:right]
-    cv2.resize(part, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
+    part, size = image[top:bottom, left:right], (out.shape[1], out.shape[0])
+    if mirrored:
+        out[...] = cv2.flip(cv2.resize(part, size, interpolation=cv2.INTER_LINEAR), 1)
+    else:
+        cv2.resize(part, size, dst=out, interpolation=cv2.INTER_LINEAR)
     return True
 
 

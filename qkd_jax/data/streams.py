@@ -71,7 +71,7 @@ class Files:
 
     def read(self, row: int) -> bytes:
         """Returns the bytes of a file."""
-        with open(self.path(row), "rb") as file:
+        with open(self.path(row), "rb", buffering=0) as file:
             return file.read()
 
     def where(self, row: int) -> str:
@@ -184,25 +184,35 @@ class StreamedImages:
         images = self._decoded(
             np.atleast_1d(found),
             [functools.partial(crops.centre_box, size=self.size)] * np.size(found),
+            [False] * np.size(found),
             exact=True,
         )
         return images if np.ndim(found) else images[0]
 
-    def random_crops(self, index: np.ndarray, words: np.ndarray) -> np.ndarray:
+    def random_crops(
+        self, index: np.ndarray, words: np.ndarray, mirrored: np.ndarray | None = None
+    ) -> np.ndarray:
         """Returns images as `crops.random_box` cuts them.
 
         Args:
             index: rows, int [rows].
             words: uint64 [rows, crops.WORDS].
+            mirrored: bool [rows]; None for none.
         """
         boxes = [functools.partial(crops.random_box, raw) for raw in words]
-        return self._decoded(self.rows[index], boxes, exact=False)
+        flips = np.zeros(len(boxes), bool) if mirrored is None else mirrored
+        return self._decoded(self.rows[index], boxes, flips.tolist(), exact=False)
 
     def _decoded(
-        self, rows: np.ndarray, boxes: Sequence[decoding.Chooser], *, exact: bool
+        self,
+        rows: np.ndarray,
+        boxes: Sequence[decoding.Chooser],
+        mirrored: Sequence[bool],
+        *,
+        exact: bool,
     ) -> np.ndarray:
         out = np.empty((len(rows), *self.size, 3), np.uint8)
-        work = list(zip(rows.tolist(), boxes, out, strict=True))
+        work = list(zip(rows.tolist(), boxes, mirrored, out, strict=True))
         one = functools.partial(self._decode, exact=exact)
         threads = min(_threads(), len(work))
         if threads < 2:
@@ -213,9 +223,12 @@ class StreamedImages:
             list(pool.map(one, *zip(*work, strict=True)))
         return out
 
-    def _decode(self, row: int, box: decoding.Chooser, out: np.ndarray, *, exact: bool) -> None:
+    def _decode(
+        self, row: int, box: decoding.Chooser, mirrored: bool, out: np.ndarray, *, exact: bool
+    ) -> None:
         try:
-            decoding.decode(self.decoder, self.encoded.read(row), box, out, exact=exact)
+            encoded = self.encoded.read(row)
+            decoding.decode(self.decoder, encoded, box, out, mirrored=mirrored, exact=exact)
         except (OSError, decoding.UnreadableError) as error:
             raise decoding.UnreadableError(
                 f"image {row}, {self.encoded.where(row)}, cannot be read ({error}). Put a whole "
