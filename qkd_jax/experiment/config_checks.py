@@ -17,7 +17,7 @@ from qkd_jax.quantize.targets import TARGETS
 from qkd_jax.record import trackers
 from qkd_jax.training import plan
 from qkd_jax.training.mesh import MeshLayout
-from qkd_jax.training.parallel import MODES
+from qkd_jax.training.parallel import MODES, check_processes
 
 # What `config.log.live` may name.
 LIVE = (*plan.LIVE, "ranges", "oscillating")
@@ -61,6 +61,7 @@ def check_frame(plain: Mapping[str, Any]) -> None:
     layout = mesh_layout(plain["parallel"])
     try:
         layout.check_devices(plain["parallel"]["mode"], device_count(plain["parallel"]))
+        check_processes(plain["parallel"]["mode"], jax.devices()[: devices or None])
     except ValueError as error:
         raise ValueError(f"config.parallel: {error}") from error
     for key in ("nets", "stages"):

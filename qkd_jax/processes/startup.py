@@ -93,8 +93,16 @@ def _detect(timeout: float) -> Place | None:
 
     for cluster in ClusterEnv._cluster_types:
         name = cluster.__name__
-        if cluster.opt_in_only_method or not _may_apply(name) or not cluster.is_env_present():
+        if cluster.opt_in_only_method or not _may_apply(name):
             continue
+        try:
+            if not cluster.is_env_present():
+                continue
+        except ImportError as error:  # `requests`, by which JAX asks a TPU's host for its place
+            raise ValueError(
+                f"JAX needs a package to tell whether this is one process of several ({error}); "
+                "install it, or say so: --coordinator=localhost:1 --processes=1 --process=0."
+            ) from error
         count = cluster.get_process_count()
         if count <= 1:
             return None

@@ -71,17 +71,8 @@ class CompiledStep:
         # all have come: two steps in flight hold what the other waits for, and XLA ends the process
         # after 40 seconds.
         self._one_by_one = len(self.devices) > 1 and self.devices[0].platform == "cpu"
-        processes = {device.process_index for device in self.devices}
         self.spans_processes = jax.process_count() > 1
-        if self.spans_processes and mode == "pmap":
-            raise ValueError(
-                "parallel.mode is 'pmap', which is for one process; several need 'jit'."
-            )
-        if self.spans_processes and len(processes) < jax.process_count():
-            raise ValueError(
-                f"parallel.devices is {len(self.devices)}, all of {len(processes)} of "
-                f"{jax.process_count()} processes; set it to 0, which takes the devices of all."
-            )
+        check_processes(mode, self.devices)
 
         @functools.wraps(step)
         def counted(state: TrainState, batch: Mapping[str, Any], frozen: Mapping[str, Any]):
@@ -347,6 +338,18 @@ def compile_step(
     checks.at_least_one("devices", devices)
     layout.check_devices(mode, len(devices))
     return CompiledStep(step, mode, devices, layout)
+
+
+def check_processes(mode: str, devices: Sequence[jax.Device]) -> None:
+    """Raises ValueError where several processes (`jax.distributed`) cannot share a step."""
+    count, here = jax.process_count(), len({device.process_index for device in devices})
+    if count > 1 and mode == "pmap":
+        raise ValueError("mode is 'pmap', which is for one process; several need mode='jit'.")
+    if here < count:
+        raise ValueError(
+            f"devices is {len(devices)}, which are those of {here} of {count} processes; set it to "
+            "0, which takes the devices of all."
+        )
 
 
 class StepCache:
