@@ -7,6 +7,7 @@ it does alone, and the others wait.
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -26,6 +27,7 @@ from qkd_jax.record.restoring import Restored
 from qkd_jax.record.stopping import GracefulStop
 from qkd_jax.training.loop import NonFiniteError, Preempted
 from qkd_jax.training.parallel import StepCache, enable_compilation_cache
+from qkd_jax.training.profiling import Profile
 from qkd_jax.trees import tree_sha256
 
 # What a process's numbers may differ by; processors may differ where accelerators compute.
@@ -63,7 +65,15 @@ def send_state(run: Run, stage: Stage) -> None:
     stored, index, _, _ = pack(tree)
     parts = {name: stored[name] for name in sorted(stored)}
     sizes = {name: array.nbytes for name, array in parts.items()}
-    message = {"kind": "train", "step": run.step, "meta": meta, "index": index, "sizes": sizes}
+    message: dict[str, Any] = {
+        "kind": "train",
+        "step": run.step,
+        "meta": meta,
+        "index": index,
+        "sizes": sizes,
+    }
+    if run.profile is not None:  # a traced step has names, and all compile the same program
+        message["traced"] = [run.profile.first, run.profile.last]
     run.group.tell(message, b"".join(array.tobytes() for array in parts.values()))
 
 
@@ -76,6 +86,8 @@ def _take_state(run: Run, message: Mapping[str, Any], data: bytes) -> None:
     tree, _ = unpack(stored, message["index"])
     images = {name: tree.pop(name) for name in list(tree) if name.startswith("images/")}
     run.load(Restored(message["step"], tree, message["meta"]))
+    traced = message.get("traced")
+    run.profile = Profile(traced[0], traced[1], Path()) if traced else None
     source = run.stage().fields["images"]
     if source:
         run.give_images(source, {n.removeprefix("images/"): array for n, array in images.items()})

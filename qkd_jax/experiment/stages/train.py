@@ -337,7 +337,9 @@ def _hooks(run: Run, stage: Stage, plan: Plan) -> Hooks:
         stop=run.stopping,
         late=late,
         log_every=every["every_steps"],
-        trace=tracer(run.profile, stage.first, print) if run.profile else no_trace,
+        trace=no_trace
+        if run.profile is None or run.follows
+        else tracer(run.profile, stage.first, print),
     )
 
 
