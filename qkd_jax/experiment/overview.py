@@ -17,9 +17,9 @@ from qkd_jax.experiment.settings import Settings, shapes
 from qkd_jax.experiment.stages.train import plan_stage
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.inspection import coverage, layers
+from qkd_jax.training import averages
 from qkd_jax.training.mesh import bytes_on_a_device
 from qkd_jax.training.optim import init_optimizer
-from qkd_jax.training.plan import Plan
 from qkd_jax.training.state import split
 from qkd_jax.trees import flatten
 
@@ -91,22 +91,28 @@ def _devices(settings: Settings) -> list[str]:
     if not layout.is_sharded:
         return []
     lines = [f"\n{layout.describe(count)}"]
-    learning: dict[str, Plan] = {}
+    most: dict[str, tuple[int, str]] = {}
     for stage in settings.stages:
-        if stage.trains:
-            plan = plan_stage(settings.nets, stage)
-            learning |= {name: plan for name in plan.learners if name not in learning}
-    for name, plan in learning.items():
-        learned, _ = split(shapes(settings.nets[name], settings.image_shape))
-        start = functools.partial(init_optimizer, plan.learner(name).optim)
-        tree = {"net": learned, "opt": jax.eval_shape(start, learned)}
-        specs = layout.specs(tree, count)
-        whole, part = bytes_on_a_device(tree, specs, layout.sizes(count))
-        divided = [any(spec) for spec in flatten(specs["net"]["params"]).values()]
-        lines.append(
-            f"  {name}: {whole:,} bytes of parameters and optimizer, {part:,} on each device; "
-            f"{sum(divided)} of {len(divided)} arrays are divided"
-        )
+        plan = plan_stage(settings.nets, stage) if stage.trains else None
+        for name in plan.learners if plan is not None else ():
+            assert plan is not None
+            variables = shapes(settings.nets[name], settings.image_shape)
+            learned, _ = split(variables)
+            options, what = plan.learner(name).optim, "parameters and optimizer"
+            start = functools.partial(init_optimizer, options)
+            tree = {"net": learned, "opt": jax.eval_shape(start, learned)}
+            if options.ema:
+                tree["ema"] = jax.eval_shape(averages.init, variables)
+                what = "parameters, optimizer and average"
+            specs = layout.specs(tree, count)
+            whole, part = bytes_on_a_device(tree, specs, layout.sizes(count))
+            divided = [any(spec) for spec in flatten(specs["net"]["params"]).values()]
+            line = (
+                f"  {name}: {whole:,} bytes of {what}, {part:,} on each device; "
+                f"{sum(divided)} of {len(divided)} arrays are divided"
+            )
+            most[name] = max(most.get(name, (0, "")), (whole, line))  # of the stage with the most
+    lines += [line for _, line in most.values()]
     return lines
 
 

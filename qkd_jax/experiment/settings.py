@@ -30,6 +30,7 @@ from qkd_jax.experiment.schedule import Kind, Stage, lay_out
 from qkd_jax.models import MODELS, BorrowedClassifier, create
 from qkd_jax.quantize import QuantizedModel, Rule, presets, quantize, targets
 from qkd_jax.record.folder import config_fields
+from qkd_jax.training.rematerialisation import has_blocks
 
 # Everything a config may say outside of `nets`, `stages` and `schedule`, with its default.
 DEFAULTS: dict[str, Any] = {
@@ -111,18 +112,34 @@ class Settings:
         return count
 
     def warnings(self) -> list[str]:
-        """Texts about equal nets that learn for unequal steps, so that their rows mislead."""
+        """Texts about equal nets that learn for unequal steps, and options that do nothing."""
         equals: dict[QuantizedModel, dict[str, int]] = {}
         for name, net in self.nets.items():
             if steps := self.student_steps(name):
                 equals.setdefault(net, {})[name] = steps
-        return [
+        unequal = [
             "WARNING: these nets have the same model and rules but learn for different numbers of "
             f"steps, so their rows do not compare methods alone: "
             f"{', '.join(f'{name} {steps:,}' for name, steps in lengths.items())}"
             for lengths in equals.values()
             if len(set(lengths.values())) > 1
         ]
+        return unequal + self._without_blocks()
+
+    def _without_blocks(self) -> list[str]:
+        """A text for each train stage whose `remat` finds nothing in a net to run again."""
+        images = jax.ShapeDtypeStruct(self.image_shape, np.float32)
+        found = []
+        for stage in self.stages:
+            if stage.trains and stage.fields["remat"] != "none":
+                for name in stage.fields["learn"]:
+                    if not has_blocks(self.nets[name], images):
+                        found.append(
+                            f"WARNING: stages.{stage.name}.remat is {stage.fields['remat']!r}, but "
+                            f"net {name!r} has no blocks (modules of its model's own), so that all "
+                            "is kept for its backward pass. accumulate saves memory there too."
+                        )
+        return found
 
 
 def resolve(config: Any) -> dict[str, Any]:

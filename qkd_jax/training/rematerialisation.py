@@ -10,8 +10,8 @@ whole classifier, with a field `num_classes`, is entered). What is kept of it, b
   them, which is cheap arithmetic, runs again;
 * "blocks": its input alone. The block runs again, which adds up to one more forward pass.
 
-A net without blocks keeps everything. The operations are the same, in the same order. A frozen
-teacher has no backward pass and keeps nothing.
+A net without blocks keeps everything (see `has_blocks`). The operations are the same, in the same
+order. A frozen teacher has no backward pass and keeps nothing.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.calls import split_arrays
 from qkd_jax.quantize.interceptors import intercepting
 
@@ -45,6 +46,28 @@ def rematerialised(name: str, forward: Callable[..., Any]) -> Callable[..., Any]
             return forward(*args)
 
     return run
+
+
+def has_blocks(net: QuantizedModel, images: Any) -> bool:
+    """Whether a net has a block, whose backward pass can run it again.
+
+    Args:
+        net: the net.
+        images: of a batch, [batch, ...], or their shape.
+    """
+    found = []
+
+    def look(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name == "__call__" and _is_block(context.module):
+            found.append(context.module.path)
+        return call(*args, **kwargs)
+
+    def init(key: jax.Array, images: jax.Array) -> Any:
+        with intercepting(look):
+            return net.init(key, images)
+
+    jax.eval_shape(init, jax.random.key(0), images)
+    return bool(found)
 
 
 class _Blocks:

@@ -251,6 +251,13 @@ def test_images_are_cut_without_losing_any(finished):
     assert sorted(x.tobytes() for x in whole) == sorted(x.tobytes() for x in images)
 
 
+def test_a_net_in_which_remat_finds_nothing_is_warned_of():
+    config = get_config().unlock()
+    config.stages.qat_only.remat = "blocks"
+    text = " ".join(experiment.inspect(config, verbose=False).split())
+    assert "WARNING: stages.qat_only.remat is 'blocks', but net 'qat_only' has no blocks" in text
+
+
 def test_equal_nets_with_unequal_steps_are_warned_of(tmp_path, capsys):
     assert "WARNING" not in experiment.inspect(get_config(), verbose=False)
     config = get_config()

@@ -74,3 +74,11 @@ def test_inspection_tells_what_lies_on_a_device():
     kernels, rest = 64 * 24 + 24 * 10, 24 + 24 + 10
     whole, part = (4 * (2 * (n + rest) + 1) for n in (kernels, kernels // 2))
     assert f"teacher: {whole:,} bytes of parameters and optimizer, {part:,} on each" in text
+    averaged = config(4, 2)
+    averaged.stages.pretrain_teacher.optim.teacher.ema = 0.9
+    # Beside them the average, with the norm's two statistics of 24, and its count.
+    whole, part = (
+        size + 4 * (n + rest + 48 + 1) for size, n in ((whole, kernels), (part, kernels // 2))
+    )
+    text = experiment.inspect(averaged)
+    assert f"teacher: {whole:,} bytes of parameters, optimizer and average, {part:,} on" in text

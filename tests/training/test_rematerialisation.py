@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import tiny_nets
 
+from qkd_jax.models import BorrowedClassifier, create
 from qkd_jax.models.features import sow_feature
 from qkd_jax.numerics import Spec
 from qkd_jax.quantize import Rule, quantize
 from qkd_jax.quantize.calibration import calibrate
 from qkd_jax.training import make_step, plan_step, start_state
 from qkd_jax.training.objective import total_loss
+from qkd_jax.training.rematerialisation import has_blocks
 from qkd_jax.training.state import split
 
 
@@ -89,6 +91,15 @@ def test_less_is_kept_for_the_backward_pass(prepared):
         examples = [a for a in jax.tree.leaves(arrays) if a.shape[:1] == (64,)]
         kept[remat] = sum(a.size * a.dtype.itemsize for a in examples)
     assert kept["blocks"] < kept["products"] < kept["none"], kept
+
+
+def test_nets_that_have_blocks(prepared):
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    assert has_blocks(prepared[0], tiny_nets.batch()["image"])
+    sizes = {"resnet8": {"width": 4}, "vit": {}, "mobilenet_v2": {}, "mlp": {"hidden": (4,)}}
+    found = {name: has_blocks(quantize(create(name, 3, **f)), images) for name, f in sizes.items()}
+    assert found == dict.fromkeys(sizes, True) | {"mlp": False}
+    assert has_blocks(quantize(BorrowedClassifier(create("resnet8", 3, width=4), 3, 8)), images)
 
 
 def test_unknown_remat(prepared):
