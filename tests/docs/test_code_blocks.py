@@ -135,6 +135,7 @@ def parsed(arguments: list[str]) -> flags.FlagValues:
     flags.DEFINE_enum("mode", "run", modes, "", flag_values=values)
     flags.DEFINE_string("target", "", "", flag_values=values)
     flags.DEFINE_string("against", "", "", flag_values=values)
+    flags.DEFINE_string("profile_steps", "", "", flag_values=values)
     flags.DEFINE_bool("sweep", False, "", flag_values=values)
     flags.DEFINE_integer("jobs", 1, "", flag_values=values)
     flags.DEFINE_integer("sweep_index", None, "", flag_values=values)
