@@ -51,7 +51,18 @@ def check_frame(plain: Mapping[str, Any]) -> None:
         raise ValueError(f"config.log.live is {live!r}; give a tuple, such as ('ranges',).")
     for name in live:
         checks.one_of("config.log.live", name, LIVE)
+    if "ranges" in live and not plain["log"]["quant_every_steps"]:
+        raise ValueError(
+            "config.log.live has 'ranges', which are logged every config.log.quant_every_steps "
+            "steps, and that is 0; give an interval, such as 20."
+        )
     trackers.check(plain["track"]["trackers"])
+    project = plain["track"]["project"]
+    if not isinstance(project, str) or not project or set(project) & set("/\\#?%:"):
+        raise ValueError(
+            f"config.track.project is {project!r}; give a name without any of / \\ # ? % :, "
+            "such as 'qkd_jax'."
+        )
     every = plain["checkpoint"]
     checks.in_range("config.checkpoint.every_seconds", every["every_seconds"], 0, float("inf"))
     checks.integer_in("config.checkpoint.every_steps", every["every_steps"], 0)

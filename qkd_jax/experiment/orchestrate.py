@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from qkd_jax.experiment.run_state import Run
 from qkd_jax.experiment.settings import Settings, resolve
 from qkd_jax.experiment.shared_store import SharedStages
 from qkd_jax.experiment.stages import STAGES
+from qkd_jax.experiment.sweep_list import FILE as SWEEP_FILE
 from qkd_jax.experiment.together import check_same, facts_of, send_state
 from qkd_jax.processes import Group
 from qkd_jax.record import trackers
 from qkd_jax.record.checkpoint import Checkpoints
 from qkd_jax.record.environment import git_state
 from qkd_jax.record.folder import FREE_FIELDS, RunFolder
+from qkd_jax.record.metrics_log import read_metrics
 from qkd_jax.record.stopping import GracefulStop
 from qkd_jax.report import images
 from qkd_jax.training.loop import Preempted
@@ -92,6 +94,9 @@ def run(
         if results is not None:
             say(f"{workdir} holds the finished run of this config; nothing is left to do.")
             show(results, say)
+            with _tracked(folder, plain, say) as follower:  # those that the run had not, or lost
+                follower.begin(read_metrics(folder.path) if follower.trackers else [])
+                _draw(follower, folder)
             if report and is_older(folder.path / "report.html", folder.path / "results.json"):
                 write_report(folder, say)
             return results
@@ -106,8 +111,8 @@ def run(
         for warning in settings.warnings():
             say(warning)
         asked = contextlib.nullcontext(stop) if stop is not None else GracefulStop()
-        follow = trackers.tracking(folder.metrics, plain["track"], plain, say)
-        with Checkpoints(folder.checkpoints) as checkpoints, asked as stop, follow as follower:
+        follow = _tracked(folder, plain, say)  # outermost: no checkpoint waits for a service
+        with follow as follower, Checkpoints(folder.checkpoints) as checkpoints, asked as stop:
             state = Run(
                 settings,
                 dataset,
@@ -149,10 +154,8 @@ def run(
             folder.write_run(
                 nets={name: {"sha256": tree_sha256(v)} for name, v in state.variables.items()}
             )
-            if follower.trackers:
-                figures = images(folder.path)
-                follower.images(folder.metrics.lines, state.step, figures)
             folder.write_results(results)
+            _draw(follower, folder)
             if report:
                 soft_label_record.write(state, folder.path)
         if report:
@@ -160,6 +163,23 @@ def run(
         show(results, say)
         say(times_text(state.timings))
     return results
+
+
+def _tracked(
+    folder: RunFolder, plain: Mapping[str, Any], say: Callable[[str], None]
+) -> contextlib.AbstractContextManager[trackers.Follower]:
+    """Lets the trackers of a config follow the log of a folder, as one of its sweep's."""
+    parent = folder.path.resolve().parent
+    group = parent.name if (parent / SWEEP_FILE).is_file() else ""
+    return trackers.tracking(folder.metrics, plain["track"], plain, say, group=group)
+
+
+def _draw(follower: trackers.Follower, folder: RunFolder) -> None:
+    """Gives trackers the figures of a finished run, at the step of its last line."""
+    if follower.trackers:
+        rows = read_metrics(folder.path)
+        last = rows[-1]["step"] if rows else 0
+        follower.images(len(rows), last, lambda: images(folder.path))
 
 
 def step_cache(settings: Settings) -> StepCache:

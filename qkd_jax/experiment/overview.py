@@ -35,6 +35,8 @@ def overview(settings: Settings) -> str:
         console.print(warning)
     for line in _devices(settings):
         console.print(line)
+    for line in _watched(settings):
+        console.print(line)
     seen: dict[QuantizedModel, str] = {}
     images = jax.ShapeDtypeStruct(settings.image_shape, np.float32)
     for name, net in settings.nets.items():
@@ -52,6 +54,18 @@ def overview(settings: Settings) -> str:
         if net.rules:
             console.print(str(coverage(net, variables, images, **arguments)))
     return buffer.getvalue()
+
+
+def _watched(settings: Settings) -> list[str]:
+    """Where a run is shown beside its record, and what is measured for it; nothing by default."""
+    log, track = settings["log"], settings["track"]
+    lines = []
+    if track["trackers"]:
+        lines.append(f"trackers: {', '.join(track['trackers'])}")
+    measured = [*log["live"], *(["codes"] if log["codes_every_steps"] else [])]
+    if measured:
+        lines.append(f"live values: {', '.join(measured)}")
+    return lines
 
 
 def _schedule(settings: Settings) -> Table:

@@ -58,17 +58,19 @@ class TensorBoard:
             kind = self._messages.Summary
             values = [kind.Value(tag=n, simple_value=v) for n, v in points.scalars.items()]
             self._write(points.step, summary=kind(value=values))
-        for name, (first, counts) in points.histograms.items():
-            codes = range(first, first + len(counts))
-            sums = [sum(n * code**p for n, code in zip(counts, codes, strict=True)) for p in (1, 2)]
+        for name, histogram in points.histograms.items():
+            counts, edges = histogram.counts, histogram.edges()
+            centers = [edge + histogram.width / 2 for edge in edges[:-1]]
+            sums = [sum(n * c**p for n, c in zip(counts, centers, strict=True)) for p in (1, 2)]
+            # TensorBoard's first bin begins at `min` and its last one ends at `max`.
             summary = self._summary.histogram_raw(
                 name,
-                min=first,
-                max=codes[-1],
+                min=edges[0],
+                max=edges[-1],
                 num=sum(counts),
                 sum=sums[0],
                 sum_squares=sums[1],
-                bucket_limits=[code + 0.5 for code in codes],
+                bucket_limits=edges[1:],
                 bucket_counts=list(counts),
             )
             self._write(points.step, summary=summary)
@@ -86,7 +88,7 @@ class TensorBoard:
             self._write(step, summary=summary)
         self._file.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Closes the file."""
         if self._file is not None:
             self._file.close()

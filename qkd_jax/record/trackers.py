@@ -10,6 +10,7 @@ A tracker that fails is dropped with a message: a run does not end because of it
 """
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,14 +22,21 @@ from qkd_jax.record.wandb_run import Wandb
 
 # The split of lines that count the codes of weights, {"<net>/<layer>/<code>": count}.
 CODES = "codes"
+# wandb refuses a histogram of more bins than 512.
+MAX_BINS = 512
 Row = Mapping[str, Any]
 
 
 class Histogram(NamedTuple):
-    """Counts of the whole numbers from `first` on."""
+    """Counts of the whole numbers from `first` on, `width` of them in each bin."""
 
     first: int
     counts: tuple[int, ...]
+    width: int = 1
+
+    def edges(self) -> list[float]:
+        """Returns the ends of the bins, one more than there are counts."""
+        return [self.first - 0.5 + self.width * i for i in range(len(self.counts) + 1)]
 
 
 class Points(NamedTuple):
@@ -51,8 +59,8 @@ class Tracker(Protocol):
     def images(self, number: int, step: int, images: Mapping[str, bytes]) -> None:
         """Adds PNG images by name, behind the last line."""
 
-    def close(self) -> None:
-        """Writes what is left."""
+    def close(self, *, failed: bool = False) -> None:
+        """Writes what is left, of a run that came to its end or did not."""
 
 
 TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
@@ -79,7 +87,11 @@ def points_of(row: Row) -> Points:
     found = {}
     for name, counts in layers.items():
         first, last = min(counts), max(counts)
-        found[name] = Histogram(first, tuple(counts.get(c, 0) for c in range(first, last + 1)))
+        width = -(-(last - first + 1) // MAX_BINS)
+        bins = [0] * ((last - first) // width + 1)
+        for code, count in counts.items():
+            bins[(code - first) // width] += count
+        found[name] = Histogram(first, tuple(bins), width)
     return Points(row["step"], {}, found)
 
 
@@ -102,7 +114,12 @@ def check_packages(names: Sequence[str], where: str = "config.track.trackers") -
         ValueError: naming the package and how to install it.
     """
     for name in names:
-        if PACKAGES.get(name) and importlib.util.find_spec(PACKAGES[name]) is None:
+        if name not in PACKAGES:
+            continue
+        spec = importlib.util.find_spec(PACKAGES[name])
+        if (
+            spec is None or spec.origin is None
+        ):  # a mere folder, which wandb leaves behind, has none
             raise ValueError(
                 f"{where} has {name!r}, whose package {PACKAGES[name]} is not installed; "
                 f"pip install {PACKAGES[name]} (or qkd_jax[trackers], which has all), or leave "
@@ -119,21 +136,20 @@ class Follower:
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Tells the trackers which lines the log has."""
-        points = [points_of(row) for row in rows] if self.trackers else []
-        self._each(lambda tracker: tracker.begin(points))
+        self._each(lambda tracker: tracker.begin([points_of(row) for row in rows]))
 
     def add(self, number: int, row: Row) -> None:
         """Tells the trackers of a new line."""
-        points = points_of(row)
-        self._each(lambda tracker: tracker.add(number, points))
+        self._each(lambda tracker: tracker.add(number, points_of(row)))
 
-    def images(self, number: int, step: int, images: Mapping[str, bytes]) -> None:
-        """Gives the trackers the figures of the report."""
-        self._each(lambda tracker: tracker.images(number, step, images))
+    def images(self, number: int, step: int, draw: Callable[[], Mapping[str, bytes]]) -> None:
+        """Gives the trackers the figures that `draw` returns."""
+        draw = functools.cache(draw)
+        self._each(lambda tracker: tracker.images(number, step, draw()))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Closes all."""
-        self._each(lambda tracker: tracker.close())
+        self._each(lambda tracker: tracker.close(failed=failed))
         self.trackers = {}
 
     def _each(self, act: Callable[[Tracker], None]) -> None:
@@ -154,7 +170,12 @@ class Follower:
 
 @contextlib.contextmanager
 def tracking(
-    metrics: Any, fields: Mapping[str, Any], config: Mapping[str, Any], say: Callable[[str], None]
+    metrics: Any,
+    fields: Mapping[str, Any],
+    config: Mapping[str, Any],
+    say: Callable[[str], None],
+    *,
+    group: str = "",
 ) -> Iterator[Follower]:
     """Lets trackers follow a `MetricsLog`.
 
@@ -163,17 +184,20 @@ def tracking(
         fields: config.track: "trackers", "project".
         config: the resolved config, which wandb shows.
         say: prints a message.
+        group: the sweep of which the run is one; "" for none.
     """
     follower = Follower({}, say)
-    options = {"project": fields["project"], "config": config}
+    options = {"project": fields["project"], "group": group, "config": config}
     for name in fields["trackers"]:
         try:
             follower.trackers[name] = TRACKERS[name](metrics.path.parent, options)
         except Exception as error:
             follower.drop(name, error)
     metrics.follower = follower if follower.trackers else None
+    failed = True
     try:
         yield follower
+        failed = False
     finally:
         metrics.follower = None
-        follower.close()
+        follower.close(failed=failed)

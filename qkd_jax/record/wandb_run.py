@@ -6,6 +6,7 @@ is not. What is kept on this machine (WANDB_MODE=offline) is written anew at eve
 """
 
 import io
+import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,9 @@ from typing import Any
 from qkd_jax.record.json_files import read_json, write_json
 
 FILE = "wandb.json"
+# Seconds in which the service must answer, where WANDB_INIT_TIMEOUT says nothing: wandb's own 90
+# would hold up every start of a machine without a network.
+PATIENCE = 20.0
 
 
 class Wandb:
@@ -22,25 +26,27 @@ class Wandb:
 
     Args:
         folder: the run folder; its name is that of the run.
-        options: "project", and "config", which is shown.
+        options: "project", "group" ("" for none), and "config", which is shown.
     """
 
     def __init__(self, folder: Path, options: Mapping[str, Any]):
         import wandb  # pyrefly: ignore[missing-import]
 
         self._wandb = wandb
-        known = (read_json(folder / FILE) or {}).get("id")
-        self.id = str(known or secrets.token_hex(4))
-        if not known:
-            write_json(folder / FILE, {"schema": 1, "id": self.id})
+        self.id = _id(folder.resolve())
         self._run = wandb.init(
             id=self.id,
             resume="allow",
             project=options["project"],
+            group=options["group"] or None,
             name=folder.resolve().name,
             dir=str(folder),
             config=dict(options["config"]),
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or PATIENCE),
+            ),
         )
         # The step of a point is the experiment's, which several lines of the log may share.
         self._run.define_metric("step")
@@ -61,9 +67,9 @@ class Wandb:
         if number < self.lines:
             return
         values: dict[str, Any] = dict(points.scalars)
-        for name, (first, counts) in points.histograms.items():
-            edges = [first + i - 0.5 for i in range(len(counts) + 1)]
-            values[name] = self._wandb.Histogram(np_histogram=(list(counts), edges))
+        for name, histogram in points.histograms.items():
+            made = list(histogram.counts), histogram.edges()
+            values[name] = self._wandb.Histogram(np_histogram=made)
         self._send(number, points.step, values)
 
     def images(self, number: int, step: int, images: Mapping[str, bytes]) -> None:
@@ -75,10 +81,22 @@ class Wandb:
             values = {name: self._wandb.Image(image) for name, image in opened.items()}
             self._send(number, step, values)
 
-    def close(self) -> None:
-        """Waits until all is sent or, offline, written."""
-        self._run.finish()
+    def close(self, *, failed: bool = False) -> None:
+        """Waits until all is sent or, offline, written; wandb shows whether the run failed."""
+        self._run.finish(exit_code=int(failed))
 
     def _send(self, number: int, step: int, values: Mapping[str, Any]) -> None:
         self.lines = number + 1
         self._run.log({**values, "step": step}, step=number)
+
+
+def _id(folder: Path) -> str:
+    """Returns the id of a run folder; a copy of one that is still there is a run of its own."""
+    known = read_json(folder / FILE) or {}
+    first = Path(str(known.get("folder") or folder))
+    copied = first != folder and (read_json(first / FILE) or {}).get("id") == known.get("id")
+    id = secrets.token_hex(4) if copied or not known.get("id") else str(known["id"])
+    written = {"schema": 1, "id": id, "folder": str(folder)}
+    if written != known:
+        write_json(folder / FILE, written)
+    return id

@@ -32,7 +32,7 @@ class Memory:
     def images(self, number, step, images):
         self.figures.update(images)
 
-    def close(self):
+    def close(self, *, failed=False):
         pass
 
 
@@ -105,6 +105,14 @@ def test_a_run_with_all_of_it(tmp_path, monkeypatch):
     config = config_of()
     config.track.trackers = ()
     experiment.run(config, folder, report=False, verbose=False)
+    # One that came too late, or was lost, gets all of a finished run; the log is left as it is.
+    damaged = (folder / "metrics.jsonl").read_bytes().replace(b"\n", b"\ntorn\n", 1)
+    (folder / "metrics.jsonl").write_bytes(damaged)
+    points.clear()
+    figures.clear()
+    experiment.run(config_of(), folder, report=False, verbose=False)
+    assert list(points.values()) == [trackers.points_of(row) for row in rows]
+    assert "report/curves" in figures and (folder / "metrics.jsonl").read_bytes() == damaged
     config.log.live = ()
     with pytest.raises(ValueError, match=r"log\.live"):
         experiment.run(config, folder, report=False, verbose=False)
@@ -118,6 +126,8 @@ def test_a_run_with_all_of_it(tmp_path, monkeypatch):
         ("log.live", ("range",), "Did you mean 'ranges'"),
         ("log.codes_every_steps", -1, r"config\.log\.codes_every_steps is -1"),
         ("track.trackers", ("wandbb",), "Did you mean 'wandb'"),
+        ("track.project", "", r"config\.track\.project is ''; give a name"),
+        ("track.project", "team/nets", "without any of"),
     ],
 )
 def test_what_is_not_known_is_refused(field, value, message):
@@ -125,4 +135,16 @@ def test_what_is_not_known_is_refused(field, value, message):
     node, key = field.split(".")
     config[node][key] = value
     with pytest.raises(ValueError, match=message):
+        experiment.inspect(config, verbose=False)
+
+
+def test_what_is_watched_is_in_the_overview_and_ranges_need_an_interval():
+    config = config_of()
+    config.track.trackers = ("tensorboard",)
+    text = experiment.inspect(config, verbose=False)
+    assert "trackers: tensorboard\n" in text
+    assert "live values: ranges, oscillating, grad_norms, agreement, codes\n" in text
+    assert "trackers" not in experiment.inspect(get_config(), verbose=False)
+    config.log.quant_every_steps = 0
+    with pytest.raises(ValueError, match=r"'ranges'.*quant_every_steps.*is 0; give an interval"):
         experiment.inspect(config, verbose=False)

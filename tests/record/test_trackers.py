@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import shutil
 import sys
 import types
 
@@ -37,7 +38,7 @@ class Fake:
     def images(self, number, step, images):
         self.points[number] = images
 
-    def close(self):
+    def close(self, *, failed=False):
         pass
 
 
@@ -68,12 +69,12 @@ def test_a_line_that_the_checkpoint_had_not_seen_is_there_once(tmp_path, monkeyp
     found = SERVER[str(tmp_path)]
     assert list(found) == list(range(6)) and list(found.values()) == wanted(tmp_path)
     assert found[1].scalars == {"train/net/loss": 0.5}  # what was not finite is no point
-    assert found[3].histograms == {"codes/net/conv": (-2, (3, 0, 0, 5))}
+    assert found[3].histograms == {"codes/net/conv": (-2, (3, 0, 0, 5), 1)}
 
 
-@pytest.mark.parametrize("moment", ["open", "begin", "add"])
+@pytest.mark.parametrize("moment", ["open", "begin", "add", "close"])
 def test_a_tracker_that_fails_ends_no_run(tmp_path, monkeypatch, moment):
-    def fail(*_):
+    def fail(*_, **__):
         raise ConnectionError("no network")
 
     broken = type("Broken", (Fake,), {"__init__" if moment == "open" else moment: fail})
@@ -84,6 +85,71 @@ def test_a_tracker_that_fails_ends_no_run(tmp_path, monkeypatch, moment):
     assert len(read_metrics(tmp_path)) == 6
     (text,) = said
     assert "fake failed (ConnectionError: no network); the run goes on" in text
+
+
+def test_what_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(trackers.TRACKERS, "fake", Fake)
+    log, said = MetricsLog(tmp_path), []
+    with trackers.tracking(log, FIELDS, {}, said.append) as follower:
+        log.truncate(0, lines=0)
+        follower.images(0, 0, lambda: 1 // 0)
+        follower.images(0, 0, lambda: {})
+    with trackers.tracking(log, FIELDS, {}, said.append):
+        log.log(10, "a", "codes", {"net/conv/none": 3})  # a name without a number
+    assert [text.partition(":")[0] for text in said] == [
+        "tracker fake failed (ZeroDivisionError",
+        "tracker fake failed (ValueError",
+    ]
+
+
+def test_codes_of_16_bits_are_counted_in_bins_that_wandb_takes():
+    ends = {"net/conv/-32768": 1, "net/conv/0": 5, "net/conv/32767": 2}
+    found = trackers.points_of({"step": 1, "split": "codes", "values": ends})
+    histogram = found.histograms["codes/net/conv"]
+    counts, edges = histogram.counts, histogram.edges()
+    assert len(counts) == 512 and sum(counts) == 8
+    assert (counts[0], counts[256], counts[511]) == (1, 5, 2)
+    assert (edges[0], edges[256], edges[512]) == (-32768.5, -0.5, 32767.5)
+
+
+def test_a_copied_run_folder_is_a_run_of_its_own_and_a_moved_one_is_not(tmp_path, monkeypatch):
+    server = {}
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(server))
+
+    def id_of(folder):
+        fields = {"trackers": ("wandb",), "project": "test"}
+        with trackers.tracking(MetricsLog(folder), fields, {}, print, group="seeds"):
+            pass
+        return json.loads((folder / "wandb.json").read_text())["id"]
+
+    (tmp_path / "a").mkdir()
+    first = id_of(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    second = id_of(tmp_path / "copy")
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert id_of(tmp_path / "moved") == first != second == id_of(tmp_path / "copy")
+    assert set(server) == {first, second}
+
+
+def test_wandb_is_told_that_a_run_failed(tmp_path, monkeypatch):
+    server = {}
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(server))
+    fields = {"trackers": ("wandb",), "project": "test"}
+    with (
+        pytest.raises(OSError, match="full"),
+        trackers.tracking(MetricsLog(tmp_path), fields, {}, print, group="seeds"),
+    ):
+        raise OSError("full")
+    assert list(server.values()) == [["exit 1"]]
+
+
+def test_a_folder_is_no_package(tmp_path, monkeypatch):
+    """wandb leaves a folder of its name where it ran."""
+    (tmp_path / "left_behind").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(trackers.PACKAGES, "wandb", "left_behind")
+    with pytest.raises(ValueError, match="left_behind is not installed"):
+        trackers.check_packages(("wandb",))
 
 
 def test_names_and_packages_are_checked(monkeypatch):
@@ -103,6 +169,7 @@ def fake_wandb(server):
     class Run:
         def __init__(self, id, resume, **options):
             assert resume == "allow" and options["project"] == "test"
+            assert options["group"] == "seeds" and options["settings"]["init_timeout"] == 20
             self.sent = server.setdefault(id, [])
             self.offline = False
             self.step = self.sent[-1][0] + 1 if self.sent else 0  # as the service says
@@ -114,8 +181,8 @@ def fake_wandb(server):
             assert not self.sent or step > self.sent[-1][0], "steps go up"
             self.sent.append((step, values))
 
-        def finish(self):
-            pass
+        def finish(self, exit_code):
+            self.sent.append(f"exit {exit_code}") if exit_code else None
 
     module = types.ModuleType("wandb")
     module.init = Run
@@ -130,12 +197,12 @@ def test_a_run_of_wandb_goes_on_with_its_id(tmp_path, monkeypatch, lost):
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(server))
     fields = {"trackers": ("wandb",), "project": "test"}
     log = MetricsLog(tmp_path)
-    with trackers.tracking(log, fields, {"seed": 1}, print):
+    with trackers.tracking(log, fields, {"seed": 1}, print, group="seeds"):
         lines_of_a_killed_run(log)
     if lost:  # handed over, and not sent yet when the process was killed
         del next(iter(server.values()))[-lost:]
     again = MetricsLog(tmp_path)  # another process, after the last line
-    with trackers.tracking(again, fields, {"seed": 1}, print):
+    with trackers.tracking(again, fields, {"seed": 1}, print, group="seeds"):
         again.truncate(30, lines=4)
         again.log(30, "a", "train", {"net/loss": 0.25})
         again.log(40, "b", "train", {"net/loss": 0.125})
@@ -162,7 +229,7 @@ def test_tensorboard_reads_what_the_log_says(tmp_path):
     Image.fromarray(pixels).save(png, format="png")
     with trackers.tracking(log, fields, {}, print) as follower:
         lines_of_a_killed_run(log)
-        follower.images(6, 40, {"report/curves": png.getvalue()})
+        follower.images(6, 40, lambda: {"report/curves": png.getvalue()})
     reader = events.EventAccumulator(str(tmp_path / "tensorboard"))
     reader.Reload()
     for tag, steps in {"train/net/loss": [10, 20, 30, 40], "test/net/top1": [20]}.items():
@@ -172,6 +239,8 @@ def test_tensorboard_reads_what_the_log_says(tmp_path):
     (event,) = reader.Histograms("codes/net/conv")
     histogram = event.histogram_value
     assert event.step == 30 and list(histogram.bucket) == [3, 0, 0, 5] and histogram.num == 8
+    # The ends of the first and the last bin, whose codes are in their middles as all others are.
+    assert (histogram.min, histogram.max) == (-2.5, 1.5)
     assert list(histogram.bucket_limit) == [-1.5, -0.5, 0.5, 1.5]
     (image,) = reader.Images("report/curves")
     shown = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
