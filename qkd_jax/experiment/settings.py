@@ -30,7 +30,9 @@ from qkd_jax.experiment.schedule import Kind, Stage, lay_out
 from qkd_jax.models import MODELS, BorrowedClassifier, create
 from qkd_jax.quantize import QuantizedModel, Rule, presets, quantize, targets
 from qkd_jax.record.folder import config_fields
+from qkd_jax.training.optim import plan_optimizer
 from qkd_jax.training.rematerialisation import has_blocks
+from qkd_jax.training.state import check_patterns, split
 
 # Everything a config may say outside of `nets`, `stages` and `schedule`, with its default.
 DEFAULTS: dict[str, Any] = {
@@ -124,7 +126,7 @@ class Settings:
             for lengths in equals.values()
             if len(set(lengths.values())) > 1
         ]
-        return unequal + self._without_blocks()
+        return unequal + self._without_blocks() + self._unmatched()
 
     def _without_blocks(self) -> list[str]:
         """A text for each train stage whose `remat` finds nothing in a net to run again."""
@@ -139,6 +141,24 @@ class Settings:
                             f"net {name!r} has no blocks (modules of its model's own), so that all "
                             "is kept for its backward pass. accumulate saves memory there too."
                         )
+        return found
+
+    def _unmatched(self) -> list[str]:
+        """A text for each optimizer with a pattern that fits no layer, before hours have passed."""
+        found = []
+        for stage in self.stages:
+            for net, fields in stage.fields["optim"].items() if stage.trains else ():
+                # Not set is written otherwise in a config, and says nothing of layers.
+                named = {k: v for k, v in fields.items() if k not in ("quant_lr", "clip_norm")}
+                structure, _ = plan_optimizer(net, named, stage.horizons[net])
+                learned, _ = split(shapes(self.nets[net], self.image_shape))
+                try:
+                    check_patterns(net, structure, learned)
+                except ValueError as error:
+                    found.append(
+                        f"WARNING: stages.{stage.name} will end the run, unless calibration adds "
+                        f"quantizers that fit: {error}"
+                    )
         return found
 
 

@@ -205,7 +205,7 @@ def init_opt(plan: Plan, name: str, variables: Mapping[str, Any]) -> dict[str, A
     """Returns the initial state of a net's optimizer, and of its hygiene and average if any."""
     learner = plan.learner(name)
     learned, _ = split(variables)
-    _check_patterns(name, learner.optim, learned)
+    check_patterns(name, learner.optim, learned)
     state = optim.init_optimizer(learner.optim, learned)
     if learner.hygiene is not None:
         where = f"hygiene.{name}"
@@ -215,8 +215,17 @@ def init_opt(plan: Plan, name: str, variables: Mapping[str, Any]) -> dict[str, A
     return state
 
 
-def _check_patterns(name: str, structure: optim.OptimStructure, learned: Mapping[str, Any]) -> None:
-    """Refuses a pattern that matches nothing."""
+def check_patterns(name: str, structure: optim.OptimStructure, learned: Mapping[str, Any]) -> None:
+    """Refuses patterns of an optimizer that match nothing.
+
+    Args:
+        name: the net's name, for messages.
+        structure: of its optimizer.
+        learned: {"params": ..., "quant": ...}, arrays or shapes.
+
+    Raises:
+        ValueError: a pattern matches no layer, or rates by depth have no blocks.
+    """
     paths = [tuple(path.split("/")) for path in flatten(dict(learned))]
     for field in ("freeze", "adam_layers"):
         patterns = getattr(structure, field)

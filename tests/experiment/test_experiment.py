@@ -251,11 +251,13 @@ def test_images_are_cut_without_losing_any(finished):
     assert sorted(x.tobytes() for x in whole) == sorted(x.tobytes() for x in images)
 
 
-def test_a_net_in_which_remat_finds_nothing_is_warned_of():
+def test_options_that_find_nothing_in_a_net_are_warned_of():
     config = get_config().unlock()
     config.stages.qat_only.remat = "blocks"
+    config.stages.qat_only.optim.qat_only.layer_rates = ("dens1:0.5",)
     text = " ".join(experiment.inspect(config, verbose=False).split())
     assert "WARNING: stages.qat_only.remat is 'blocks', but net 'qat_only' has no blocks" in text
+    assert "WARNING: stages.qat_only will end the run" in text and "Did you mean 'dense1'" in text
 
 
 def test_equal_nets_with_unequal_steps_are_warned_of(tmp_path, capsys):
