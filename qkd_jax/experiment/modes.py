@@ -14,7 +14,7 @@ from qkd_jax import checks, processes
 from qkd_jax.data import NotPreparedError
 from qkd_jax.experiment import soft_label_record, sweep_state
 from qkd_jax.experiment.orchestrate import run, step_cache
-from qkd_jax.experiment.origin import check_data, check_digest, config_digest
+from qkd_jax.experiment.origin import check_data, check_written
 from qkd_jax.experiment.overview import overview
 from qkd_jax.experiment.reading import check_sources, load_data, read
 from qkd_jax.experiment.results import (
@@ -51,7 +51,8 @@ from qkd_jax.training.profiling import parse_steps
 def _open(workdir: str | Path) -> tuple[RunFolder, Run]:
     """Opens a run folder to read: settings, data and the newest checkpoint."""
     folder = RunFolder(workdir, create=False)
-    plain = resolve(folder.read_config())
+    written = folder.read_config()
+    plain = resolve(written)
     saved, _ = read_latest(folder.checkpoints)
     if saved is None:
         raise ValueError(
@@ -59,7 +60,7 @@ def _open(workdir: str | Path) -> tuple[RunFolder, Run]:
             f"--workdir={workdir}"
         )
     there = saved.meta.get("origin")
-    check_digest(there, config_digest(plain), folder.path, known=True)
+    check_written(there, written, folder.path)
     dataset = load_data(plain)
     check_data(there, dataset.fingerprint, folder.path)
     settings = read(plain, dataset)

@@ -7,7 +7,7 @@ and are refused; other code or another number of devices may, and are said and r
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,18 @@ from qkd_jax.data.dataset import Dataset
 from qkd_jax.record.environment import code_version
 from qkd_jax.record.folder import FREE_FIELDS, config_fields
 
+# What FREE_FIELDS was before devices could divide nets: checkpoints of then are still read.
+_EARLIER_FREE_FIELDS = ("checkpoint", "data.dir")
 _REPAIR = "Use another --workdir, or delete the folder."
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
     """Returns the SHA-256 of a resolved config without its free fields."""
-    text = json.dumps(config_fields(config, ignore=FREE_FIELDS), sort_keys=True)
+    return _digest(config, FREE_FIELDS)
+
+
+def _digest(config: Mapping[str, Any], free: Sequence[str]) -> str:
+    text = json.dumps(config_fields(config, ignore=free), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -78,6 +84,25 @@ def check_digest(
         raise ValueError(
             f"{folder} holds the checkpoints of a run of another config; {beside} {_REPAIR}"
         )
+
+
+def check_written(
+    there: Mapping[str, Any] | None, written: Mapping[str, Any], folder: Path
+) -> None:
+    """Refuses a checkpoint that was not made with the config.json beside it.
+
+    Fields that configs have got since, and their defaults, are no part of it.
+
+    Args:
+        there: as for `check_digest`.
+        written: the content of config.json.
+        folder: the run folder, for messages.
+
+    Raises:
+        ValueError: the checkpoint is of another config.
+    """
+    if there is None or there.get("config") != _digest(written, _EARLIER_FREE_FIELDS):
+        check_digest(there, config_digest(written), folder, known=True)
 
 
 def check_data(there: Mapping[str, Any] | None, fingerprint: str, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Two runs are never mixed in one folder, and names stay inside of it."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -64,6 +65,20 @@ def test_a_config_beside_the_checkpoints_of_another_run(run_folder):
     for use in (lambda: again(run_folder, lr=0.01), lambda: experiment.evaluate(run_folder)):
         with pytest.raises(ValueError, match=r"config\.json is not the one that they were made"):
             use()
+
+
+def test_a_checkpoint_of_a_time_of_fewer_fields_is_read(tmp_path):
+    written = {
+        "seed": 3,
+        "data": {"name": "digits", "dir": "somewhere"},
+        "checkpoint": {"every_steps": 5},
+        "parallel": {"mode": "jit", "devices": 2},
+    }
+    text = '{"data.name": "digits", "parallel.devices": 2, "parallel.mode": "jit", "seed": 3}'
+    there = {"config": hashlib.sha256(text.encode()).hexdigest()}
+    origin.check_written(there, written, tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json is not the one that they were made"):
+        origin.check_written(there, written | {"seed": 4}, tmp_path)
 
 
 HERE = {"config": "a", "data": "b" * 64, "code": "rev1", "devices": 1}
