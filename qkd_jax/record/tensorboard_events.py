@@ -1,10 +1,12 @@
 """TensorBoard's event files, `<run folder>/tensorboard`, written by tensorboardX.
 
-The folder is derived from the log and made anew when a run starts or resumes: what the log lost,
-the curves lose too. A TensorBoard that is looking on sees the restart by its first event.
+The events are derived from the log and written anew when a run starts or resumes: what the log
+lost, the curves lose too. A TensorBoard that is looking on goes to the new file, whose first event
+says that all is said again. For that the old ones are emptied and stay: it never leaves a file that
+is gone.
 """
 
-import shutil
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,10 +40,18 @@ class TensorBoard:
     def begin(self, points: Sequence[Any]) -> None:
         """Writes a new file with the points of all lines."""
         self.close()
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir()
-        self._file = self._writer(str(self.path / "events"))
-        # A TensorBoard that has read the file before discards all it had from step 0 on.
+        if self.path.is_symlink():
+            raise ValueError(f"{self.path} is a link, which is not followed; remove it.")
+        self.path.mkdir(exist_ok=True)
+        old = sorted(self.path.glob("events*tfevents*"))
+        for file in old:
+            if file.is_symlink():
+                file.unlink()
+            else:
+                os.truncate(file, 0)
+        # Numbered, since TensorBoard reads files by the order of their names.
+        self._file = self._writer(str(self.path / f"events.{len(old):06d}"))
+        # A TensorBoard that has read a file before discards all it had from step 0 on.
         start = self._protocol.SessionLog(status=self._protocol.SessionLog.START)
         self._write(0, session_log=start)
         for of_line in points:

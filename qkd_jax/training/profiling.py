@@ -68,31 +68,37 @@ def check_steps(steps: tuple[int, int], stages: Sequence[Any]) -> None:
 def tracer(profile: Profile, begin: int, say: Callable[[str], None]) -> Callable[[int, Any], None]:
     """Returns `trace(step, state)` for the loop, which calls it before each step and at the end.
 
+    A trace that cannot be begun or written is given up with a message; the steps go on.
+
     Args:
         profile: which steps.
         begin: steps of the schedule before this stage.
         say: prints where the trace is.
     """
-    running = False
+    running = failed = False
 
     def trace(step: int, state: Any) -> None:
         """Before a step of the stage, from 1 on; 0 ends a trace at once."""
-        nonlocal running
+        nonlocal running, failed
         at = begin + step
         inside = step > 0 and profile.first <= at <= profile.last
-        if inside == running:
+        if inside == running or (inside and failed):
             return
         jax.block_until_ready(state)  # neither half a step before nor half a step at the end
-        if inside:
-            profile.folder.mkdir(parents=True, exist_ok=True)
-            jax.profiler.start_trace(str(profile.folder))
-        else:
-            jax.profiler.stop_trace()
-            say(
-                f"the trace is in {profile.folder}; TensorBoard (tensorboard-plugin-profile) or "
-                "xprof shows it"
-            )
-        running = inside
+        try:
+            if inside:
+                profile.folder.mkdir(parents=True, exist_ok=True)
+                jax.profiler.start_trace(str(profile.folder))
+            else:
+                jax.profiler.stop_trace()
+                say(
+                    f"the trace is in {profile.folder}; TensorBoard (tensorboard-plugin-profile) "
+                    "or xprof shows it"
+                )
+            running = inside
+        except (OSError, RuntimeError) as error:  # a full disk; another trace that is running
+            running, failed = False, True
+            say(f"no trace of these steps ({type(error).__name__}: {error}); the run goes on")
 
     return trace
 

@@ -215,6 +215,26 @@ def test_a_run_of_wandb_goes_on_with_its_id(tmp_path, monkeypatch, lost):
     assert counts == [3, 0, 0, 5] and edges == [-2.5, -1.5, -0.5, 0.5, 1.5]
 
 
+def test_a_tensorboard_that_looks_on_sees_a_restart(tmp_path):
+    pytest.importorskip("tensorboardX", reason="tensorboardX, an extra, is not installed")
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.plugin_event_multiplexer",
+        reason="tensorboard, which reads the files here, is not installed",
+    )
+    fields, seen = {"trackers": ("tensorboard",), "project": ""}, []
+    (tmp_path / "tensorboard").mkdir()
+    looking = events.EventMultiplexer({"run": str(tmp_path / "tensorboard")})
+    for kept, steps in ((0, (10, 20, 30)), (1, (20,)), (1, (20, 30, 40))):  # three in one second
+        log = MetricsLog(tmp_path)
+        with trackers.tracking(log, fields, {}, print):
+            log.truncate(lines=kept)
+            for step in steps:
+                log.log(step, "a", "train", {"net/loss": 1.0})
+            looking.Reload()
+        seen.append([event.step for event in looking.Tensors("run", "train/net/loss")])
+    assert seen == [[10, 20, 30], [10, 20], [10, 20, 30, 40]]
+
+
 def test_tensorboard_reads_what_the_log_says(tmp_path):
     """With TensorBoard's own reader, which is another program than the writer."""
     pytest.importorskip("tensorboardX", reason="tensorboardX, an extra, is not installed")

@@ -92,6 +92,21 @@ def test_a_trace_covers_its_steps(tmp_path, monkeypatch):
     assert not profiling.is_within(profile, types.SimpleNamespace(first=2, steps=10), 0)
 
 
+@pytest.mark.parametrize("moment", ["start_trace", "stop_trace"])
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, moment):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    monkeypatch.setattr(jax.profiler, moment, full)
+    said = []
+    trace = profiling.tracer(profiling.Profile(2, 3, tmp_path / "profile"), 0, said.append)
+    for step in (1, 2, 3, 4, 0):
+        trace(step, None)
+    assert said == ["no trace of these steps (OSError: No space left on device); the run goes on"]
+
+
 @pytest.mark.parametrize("text", ["5", "a,b", "1,2,3", "-1,4", "0,4", "9,3", ""])
 def test_steps_that_are_none(text):
     with pytest.raises(ValueError, match="--profile_steps"):
