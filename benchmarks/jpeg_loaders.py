@@ -168,7 +168,7 @@ def main():
     for _ in sys.stdin:
         for _ in range(WARM):
             next(batches)
-        # Of the processor, all threads together: a core that others use too says nothing on the wall.
+        # Of the processor, all threads together: on the wall others' work counts too.
         begin = time.process_time()
         for _ in range(BATCHES):
             next(batches)

@@ -43,6 +43,7 @@ MARKED = re.compile(
     r"(?P<old>.*?)<!-- end -->",
     flags=re.S,
 )
+BEGUN = re.compile(r"<!--\s*sweep\b")  # a marker that is not written as it must be, too
 # Of a start in run.json; the others are the machine's and the user's own.
 KEPT = ("data", "devices", "git", "nets", "processor", "seed", "versions", "xla_flags")
 
@@ -96,13 +97,17 @@ def take(sweep: Path, record: Path) -> list[Path]:
 
 def section(folder: str, against: str, names: Sequence[str]) -> str:
     """The text between two markers: on what the runs were made, what is to be said, the tables."""
+    planned = read_json(ROOT / folder / "sweep.json")
+    if planned is None:
+        raise ValueError(
+            f"a marker of docs/results.md names {folder}, which has no sweep.json; keep a sweep's "
+            f"record there (--take <sweep> {folder}), or mend the name."
+        )
     found = read_runs(ROOT / folder)
     comparison = compared_runs(found, against=against)
     runs = [run for arm in found.arms for run in arm.runs.values()]
     number = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-    lines = [
-        f"{number} of `{read_json(ROOT / folder / 'sweep.json')['config']}` ({environment(runs)})."
-    ]
+    lines = [f"{number} of `{planned['config']}` ({environment(runs)})."]
     if comparison.notes:
         lines += ["", *(f"- {note}" for note in comparison.notes)]
     for name in names:
@@ -149,7 +154,7 @@ def filled(page: str) -> str:
         return f"{head}\n{section(marked['folder'], against, names)}<!-- end -->"
 
     made, count = MARKED.subn(fill, page)
-    if count != (begun := page.count("<!-- sweep ")):
+    if count != (begun := len(BEGUN.findall(page))):
         raise ValueError(
             f"{begun} markers begin a table in docs/results.md and {count} of them are whole; "
             "write <!-- sweep results/<name> against <control>: <table>, <table> --> and, below "

@@ -122,7 +122,7 @@ def check_packages(names: Sequence[str], where: str = "config.track.trackers") -
         ):  # a mere folder, which wandb leaves behind, has none
             raise ValueError(
                 f"{where} has {name!r}, whose package {PACKAGES[name]} is not installed; "
-                f"pip install {PACKAGES[name]} (or qkd_jax[trackers], which has all), or leave "
+                f"pip install {PACKAGES[name]} (or -e '.[trackers]', which has all), or leave "
                 f"{name!r} out: metrics.jsonl and report.html have the same curves."
             )
 

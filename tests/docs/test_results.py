@@ -44,6 +44,10 @@ def test_a_marker_that_is_not_whole_is_refused(make_results):
     begun = "<!-- sweep results/qkd: results -->\ntext"
     with pytest.raises(ValueError, match=r"1 markers begin a table .* and 0 of them are whole"):
         make_results.filled(begun)
+    with pytest.raises(ValueError, match=r"1 markers begin .* and 0 of them are whole"):
+        make_results.filled("<!--sweep results/qkd: results -->\n<!-- end -->")
+    with pytest.raises(ValueError, match=r"names results/none, which has no sweep\.json"):
+        make_results.filled("<!-- sweep results/none: results -->\n<!-- end -->")
     with pytest.raises(ValueError, match=r"table of qkd.*'result'.*results"):
         make_results.filled(begun.replace("results -->", "result -->") + "<!-- end -->")
 
