@@ -168,11 +168,7 @@ def main():
     for _ in sys.stdin:
         for _ in range(WARM):
             next(batches)
-<<<<<<< Updated upstream
         # Of the processor, all threads together: on the wall others' work counts too.
-=======
-        # Of the processor, all threads: a core that others use too says nothing on the wall.
->>>>>>> Stashed changes
         begin = time.process_time()
         for _ in range(BATCHES):
             next(batches)
