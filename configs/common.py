@@ -220,6 +220,7 @@ def sgd(lr: float, *, weight_decay: float, continues: str = "", **fields: Any) -
         freeze=(),
         rms=0.2,
         adam_layers=("head",),
+        stacked_layers=(),
         layer_decay=1.0,
         layer_stem=("stem.*", ".*embed.*", "positions", "token"),
         layer_rates=(),

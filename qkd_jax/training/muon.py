@@ -6,6 +6,7 @@ and the output head, and here what quantizers learn. A convolution is the matrix
 [height, width, channels in] to its channels out, as in their code.
 """
 
+import functools
 import math
 import re
 from typing import Any
@@ -24,7 +25,12 @@ _PROJECTIONS = ("query", "key", "value")
 
 
 def transform(
-    hyper: dict[str, Any], labels: Tree, *, nesterov: bool, consistent_rms: bool
+    hyper: dict[str, Any],
+    labels: Tree,
+    *,
+    nesterov: bool,
+    consistent_rms: bool,
+    stacked: tuple[str, ...] = (),
 ) -> optax.GradientTransformation:
     """Muon for what `labels` calls "muon", Adam for the rest; without decay and learning rate.
 
@@ -36,16 +42,19 @@ def transform(
         labels: of `labels_of`.
         nesterov: whether the update looks one step ahead.
         consistent_rms: whether `rms` sets the size of updates; else s = sqrt(max(1, out / in)).
+        stacked: regular expressions of layers whose first axis counts layers, as `nn.scan` stacks
+            them: each layer's matrix is orthogonalised by itself.
     """
+    numbers = functools.partial(dimension_numbers, stacked=stacked)
     rms = hyper["rms"] if consistent_rms else None
     matrices = optax.chain(
         optax.contrib.scale_by_muon(
             beta=hyper["momentum"],
             eps=hyper["eps"],
             nesterov=nesterov,
-            weight_dimension_numbers=dimension_numbers,
+            weight_dimension_numbers=numbers,
         ),
-        optax.stateless(lambda updates, _: _scaled(updates, rms)),
+        optax.stateless(lambda updates, _: _scaled(updates, numbers(updates), rms)),
     )
     adam = optax.scale_by_adam(hyper["b1"], hyper["b2"], hyper["eps"])
     return optax.partition({"muon": matrices, "adam": adam}, labels)
@@ -63,9 +72,9 @@ def labels_of(trainable: Tree, groups: Tree, adam_layers: tuple[str, ...]) -> Tr
     def label(path: tuple[Any, ...], leaf: Any) -> str:
         parts = _names(path)
         matrix = jnp.ndim(leaf) == 2 or (parts[-1] == "kernel" and jnp.ndim(leaf) > 2)
-        layers = ["/".join(parts[1:end]) for end in range(2, len(parts))]
-        exempt = any(re.fullmatch(p, layer) for p in adam_layers for layer in layers)
-        return "adam" if exempt or not matrix or "embed" in parts[-1] else "muon"
+        return (
+            "adam" if _is_in(adam_layers, parts) or not matrix or "embed" in parts[-1] else "muon"
+        )
 
     named = jax.tree.leaves(jax.tree_util.tree_map_with_path(label, unboxed(trainable)))
     kinds, structure = jax.tree.flatten(groups)
@@ -75,25 +84,33 @@ def labels_of(trainable: Tree, groups: Tree, adam_layers: tuple[str, ...]) -> Tr
     return jax.tree.unflatten(structure, chosen)
 
 
-def _scaled(updates: Tree, rms: jax.Array | None) -> Tree:
-    def scaled(update: jax.Array, numbers: MuonDimensionNumbers) -> jax.Array:
-        inputs, outputs = (math.prod(np.take(update.shape, axes).tolist()) for axes in numbers)
+def _is_in(layers: tuple[str, ...], path: tuple[str, ...]) -> bool:
+    """Whether the layer of an array, or one around it, matches a pattern."""
+    around = ["/".join(path[1:end]) for end in range(2, len(path))]
+    return any(re.fullmatch(pattern, layer) for pattern in layers for layer in around)
+
+
+def _scaled(updates: Tree, numbers: Tree, rms: jax.Array | None) -> Tree:
+    def scaled(update: jax.Array, axes: MuonDimensionNumbers) -> jax.Array:
+        inputs, outputs = (math.prod(np.take(update.shape, of).tolist()) for of in axes)
         if rms is None:
             return math.sqrt(max(1.0, outputs / inputs)) * update
         return rms * math.sqrt(max(inputs, outputs)) * update
 
-    return jax.tree.map(scaled, updates, dimension_numbers(updates))
+    return jax.tree.map(scaled, updates, numbers)
 
 
-def dimension_numbers(updates: Tree) -> Tree:
+def dimension_numbers(updates: Tree, stacked: tuple[str, ...] = ()) -> Tree:
     """Returns each matrix's (input axes, output axes); the last axis is the output.
 
-    Attention's `query`, `key` and `value` kernels [width, heads, size] have one input axis.
+    Attention's `query`, `key` and `value` kernels [width, heads, size] have one input axis. The
+    first axis of `stacked` layers is neither.
     """
 
     def numbers(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers:
-        axes = tuple(range(jnp.ndim(leaf)))
-        inputs = 1 if set(_names(path)[-2:-1]) & set(_PROJECTIONS) else len(axes) - 1
+        parts = _names(path)
+        axes = tuple(range(jnp.ndim(leaf)))[1 if _is_in(stacked, parts) else 0 :]
+        inputs = 1 if set(parts[-2:-1]) & set(_PROJECTIONS) else len(axes) - 1
         return MuonDimensionNumbers(axes[:inputs], axes[inputs:])
 
     named = jax.tree_util.tree_map_with_path(numbers, unboxed(updates))

@@ -54,13 +54,16 @@ class OptimStructure:
     decay_shape: str = ""
     consistent_rms: bool = False
     adam_layers: tuple[str, ...] = ()
+    stacked_layers: tuple[str, ...] = ()
     layer_rates: tuple[str, ...] = ()
     layer_stem: tuple[str, ...] = ()
     ema: str = ""  # "", "plain" or "warmup"
 
     def of_adaptor(self) -> "OptimStructure":
         """Returns that of an adaptor of a loss term: options that name the net's layers are off."""
-        off: dict[str, Any] = dict.fromkeys(("freeze", "adam_layers", "layer_rates"), ())
+        off: dict[str, Any] = dict.fromkeys(
+            ("freeze", "adam_layers", "stacked_layers", "layer_rates"), ()
+        )
         return dataclasses.replace(self, **off, layer_stem=(), ema="")
 
 
@@ -101,9 +104,15 @@ def muon_and_adam(
     one `lr` serves both; with `rms` 0 it is scaled by sqrt(max(1, out / in)), as its authors do.
     """
     kinds = muon.labels_of(labels.tree, labels.groups, structure.adam_layers)
-    options: dict[str, Any] = {"nesterov": structure.nesterov}
+    matrices = muon.transform(
+        hyper,
+        kinds,
+        nesterov=structure.nesterov,
+        consistent_rms=structure.consistent_rms,
+        stacked=structure.stacked_layers,
+    )
     return optax.chain(
-        muon.transform(hyper, kinds, consistent_rms=structure.consistent_rms, **options),
+        matrices,
         optax.add_decayed_weights(hyper["weight_decay"], mask=labels.decayed),
     )
 
@@ -138,6 +147,7 @@ OPTIM_FIELDS: dict[str, Any] = {
     "freeze": (),
     "rms": 0.2,
     "adam_layers": ("head",),
+    "stacked_layers": (),
     "layer_decay": 1.0,
     "layer_stem": layer_rates.STEM,
     "layer_rates": (),
@@ -172,7 +182,8 @@ def plan_optimizer(
             part of schedule "wsd"; `final` is its last factor and the cosine's. `freeze` lists
             regular expressions; a layer whose whole path matches one keeps its parameters (a
             BatchNorm still updates its running statistics). `adam_layers` are those that "muon"
-            leaves to Adam. `layer_decay`, `layer_stem` and `layer_rates`: see that module. `ema`
+            leaves to Adam, `stacked_layers` those whose arrays hold one matrix a layer (`nn.scan`)
+            along their first axis. `layer_decay`, `layer_stem` and `layer_rates`: see that module. `ema`
             above 0 averages the net's variables with that decay (see that module), and with
             `ema_final` the net ends the stage as its average. Fields that the chosen optimizer or
             schedule does not use are allowed, so that one override on the command line can switch
@@ -239,6 +250,7 @@ def plan_optimizer(
     if given["ema"]:
         numbers["ema"] = np.float32(given["ema"])
     is_muon = given["name"] == "muon"
+    stacked = _patterns(f"{where}.stacked_layers", given["stacked_layers"])
     stem = _patterns(f"{where}.layer_stem", given["layer_stem"])
     if by_depth and not stem:
         raise ValueError(
@@ -254,6 +266,7 @@ def plan_optimizer(
         decay_shape=given["decay_shape"] if given["schedule"] == "wsd" else "",
         consistent_rms=is_muon and given["rms"] > 0,
         adam_layers=_patterns(f"{where}.adam_layers", given["adam_layers"]) if is_muon else (),
+        stacked_layers=stacked if is_muon else (),
         # The first pattern that matches decides, so their order stays.
         layer_rates=_patterns(f"{where}.layer_rates", patterns, ordered=True),
         layer_stem=stem if by_depth else (),

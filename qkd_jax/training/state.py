@@ -227,7 +227,7 @@ def check_patterns(name: str, structure: optim.OptimStructure, learned: Mapping[
         ValueError: a pattern matches no layer, or rates by depth have no blocks.
     """
     paths = [tuple(path.split("/")) for path in flatten(dict(learned))]
-    for field in ("freeze", "adam_layers"):
+    for field in ("freeze", "adam_layers", "stacked_layers"):
         patterns = getattr(structure, field)
         used = {pattern for path in paths for pattern in optim.frozen_by(patterns, path)}
         for pattern in patterns:

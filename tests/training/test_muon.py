@@ -105,3 +105,29 @@ def test_who_is_trained_by_adam():
     assert {name for name, label in found.items() if label == "muon"} == set(MATRICES)
     found = flatten(muon.labels_of(params, optim.groups(params), ("attention", "conv")))
     assert [name for name, label in found.items() if label == "muon"] == ["params/head/kernel"]
+
+
+def test_layers_stacked_into_one_array_are_matrices_by_themselves():
+    rng = np.random.default_rng(2)
+    fields = dict(name="muon", lr=0.1, schedule="constant", adam_layers=())
+    kernels = rng.normal(size=(3, 4, 6)).astype(np.float32)
+    grads = rng.normal(size=(3, 4, 6)).astype(np.float32)
+
+    def stepped(params, gradients, **more):
+        structure, hyper = optim.plan_optimizer("net", fields | more, 10)
+        state = optim.init_optimizer(structure, params)
+        return optim.update_optimizer(structure, hyper, gradients, state, params)[0]
+
+    def stack(array):
+        return {"params": {"blocks": {"dense": {"kernel": array}}}}
+
+    def apart(array):
+        return {"params": {f"block{i}": {"kernel": layer} for i, layer in enumerate(array)}}
+
+    got = stepped(stack(kernels), stack(grads), stacked_layers=("blocks",))
+    want = stepped(apart(kernels), apart(grads))
+    got, want = flatten(got), flatten(want)
+    together = np.stack([want[f"params/block{i}/kernel"] for i in range(3)])
+    np.testing.assert_allclose(got["params/blocks/dense/kernel"], together, rtol=1e-5, atol=1e-6)
+    one = flatten(stepped(stack(kernels), stack(grads)))["params/blocks/dense/kernel"]
+    assert np.abs(one - together).max() > 1e-3

@@ -309,7 +309,11 @@ def _hooks(run: Run, stage: Stage, plan: Plan) -> Hooks:
                 means = run.evaluate(net, variables=average).metrics
                 values |= {f"{net}/ema_{k}": v for k, v in means.items() if k != "count"}
             run.log(stage, step, "test", values)
-            top1 = found[plan.learners[0]]["top1"]
+            # The best is of what the net ends as.
+            first = plan.learners[0]
+            ends_as_average = stage.fields["optim"][first].get("ema_final", True)
+            key = f"{first}/ema_top1"
+            top1 = values[key if ends_as_average and key in values else f"{first}/top1"]
             if top1 > best["top1"]:
                 best.update(top1=top1, step=step)
 
