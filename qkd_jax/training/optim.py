@@ -183,8 +183,8 @@ def plan_optimizer(
             regular expressions; a layer whose whole path matches one keeps its parameters (a
             BatchNorm still updates its running statistics). `adam_layers` are those that "muon"
             leaves to Adam, `stacked_layers` those whose arrays hold one matrix a layer (`nn.scan`)
-            along their first axis. `layer_decay`, `layer_stem` and `layer_rates`: see that module. `ema`
-            above 0 averages the net's variables with that decay (see that module), and with
+            along their first axis. `layer_decay`, `layer_stem` and `layer_rates`: see that module.
+            `ema` above 0 averages the net's variables with that decay (see that module), and with
             `ema_final` the net ends the stage as its average. Fields that the chosen optimizer or
             schedule does not use are allowed, so that one override on the command line can switch
             it.
