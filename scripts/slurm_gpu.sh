@@ -24,8 +24,10 @@ while kill -0 "$task" 2>/dev/null; do
     wait "$task" && code=0 || code=$?  # TERM ends a wait, not srun
 done
 
-# 75: saved, or a task died (137 where srun was told by the kernel); the same command resumes.
-if { [ "$code" -eq 75 ] || [ "$code" -eq 137 ]; } && [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+# 75: saved, or a task died; srun has the highest code, so the dead task's own where it was killed:
+# 137 by KILL, 143 by TERM before the run was up. The same command resumes after each.
+case "$code" in
+    75 | 137 | 143)
+        [ "${SLURM_RESTART_COUNT:-0}" -ge 50 ] || scontrol requeue "$SLURM_JOB_ID" ;;
+esac
 exit "$code"

@@ -12,13 +12,14 @@ set -euo pipefail
 # JAX finds the other hosts by itself. The arguments are quoted for the remote shells.
 command="cd ~/qkd_jax && .venv/bin/python launch.py $(printf '%q ' "$@")"
 
-# 75: saved, or a host died; the same command resumes. An ssh that breaks (255) is tried again too:
-# a run that goes on there is waited for by its lock.
+# 75: saved, or a host died (137 and 143 are the codes of one that was killed); the same command
+# resumes. An ssh that breaks (255) is tried again too: where the run lives on there, the new one is
+# refused, by its folder's lock or by chips that are in use.
 for attempt in $(seq 20); do
     code=0
     gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="$command" || code=$?
     case "$code" in
-        75 | 255) echo "attempt $attempt ended with $code; again in 30 s" >&2 && sleep 30 ;;
+        75 | 137 | 143 | 255) echo "attempt $attempt ended with $code; again in 30 s" >&2 && sleep 30 ;;
         *) exit "$code" ;;
     esac
 done

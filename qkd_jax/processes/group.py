@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import queue
+import select
 import socket
 import struct
 import sys
@@ -25,7 +26,8 @@ EXIT_AGAIN = 75  # `record.stopping.EXIT_INTERRUPTED`: the same command resumes
 # How long a process that hears of another's end has to come to an end by itself.
 GRACE = 10.0
 _HEADER = struct.Struct("!IQ")
-_LONGEST_TEXT = 1 << 28
+_LONGEST_TEXT, _LONGEST_HELLO = 1 << 28, 1 << 12
+OTHER_LANGUAGE = "the other side speaks another language"
 Message = dict[str, Any]
 
 
@@ -49,23 +51,56 @@ def send_frame(link: socket.socket, message: Mapping[str, Any], data: bytes = b"
         link.sendall(data)
 
 
-def read_frame(link: socket.socket) -> tuple[Message, bytes]:
+def read_frame(
+    link: socket.socket, heard: Callable[[], Any] = lambda: None
+) -> tuple[Message, bytes]:
     """Reads one frame.
+
+    Args:
+        link: the connection.
+        heard: called whenever a part has come: a large state takes a slow network minutes.
 
     Raises:
         OSError: the connection is closed.
         ValueError: what came is no frame.
     """
-    length, size = _HEADER.unpack(_exactly(link, _HEADER.size))
+    length, size = _HEADER.unpack(_exactly(link, _HEADER.size, heard))
     if length > _LONGEST_TEXT:
-        raise ValueError("the other side speaks another language")
-    message = json.loads(_exactly(link, length))
+        raise ValueError(OTHER_LANGUAGE)
+    message = _message(_exactly(link, length, heard))
+    return message, _exactly(link, size, heard)
+
+
+def read_hello(link: socket.socket, seconds: float) -> Message:
+    """Reads the first frame of anybody: a short one without bytes, that comes in some seconds.
+
+    Raises:
+        OSError: the connection is closed, or nothing whole has come.
+        ValueError: what came is no such frame.
+    """
+    until = time.monotonic() + seconds
+
+    def hurry() -> None:
+        link.settimeout(max(until - time.monotonic(), 0.001))
+
+    hurry()
+    length, size = _HEADER.unpack(_exactly(link, _HEADER.size, hurry))
+    if length > _LONGEST_HELLO or size:
+        raise ValueError(OTHER_LANGUAGE)
+    return _message(_exactly(link, length, hurry))
+
+
+def _message(text: bytes) -> Message:
+    try:
+        message = json.loads(text)
+    except RecursionError:
+        message = None
     if not isinstance(message, dict):
-        raise ValueError("the other side speaks another language")
-    return message, _exactly(link, size)
+        raise ValueError(OTHER_LANGUAGE)
+    return message
 
 
-def _exactly(link: socket.socket, count: int) -> bytes:
+def _exactly(link: socket.socket, count: int, heard: Callable[[], Any]) -> bytes:
     data, view = bytearray(count), None
     view, done = memoryview(data), 0
     while done < count:
@@ -73,7 +108,15 @@ def _exactly(link: socket.socket, count: int) -> bytes:
         if not got:
             raise ConnectionError("closed")
         done += got
+        heard()
     return bytes(data)
+
+
+def _takes_more(link: socket.socket) -> bool:
+    """Whether a short frame can be written without waiting for the other side."""
+    poll = select.poll()
+    poll.register(link, select.POLLOUT)
+    return any(what & select.POLLOUT for _, what in poll.poll(0))
 
 
 class _Peer:
@@ -85,6 +128,9 @@ class _Peer:
         self.heard = time.monotonic()
         self.sending = threading.Lock()
         self.ended = False
+
+    def hear(self) -> None:
+        self.heard = time.monotonic()
 
     def __str__(self) -> str:
         return f"process {self.index} ({self.host})"
@@ -244,8 +290,7 @@ class Group:
     def _listen(self, peer: _Peer) -> None:
         try:
             while True:
-                message, data = read_frame(peer.link)
-                peer.heard = time.monotonic()
+                message, data = read_frame(peer.link, peer.hear)
                 kind = message.get("kind")
                 if kind == "stop":
                     self.asked = True
@@ -268,12 +313,12 @@ class Group:
                 if now - peer.heard > self.timeout and not peer.ended:
                     peer.ended = True
                     self._lost(peer, f"has not been heard of for {self.timeout:g} s")
-            # After the look at the clock: a send may wait for a process that reads nothing.
             for peer in self._peers.values():
                 if peer.sending.acquire(blocking=False):
-                    try:
-                        with contextlib.suppress(OSError):
-                            send_frame(peer.link, {"kind": "beat"})
+                    try:  # a send to a process that reads nothing would keep the clock unread
+                        with contextlib.suppress(OSError, ValueError):
+                            if _takes_more(peer.link):
+                                send_frame(peer.link, {"kind": "beat"})
                     finally:
                         peer.sending.release()
 

@@ -10,9 +10,17 @@ from typing import Any, NamedTuple
 import jax
 
 from qkd_jax import checks
-from qkd_jax.processes.group import EXIT_AGAIN, Group, PeerError, read_frame, send_frame
+from qkd_jax.processes.group import (
+    EXIT_AGAIN,
+    Group,
+    PeerError,
+    read_frame,
+    read_hello,
+    send_frame,
+)
 
 START_TIMEOUT = 300.0
+_HELLO_TIMEOUT = 5.0
 PEER_TIMEOUT = 60.0
 USAGE_ERROR = 2
 # Steps of a Slurm job that are a shell and no task of srun: interactive, batch, extern.
@@ -47,6 +55,7 @@ def find_place(
 
     Raises:
         ValueError: some of the three are given and not all, or a number is out of range.
+        PeerError: a cluster does not say which process this is.
     """
     given: dict[str, Any] = {"coordinator": coordinator, "processes": count, "process": index}
     for name, variable in _VARIABLES.items():
@@ -56,10 +65,12 @@ def find_place(
     if len(missing) == 3:
         return _detect(timeout)
     if missing:
+        have = ", ".join(f"{name} {value}" for name, value in given.items() if name not in missing)
         ways = " and ".join(f"--{name} ({_VARIABLES[name]})" for name in missing)
         raise ValueError(
-            f"a run of several processes needs --coordinator=host:port, --processes and --process; "
-            f"give {ways} too, or none of them where Slurm, Open MPI, GKE or Cloud TPU says so."
+            "a run of several processes needs --coordinator=host:port, --processes and --process, "
+            f"and flags or variables give {have} alone; give {ways} too, or none of them where "
+            "Slurm, Open MPI, GKE or Cloud TPU says so."
         )
     numbers = {}
     for name, low in (("processes", 1), ("process", 0)):
@@ -103,12 +114,22 @@ def _detect(timeout: float) -> Place | None:
                 f"JAX needs a package to tell whether this is one process of several ({error}); "
                 "install it, or say so: --coordinator=localhost:1 --processes=1 --process=0."
             ) from error
-        count = cluster.get_process_count()
-        if count <= 1:
-            return None
-        port = os.environ.get("JAX_COORDINATOR_PORT")
-        address = cluster.get_coordinator_address(int(timeout), port)
-        return Place(address, count, cluster.get_process_id(), name)
+        try:
+            count = cluster.get_process_count()
+            if count <= 1:
+                return None
+            port = os.environ.get("JAX_COORDINATOR_PORT")
+            address = cluster.get_coordinator_address(int(timeout), port)
+            return Place(address, count, cluster.get_process_id(), name)
+        except (
+            Exception
+        ) as error:  # a name not known yet, a server that does not answer: many types
+            raise PeerError(
+                f"JAX takes this for a process of several ({name}) and cannot tell which, or where "
+                f"process 0 is ({type(error).__name__}: {error}); start it again, or give "
+                "--coordinator=host:port, --processes and --process.",
+                EXIT_AGAIN,
+            ) from error
     return None
 
 
@@ -242,7 +263,10 @@ def _roll_call(
             USAGE_ERROR,
         ) from error
     with server:
-        while len(links) < place.count - 1:
+        while True:
+            _drop_gone(links)
+            if len(links) == place.count - 1:
+                return links
             server.settimeout(max(until - time.monotonic(), 0.01))
             try:
                 link, _ = server.accept()
@@ -250,12 +274,13 @@ def _roll_call(
                 missing = [i for i in range(1, place.count) if i not in links]
                 raise _refuse(links, _missing(missing, place.count, timeout), EXIT_AGAIN) from None
             try:
-                link.settimeout(10.0)
-                hello, _ = read_frame(link)
-                index, count, host = hello["index"], hello["count"], str(hello["host"])
-            except (OSError, ValueError, KeyError):
+                hello = read_hello(link, _HELLO_TIMEOUT)
+                index, count = int(hello["index"]), int(hello["count"])
+                host = str(hello["host"])
+            except (OSError, ValueError, TypeError, KeyError):
                 link.close()  # somebody else's
                 continue
+            _drop_gone(links)  # the same process, before it was started again
             if count != place.count or not 0 < index < place.count or index in links:
                 taken = f", as {links[index][0]} has said already" if index in links else ""
                 text = (
@@ -267,7 +292,25 @@ def _roll_call(
                 raise _refuse(links, text, USAGE_ERROR)
             _keep_alive(link)
             links[index] = (host, link)
-    return links
+
+
+def _drop_gone(links: dict[int, tuple[str, socket.socket]]) -> None:
+    """Forgets processes that have died before all had come: they may be started again."""
+    for index in [i for i, (_, link) in links.items() if _has_gone(link)]:
+        links.pop(index)[1].close()
+
+
+def _has_gone(link: socket.socket) -> bool:
+    """Whether the other side of a connection on which it has nothing to say is closed."""
+    link.settimeout(0)
+    try:
+        return not link.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        link.settimeout(_HELLO_TIMEOUT)
 
 
 def _missing(missing: Sequence[int], count: int, timeout: float) -> str:
@@ -298,6 +341,9 @@ def _dial(place: Place, host: str, port: int, until: float, timeout: float) -> s
         except OSError as error:
             why = error
             time.sleep(0.2)
+            continue
+        if link.getsockname() == link.getpeername():  # TCP on one host can call itself
+            link.close()
             continue
         _keep_alive(link)
         return link

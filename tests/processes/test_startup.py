@@ -1,12 +1,14 @@
 """Who is of a run, and the roll call: threads that stand for processes, without JAX's part."""
 
 import socket
+import struct
 import threading
+import time
 
 import pytest
 
 from qkd_jax.processes import startup
-from qkd_jax.processes.group import PeerError
+from qkd_jax.processes.group import Group, PeerError, send_frame
 
 SLURM = {
     "SLURM_JOB_ID": "4097",
@@ -70,7 +72,7 @@ def test_flags_go_before_variables_and_these_before_the_cluster(clean):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("a:1", None, None), "give --processes .* and --process"),
+        (("a:1", None, None), "give coordinator a:1 alone; give --processes .* and --process"),
         (("", 2, 0), "give --coordinator"),
         (("a", 2, 0), "the host of process 0 and a free port"),
         (("a:1", 2, 2), "--process"),
@@ -164,19 +166,62 @@ def test_processes_that_do_not_fit_are_refused(port, second, message):
         assert text.startswith("2: process 0 is one of 2 processes") and message in text
 
 
-def test_strangers_on_the_port_are_passed_over(port):
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        struct.pack("!IQ", 2, 1 << 62) + b"{}",  # more bytes than there is memory
+        struct.pack("!IQ", 1 << 27, 0),
+        struct.pack("!IQ", 4000, 0) + b"[" * 4000,
+        struct.pack("!IQ", 42, 0) + b'{"index": [1], "count": null, "host": "x"}',
+    ],
+)
+def test_strangers_on_the_port_are_passed_over(port, words):
     def knock():
         while True:
             try:
                 with socket.create_connection(("127.0.0.1", port), timeout=5) as link:
-                    link.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    link.sendall(words)
+                    link.recv(1)
                 return
             except ConnectionRefusedError:
-                continue
+                time.sleep(0.02)
+            except ConnectionError:
+                return
 
+    results = []
     stranger = threading.Thread(target=knock)
+    first = threading.Thread(
+        target=lambda: results.extend(together(port, [dict(index=0, count=2)]))
+    )
     stranger.start()
-    groups = together(port, [dict(index=i, count=2) for i in (0, 1)])
+    first.start()
     stranger.join(10)
+    others = together(port, [dict(index=1, count=2)])
+    first.join(10)
+    groups = results + others
     assert [group.count for group in groups] == [2, 2]
     close(groups)
+
+
+def test_a_process_that_dies_before_all_have_come_may_be_started_again(port):
+    results = []
+    first = threading.Thread(
+        target=lambda: results.extend(together(port, [dict(index=0, count=3)]))
+    )
+    first.start()
+    place = startup.Place(f"127.0.0.1:{port}", 3, 1, "flags")
+    with startup._dial(place, "127.0.0.1", port, time.monotonic() + 5, 5) as dies:
+        send_frame(dies, {"index": 1, "count": 3, "host": "x"})
+    results += together(port, [dict(index=i, count=3) for i in (1, 2)])
+    first.join(10)
+    assert [group.count for group in results if isinstance(group, Group)] == [3, 3, 3], results
+    close(results)
+
+
+def test_a_cluster_that_does_not_say_who_is_who_is_no_mistake_of_the_config(clean):
+    for name, value in {**SLURM, "SLURM_PROCID": "two"}.items():
+        clean.setenv(name, value)
+    with pytest.raises(PeerError, match=r"SlurmCluster.*'two'.*give --coordinator") as caught:
+        startup.find_place()
+    assert caught.value.code == 75
