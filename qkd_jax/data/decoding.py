@@ -6,7 +6,8 @@ and upsampling, no row below the box decoded, and OpenCV's bilinear, without ant
 no plain JPEG (PNG files under a JPEG's name, CMYK) goes through Pillow in both, as evaluation does.
 
 Grey images become three equal channels, CMYK is converted, transparency is dropped, and the EXIF
-orientation is left alone, all as torchvision's loader does it.
+orientation is left alone, all as torchvision's loader does it. Of 16 bits the upper 8 count, where
+that loader shows white.
 """
 
 import functools
@@ -23,7 +24,7 @@ from qkd_jax.data.crops import Box
 DECODERS = ("pillow", "turbo")
 # Given the stored height and width, the box to show.
 Chooser = Callable[[int, int], Box]
-LARGEST_PIXELS = 1 << 28
+LARGEST_PIXELS = 178_956_970  # Pillow's limit, so both decoders refuse the same images
 
 _scratch = threading.local()
 
@@ -75,8 +76,24 @@ def decode(
     try:
         if decoder == "pillow" or exact or not _by_turbo(encoded, choose, out, mirrored):
             _by_pillow(encoded, choose, out, mirrored, exact=exact)
-    except (OSError, SyntaxError, ValueError, ZeroDivisionError) as error:
-        raise UnreadableError(str(error) or type(error).__name__) from error
+    except _unreadable() as error:
+        raise UnreadableError(_message(error)) from error
+
+
+@functools.cache
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What Pillow raises for bytes that it cannot decode, and for too many pixels."""
+    from PIL import Image
+
+    return OSError, SyntaxError, ValueError, ZeroDivisionError, Image.DecompressionBombError
+
+
+def _message(error: Exception) -> str:
+    from PIL import Image
+
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "its bytes are of no image format"
+    return str(error) or type(error).__name__
 
 
 def _by_pillow(
@@ -87,8 +104,6 @@ def _by_pillow(
     height, width = out.shape[:2]
     with Image.open(io.BytesIO(encoded)) as image:
         stored_w, stored_h = image.size
-        if stored_w * stored_h > LARGEST_PIXELS:
-            raise ValueError(f"it has {stored_h} x {stored_w} pixels; {LARGEST_PIXELS:,} at most")
         top, left, h, w = choose(stored_h, stored_w)
         shrink = 1 if exact else min(h / height, w / width)
         if shrink >= 2 and image.format == "JPEG":
@@ -97,13 +112,28 @@ def _by_pillow(
         across, down = image.size[0] / stored_w, image.size[1] / stored_h
         box = (left * across, top * down, (left + w) * across, (top + h) * down)
         box = (box[0], box[1], min(box[2], image.size[0]), min(box[3], image.size[1]))
-        whole = image if image.mode == "RGB" else image.convert("RGB")
+        whole = _rgb(image)
         if not exact:  # a crop ends at its border; a box of the resized image sees beyond it
             whole, box = whole.crop(_whole(box)), None
         resized = whole.resize((width, height), Image.Resampling.BILINEAR, box=box)
         if mirrored:
             resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         out[...] = np.asarray(resized)
+
+
+def _rgb(image: Any) -> Any:
+    """Returns an image as three channels of 8 bits."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        # The upper 8 bits, as Pillow itself reads colour of 16 bits; its convert() cuts at 255.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            "its pixels are 32-bit numbers, which have no range of their own; save it with 8 bits "
+            "a channel"
+        )
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _whole(box: Box) -> tuple[int, int, int, int]:

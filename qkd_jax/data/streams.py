@@ -12,6 +12,7 @@ import hashlib
 import multiprocessing
 import os
 import pathlib
+import stat
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -22,7 +23,8 @@ from qkd_jax.data.records import open_split
 
 # Decoding leaves Python's lock alone for most of its time; beyond some threads the rest holds it.
 MOST_THREADS = 16
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+LEFT_BEHIND = ("thumbs.db", "desktop.ini")  # by file browsers, besides what begins with a dot
 # Channel means and standard deviations of ImageNet's training images, pixels in 0..1: what
 # published weights were trained with.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -67,12 +69,19 @@ class Files:
 
     def path(self, row: int) -> str:
         """Returns the path of a file."""
-        return os.path.join(self.folder, self.names[row].decode())
+        return os.path.join(self.folder, os.fsdecode(self.names[row]))
 
     def read(self, row: int) -> bytes:
-        """Returns the bytes of a file."""
+        """Returns the bytes of a file.
+
+        Raises:
+            OSError: it is not there, or has another size than when the run began.
+        """
         with open(self.path(row), "rb", buffering=0) as file:
-            return file.read()
+            content = file.read()
+        if len(content) != self.sizes[row]:
+            raise OSError(f"it has {len(content):,} bytes, and had {self.sizes[row]:,}")
+        return content
 
     def where(self, row: int) -> str:
         """Names a file for a message."""
@@ -279,16 +288,37 @@ def files_of(folder: pathlib.Path, classes: Sequence[str]) -> tuple[Files, np.nd
 
 def _listed(folder: pathlib.Path, root: pathlib.Path) -> list[tuple[str, int]]:
     found = []
-    for place, inner, files in os.walk(folder, followlinks=True):
+    above = {str(folder): {os.path.realpath(folder)}}  # of each folder, itself and those over it
+    for place, inner, files in os.walk(folder, followlinks=True, onerror=_raise):
         inner[:] = [name for name in inner if not name.startswith(".")]
+        for path in (os.path.join(place, name) for name in inner):
+            target = os.path.realpath(path)
+            if target in above[place]:
+                raise ValueError(f"{path} is a link to a folder that it lies in; remove the link.")
+            above[path] = above[place] | {target}
         for name in files:
-            if name.startswith("."):
-                continue  # what file browsers leave behind
+            if name.startswith(".") or name.lower() in LEFT_BEHIND:
+                continue
             path = os.path.join(place, name)
             if not name.lower().endswith(EXTENSIONS):
                 raise ValueError(
                     f"{path} has no extension of an image that is read here "
                     f"({', '.join(EXTENSIONS)}); take the file out of the folder."
                 )
-            found.append((os.path.relpath(path, root).replace(os.sep, "/"), os.path.getsize(path)))
+            found.append((os.path.relpath(path, root).replace(os.sep, "/"), _size(path)))
     return found
+
+
+def _raise(error: OSError) -> None:
+    raise error  # os.walk would pass over a folder that may not be read
+
+
+def _size(path: str) -> int:
+    try:
+        about = os.stat(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is a link to nothing; remove it, or bring its file.") from error
+    if not stat.S_ISREG(about.st_mode) or not about.st_size:
+        kind = "empty" if stat.S_ISREG(about.st_mode) else "no file"
+        raise ValueError(f"{path} is {kind}; put an image in its place, or remove it.")
+    return about.st_size

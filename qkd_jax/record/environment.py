@@ -31,7 +31,10 @@ _NUMERIC_OPTIONS = (
 )
 # Variables that XLA and the libraries below it read themselves.
 _NUMERIC_VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "qkd_jax")
+_PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "qkd_jax"),
+    *("pillow", "simplejpeg", "opencv-python-headless"),  # what pixels a JPEG has
+)
 
 
 def git_state(directory: str | Path | None = None) -> dict[str, Any]:

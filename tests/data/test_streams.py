@@ -229,13 +229,35 @@ def test_a_broken_image_is_named_with_its_file(folder, tmp_path):
     broken = copy / "train" / "class1" / "003.jpg"
     size = broken.stat().st_size
     dataset = data.load("folder", data_dir=copy, image_size=12)
-    for content in (b"", b"no image", broken.read_bytes()[: size // 2]):
+    whole = broken.read_bytes()
+    huge = whole.replace(whole[(at := whole.find(b"\xff\xc0") + 5) : at + 4], b"\xff" * 4)
+    for content, problem in (
+        (b"", "it has 0 bytes, and had"),
+        (whole + b"other", "it has"),  # changed since the run began
+        (b"no image".ljust(size), "no image format"),
+        (whole[: size // 2].ljust(size), "broken|truncated"),
+        (huge, "4294836225 pixels"),  # a header that lies, or an image that fills the memory
+    ):
         broken.write_bytes(content)
-        with pytest.raises(data.UnreadableError, match=r"image 19, .*class1/003\.jpg, cannot be"):
+        with pytest.raises(
+            data.UnreadableError, match=rf"image 19, .*class1/003\.jpg, cannot be read.*{problem}"
+        ):
             dataset.train_images[[2, 19]]
     broken.unlink()
     with pytest.raises(data.UnreadableError, match=r"No such file.*Put a whole file"):
         dataset.train_images[19]
+
+
+def test_of_16_bits_the_upper_8_are_shown():
+    grey = (np.arange(40 * 50, dtype=np.uint16) * 31).reshape(40, 50)
+    out = np.empty((40, 50, 3), np.uint8)
+    whole = lambda h, w: (0, 0, h, w)
+    for kind in ("png", "tiff"):
+        decoding.decode("pillow", encoded(Image.fromarray(grey), kind), whole, out)
+        np.testing.assert_array_equal(out, np.repeat(grey[..., None] // 256, 3, axis=-1))
+    wide = encoded(Image.fromarray(grey.astype(np.float32)), "tiff")
+    with pytest.raises(data.UnreadableError, match=r"32-bit numbers.*save it with 8 bits"):
+        decoding.decode("pillow", wide, whole, out)
 
 
 def test_a_worker_that_ends_is_said(dataset):
@@ -246,6 +268,33 @@ def test_a_worker_that_ends_is_said(dataset):
     batches = Killed(dataset, batch_size=8, seed=0)
     with pytest.raises(RuntimeError, match=r"worker process.*exit code -9.*data.workers lower"):
         next(batches.iter(0, 4, workers=1, pixels=True))
+
+
+def test_what_a_folder_holds_besides_images_and_odd_names(folder, tmp_path):
+    inside = copied(folder, tmp_path) / "train" / "class0"
+    load = lambda: data.load("folder", data_dir=tmp_path / "copy", image_size=12)
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (inside / name).write_bytes(b"x")
+    (inside / "deep" / "er").mkdir(parents=True)
+    for number, name in enumerate((b"deep/er/0.JPG", b"zwei W\xc3\xb6rter.jpeg", b"zz\xe9.jpg")):
+        with open(os.path.join(os.fsencode(inside), name), "wb") as file:  # the last is not UTF-8
+            file.write((folder / "train" / "class0" / f"00{number}.jpg").read_bytes())
+    images = load().train_images
+    assert len(images) == 67
+    np.testing.assert_array_equal(images[16:19], images[:3])
+
+    def refused(message, make):
+        make()
+        with pytest.raises(ValueError, match=message):
+            load()
+        extra.unlink()
+
+    extra = inside / "extra.jpg"
+    refused(r"extra\.jpg is empty", extra.touch)
+    refused(r"extra\.jpg is no file", lambda: os.mkfifo(extra))
+    refused(r"extra\.jpg is a link to nothing", lambda: extra.symlink_to("nowhere.jpg"))
+    refused(r"extra\.jpg is a link to a folder that it lies in", lambda: extra.symlink_to(inside))
+    assert len(load().train_images) == 67
 
 
 def test_folders_of_another_layout_are_refused(folder, tmp_path):
