@@ -1,7 +1,8 @@
 """Encoded images to pixels of one size: decoding, cutting out a box and resizing it, in one call.
 
 There are two decoders. "pillow" gives what torchvision's loaders give on Pillow: bilinear with
-antialiasing. "turbo" is about twice as fast: libjpeg-turbo through simplejpeg, with its fast DCT
+antialiasing; but a training crop of twice the size or more is decoded at a half, a quarter or an
+eighth. "turbo" is about twice as fast: libjpeg-turbo through simplejpeg, with its fast DCT
 and upsampling, no row below the box decoded, and OpenCV's bilinear, without antialiasing. What is
 no plain JPEG (PNG files under a JPEG's name, CMYK) goes through Pillow in both, as evaluation does.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -261,10 +261,16 @@ class Run:
         return self.dataset.with_train(self.dataset.pixels(split["images"]), split["labels"])
 
     def images(self, count: int, *, batch_size: int = 64, source: str = "") -> list[np.ndarray]:
-        """Training images in a random order, without augmentation, in near-equal batches.
+        """The batches of `image_batches`, all in memory."""
+        return list(self.image_batches(count, batch_size=batch_size, source=source))
+
+    def image_batches(
+        self, count: int, *, batch_size: int = 64, source: str = ""
+    ) -> Iterator[np.ndarray]:
+        """Yields training images in a random order, without augmentation, in near-equal batches.
 
         Nothing is padded or dropped, and the sizes of two batches differ by one at most: two
-        programs compile.
+        programs compile. A batch is made when it is asked for.
 
         Args:
             count: how many images; 0 for the whole split.
@@ -278,8 +284,9 @@ class Run:
         order = data.train_batches(dataset, batch_size=count, seed=seed).indices(0)
         parts = np.array_split(order, -(-count // batch_size))
         if source:
-            return [self.synthetic_images(source)["images"][index] for index in parts]
-        return [dataset.normalize(dataset.train_images[index]) for index in parts]
+            yield from (self.synthetic_images(source)["images"][index] for index in parts)
+        else:
+            yield from (dataset.normalize(dataset.train_images[index]) for index in parts)
 
     def evaluate(
         self, name: str, split: str = "test", variables: Mapping[str, Any] | None = None

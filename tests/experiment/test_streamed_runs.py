@@ -4,7 +4,8 @@ import pytest
 from image_folders import make
 
 from configs import common
-from qkd_jax import experiment
+from qkd_jax import experiment, ptq
+from qkd_jax.data.streams import StreamedImages
 from qkd_jax.experiment import orchestrate
 from qkd_jax.record.checkpoint import Checkpoints
 from qkd_jax.training.loop import Preempted
@@ -97,6 +98,33 @@ def test_an_interrupted_run_on_a_folder_ends_with_the_same_bits(folder, tmp_path
     (tmp_path / "stopped" / "results.json").unlink()
     with pytest.raises(ValueError, match="run on other data"):
         run("stopped")
+
+
+def test_re_estimation_decodes_a_batch_when_it_needs_it(folder, tmp_path, monkeypatch):
+    """The whole of ImageNet as floats would take 770 GB."""
+    decoded, ahead = [], []
+    decode, estimate = StreamedImages._decode, ptq.reestimate_batch_norm
+
+    def counting(self, row, *args, **options):
+        decoded.append(row)
+        return decode(self, row, *args, **options)
+
+    def watched(net, variables, batches):
+        def each():
+            start = len(decoded)
+            for number, batch in enumerate(batches, 1):
+                ahead.append(len(decoded) - start - 16 * number)
+                yield batch
+
+        return estimate(net, variables, each())
+
+    monkeypatch.setattr(StreamedImages, "_decode", counting)
+    monkeypatch.setattr(ptq, "reestimate_batch_norm", watched)
+    config = get_config(folder).unlock()
+    config.stages.reestimate_bn = common.reestimate_bn("teacher")
+    config.schedule = ("pretrain", "reestimate_bn")
+    experiment.run(config, tmp_path / "run", report=False, verbose=False)
+    assert ahead == [0, 0, 0]  # 48 images in batches of 16
 
 
 def test_the_plan_of_a_set_that_is_not_here(tmp_path):

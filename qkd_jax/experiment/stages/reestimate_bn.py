@@ -19,7 +19,8 @@ def reestimate_bn(
     inputs depend.
     """
     for name in nets:
-        batches = run.images(examples, batch_size=_train_batch_size(run, name))
+        # One pass, batch by batch: the whole of a streamed set does not fit in memory.
+        batches = run.image_batches(examples, batch_size=_train_batch_size(run, name))
         before, old = run.variables[name], run.evaluate(name, "train").metrics["loss"]
         new = ptq.reestimate_batch_norm(run.nets[name], before, batches)
         after = run.evaluate(name, "train", new).metrics["loss"]
