@@ -115,7 +115,7 @@ def chosen(options: argparse.Namespace) -> dict[str, str]:
     except ValueError as error:
         print(f"({error})")
     if options.tensorflow:
-        found["tf.data"] = options.tensorflow
+        found |= dict.fromkeys(("tf.data", "tf.data, fast"), options.tensorflow)
     if options.torchvision:
         found["torchvision, Pillow"] = options.torchvision
         found["torchvision, decode_jpeg"] = options.torchvision
