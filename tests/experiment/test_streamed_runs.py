@@ -100,7 +100,7 @@ def test_an_interrupted_run_on_a_folder_ends_with_the_same_bits(folder, tmp_path
         run("stopped")
 
 
-def test_re_estimation_decodes_a_batch_when_it_needs_it(folder, tmp_path, monkeypatch):
+def test_re_estimation_decodes_a_batch_when_it_needs_it(tmp_path, monkeypatch):
     """The whole of ImageNet as floats would take 770 GB."""
     decoded, ahead = [], []
     decode, estimate = StreamedImages._decode, ptq.reestimate_batch_norm
@@ -120,7 +120,7 @@ def test_re_estimation_decodes_a_batch_when_it_needs_it(folder, tmp_path, monkey
 
     monkeypatch.setattr(StreamedImages, "_decode", counting)
     monkeypatch.setattr(ptq, "reestimate_batch_norm", watched)
-    config = get_config(folder).unlock()
+    config = get_config(make(tmp_path / "images")).unlock()
     config.stages.reestimate_bn = common.reestimate_bn("teacher")
     config.schedule = ("pretrain", "reestimate_bn")
     experiment.run(config, tmp_path / "run", report=False, verbose=False)
