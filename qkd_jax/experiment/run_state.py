@@ -292,18 +292,26 @@ class Run:
         self, name: str, split: str = "test", variables: Mapping[str, Any] | None = None
     ) -> Evaluation:
         """Evaluates a net on a split; one compilation for each structure of a net."""
+        found = list(self._evaluated(name, split, variables))
+        whole = np.concatenate([logits for _, logits in found])
+        total = functools.reduce(metrics.add, (sums for sums, _ in found))
+        return Evaluation({**metrics.finish(total), **self.severity(whole, split)}, whole)
+
+    def mean_loss(self, name: str, split: str, variables: Mapping[str, Any] | None = None) -> float:
+        """Returns the mean cross-entropy on a split, of which no logits are kept."""
+        found = self._evaluated(name, split, variables)
+        return metrics.finish(functools.reduce(metrics.add, (sums for sums, _ in found)))["loss"]
+
+    def _evaluated(
+        self, name: str, split: str, variables: Mapping[str, Any] | None
+    ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """Yields (sums, logits) of each batch of a split."""
         compiled = eval_step(self.nets[name])
         on_device = to_device(self.variables[name] if variables is None else variables)
-        total: dict[str, float] | None = None
-        logits = []
         for batch in self.eval_batches(split):
             inputs: dict[str, Any] = {k: batch[k] for k in ("image", "label", "mask")}
-            sums, out = jax.device_get(compiled(on_device, inputs))
-            total = sums if total is None else metrics.add(total, sums)
-            logits.append(out[batch["mask"]])
-        assert total is not None
-        whole = np.concatenate(logits)
-        return Evaluation({**metrics.finish(total), **self.severity(whole, split)}, whole)
+            sums, logits = jax.device_get(compiled(on_device, inputs))
+            yield sums, logits[batch["mask"]]
 
     def severity(self, logits: np.ndarray, split: str = "test") -> dict[str, float]:
         """Metrics of the mistakes of logits [examples, classes] by the class tree.

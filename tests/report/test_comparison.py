@@ -233,7 +233,8 @@ def test_one_seed_has_no_interval(tmp_path):
     assert "| fast | student | QAT | 1 | +4.00 | - |" in text
 
 
-def test_the_front_door(folder, capsys):
+def test_the_front_door(tmp_path, capsys):
+    folder = whole(tmp_path)
     experiment.report(folder, against="slow")
     said = capsys.readouterr().out
     assert "89.67 ± 3.79" in said and "comparison.html" in said

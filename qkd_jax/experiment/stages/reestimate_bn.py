@@ -21,9 +21,9 @@ def reestimate_bn(
     for name in nets:
         # One pass, batch by batch: the whole of a streamed set does not fit in memory.
         batches = run.image_batches(examples, batch_size=_train_batch_size(run, name))
-        before, old = run.variables[name], run.evaluate(name, "train").metrics["loss"]
+        before, old = run.variables[name], run.mean_loss(name, "train")
         new = ptq.reestimate_batch_norm(run.nets[name], before, batches)
-        after = run.evaluate(name, "train", new).metrics["loss"]
+        after = run.mean_loss(name, "train", new)
         kept = keep == "always" or after < old
         if kept:
             run.put(name, new)
