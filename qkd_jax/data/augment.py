@@ -268,10 +268,3 @@ def _rows(
     entry, amount = augment[last]
     mixed = entry.function(own, words[last][rows], amount, others)
     return _applied(mixed, augment[last + 1 :], [raw[rows] for raw in words[last + 1 :]])
-
-
-def apply(
-    images: np.ndarray, augment: Sequence[tuple[Augmentation, int]], *, seed: int, step: int
-) -> np.ndarray:
-    """Applies parsed augmentations to the batch of one step."""
-    return batch(images, np.arange(len(images)), augment, seed=seed, step=step)

@@ -101,17 +101,16 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-def operate(image: np.ndarray, name: str, magnitude: int, sign: int) -> np.ndarray:
-    """Applies one operation to an image.
+def operate(image: Any, name: str, magnitude: int, sign: int) -> Any:
+    """Applies one operation to an image of Pillow, "L" or "RGB".
 
     Args:
-        image: uint8 [H, W, 1 or 3].
+        image: the image.
         name: a key of `OPERATIONS`.
         magnitude: 0 to 30.
         sign: 1 or -1; operations without a direction ignore it.
     """
-    found = OPERATIONS[name](_to_pillow(image), magnitude / (BINS - 1), magnitude, sign)
-    return np.asarray(found).reshape(image.shape)
+    return OPERATIONS[name](image, magnitude / (BINS - 1), magnitude, sign)
 
 
 def randaugment(images: np.ndarray, words: np.ndarray, amount: int) -> np.ndarray:
@@ -127,7 +126,7 @@ def randaugment(images: np.ndarray, words: np.ndarray, amount: int) -> np.ndarra
     for row, operations, directions in zip(out, chosen, signs, strict=True):
         image = _to_pillow(row)
         for operation, sign in zip(operations, directions.tolist(), strict=True):
-            image = OPERATIONS[names[operation]](image, amount / (BINS - 1), amount, sign)
+            image = operate(image, names[operation], amount, sign)
         row[...] = np.asarray(image).reshape(row.shape)
     return out
 

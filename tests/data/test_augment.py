@@ -59,13 +59,16 @@ def test_every_augmentation_keeps_shape_type_and_its_input(name):
 
 def test_two_of_one_kind_draw_apart():
     images = batch((64, 9, 9, 1))
-    once = augment.apply(images, augment.parse(("shift:1",)), seed=0, step=3)
-    twice = augment.apply(images, augment.parse(("shift:1", "shift:1")), seed=0, step=3)
-    again = augment.apply(once, augment.parse(("shift:1",)), seed=0, step=3)
+
+    def augmented(images, *names, step):
+        rows = np.arange(len(images))
+        return augment.batch(images, rows, augment.parse(names), seed=0, step=step)
+
+    once = augmented(images, "shift:1", step=3)
+    twice = augmented(images, "shift:1", "shift:1", step=3)
+    again = augmented(once, "shift:1", step=3)
     assert not np.array_equal(twice, again)
-    assert not np.array_equal(
-        once, augment.apply(images, augment.parse(("shift:1",)), seed=0, step=4)
-    )
+    assert not np.array_equal(once, augmented(images, "shift:1", step=4))
 
 
 @pytest.mark.parametrize(

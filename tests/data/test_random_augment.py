@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from qkd_jax.data import draws, random_augment
 
@@ -18,7 +19,8 @@ def test_every_operation_is_in_the_golden_file():
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_are_torchvisions(name):
     operation, magnitude, sign = name.split("/")
-    got = random_augment.operate(GOLDEN["image"], operation, int(magnitude), int(sign))
+    image = Image.fromarray(GOLDEN["image"])
+    got = random_augment.operate(image, operation, int(magnitude), int(sign))
     np.testing.assert_array_equal(got, GOLDEN[name])
 
 
@@ -40,6 +42,7 @@ def test_randaugment_applies_two_operations_each_equally_likely():
     )
     got = random_augment.randaugment(images, (raw * 2**63).astype(np.uint64) * np.uint64(2), 9)
     for image, ops, ss, found in zip(images, chosen, signs, got, strict=True):
+        image = Image.fromarray(image)
         for operation, sign in zip(ops, ss, strict=True):
             image = random_augment.operate(image, names[operation], 9, sign)
         np.testing.assert_array_equal(found, image)

@@ -1,15 +1,14 @@
 """Runs with the newer optimizers, schedules and averages: what they end with, and resuming."""
 
 import json
-from pathlib import Path
 
 import pytest
+from stopped_runs import StopAt, checkpoint_of
 from tiny_config import get_config
 
 from configs import common, optimizers
 from qkd_jax import experiment
 from qkd_jax.experiment import orchestrate
-from qkd_jax.record.checkpoint import Checkpoints
 from qkd_jax.training.loop import Preempted
 from qkd_jax.trees import tree_sha256
 
@@ -33,30 +32,6 @@ def config_of():
         config.schedule = ("calibrate", "self_study", "co_study", "reestimate_bn", "evaluate_float")
     config.stages.reestimate_bn.nets = ("student",)
     return config
-
-
-class StopAt:
-    """Asks a run to stop after so many questions, as SIGTERM does at some moment."""
-
-    def __init__(self, count):
-        self.left = count
-        self.received = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    @property
-    def requested(self):
-        self.left -= 1
-        return self.left < 0
-
-
-def tree_of(folder):
-    with Checkpoints(Path(folder) / "checkpoints") as checkpoints:
-        return checkpoints.restore_latest().tree
 
 
 def logged(folder, split):
@@ -91,7 +66,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch,
     with pytest.raises(Preempted):
         experiment.run(config_of(), tmp_path, report=False, verbose=False)
     monkeypatch.undo()
-    saved = tree_of(tmp_path)
+    saved = checkpoint_of(tmp_path).tree
     stage = "self_study" if stop == 2 else "co_study"
     averaged = [
         name for name in saved if name.startswith(f"optimizers/{stage}/student/ema/average")
@@ -101,7 +76,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch,
     experiment.run(config_of(), tmp_path, report=False, verbose=False)
     assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "metrics.jsonl").read_bytes()
     assert (whole / "results.json").read_bytes() == (tmp_path / "results.json").read_bytes()
-    assert tree_sha256(tree_of(whole)) == tree_sha256(tree_of(tmp_path))
+    assert tree_sha256(checkpoint_of(whole).tree) == tree_sha256(checkpoint_of(tmp_path).tree)
 
 
 def test_what_an_average_does_not_go_with():

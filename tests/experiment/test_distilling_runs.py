@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 import pytest
+from stopped_runs import StopAt, checkpoint_of
 
 from configs import common, terms
 from qkd_jax import data, experiment
 from qkd_jax.experiment import orchestrate
 from qkd_jax.losses import TABLE
-from qkd_jax.record.checkpoint import Checkpoints
 from qkd_jax.training.loop import Preempted
 from qkd_jax.trees import tree_sha256
 
@@ -52,23 +52,6 @@ def taught(loss, **fields):
     return {"ce": common.ce(), loss: common.term(loss, "teacher", **fields)}
 
 
-def final(folder):
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        return checkpoints.restore_latest()
-
-
-class StopAt:
-    """Asks a run to stop after so many questions, as SIGTERM does at some moment."""
-
-    def __init__(self, count):
-        self.left = count
-
-    @property
-    def requested(self):
-        self.left -= 1
-        return self.left < 0
-
-
 def run_with_stops(config, folder, monkeypatch, questions):
     """Runs a config that is asked to stop again and again; yields each checkpoint, then returns."""
     for count in (*questions, 1000):
@@ -79,7 +62,7 @@ def run_with_stops(config, folder, monkeypatch, questions):
         with contextlib.suppress(Preempted):
             experiment.run(config, folder, report=False, verbose=False)
             return
-        yield final(folder)
+        yield checkpoint_of(folder)
 
 
 @pytest.mark.slow
@@ -104,7 +87,7 @@ def test_a_run_with_a_bank_resumes_bit_for_bit_and_leaves_it_behind(tmp_path, mo
             )
             looked += 1
     assert looked
-    one, two = final(tmp_path / "whole"), final(halted)
+    one, two = checkpoint_of(tmp_path / "whole"), checkpoint_of(halted)
     assert tree_sha256(one.tree) == tree_sha256(two.tree)
     assert not any("owned" in name for name in one.tree)
 
@@ -119,7 +102,7 @@ def test_a_stage_that_continues_goes_on_with_what_its_terms_own(tmp_path):
         "two": {"distil": (2, rows, ""), "tune": (3, rows, "distil")},
     }.items():
         experiment.run(config_of(stages), tmp_path / name, report=False, verbose=False)
-        found[name] = final(tmp_path / name).tree
+        found[name] = checkpoint_of(tmp_path / name).tree
     # Keys of the terms and the data follow the steps; each stage counts its own.
     student = {
         n: {k: v for k, v in tree.items() if k.startswith("nets/student/params")}
@@ -144,7 +127,7 @@ def test_heads_resume_bit_for_bit_and_are_left_behind(tmp_path, monkeypatch):
             there = any(f"owned/byot/{part}" in name for name in saved.tree)
             assert there == (saved.meta["stage"] == "distil"), part
     assert places == [("distil", 4), ("distil", 5), ("evaluate", 0)]
-    one, two = final(tmp_path / "whole"), final(halted)
+    one, two = checkpoint_of(tmp_path / "whole"), checkpoint_of(halted)
     assert tree_sha256(one.tree) == tree_sha256(two.tree)
     assert json.loads((halted / "results.json").read_text())["rows"] == whole["rows"]
     assert not any("owned" in name or "head0" in name for name in one.tree)
@@ -172,7 +155,7 @@ def test_stale_peers_resume_bit_for_bit_on_digits(tmp_path, monkeypatch):
             copy = saved.tree[f"optimizers/mutual/{net}/stale/params/head/kernel"]
             assert np.any(copy != saved.tree[f"nets/{net}/params/head/kernel"])
     assert places == [6, 7]  # between two copies
-    one, two = final(tmp_path / "whole"), final(halted)
+    one, two = checkpoint_of(tmp_path / "whole"), checkpoint_of(halted)
     assert tree_sha256(one.tree) == tree_sha256(two.tree)
     assert json.loads((halted / "results.json").read_text())["rows"] == whole["rows"]
     assert not any("stale" in name for name in one.tree)
@@ -193,7 +176,7 @@ def test_branches_resume_bit_for_bit_on_digits(tmp_path, monkeypatch):
     halted = tmp_path / "halted"
     for saved in run_with_stops(config, halted, monkeypatch, (4,)):
         assert any("owned/one/params/gate/kernel" in name for name in saved.tree)
-    one, two = final(tmp_path / "whole"), final(halted)
+    one, two = checkpoint_of(tmp_path / "whole"), checkpoint_of(halted)
     assert tree_sha256(one.tree) == tree_sha256(two.tree)
     assert json.loads((halted / "results.json").read_text())["rows"] == whole["rows"]
     nets = [row["net"] for row in whole["rows"]]
@@ -216,7 +199,7 @@ def test_a_quantized_net_is_its_own_teacher_on_digits(tmp_path):
     for key in ("params", "weight_bytes", "student_steps"):
         assert rows["student"][key] == rows["alone"][key]
     # The heads moved the net, and their files stayed away.
-    tree = final(tmp_path / "run").tree
+    tree = checkpoint_of(tmp_path / "run").tree
     names = {n.removeprefix("nets/student/") for n in tree if n.startswith("nets/student/")}
     assert names == {n.removeprefix("nets/alone/") for n in tree if n.startswith("nets/alone/")}
     assert rows["student"]["loss"] != rows["alone"]["loss"]
@@ -240,7 +223,7 @@ def test_a_student_with_a_borrowed_classifier_from_training_to_integers(tmp_path
     config.stages.deploy.latency_rounds = 1
     config.schedule = ("teach", "distil", "calibrate", "quantized", "evaluate", "deploy")
     results = experiment.run(config, tmp_path / "run", report=False, verbose=False)
-    tree = final(tmp_path / "run").tree
+    tree = checkpoint_of(tmp_path / "run").tree
     for part in ("kernel", "bias"):
         head = tree[f"nets/teacher/params/head/{part}"]
         for net in ("student", "low"):

@@ -17,22 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from stopped_runs import StopAt, checkpoint_of
 from tiny_config import get_config
 
 from qkd_jax import experiment, weights
 from qkd_jax.data import load
 from qkd_jax.deploy import predict as predictor
 from qkd_jax.experiment import orchestrate
-from qkd_jax.record.checkpoint import Checkpoints
 from qkd_jax.training.loop import NonFiniteError, Preempted
 from qkd_jax.trees import nested, tree_sha256
 
 ROOT = Path(__file__).parents[2]
-
-
-def tree_of(folder):
-    with Checkpoints(Path(folder) / "checkpoints") as checkpoints:
-        return checkpoints.restore_latest()
 
 
 def lines(folder):
@@ -143,25 +138,6 @@ def test_eval_and_report_need_the_folder_alone(finished, capsys):
         experiment.evaluate(folder / "nowhere")
 
 
-class StopAt:
-    """Asks a run to stop after so many questions, as SIGTERM does at some moment."""
-
-    def __init__(self, count):
-        self.left = count
-        self.received = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    @property
-    def requested(self):
-        self.left -= 1
-        return self.left < 0
-
-
 @pytest.mark.parametrize(
     "stop", [5, 26, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (0, 33))]
 )
@@ -178,7 +154,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch,
 def same(folder, other):
     """Asserts that two runs ended with the same parameters, results and log."""
     assert (folder / "results.json").read_bytes() == (other / "results.json").read_bytes()
-    assert tree_sha256(tree_of(folder).tree) == tree_sha256(tree_of(other).tree)
+    assert tree_sha256(checkpoint_of(folder).tree) == tree_sha256(checkpoint_of(other).tree)
     assert (folder / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 
 
@@ -204,7 +180,7 @@ def test_a_run_that_goes_bad_says_where_and_keeps_its_checkpoint(tmp_path):
     with pytest.raises(NonFiniteError, match=r"stage 'qat_only', step \d of 8.*'qat_only', layer"):
         experiment.run(config, tmp_path, report=False, verbose=False)
     assert experiment.main("run", config=config, workdir=tmp_path) == experiment.EXIT_NONFINITE
-    saved = tree_of(tmp_path)
+    saved = checkpoint_of(tmp_path)
     assert saved.meta["stage"] == "qat_only" and saved.meta["stage_step"] == 0
     assert all(np.isfinite(leaf).all() for leaf in saved.tree.values())
     assert not (tmp_path / "results.json").exists()
@@ -387,7 +363,7 @@ def test_sigterm_saves_and_leaves_with_its_own_code(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == experiment.EXIT_INTERRUPTED == 75, said(folder)
     assert "the same command resumes" in said(folder)
-    saved = tree_of(folder)
+    saved = checkpoint_of(folder)
     assert saved.meta["stage"] == "pretrain_teacher" and saved.meta["stage_step"] > 0
 
 
@@ -437,7 +413,7 @@ def test_killed_twenty_times_beside_readers_it_ends_with_the_same_bits(tmp_path)
     # How many were killed before they had read it is a matter of the machine's load.
     assert said(killed).count("resuming from the checkpoint") >= 3
     same(whole, killed)
-    before, after = tree_of(whole).tree, tree_of(killed).tree
+    before, after = checkpoint_of(whole).tree, checkpoint_of(killed).tree
     assert before.keys() == after.keys()
     for name, leaf in before.items():
         np.testing.assert_array_equal(leaf, after[name], err_msg=name)

@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from memory_tracker import KEPT, MemoryTracker
+from stopped_runs import StopAt
 from tiny_config import get_config
 
 from qkd_jax import experiment
@@ -11,47 +13,6 @@ from qkd_jax.experiment import live_values, orchestrate
 from qkd_jax.record import trackers
 from qkd_jax.record.metrics_log import read_metrics
 from qkd_jax.training.loop import Preempted
-
-KEPT: dict = {}
-
-
-class Memory:
-    """A tracker in memory; KEPT outlives a process as a service does."""
-
-    def __init__(self, folder, options):
-        self.points, self.figures = KEPT.setdefault(folder, ({}, {}))
-
-    def begin(self, points):
-        self.points.clear()
-        self.points.update(enumerate(points))
-
-    def add(self, number, points):
-        assert number not in self.points
-        self.points[number] = points
-
-    def images(self, number, step, images):
-        self.figures.update(images)
-
-    def close(self, *, failed=False):
-        pass
-
-
-class StopAt:
-    """Asks a run to stop after so many questions, as SIGTERM does at some moment."""
-
-    def __init__(self, count):
-        self.left, self.received = count, None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    @property
-    def requested(self):
-        self.left -= 1
-        return self.left < 0
 
 
 def config_of():
@@ -64,17 +25,17 @@ def config_of():
 
 
 def test_a_run_with_all_of_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(trackers.TRACKERS, "memory", Memory)
+    monkeypatch.setitem(trackers.TRACKERS, "memory", MemoryTracker)
     monkeypatch.setattr(orchestrate, "GracefulStop", lambda: StopAt(5))
     folder = tmp_path / "run"
     with pytest.raises(Preempted):
         experiment.run(config_of(), folder, report=False, verbose=False)
     monkeypatch.undo()
-    monkeypatch.setitem(trackers.TRACKERS, "memory", Memory)
+    monkeypatch.setitem(trackers.TRACKERS, "memory", MemoryTracker)
     experiment.run(config_of(), folder, report=False, verbose=False)
 
     rows = read_metrics(folder)
-    points, figures = KEPT[folder]
+    points, figures = KEPT[str(folder)]
     assert list(points.values()) == [trackers.points_of(row) for row in rows]
     assert {"report/curves", "report/student_weight_quantizers"} <= set(figures)
     assert all(png.startswith(b"\x89PNG") for png in figures.values())

@@ -5,7 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from test_experiment import StopAt, lines, same, tree_of
+from stopped_runs import StopAt, checkpoint_of
+from test_experiment import lines, same
 from tiny_config import get_config
 
 from configs import common, dynamic, qat, static, weight_only
@@ -118,7 +119,7 @@ def test_killed_while_freezing_it_goes_on_from_its_last_checkpoint(finished, tmp
     with pytest.raises(Killed):
         experiment.run(healthy(), tmp_path, report=False, verbose=False)
     monkeypatch.undo()
-    assert tree_of(tmp_path).meta["stage_step"] == 5
+    assert checkpoint_of(tmp_path).meta["stage_step"] == 5
     experiment.run(healthy(), tmp_path, report=False, verbose=False)
     same(finished, tmp_path)
     assert_same_diagnosis(finished, tmp_path)
@@ -253,7 +254,7 @@ def test_each_rung_starts_from_the_net_before_it(tmp_path):
         ("net_w4a4", "calibrated", 4),
         ("net_w4a4", "QAT", 4),
     ]
-    nets = nested(tree_of(tmp_path).tree)["nets"]
+    nets = nested(checkpoint_of(tmp_path).tree)["nets"]
     # The last one has just been calibrated: weights and statistics are those of the rung before.
     for collection in ("params", "batch_stats"):
         for layer, leaves in nets["net"][collection].items():
@@ -306,10 +307,10 @@ def test_inputs_are_quantized_late_and_the_schedule_goes_on(tmp_path):
     steps = {r["stage"]: r["values"][path] for r in rows if path in r["values"]}
     assert steps["calibrate_inputs"] == steps["qat_weights"] != steps["qat"]
     assert results["rows"][-1]["student_steps"] == total
-    assert "optimizers" not in nested(tree_of(tmp_path).tree)
+    assert "optimizers" not in nested(checkpoint_of(tmp_path).tree)
     # What deployment is compared with is the float net, not the one between the two calibrations.
     with np.load(tmp_path / "model" / "net_float.npz") as kept:
-        trained = nested(tree_of(tmp_path).tree)["nets"]["net"]["params"]["dense2"]["kernel"]
+        trained = nested(checkpoint_of(tmp_path).tree)["nets"]["net"]["params"]["dense2"]["kernel"]
         assert np.any(kept["params/dense2/kernel"] != trained)
 
 

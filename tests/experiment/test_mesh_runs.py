@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from stopped_runs import StopAt, checkpoint_of
 from tiny_config import get_config
 
 from qkd_jax import experiment
 from qkd_jax.experiment import orchestrate
-from qkd_jax.record.checkpoint import Checkpoints
 from qkd_jax.training.loop import Preempted
 
 STAGES = ("pretrain_teacher", "pretrain_student", "calibrate", "qat_only", "evaluate_float")
@@ -18,30 +18,6 @@ def config(devices, model=1, rules=()):
     made.parallel = dict(mode="jit", devices=devices, model=model, rules=rules)
     made.stages.qat_only.accumulate = 2
     return made
-
-
-def tree_of(folder):
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        return checkpoints.restore_latest().tree
-
-
-class StopAt:
-    """Asks a run to stop after so many questions, as SIGTERM does at some moment."""
-
-    def __init__(self, count):
-        self.left = count
-        self.received = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    @property
-    def requested(self):
-        self.left -= 1
-        return self.left < 0
 
 
 def test_a_run_goes_on_over_another_mesh_to_the_state_of_one_device(tmp_path, monkeypatch, capsys):
@@ -58,7 +34,7 @@ def test_a_run_goes_on_over_another_mesh_to_the_state_of_one_device(tmp_path, mo
                 experiment.run(config(*mesh), tmp_path / "many", report=False)
     said = capsys.readouterr().out
     assert "devices: made on 4 (model 4), going on with 2" in said
-    one, many = tree_of(tmp_path / "one"), tree_of(tmp_path / "many")
+    one, many = checkpoint_of(tmp_path / "one").tree, checkpoint_of(tmp_path / "many").tree
     assert one.keys() == many.keys()
     for name, leaf in one.items():
         if name.startswith("nets/"):

@@ -2,6 +2,7 @@
 
 import pytest
 from image_folders import make
+from stopped_runs import StopAt
 
 from configs import common
 from qkd_jax import experiment, ptq
@@ -44,24 +45,6 @@ def get_config(folder, **data):
     config.stages.evaluate = common.evaluate(student="distilled")
     config.schedule = ("pretrain", "calibrate", "distil", "look_up", "evaluate")
     return config.lock()
-
-
-class StopAt:
-    """Asks a run to stop after so many questions, as SIGTERM does at some moment."""
-
-    def __init__(self, questions):
-        self.left = questions
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        pass
-
-    @property
-    def requested(self):
-        self.left -= 1
-        return self.left < 0
 
 
 @pytest.fixture(scope="module")

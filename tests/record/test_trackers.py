@@ -9,6 +9,7 @@ import types
 
 import numpy as np
 import pytest
+from memory_tracker import KEPT, MemoryTracker
 from PIL import Image
 
 from qkd_jax.record import trackers
@@ -17,29 +18,12 @@ from qkd_jax.record.metrics_log import MetricsLog, read_metrics
 FIELDS = {"trackers": ("fake",), "project": "test"}
 
 
-SERVER: dict = {}
-
-
-class Fake:
-    """A tracker in memory; SERVER outlives the runs, as a service does."""
+class Fake(MemoryTracker):
+    """A tracker that looks at its options."""
 
     def __init__(self, folder, options):
-        self.points = SERVER.setdefault(str(folder), {})
+        super().__init__(folder, options)
         assert options["project"] == "test"
-
-    def begin(self, points):
-        self.points.clear()
-        self.points.update(enumerate(points))
-
-    def add(self, number, points):
-        assert number not in self.points
-        self.points[number] = points
-
-    def images(self, number, step, images):
-        self.points[number] = images
-
-    def close(self, *, failed=False):
-        pass
 
 
 def lines_of_a_killed_run(log):
@@ -66,7 +50,7 @@ def test_a_line_that_the_checkpoint_had_not_seen_is_there_once(tmp_path, monkeyp
     log = MetricsLog(tmp_path)
     with trackers.tracking(log, FIELDS, {}, print):
         lines_of_a_killed_run(log)
-    found = SERVER[str(tmp_path)]
+    found, _ = KEPT[str(tmp_path)]
     assert list(found) == list(range(6)) and list(found.values()) == wanted(tmp_path)
     assert found[1].scalars == {"train/net/loss": 0.5}  # what was not finite is no point
     assert found[3].histograms == {"codes/net/conv": (-2, (3, 0, 0, 5), 1)}
