@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from qkd_jax.deploy.graph_values import Values, unsupported
 from qkd_jax.deploy.onnx.engines import import_engine
-from qkd_jax.deploy.onnx.values import Values, unsupported
 from qkd_jax.deploy.onnx.writer import Tensor, Writer
 from qkd_jax.graph import Node
 from qkd_jax.numerics import Grid, IntFormat

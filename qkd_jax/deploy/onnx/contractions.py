@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from qkd_jax.deploy.graph_values import unsupported
 from qkd_jax.deploy.onnx.constant_operand import ConstantOperand, constant_operand
 from qkd_jax.deploy.onnx.context import DynamicRange, Export
-from qkd_jax.deploy.onnx.values import unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
 from qkd_jax.quantize.traced import TracedContraction

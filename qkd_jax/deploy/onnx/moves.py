@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from qkd_jax.deploy.graph_values import unsupported
 from qkd_jax.deploy.onnx.context import Export
-from qkd_jax.deploy.onnx.values import unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
 

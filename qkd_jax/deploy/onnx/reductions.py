@@ -10,9 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from qkd_jax.deploy.graph_values import unsupported
 from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.ordering import of_truths
-from qkd_jax.deploy.onnx.values import unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node, execute
 

@@ -3,17 +3,18 @@
 A new operation is an entry of `ELEMENTWISE`, `INDEXING`, `MOVES`, `ORDERING` or `REDUCTIONS`.
 """
 
+from qkd_jax.deploy.graph_values import UnsupportedError, unsupported
 from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.contractions import write_product
 from qkd_jax.deploy.onnx.elementwise import ELEMENTWISE
 from qkd_jax.deploy.onnx.indexing import INDEXING
 from qkd_jax.deploy.onnx.moves import MOVES
 from qkd_jax.deploy.onnx.ordering import ORDERING
-from qkd_jax.deploy.onnx.patterns import find_patterns, write_pattern
+from qkd_jax.deploy.onnx.pattern_nodes import LAYER_NORM_OPSET, write_pattern
 from qkd_jax.deploy.onnx.quantize_linear import write_quantizer
 from qkd_jax.deploy.onnx.reductions import REDUCTIONS
-from qkd_jax.deploy.onnx.values import UnsupportedError, unsupported
 from qkd_jax.deploy.onnx.writer import Tensor
+from qkd_jax.deploy.patterns import Pattern, find_patterns
 from qkd_jax.graph import MARKERS, Node
 from qkd_jax.quantize.traced import is_quantizer
 
@@ -21,11 +22,29 @@ OPERATIONS = {**ELEMENTWISE, **INDEXING, **MOVES, **ORDERING, **REDUCTIONS}
 
 
 def write(export: Export) -> list[Tensor]:
-    """Writes all nodes; returns the results, in the model's own order of axes."""
+    """Writes all nodes; returns the results, in the model's own order of axes.
+
+    Raises:
+        ValueError: an operation that ONNX has no form for, named with its module.
+    """
+    try:
+        return _write_nodes(export)
+    except UnsupportedError as error:
+        supported = ", ".join(sorted(OPERATIONS))
+        raise ValueError(
+            f"to_onnx {error} Supported: {supported}, conv_general_dilated, dot_general."
+        ) from None
+
+
+def _patterns(export: Export) -> list[Pattern]:
+    return find_patterns(export.values, layer_norm=export.writer.opset >= LAYER_NORM_OPSET)
+
+
+def _write_nodes(export: Export) -> list[Tensor]:
     graph, tensors = export.graph, export.tensors
     for value in graph.inputs:
         tensors[value] = _input(export, value)
-    patterns = {p.y: p for p in find_patterns(export.values, export.writer.opset)}
+    patterns = {p.y: p for p in _patterns(export)}
     inside = {n for p in patterns.values() for n in p.nodes}
     for node in graph.nodes:
         if export.values.dynamic.isdisjoint(node.outputs):
@@ -37,13 +56,7 @@ def write(export: Export) -> list[Tensor]:
         if node in export.absorbed:
             tensors[node.outputs[0]] = tensors[export.absorbed[node]]
             continue
-        try:
-            results = _write_node(export, node)
-        except UnsupportedError as error:
-            supported = ", ".join(sorted(OPERATIONS))
-            raise ValueError(
-                f"{error} Supported: {supported}, conv_general_dilated, dot_general."
-            ) from None
+        results = _write_node(export, node)
         results = results if isinstance(results, tuple) else (results,)
         tensors.update(zip(node.outputs, results, strict=True))
     return [export.writer.plain(export.tensor(value), "") for value in graph.outputs]

@@ -1,9 +1,10 @@
-"""Softmax, LayerNorm and GELU recognised in a graph, however the model spelled them, and written.
+"""Softmax, LayerNorm and GELU recognised in a graph, however the model spelled them.
 
-ONNX has each of them as one operation, and engines have one kernel for each; written out, LayerNorm
-alone is a dozen passes over memory. A part of the graph between one value and another counts as
-such an operation when it computes the same numbers on random input, so no spelling needs to be
-listed: variance as E[x^2] - E[x]^2 or of the centred values, GELU by erf or erfc.
+Files have each of them as one operation or a few, and engines have one kernel for each; as a model
+spells it, LayerNorm alone is a dozen passes over memory. A part of the graph between one value and
+another counts as such an operation when it computes the same numbers on random input, so no
+spelling needs to be listed: variance as E[x^2] - E[x]^2 or of the centred values, GELU by erf or
+erfc.
 """
 
 import dataclasses
@@ -14,15 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from qkd_jax.deploy.onnx.context import Export
-from qkd_jax.deploy.onnx.values import Values
-from qkd_jax.deploy.onnx.writer import Tensor
+from qkd_jax.deploy.graph_values import Values
 from qkd_jax.graph import CONTRACTIONS, MARKERS, Node, execute
 
 NEAR = 40  # nodes that are looked at on either side of a seed
 TOLERANCE = 1e-5  # of numbers of the order of 1, for a part of some ten float32 operations
-# ONNX has them as one operation since.
-LAYER_NORM_OPSET, GELU_OPSET = 17, 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,7 +32,8 @@ class Pattern:
         y: the value that it computes.
         nodes: the nodes that it replaces.
         axis: of the model, for Softmax and LayerNormalization.
-        attributes: further attributes of the ONNX node.
+        attributes: "tanh" of Gelu, whether it is that approximation; "epsilon" of
+            LayerNormalization.
         scale, bias: of LayerNormalization, [features].
     """
 
@@ -49,9 +47,14 @@ class Pattern:
     bias: np.ndarray | None = None
 
 
-def find_patterns(values: Values, opset: int) -> list[Pattern]:
-    """Lists the parts of a net's graph that ONNX has one operation for."""
-    seeds = {op: fit for op, fit in SEEDS.items() if opset >= LAYER_NORM_OPSET or op != "rsqrt"}
+def find_patterns(values: Values, *, layer_norm: bool = True) -> list[Pattern]:
+    """Lists the parts of a net's graph that are such operations.
+
+    Args:
+        values: of the graph.
+        layer_norm: False where the file has no LayerNormalization.
+    """
+    seeds = {op: fit for op, fit in SEEDS.items() if layer_norm or op != "rsqrt"}
     patterns: list[Pattern] = []
     inside: set[Node] = set()
     for seed in values.graph.nodes:
@@ -244,39 +247,3 @@ def _run(values: Values, nodes: frozenset[Node], x: int, y: int, probe: np.ndarr
 def _close(result: np.ndarray, expected: Any) -> bool:
     expected = np.asarray(expected)
     return result.shape == expected.shape and bool(np.all(np.abs(result - expected) <= TOLERANCE))
-
-
-def write_pattern(export: Export, pattern: Pattern) -> Tensor:
-    """Writes a part of the graph as the operation that ONNX has for it."""
-    node = export.graph.producer(pattern.y)
-    assert node is not None
-    x = export.tensors[pattern.x]
-    if pattern.op == "Gelu":
-        return dataclasses.replace(x, name=_write_gelu(export, node, x.name, **pattern.attributes))
-    x = export.writer.ordered(x, node.scope)
-    if pattern.op == "Softmax":
-        return export.add_like(x, "Softmax", [x.name], node, axis=x.perm.index(pattern.axis))
-    if x.perm[-1] != len(x.perm) - 1:
-        x = export.writer.plain(x, node.scope)
-    constants = [
-        export.writer.constant(a, f"{node.scope}/norm") for a in (pattern.scale, pattern.bias)
-    ]
-    attributes = {"axis": -1, **pattern.attributes}
-    return export.add_like(x, pattern.op, [x.name, *constants], node, **attributes)
-
-
-def _write_gelu(export: Export, node: Node, x: str, *, tanh: bool) -> str:
-    """Writes one node since opset 20; before that, for erf, the five that engines fuse into one."""
-    if export.writer.opset >= GELU_OPSET:
-        return export.add("Gelu", [x], node, approximate="tanh" if tanh else "none")
-
-    number = lambda value: export.writer.constant(np.float32(value), "number")
-    if tanh:
-        cube = export.add("Mul", [export.add("Mul", [x, x], node), x], node)
-        inner = export.add("Add", [x, export.add("Mul", [cube, number(0.044715)], node)], node)
-        inner = export.add("Mul", [inner, number(math.sqrt(2 / math.pi))], node)
-        curve = export.add("Tanh", [inner], node)
-    else:
-        curve = export.add("Erf", [export.add("Div", [x, number(math.sqrt(2))], node)], node)
-    twice = export.add("Mul", [x, export.add("Add", [curve, number(1)], node)], node)
-    return export.add("Mul", [twice, number(0.5)], node)

@@ -1,4 +1,4 @@
-"""The values of a traced graph as an ONNX file sees them: those of the input, and constants."""
+"""The values of a traced graph as a file sees them: those of the input, and constants."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from qkd_jax.graph import Graph, Node, execute
 
 
 class UnsupportedError(ValueError):
-    """An operation of a net that cannot be written in ONNX."""
+    """An operation of a net that a file has no form for; its message goes on after the writer."""
 
 
 def unsupported(node: Node, why: str = "") -> UnsupportedError:
     """Builds the error for an operation that cannot be exported."""
-    return UnsupportedError(f"to_onnx cannot write {node.describe()}{': ' + why if why else ''}.")
+    return UnsupportedError(f"cannot write {node.describe()}{': ' + why if why else ''}.")
 
 
 class Values:
