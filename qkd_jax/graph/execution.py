@@ -75,7 +75,7 @@ class Node:
             parameters sorted by key.
         outputs: values written.
         params: the primitive's parameters; for a marker {"path", "operand", "dynamic_axes",
-            "jaxpr"}, as `families` describes them.
+            "group", "jaxpr"}, as `families` describes them.
         scope: path of the module that ran the operation, without the root's name ("" at the root).
         primitive: what `execute` binds; None for a marker.
     """

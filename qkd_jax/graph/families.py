@@ -5,6 +5,8 @@ A marker is a jitted call whose name says what it stands for:
     quantizer:<layer path>:<operand>           a quantizer
     quantizer:<layer path>:<operand>@<axes>    one with a dynamic range; axes such as "0100", with a
                                                "1" for each axis that has ranges of its own
+    quantizer:<path>:<operand>@#<axis>x<size>  one whose groups of that size cut an axis; the axes
+                                               of a dynamic one are then those of the cut tensor
     skipped:<layer path>:<operand>             an operand, or an output, that stays in float
 """
 
@@ -31,11 +33,19 @@ class Marker(NamedTuple):
     path: str
     operand: str
     dynamic_axes: str  # "" unless the range is dynamic
+    group: tuple[int, int] | None  # (axis, size) of the groups that cut the tensor
 
 
-def marker_name(kind: str, path: str, operand: str, dynamic_axes: str = "") -> str:
+def marker_name(
+    kind: str,
+    path: str,
+    operand: str,
+    dynamic_axes: str = "",
+    group: tuple[int, int] | None = None,
+) -> str:
     """Returns the name of a marker, such as "quantizer:stem/conv:input"."""
-    return f"{kind}:{path}:{operand}" + (f"@{dynamic_axes}" if dynamic_axes else "")
+    detail = dynamic_axes if group is None else f"{dynamic_axes}#{group[0]}x{group[1]}"
+    return f"{kind}:{path}:{operand}" + (f"@{detail}" if detail else "")
 
 
 def parse_marker(name: Any) -> Marker | None:
@@ -44,8 +54,10 @@ def parse_marker(name: Any) -> Marker | None:
     if kind not in MARKERS or not rest:
         return None
     path, _, operand = rest.rpartition(":")
-    operand, _, dynamic_axes = operand.partition("@")
-    return Marker(kind, path, operand, dynamic_axes)
+    operand, _, text = operand.partition("@")
+    dynamic_axes, _, groups = text.partition("#")
+    axis, _, size = groups.partition("x")
+    return Marker(kind, path, operand, dynamic_axes, (int(axis), int(size)) if groups else None)
 
 
 def modules(eqn: Any) -> list[str]:

@@ -19,7 +19,7 @@ from qkd_jax.numerics.arrays import (
 from qkd_jax.numerics.backward import cotangents, mean_of, partial_sums
 from qkd_jax.numerics.fixed import FixedPointFormat
 from qkd_jax.numerics.floats import FLOAT_FORMATS, FloatFormat
-from qkd_jax.numerics.formats import MAX_BITS, IntFormat
+from qkd_jax.numerics.formats import MAX_BITS, IntFormat, TableFormat
 from qkd_jax.numerics.histogram import BINS, add_to_histogram, empty_histogram, magnitudes
 from qkd_jax.numerics.mapping import (
     MIN_SCALE,
@@ -92,6 +92,7 @@ __all__ = [
     "State",
     "Stats",
     "Sums",
+    "TableFormat",
     "Values",
     "add_to_histogram",
     "affine_parameters",

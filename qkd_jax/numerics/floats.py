@@ -47,6 +47,11 @@ class FloatFormat:
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
+    def storage(self) -> np.dtype:
+        """The NumPy type of a bit pattern: uint8 or uint16."""
+        return np.dtype("uint8" if self.bits <= 8 else "uint16")
+
+    @property
     def bias(self) -> int:
         """2^(exponent_bits - 1) - 1."""
         return 2 ** (self.exponent_bits - 1) - 1

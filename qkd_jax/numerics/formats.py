@@ -1,4 +1,4 @@
-"""Integer formats: which codes a number of `bits` bits can be, and which NumPy type stores them."""
+"""Formats of integer codes and of indices into a table of values, and the types that store them."""
 
 import dataclasses
 
@@ -109,3 +109,75 @@ class IntFormat:
     def fake_cast(self, x: jax.Array) -> jax.Array:
         """The nearest value at scale 1, float32; NaN stays."""
         return jnp.clip(jnp.round(x), self.qmin, self.qmax).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableFormat:
+    """A table of values; a code is an index into it.
+
+    Args:
+        name: the short name, as in "nf4".
+        table: the values at scale 1, ascending; 2 to 2^16 of them.
+
+    Raises:
+        ValueError: values that are too few or too many, not finite, or not ascending.
+    """
+
+    name: str
+    table: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        checks.integer_in(f"values of table {self.name!r}", len(self.table), 2, 2**MAX_BITS)
+        values = self.values().astype(np.float32)
+        if not (np.isfinite(values).all() and (np.diff(values) > 0).all()):
+            raise ValueError(
+                f"table {self.name!r} is {self.table!r:.80}; its values must be finite and "
+                "ascend, as float32 too. Sort them and drop what occurs twice."
+            )
+
+    @property
+    def bits(self) -> int:
+        """The bits of an index."""
+        return (len(self.table) - 1).bit_length()
+
+    @property
+    def levels(self) -> int:
+        """The number of codes."""
+        return len(self.table)
+
+    @property
+    def storage(self) -> np.dtype:
+        """The smallest NumPy type that holds every code: uint8 or uint16."""
+        return np.dtype("uint8" if self.bits <= 8 else "uint16")
+
+    @property
+    def min(self) -> float:
+        """The lowest value."""
+        return self.table[0]
+
+    @property
+    def max(self) -> float:
+        """The highest value."""
+        return self.table[-1]
+
+    @property
+    def smallest(self) -> float:
+        """The smallest positive value."""
+        return min((v for v in self.table if v > 0), default=0.0)
+
+    def values(self) -> np.ndarray:
+        """All values, in order, float64."""
+        return np.asarray(self.table, np.float64)
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """The codes of the nearest values, int32: the lower of two at equal distance."""
+        table = self.values().astype(np.float32)
+        return jnp.searchsorted(jnp.asarray((table[1:] + table[:-1]) / 2), jnp.asarray(x))
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """The values of codes, float32."""
+        return jnp.asarray(self.values().astype(np.float32))[jnp.asarray(codes)]
+
+    def fake_cast(self, x: jax.Array) -> jax.Array:
+        """The nearest value, float32; NaN stays."""
+        return jnp.where(jnp.isnan(x), x, self.decode(self.encode(x))).astype(jnp.float32)

@@ -29,25 +29,28 @@ MIN_SCALE = 1e-12
 
 
 class Grid(NamedTuple):
-    """A uniform grid: what integer codes mean.
+    """A grid: what codes mean.
 
-        qmin <= code <= qmax,  x_hat = (code - zero_point) * scale
-        code = codes_of(x_hat, scale) + zero_point, exactly
+        x_hat = (format.decode(code) - zero_point) * scale
+
+    It is uniform where the format is an `IntFormat`, whose values are the codes themselves:
+
+        qmin <= code <= qmax,  code = codes_of(x_hat, scale) + zero_point, exactly
 
     Arrays are NumPy's or JAX's and broadcast against x_hat.
 
     Attributes:
-        scale: above 0, in input units per code.
+        scale: above 0, in input units per unit of the format.
         zero_point: the code of 0, integer-valued; 0 for symmetric specs.
-        format: the codes, from `format.qmin` to `format.qmax`.
+        format: the codes: integers from `format.qmin` to `format.qmax`, bit patterns, or indices.
     """
 
     scale: Any
     zero_point: Any
-    format: IntFormat
+    format: Any
 
     @classmethod
-    def symmetric(cls, scale: jax.Array, format: IntFormat) -> Grid:
+    def symmetric(cls, scale: jax.Array, format: Any) -> Grid:
         """Returns the grid of a zero point 0."""
         return cls(scale, jnp.zeros_like(scale), format)
 

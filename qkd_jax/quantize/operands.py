@@ -174,7 +174,7 @@ def watching(watch: Callable[..., None]) -> OperandHook:
 
 def mark_unquantized(use: OperandUse) -> tuple[jax.Array, None]:
     """Hook that traces quantizers as equations which name them and compute nothing."""
-    name = marker_name("quantizer", use.path, use.operand, _axes_text(_own_axes(use)))
+    name = marker_name("quantizer", use.path, use.operand, _axes_text(_own_axes(use)), use.group)
     return _marked(name, _unchanged, use.x), None
 
 
@@ -194,12 +194,14 @@ def mark_operand(use: OperandUse) -> tuple[jax.Array, None]:
         return use.fake_quant(x, given, batch_axes=(), key=None)[0]
 
     values = [params[k] for k in keys]
-    return _marked_quantizer(use.path, use.operand, own, fake_quant, use.x, values), None
+    call = fake_quant, use.x, values
+    return _marked_quantizer(use.path, use.operand, own, use.group, *call), None
 
 
 def _own_axes(use: OperandUse) -> tuple[bool, ...] | None:
     """Per axis, whether it has dynamic ranges of its own, which no parameter shows; else None."""
-    return tuple(i in use.axes for i in range(use.x.ndim)) if use.spec.dynamic else None
+    rank = use.x.ndim + (use.group is not None)
+    return tuple(i in use.axes for i in range(rank)) if use.spec.dynamic else None
 
 
 def _axes_text(own: tuple[bool, ...] | None) -> str:
@@ -210,6 +212,7 @@ def _marked_quantizer(
     path: str,
     operand: str,
     own: tuple[bool, ...] | None,
+    group: tuple[int, int] | None,
     function: Callable[..., jax.Array],
     x: jax.Array,
     params: Sequence[jax.Array],
@@ -221,12 +224,14 @@ def _marked_quantizer(
     Args:
         path: the layer's path.
         operand: the operand's name.
-        own: per axis of x, whether it has dynamic ranges of its own; None for static ones.
+        own: per axis of x, its groups cut, whether it has dynamic ranges of its own; None for
+            static ones.
+        group: (axis, size) of the groups, or None.
         function: the quantizer, of x and its parameters.
         x: the operand.
         params: its parameters, numbers or of the rank of x with its groups cut.
     """
-    name = marker_name("quantizer", path, operand, _axes_text(own))
+    name = marker_name("quantizer", path, operand, _axes_text(own), group)
     call = custom_vmap(lambda x, *params: _marked(name, function, x, *params))
 
     @call.def_vmap
@@ -234,7 +239,7 @@ def _marked_quantizer(
         x_mapped, *mapped = is_mapped
         if own is not None and not x_mapped:  # the range is that of x: one for all members
             one = [p[0] if m else p for p, m in zip(params, mapped, strict=True)]
-            return _marked_quantizer(path, operand, own, function, x, one), False
+            return _marked_quantizer(path, operand, own, group, function, x, one), False
         rank, stacked = x.ndim - x_mapped, []
         for param, is_stacked in zip(params, mapped, strict=True):
             if is_stacked and param.ndim == 1:  # a number of each member
@@ -248,7 +253,8 @@ def _marked_quantizer(
 
         x = x if x_mapped else jnp.broadcast_to(x, (size, *x.shape))
         ranges = None if own is None else (True, *own)
-        return _marked_quantizer(path, operand, ranges, members, x, stacked), True
+        groups = None if group is None else (group[0] + 1, group[1])
+        return _marked_quantizer(path, operand, ranges, groups, members, x, stacked), True
 
     return call(x, *params)
 

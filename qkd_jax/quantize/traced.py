@@ -5,7 +5,6 @@ operations that only move numbers (`LAYOUT`) to the marker that the net's trace 
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from flax.core.scope import in_filter
 
 from qkd_jax import graph as graphs
 from qkd_jax.graph import CONTRACTIONS, LAYOUT, Axes, Graph, Node, output_axes
-from qkd_jax.numerics import Grid, IntFormat, Spec, check_scale
+from qkd_jax.numerics import Grid, Spec, check_scale
 from qkd_jax.quantize.calls import (
     call_arguments,
     explaining_failures,
@@ -28,12 +27,12 @@ from qkd_jax.quantize.calls import (
 )
 from qkd_jax.quantize.interceptors import intercepting
 from qkd_jax.quantize.model import QuantizedModel
+from qkd_jax.quantize.operands import split_groups
 from qkd_jax.quantize.variables import is_calibrated, quantizer_path, split_multipliers
 from qkd_jax.quantizers import (
     QUANTIZERS,
     check_sizes,
     dynamic_params,
-    facts,
     in_use,
     learns_bits,
 )
@@ -254,7 +253,7 @@ def has_codes(traced: TracedNet, operand: Operand) -> bool:
     if not operand.quantized or operand.marker is None:
         return False
     spec = traced.spec(operand.marker)
-    return not (spec.dynamic or isinstance(spec.granularity, int)) and (
+    return not (is_dynamic(traced, operand.marker) or isinstance(spec.granularity, int)) and (
         _known_grid_of(traced, operand.marker) is not None
     )
 
@@ -267,16 +266,16 @@ def grid_of(traced: TracedNet, marker: Node) -> Grid:
             scale is NaN, infinite, zero or negative.
     """
     spec = traced.spec(marker)
-    where = _named(traced, marker)
-    if spec.dynamic:
+    where = named(traced, marker)
+    if is_dynamic(traced, marker):
         raise ValueError(
             f"{where} finds its range at run time, and this needs scales that are known "
             "beforehand. Use dynamic=False and calibrate."
         )
-    _check_granularity(where, spec)
+    refuse_groups(where, spec)
     grid = _known_grid_of(traced, marker)
     if grid is None:
-        raise _not_uniform(where)
+        raise not_uniform(where)
     check_scale(f"the scale of {where}", grid.scale)
     return Grid(np.asarray(grid.scale), np.asarray(grid.zero_point), grid.format)
 
@@ -288,42 +287,8 @@ def is_dynamic(traced: TracedNet, marker: Node | None) -> bool:
     return marker.inputs[0] not in traced.graph.constants
 
 
-def dynamic_grid(traced: TracedNet, marker: Node) -> tuple[IntFormat, tuple[int, ...]]:
-    """Returns (format, axes with ranges of their own) of a quantizer with a dynamic range.
-
-    Raises:
-        ValueError: its values are not integer codes times one scale for each of the
-            contraction's sums, or their zero points have no bound.
-    """
-    spec, where = traced.spec(marker), _named(traced, marker)
-    _check_granularity(where, spec)
-    own = marker.params["dynamic_axes"]
-    axes = tuple(axis for axis, kept in enumerate(own) if kept == "1")
-    params = dynamic_params(jnp.ones((1,) * len(own)), spec, axes)
-    found = QUANTIZERS[spec.quantizer].integer_view(params, spec)
-    if found is None:
-        raise _not_uniform(where)
-    if not spec.symmetric and not facts(spec.quantizer).range_grid:
-        raise ValueError(
-            f"{where} finds an affine range at run time whose zero points have no bound, so the "
-            "sums of its codes have none. Use quantizer='uniform', or symmetric=True."
-        )
-    return found.format, axes
-
-
-def takes_out_dynamic_scales(traced: TracedNet, operand: Operand) -> bool:
-    """Whether the dynamic scales of an operand are constant along each of its product's sums."""
-    assert operand.marker is not None
-    _, axes = dynamic_grid(traced, operand.marker)
-    shape = [n if i in axes else 1 for i, n in enumerate(operand.marker_shape)]
-    # Numbers that all differ stand for the scales: equal ones must meet along each sum.
-    probe = np.broadcast_to(np.arange(math.prod(shape)).reshape(shape), operand.marker_shape)
-    probe = operand.moved(probe)
-    summed = tuple(i for i, out in enumerate(operand.output_axes) if out is None)
-    return not summed or bool(np.all(probe.max(summed) == probe.min(summed)))
-
-
-def _check_granularity(where: str, spec: Spec) -> None:
+def refuse_groups(where: str, spec: Spec) -> None:
+    """Raises ValueError for scales that vary along a sum."""
     if isinstance(spec.granularity, int):
         raise ValueError(
             f"{where} has scales that vary along its product's sum, and the integer path scales "
@@ -331,7 +296,8 @@ def _check_granularity(where: str, spec: Spec) -> None:
         )
 
 
-def _not_uniform(where: str) -> ValueError:
+def not_uniform(where: str) -> ValueError:
+    """Returns the error of a grid without integer codes."""
     return ValueError(
         f"{where} lies on a grid that is not uniform, so it has no integer codes to compute "
         "with. Use a uniform quantizer, such as 'lsq' or 'uniform'."
@@ -339,16 +305,39 @@ def _not_uniform(where: str) -> ValueError:
 
 
 def _known_grid_of(traced: TracedNet, marker: Node) -> Grid | None:
-    spec = traced.spec(marker)
+    params = known_params(traced, marker)
+    return None if params is None else known_grid(params, traced.spec(marker))
+
+
+def known_params(traced: TracedNet, marker: Node) -> dict[str, Any] | None:
+    """Returns a quantizer's parameters as they are for its tensor, known beforehand.
+
+    Those that depend on the tensor are computed from it where it is a weight, its groups cut; for
+    an activation they are known at run time only: None.
+
+    Raises:
+        ValueError: a scale that is NaN, infinite, zero or negative.
+    """
+    spec, x = traced.spec(marker), None
     params: Any = quantizer_params(traced, marker)
     quantizer = QUANTIZERS[spec.quantizer]
+    if marker.inputs[0] in traced.graph.constants and (spec.dynamic or hasattr(quantizer, "live")):
+        x = jnp.asarray(traced.graph.constants[marker.inputs[0]], jnp.float32)
+        if marker.params["group"] is not None:
+            x = split_groups(x, *marker.params["group"])
+    if spec.dynamic:
+        if x is None:
+            return None
+        own = marker.params["dynamic_axes"]
+        axes = tuple(axis for axis, kept in enumerate(own) if kept == "1")
+        params = dynamic_params(x, spec, axes)
     if hasattr(quantizer, "live"):
-        if marker.inputs[0] in traced.graph.constants:
-            params = quantizer.live(traced.graph.constants[marker.inputs[0]], params, spec)
+        if x is not None:
+            params = quantizer.live(x, params, spec)
         elif quantizer.live(np.zeros((1,), np.float32), params, spec) is not params:
-            return None  # parameters that depend on activations are computed at run time only
-    check_sizes(_named(traced, marker), params, spec)
-    return known_grid(params, spec)
+            return None
+    check_sizes(named(traced, marker), params, spec)
+    return params
 
 
 def known_grid(params: Any, spec: Spec) -> Grid | None:
@@ -361,7 +350,8 @@ def known_grid(params: Any, spec: Spec) -> Grid | None:
     return grid._replace(format=in_use(spec, params).format) if learns_bits(spec) else grid
 
 
-def _named(traced: TracedNet, marker: Node) -> str:
+def named(traced: TracedNet, marker: Node) -> str:
+    """Returns a quantizer's name for messages: "weight of layer 'stem' (int4 lsq)"."""
     label = traced.spec(marker).label
     return f"{marker.params['operand']} of layer {marker.params['path']!r} ({label})"
 

@@ -16,6 +16,8 @@
 
 A module may have more functions, for a grid that needs them:
 
+- `code_grid(params, spec) -> numerics.Grid`: the meaning of the codes where `integer_view` is None:
+  x_hat is exactly format.decode(code) * scale. A quantizer with neither can't be stored;
 - `live(x, params, spec) -> params`: the parameters for `x`, where they depend on the tensor;
 - `pre_affine(params, spec) -> (gain, offset)`: the codes are those of gain * x + offset;
 - `code_stride(spec) -> int`: the distance of neighbouring codes, where not every code occurs;
@@ -61,7 +63,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.numerics import Array, IntFormat, Spec, check_sign, stats
+from qkd_jax.numerics import Array, Grid, IntFormat, Spec, check_sign, stats
 from qkd_jax.quantizers import (
     apot,
     binary,
@@ -86,6 +88,7 @@ __all__ = [
     "check",
     "check_sizes",
     "code_format",
+    "code_grid",
     "dynamic_params",
     "facts",
     "fewest_bits",
@@ -148,6 +151,18 @@ def code_format(spec: Spec) -> IntFormat:
     if spec.narrow_range is None and facts(spec.quantizer).narrow:
         return dataclasses.replace(spec, narrow_range=spec.signed and spec.symmetric).format
     return spec.format
+
+
+def code_grid(params: Mapping[str, Any], spec: Spec) -> Grid | None:
+    """Returns the grid of a quantizer's codes, uniform or not; None where it states none.
+
+    The format has the bits in use where bits are learned and known: the most that a channel uses.
+    """
+    module = QUANTIZERS[spec.quantizer]
+    grid = module.integer_view(params, spec)
+    if grid is not None:
+        return grid._replace(format=in_use(spec, params).format) if learns_bits(spec) else grid
+    return module.code_grid(params, spec) if hasattr(module, "code_grid") else None
 
 
 def check(spec: Spec, *, observer_options: Iterable[str] = ()) -> None:

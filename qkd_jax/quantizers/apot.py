@@ -11,9 +11,29 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Array, Axes, Key, OnGrid, Params, Spec, Stats, Values
+from qkd_jax.numerics import (
+    Array,
+    Axes,
+    Grid,
+    Key,
+    OnGrid,
+    Params,
+    Spec,
+    Stats,
+    TableFormat,
+    Values,
+)
 
-__all__ = ["check", "clip_range", "fake_quant", "init", "integer_view", "levels", "live"]
+__all__ = [
+    "check",
+    "clip_range",
+    "code_grid",
+    "fake_quant",
+    "init",
+    "integer_view",
+    "levels",
+    "live",
+]
 
 OPTIONS = {"normalize": False}
 SIZE = ("alpha",)
@@ -72,9 +92,16 @@ def _levels(spec: Spec) -> tuple[int, ...]:
     return levels(spec.bits - int(spec.signed))
 
 
-def _unit(alpha: Array, spec: Spec) -> Array:
-    """The smallest magnitude, of which all levels are whole multiples."""
-    return jnp.maximum(alpha, numerics.MIN_SCALE) * (1 / _levels(spec)[-1])
+def _unit(alpha: Array, size: Array | None, spec: Spec) -> Array:
+    """The smallest magnitude, of which all levels are whole multiples.
+
+    Args:
+        alpha: the clipping level, in units of `size` where that is given.
+        size: the weights' deviation with `normalize`, else None.
+        spec: the spec.
+    """
+    unit = jnp.maximum(alpha, numerics.MIN_SCALE) * (1 / _levels(spec)[-1])
+    return unit if size is None else unit * size
 
 
 def init(stats: Stats, spec: Spec) -> Params:
@@ -119,6 +146,16 @@ def integer_view(params: Params, spec: Spec) -> None:
     their own (4-bit weights reach 10 units), and no engine rounds an input to them.
     """
     del params, spec
+
+
+def code_grid(params: Params, spec: Spec) -> Grid:
+    """The grid: x_hat is a sum of powers of two, in units of the smallest, times that unit."""
+    size = params["deviation"] if spec.option("normalize", False) else None
+    magnitudes = _levels(spec)
+    below = tuple(-m for m in reversed(magnitudes[1:])) if spec.signed else ()
+    name = f"{'' if spec.signed else 'u'}apot{spec.bits}"
+    table = TableFormat(name, tuple(map(float, (*below, *magnitudes))))
+    return Grid.symmetric(_unit(params["alpha"], size, spec), table)
 
 
 def clip_range(params: Params, spec: Spec) -> tuple[Array, Array]:
@@ -171,15 +208,15 @@ def fake_quant(
     alpha = params["alpha"]
     factor = numerics.gradient_scale(x.shape, alpha.size, spec.format.qmax, batch_axes=batch_axes)
     if not normal:
-        return _fake_quant(x, alpha, spec, factor)
+        return _fake_quant(x, alpha, None, spec, factor)
     mean, deviation = (jax.lax.stop_gradient(params[k]) for k in ("mean", "deviation"))
     wide = x.astype(numerics.compute_dtype(x))
-    out = _fake_quant((wide - mean) * (1 / deviation), alpha, spec, factor)
-    return (out * deviation).astype(x.dtype)
+    out = _fake_quant((wide - mean) * (1 / deviation), alpha, deviation, spec, factor)
+    return out.astype(x.dtype)
 
 
 def _in_units(x: Array, alpha: Array, spec: Spec) -> Array:
-    return x.astype(numerics.compute_dtype(x)) * (1 / _unit(alpha, spec))
+    return x.astype(numerics.compute_dtype(x)) * (1 / _unit(alpha, None, spec))
 
 
 def _nearest(u: Array, spec: Spec) -> Array:
@@ -188,18 +225,22 @@ def _nearest(u: Array, spec: Spec) -> Array:
     return jnp.copysign(numerics.nearest_level(jnp.abs(u), _levels(spec)), u)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _fake_quant(x: Array, alpha: Array, spec: Spec, factor: float) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _fake_quant(x: Array, alpha: Array, size: Array | None, spec: Spec, factor: float) -> Array:
+    """The nearest level times `size`, of which no gradient is taken."""
     del factor
-    return (_nearest(_in_units(x, alpha, spec), spec) * _unit(alpha, spec)).astype(x.dtype)
+    nearest = _nearest(_in_units(x, alpha, spec), spec)
+    return (nearest * _unit(alpha, size, spec)).astype(x.dtype)
 
 
-def _forward(x, alpha, spec, factor):
-    return _fake_quant(x, alpha, spec, factor), (x, alpha)
+def _forward(x, alpha, size, spec, factor):
+    return _fake_quant(x, alpha, size, spec, factor), (x, alpha, size)
 
 
 def _backward(spec, factor, residuals, g):
-    x, alpha = residuals
+    x, alpha, size = residuals
+    if size is not None:
+        g = g * size
     high = _levels(spec)[-1]
     low = -high if spec.signed else 0
 
@@ -213,7 +254,8 @@ def _backward(spec, factor, residuals, g):
         inside = jnp.where((low <= u) & (u <= high), u, 0)
         return (g.astype(u.dtype) * ((_nearest(u, spec) - inside) * (1 / high)),)
 
-    return numerics.cotangents(x, g, (alpha,), slope, terms, factor=factor)
+    dx, dalpha = numerics.cotangents(x, g, (alpha,), slope, terms, factor=factor)
+    return dx, dalpha, None if size is None else jnp.zeros_like(size)
 
 
 _fake_quant.defvjp(_forward, _backward)

@@ -11,9 +11,20 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import numerics
-from qkd_jax.numerics import Array, Axes, Key, OnGrid, Params, Spec, Stats, Values
+from qkd_jax.numerics import (
+    Array,
+    Axes,
+    Grid,
+    Key,
+    OnGrid,
+    Params,
+    Spec,
+    Stats,
+    TableFormat,
+    Values,
+)
 
-__all__ = ["check", "fake_quant", "grid_sizes", "init", "integer_view", "values"]
+__all__ = ["check", "code_grid", "fake_quant", "grid_sizes", "init", "integer_view", "values"]
 
 PRESET = {"input": {"quantizer": "lsq"}}
 
@@ -80,6 +91,12 @@ def grid_sizes(params: Params, spec: Spec) -> Params:
 def integer_view(params: Params, spec: Spec) -> None:
     """None: the codes are places in a table, not multiples of a scale."""
     del params, spec
+
+
+def code_grid(params: Params, spec: Spec) -> Grid:
+    """The grid: x_hat is a value of the codebook times the scale."""
+    scale = jnp.maximum(params["scale"], numerics.MIN_SCALE)
+    return Grid.symmetric(scale, TableFormat(f"nf{spec.bits}", values(spec.bits)))
 
 
 def fake_quant(

@@ -14,6 +14,7 @@ from qkd_jax.numerics import (
     Array,
     Axes,
     FloatFormat,
+    Grid,
     Key,
     OnGrid,
     Params,
@@ -22,7 +23,7 @@ from qkd_jax.numerics import (
     Values,
 )
 
-__all__ = ["check", "fake_quant", "grid_sizes", "init", "integer_view"]
+__all__ = ["check", "code_grid", "fake_quant", "grid_sizes", "init", "integer_view"]
 
 OPTIONS = {"format": "", "learned": False}
 # Inputs have a sign too, which ReLUs leave unused.
@@ -85,6 +86,11 @@ def grid_sizes(params: Params, spec: Spec) -> Params:
 def integer_view(params: Params, spec: Spec) -> None:
     """None: the codes are bit patterns, not multiples of a scale."""
     del params, spec
+
+
+def code_grid(params: Params, spec: Spec) -> Grid:
+    """The grid: x_hat is the format's value times the scale."""
+    return Grid.symmetric(jnp.maximum(params["scale"], numerics.MIN_SCALE), _format(spec))
 
 
 def fake_quant(

@@ -40,12 +40,12 @@ from qkd_jax.numerics import codes_of
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.calls import split_arrays
+from qkd_jax.quantize.dynamic_grids import dynamic_grid
 from qkd_jax.quantize.traced import (
     Operand,
     TracedContraction,
     TracedNet,
     contractions,
-    dynamic_grid,
     grid_of,
     is_dynamic,
     is_quantizer,

@@ -13,13 +13,12 @@ import numpy as np
 from qkd_jax.deploy.integer.program import FLOAT32_EXACT, cut_axes, cut_ends
 from qkd_jax.graph import Node
 from qkd_jax.numerics import codes_of
+from qkd_jax.quantize.dynamic_grids import dynamic_grid, takes_out_dynamic_scales
 from qkd_jax.quantize.traced import (
     TracedContraction,
     TracedNet,
-    dynamic_grid,
     grid_of,
     is_dynamic,
-    takes_out_dynamic_scales,
 )
 
 MOST_PIECES = 16  # beyond, int32

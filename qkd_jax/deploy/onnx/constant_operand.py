@@ -16,13 +16,13 @@ from qkd_jax.deploy.onnx.context import DynamicRange, Export
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
 from qkd_jax.numerics import codes_of
+from qkd_jax.quantize.dynamic_grids import takes_out_dynamic_scales
 from qkd_jax.quantize.traced import (
     Operand,
     TracedContraction,
     grid_of,
     is_dynamic,
     scale_in_output,
-    takes_out_dynamic_scales,
 )
 
 BYTES = (np.dtype(np.int8), np.dtype(np.uint8))

@@ -21,7 +21,8 @@ from qkd_jax.deploy.onnx.context import Dequantized, DynamicRange, Export
 from qkd_jax.deploy.onnx.writer import Tensor, Writer
 from qkd_jax.graph import Node
 from qkd_jax.numerics import MIN_SCALE, Grid
-from qkd_jax.quantize.traced import dynamic_grid, grid_of, is_dynamic, quantizer_params
+from qkd_jax.quantize.dynamic_grids import dynamic_grid
+from qkd_jax.quantize.traced import grid_of, is_dynamic, quantizer_params
 from qkd_jax.quantizers import QUANTIZERS, facts
 
 # Operations that grids are moved across before neighbours are compared.
