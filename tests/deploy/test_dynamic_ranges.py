@@ -184,7 +184,6 @@ class SignedDense(nn.Module):
     ("rule", "options", "message"),
     [
         (Rule(".*", weight=WEIGHT, input=affine("token")), dict(integer_only=True), "run time, w"),
-        (Rule(".*", weight=found("tensor"), input=Spec(8)), {}, "weight of layer 'dense'.*dynamic"),
         (
             Rule(".*", weight=WEIGHT, input=found("tensor", quantizer="lsq_plus", symmetric=False)),
             {},

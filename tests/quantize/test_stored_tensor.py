@@ -101,11 +101,7 @@ CASES += [
     *(("codebook", dict(bits=b, granularity=2)) for b in (2, 3, 5, 6)),
     *(("uniform", dict(bits=b, granularity=2)) for b in (2, 3, 5, 6, 7, 8)),
 ]
-FAST = [
-    ("codebook", {"granularity": 2}),
-    ("apot", {"granularity": "channel"}),
-    ("lsq", {"granularity": 2}),
-]
+FAST = [(n, dict(granularity=2)) for n in ("codebook", "apot", "lsq")]
 
 
 @pytest.mark.parametrize(
@@ -197,10 +193,7 @@ def test_what_is_no_weight_or_off_its_grid_is_refused(monkeypatch):
     variables["quant"]["dense"]["weight_quantizer"]["scale"] = bad
     traced = trace_net(net, variables, x)
     with pytest.raises(ValueError, match=r"scale.* holds 0"):
-        stored_tensor(
-            traced, next(n for n in traced.graph.nodes if n.params["operand"] == "weight")
-        )
-    assert dataclasses.is_dataclass(module.StoredTensor)
+        stored_tensor(traced, marker_of(traced, "weight"))
 
 
 @pytest.mark.parametrize("table", [(0.0,), (0.0, 0.0), (1.0, 0.0), (0.0, float("nan"))])
