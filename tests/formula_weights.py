@@ -11,8 +11,6 @@ def fill(name, shape, number):
         values = ramp + 1.25
     elif len(shape) > 1:
         values = ramp * 3.5 / np.sqrt(np.prod(shape[1:]))
-    elif "bn" in name or "downsample" in name:
-        values = ramp + (1 if name.endswith("weight") else 0)
-    else:
-        values = ramp
+    else:  # a gain around 1, or an offset
+        values = ramp + name.endswith(("weight", "gamma", "lambda1", "scale", "scale_parameter"))
     return values.reshape(shape).astype(np.float32)

@@ -85,6 +85,7 @@ def check_sources(settings: Settings) -> None:
         if init_from and weights.is_source(init_from):
             wanted = shapes(net, settings.image_shape)
             try:
-                without_fresh(name, wanted, weights.load(init_from), fields.get("fresh", ""))
+                loaded = weights.load(init_from, like=wanted)
+                without_fresh(name, wanted, loaded, fields.get("fresh", ""))
             except ValueError as error:
                 raise ValueError(f"nets.{name}.init_from: {error}") from error

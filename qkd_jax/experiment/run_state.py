@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from qkd_jax.experiment.settings import Settings, shapes
 from qkd_jax.models import MODELS
 from qkd_jax.processes import Group
 from qkd_jax.quantize import QuantizedModel, load_float
-from qkd_jax.quantize.variables import is_folded
+from qkd_jax.quantize.variables import is_folded, without_layers
 from qkd_jax.record.checkpoint import Checkpoints
 from qkd_jax.record.restoring import Restored
 from qkd_jax.training.loop import Window
@@ -56,20 +55,15 @@ def without_fresh(name: str, wanted: Variables, source: Mapping[str, Any], fresh
     if not fresh:
         return load_float(wanted, source)
 
-    def matches(path: str) -> bool:
-        _, *layer, _ = path.split("/")
-        return bool(re.fullmatch(fresh, "/".join(layer)))
-
-    def kept(tree: Mapping[str, Any]) -> Variables:
-        return nested({p: leaf for p, leaf in flatten(dict(tree)).items() if not matches(p)})
-
-    if not any(map(matches, paths := flatten(wanted))):
+    own = flatten(wanted)
+    kept = without_layers(own, fresh)
+    if len(kept) == len(own):
         raise ValueError(
             f"nets.{name}.fresh is {fresh!r} and matches no layer; there are "
-            f"{', '.join(sorted({path.split('/')[1] for path in paths}))}. It must match a whole "
+            f"{', '.join(sorted({path.split('/')[1] for path in own}))}. It must match a whole "
             "path, such as 'head'."
         )
-    return load_float(kept(wanted), kept(source))
+    return load_float(nested(kept), nested(without_layers(flatten(dict(source)), fresh)))
 
 
 @dataclasses.dataclass
@@ -150,7 +144,7 @@ class Run:
         if not source:
             self.variables[name] = self._random(name)
         elif weights.is_source(source):
-            self.variables[name] = self._loaded(name, weights.load(source), fresh)
+            self.variables[name] = self._loaded(name, self._read(name, source), fresh)
         else:
             self.init_net(source)
             variables = self.variables[source]
@@ -178,6 +172,10 @@ class Run:
                 f"on its pooled features; nets of {', '.join(MODELS)} have one."
             )
         self.variables[name] = {**self.variables[name], "params": {**own, "head": head}}
+
+    def _read(self, name: str, source: str) -> Variables:
+        """A file's weights, for a net whose shapes say what the file does not."""
+        return weights.load(source, like=shapes(self.nets[name], self.example.shape))
 
     def _loaded(self, name: str, source: Mapping[str, Any], fresh: str) -> Variables:
         """A net with a source's weights, and random ones in layers whose paths match `fresh`."""

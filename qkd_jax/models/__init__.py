@@ -38,11 +38,25 @@ import jax.numpy as jnp
 
 from qkd_jax import checks
 from qkd_jax.models.borrowed import BorrowedClassifier
+from qkd_jax.models.convnext import ConvNeXt, ConvNeXtBlock
 from qkd_jax.models.imagenet_resnet import Bottleneck, ImageNetResNet
 from qkd_jax.models.mlp import MLP
 from qkd_jax.models.mobilenet import InvertedResidual, MobileNet, MobileNetV2, SeparableBlock
+from qkd_jax.models.mobilenet_v3 import GatedResidual, MobileNetV3
 from qkd_jax.models.resnet import BasicBlock, ResNet, blocks_per_stage
 from qkd_jax.models.vit import TransformerBlock, ViT
+
+# What the published nets share; other sizes are fields: width=768, heads=12 makes a "base" net.
+_VIT: dict[str, Any] = dict(
+    patch=16, depth=12, mlp_ratio=4, pool="class", gelu="exact", epsilon=1e-6
+)
+_DINOV3: dict[str, Any] = _VIT | dict(
+    epsilon=1e-5,
+    layer_scale=1.0,
+    registers=4,
+    positions="rotary",
+    biases=("query", "value", "out"),
+)
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": functools.partial(ResNet, depth=8),
@@ -59,8 +73,21 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet50": functools.partial(ImageNetResNet, blocks=(3, 4, 6, 3), bottleneck=True),
     "mobilenet": MobileNet,
     "mobilenet_v2": MobileNetV2,
+    "mobilenet_v3_small": MobileNetV3,
+    "mobilenet_v3_large": functools.partial(MobileNetV3, size="large"),
+    "convnext_tiny": ConvNeXt,
     "vit": ViT,
-    "vit_tiny": functools.partial(ViT, patch=16, depth=12, width=192, heads=3, mlp_ratio=4),
+    "vit_tiny": functools.partial(ViT, width=192, heads=3, **_VIT),
+    "vit_small": functools.partial(ViT, width=384, heads=6, **_VIT),
+    "vit_base": functools.partial(ViT, width=768, heads=12, **_VIT),
+    "deit_small_distilled": functools.partial(ViT, width=384, heads=6, distilled=True, **_VIT),
+    "dinov2_small": functools.partial(
+        ViT, width=384, heads=6, layer_scale=1.0, grid=37, **_VIT | dict(patch=14)
+    ),
+    "dinov3_small": functools.partial(ViT, width=384, heads=6, **_DINOV3),
+    "siglip_base": functools.partial(
+        ViT, width=768, heads=12, **_VIT | dict(pool="attention", gelu="tanh")
+    ),
     "mlp": MLP,
 }
 
@@ -70,10 +97,14 @@ __all__ = [
     "BasicBlock",
     "BorrowedClassifier",
     "Bottleneck",
+    "ConvNeXt",
+    "ConvNeXtBlock",
+    "GatedResidual",
     "ImageNetResNet",
     "InvertedResidual",
     "MobileNet",
     "MobileNetV2",
+    "MobileNetV3",
     "ResNet",
     "SeparableBlock",
     "TransformerBlock",

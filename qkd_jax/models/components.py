@@ -55,3 +55,20 @@ def logits_of(module: Any, pooled: jax.Array) -> jax.Array:
     sow_feature(module, "pooled", pooled)
     logits = nn.Dense(module.num_classes, dtype=module.dtype, name="head")(pooled)
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def layer_scale(module: Any, name: str, y: jax.Array, start: float | None) -> jax.Array:
+    """Returns y times a learned parameter, one number a channel, in a module's compact call.
+
+    Args:
+        module: whose parameter it is.
+        name: the parameter's.
+        y: [..., channels].
+        start: what the numbers start from; None leaves `y` as it is.
+
+    Reference: Touvron, Cord, Sablayrolles, Synnaeve, Jegou, 2021, arXiv 2103.17239.
+    """
+    if start is None:
+        return y
+    scale = module.param(name, nn.initializers.constant(start), (y.shape[-1],))
+    return y * scale.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

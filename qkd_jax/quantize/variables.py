@@ -9,6 +9,7 @@ and, while a net is observed, the state `<operand>_<kind>` next to the quantizer
 No other file spells these keys.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax import checks
-from qkd_jax.trees import entries, find, flatten, insert, join, merged, partition, unboxed
+from qkd_jax.trees import entries, find, flatten, insert, join, merged, nested, partition, unboxed
 
 Tree = dict[str, Any]
 
@@ -218,7 +219,9 @@ def states(tree: Mapping[str, Any], kind: str) -> Iterator[tuple[str, str, Any]]
         yield path, operand_of[key], state
 
 
-def load_float(variables: Mapping[str, Any], pretrained: Mapping[str, Any]) -> Tree:
+def load_float(
+    variables: Mapping[str, Any], pretrained: Mapping[str, Any], *, fresh: str = ""
+) -> Tree:
     """Drops a float checkpoint into a net's variables: same paths, same shapes.
 
     The result has no `quant` collection: ranges that were measured on other weights do not hold.
@@ -227,13 +230,28 @@ def load_float(variables: Mapping[str, Any], pretrained: Mapping[str, Any]) -> T
         variables: what the net's `init` gave.
         pretrained: a tree with "params" and, where the net has it, "batch_stats". Its parameters,
             and the net's, may lie in boxes (`nn.Partitioned`) or not. A "cache" may be missing.
+        fresh: regular expression of whole paths of layers that keep the values of `variables`, such
+            as "head" for a checkpoint without one, or with another number of classes.
 
     Returns:
         Float variables with the pretrained values, in the containers and boxes of `variables`.
 
     Raises:
-        ValueError: a collection, a path or a shape differs; all differing paths are listed.
+        ValueError: a collection, a path or a shape differs; all differing paths are listed. A
+            `fresh` that matches no layer.
     """
+    if fresh:
+        own = flatten(split_quant(join_quant(variables)))
+        own = {path: leaf for path, leaf in own.items() if not path.startswith("quant/")}
+        kept = without_layers(own, fresh)
+        if len(kept) == len(own):
+            layers = sorted({path.split("/")[1] for path in own})
+            raise ValueError(
+                f"fresh is {fresh!r} and matches no layer; there are {', '.join(layers)}. It must "
+                "match a whole path, such as 'head'."
+            )
+        given = without_layers(flatten(unfreeze(unboxed(dict(pretrained)))), fresh)
+        return nested({**own, **flatten(load_float(nested(kept), nested(given)))})
     if "params" not in pretrained:
         raise ValueError(
             f"pretrained has the keys {sorted(pretrained)}; it must be a variables tree with "
@@ -255,6 +273,15 @@ def load_float(variables: Mapping[str, Any], pretrained: Mapping[str, Any]) -> T
     return out
 
 
+def without_layers(flat: Mapping[str, Any], pattern: str) -> dict[str, Any]:
+    """Leaves out the arrays {"<collection>/<layer>/<name>": array} of layers that match wholly."""
+
+    def matches(path: str) -> bool:
+        return bool(re.fullmatch(pattern, "/".join(path.split("/")[1:-1])))
+
+    return {path: leaf for path, leaf in flat.items() if not matches(path)}
+
+
 def _loaded(name: str, wanted: Any, given: Any) -> Any:
     """Returns one collection of `given` in the dtypes of `wanted`, which it must fit."""
     mine, theirs = ({name: unfreeze(unboxed(tree))} for tree in (wanted, given))
@@ -269,7 +296,8 @@ def _loaded(name: str, wanted: Any, given: Any) -> Any:
     if problems:
         raise ValueError(
             "pretrained does not fit the net: " + "; ".join(problems) + ". Build the net with the "
-            "checkpoint's own model, width and number of classes."
+            "checkpoint's own model, width and number of classes; fresh='head' leaves out a head "
+            "that is not there, or is of other classes."
         )
     leaves, treedef = jax.tree.flatten(wanted)
     names = zip(mine, leaves, strict=True)

@@ -19,7 +19,7 @@ from qkd_jax.trees import flatten, unboxed
 Tree = Any
 # What stands before the first block: the patches' embedding or first convolution, and what is added
 # to tokens.
-STEM = ("stem.*", ".*embed.*", "positions", "token")
+STEM = ("stem.*", ".*embed.*", "positions", "token.*", "registers")
 
 
 def parse_rates(where: str, given: Any) -> tuple[tuple[str, ...], tuple[float, ...]]:

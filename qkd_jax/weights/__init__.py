@@ -1,6 +1,7 @@
 """Weights in and out: reading and writing a net's variables in files that others use.
 
     variables = weights.load("resnet50.safetensors")        # torchvision, timm, RepDistiller, ours
+    variables = weights.load("vit.safetensors", like=shapes)  # timm, torchvision, Hugging Face
     variables = weights.load("runs/mine#student")           # a run's checkpoint
     weights.save("student.safetensors", variables, layout="torch")
 
@@ -23,15 +24,25 @@ from qkd_jax.record.restoring import check_folder, first_line, read_latest
 from qkd_jax.trees import flatten, nested
 from qkd_jax.weights.files import damaged, npz_bytes, read_npz, read_safetensors, safetensors_bytes
 from qkd_jax.weights.layouts import from_torch, is_torch, to_torch
+from qkd_jax.weights.other_names import LAYOUTS
 from qkd_jax.whole_files import replace_file
 
-__all__ = ["from_torch", "is_source", "load", "npz_bytes", "read_npz", "save", "to_torch"]
+__all__ = [
+    "LAYOUTS",
+    "from_torch",
+    "is_source",
+    "load",
+    "npz_bytes",
+    "read_npz",
+    "save",
+    "to_torch",
+]
 
 SUFFIXES = (".npz", ".safetensors")
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".pickle")
 COLLECTIONS = ("params", "batch_stats", "quant")
 DEEPEST = 100  # parts of an array's path
-LAYOUTS = ("flax", "torch")
+WRITTEN = ("flax", "torch")
 FORMS = "<run folder>#<net>, a .safetensors or .npz file, or the folder of an Orbax checkpoint"
 
 
@@ -40,16 +51,25 @@ def is_source(text: str) -> bool:
     return os.sep in text or "#" in text or text.endswith((*SUFFIXES, *PICKLED))
 
 
-def load(source: str | os.PathLike[str]) -> dict[str, Any]:
+def load(
+    source: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    like: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Reads a net's variables.
 
     Args:
         source: "<run folder>#<net>"; a .safetensors or .npz file of flat names
-            ("params/stem/kernel") or of a PyTorch ResNet's ("layer1.0.conv1.weight", see
-            `from_torch`); or the folder of an Orbax checkpoint of variables.
+            ("params/stem/kernel") or of PyTorch's ("layer1.0.conv1.weight", see `from_torch`); or
+            the folder of an Orbax checkpoint of variables.
+        layout: of a file of PyTorch's names, a key of `LAYOUTS`; None finds it by the names.
+        like: variables of the net that the weights are for, or their shapes (`jax.eval_shape` of
+            its `init`). Vision transformers need it where a head has not 64 channels.
 
     Returns:
-        {"params", "batch_stats", "quant"}, of which the file has at least the first.
+        {"params", "batch_stats", "quant"}, of which the file has at least the first. `load_float`
+        puts them into a net and checks that every array fits.
 
     Raises:
         ValueError: no such file, net or format, a damaged file, names of no known layout.
@@ -59,9 +79,9 @@ def load(source: str | os.PathLike[str]) -> dict[str, Any]:
     if path.endswith(PICKLED):
         raise ValueError(_refusal(path))
     if path.endswith(".npz"):
-        return _variables(read_npz(path), path)
+        return _variables(read_npz(path), path, layout, like)
     if path.endswith(".safetensors"):
-        return _variables(read_safetensors(path)[0], path)
+        return _variables(read_safetensors(path)[0], path, layout, like)
     if (Path(path) / "checkpoints").is_dir():
         return _from_run(path, name)
     if Path(path).is_dir() and not name:
@@ -86,7 +106,7 @@ def save(
     """
     path = Path(path)
     checks.one_of("the ending of path", path.suffix, SUFFIXES)
-    checks.one_of("layout", layout, LAYOUTS)
+    checks.one_of("layout", layout, WRITTEN)
     flat = to_torch(variables) if layout == "torch" else flatten(dict(variables))
     arrays: dict[str, Any] = {name: np.asarray(array) for name, array in flat.items()}
     for name, array in arrays.items():
@@ -102,10 +122,15 @@ def save(
     replace_file(path, data)
 
 
-def _variables(flat: Mapping[str, np.ndarray], path: str) -> dict[str, Any]:
-    if is_torch(flat):
+def _variables(
+    flat: Mapping[str, np.ndarray],
+    path: str,
+    layout: str | None,
+    like: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    if layout is not None or is_torch(flat):
         try:
-            return from_torch(flat)
+            return from_torch(flat, layout, like=like)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     # Sorted by their parts, what lies under an array comes right behind it.
@@ -120,7 +145,7 @@ def _variables(flat: Mapping[str, np.ndarray], path: str) -> dict[str, Any]:
     if not set(found) <= set(COLLECTIONS) or not isinstance(found.get("params"), dict):
         raise ValueError(
             f"{path} has arrays named {', '.join(sorted(flat)[:4])} ...; wanted are names such as "
-            "'params/stem/kernel' and 'batch_stats/stem_bn/mean', or those of a PyTorch ResNet."
+            "'params/stem/kernel' and 'batch_stats/stem_bn/mean', or those of PyTorch."
         )
     return found
 

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("target", help="the file to write: .safetensors or .npz")
     parser.add_argument(
         "--layout",
-        choices=weights.LAYOUTS,
+        choices=weights.WRITTEN,
         default="flax",
         help='"torch": names and axes of torchvision, timm and RepDistiller ResNets',
     )

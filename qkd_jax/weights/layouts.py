@@ -1,54 +1,54 @@
-"""The names and axes of other libraries' ResNets, both ways.
-
-torchvision, timm and RepDistiller name a ResNet's layers alike:
-
-    conv1, bn1                              stem, stem_bn
-    layer2.0.conv1, layer2.0.bn1            stage2_block0/conv1, stage2_block0/bn1
-    layer2.0.downsample.0, ...downsample.1  stage2_block0/shortcut, stage2_block0/shortcut_bn
-    fc                                      head
+"""Arrays of other libraries' layouts, translated: names, axes, and attention's heads.
 
 PyTorch keeps a convolution's weight as [out, in / groups, height, width] (OIHW), linen as HWIO; a
-dense weight as [out, in], linen the other way round. BatchNorm's `weight`, `bias`, `running_mean`
-and `running_var` are `scale`, `bias` and the statistics `mean` and `var`.
-
-To read another family, add its layers to `LAYERS`; a name is translated by the first line that
-matches it wholly.
+dense weight as [out, in], linen the other way round. A normalization's `weight` is `scale`, and
+BatchNorm's `running_mean` and `running_var` are the statistics `mean` and `var`. Attention's
+query, key and value are one dense layer or three there, and have an axis of heads here. The names
+of the layers are in `other_names`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from qkd_jax import checks
 from qkd_jax.quantize.variables import is_folded
-from qkd_jax.trees import flatten, nested
+from qkd_jax.trees import flatten, nested, unboxed
+from qkd_jax.weights.other_names import LAYOUTS, RESNET, Layout
 
-# Layer in PyTorch, as a pattern; its path here; what kind of layer it is.
-LAYERS: tuple[tuple[str, str, str], ...] = (
-    (r"conv1", "stem", "conv"),
-    (r"bn1", "stem_bn", "norm"),
-    (r"layer(\d+)\.(\d+)\.conv(\d+)", "stage{}_block{}/conv{}", "conv"),
-    (r"layer(\d+)\.(\d+)\.bn(\d+)", "stage{}_block{}/bn{}", "norm"),
-    (r"layer(\d+)\.(\d+)\.downsample\.0", "stage{}_block{}/shortcut", "conv"),
-    (r"layer(\d+)\.(\d+)\.downsample\.1", "stage{}_block{}/shortcut_bn", "norm"),
-    (r"fc", "head", "dense"),
-)
-# Kind -> PyTorch's name -> (collection, name here).
+# Kind of a layer -> PyTorch's name of an array -> (collection, name here).
+_AFFINE = {"weight": ("params", "kernel"), "bias": ("params", "bias")}
 ARRAYS: dict[str, dict[str, tuple[str, str]]] = {
-    "conv": {"weight": ("params", "kernel"), "bias": ("params", "bias")},
-    "dense": {"weight": ("params", "kernel"), "bias": ("params", "bias")},
+    "conv": _AFFINE,
+    "dense": _AFFINE,
+    "pointwise": _AFFINE,  # a dense layer that is written as a 1x1 convolution
+    "heads": _AFFINE,
+    "out": _AFFINE,
     "norm": {
         "weight": ("params", "scale"),
         "bias": ("params", "bias"),
         "running_mean": ("batch_stats", "mean"),
         "running_var": ("batch_stats", "var"),
     },
+    "layer_norm": {"weight": ("params", "scale"), "bias": ("params", "bias")},
 }
-AXES = {"conv": (2, 3, 1, 0), "dense": (1, 0)}
+# Kinds whose arrays hold those of several layers -> PyTorch's name -> (layers, name here).
+_ALL, _LAST = ("query", "key", "value"), ("key", "value")
+JOINED: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
+    "qkv": {
+        "weight": (_ALL, "kernel"),
+        "bias": (_ALL, "bias"),
+        "in_proj_weight": (_ALL, "kernel"),
+        "in_proj_bias": (_ALL, "bias"),
+    },
+    "qkv_bias": {"q_bias": (("query",), "bias"), "v_bias": (("value",), "bias")},
+    "kv": {"weight": (_LAST, "kernel"), "bias": (_LAST, "bias")},
+}
+AXES = {"conv": (2, 3, 1, 0), "pointwise": (2, 3, 1, 0)}
 IGNORED = "num_batches_tracked"
-FAMILIES = "the ResNets of torchvision, timm and RepDistiller"
+HEAD_SIZE = 64  # of every published net that the layouts are for
 
 
 def is_torch(names: Any) -> bool:
@@ -56,54 +56,165 @@ def is_torch(names: Any) -> bool:
     return any("." in name for name in names) and not any("/" in name for name in names)
 
 
-def from_torch(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Translates a ResNet's PyTorch state dict.
+def from_torch(
+    arrays: Mapping[str, Any], layout: str | None = None, *, like: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Translates a PyTorch state dict.
 
     Args:
         arrays: {"layer1.0.conv1.weight": array}; a leading "module." is dropped, and so are
-            BatchNorm's counters.
+            BatchNorm's counters and what a layout leaves out (mask tokens, a text model).
+        layout: a key of `other_names.LAYOUTS`; None finds it by the names.
+        like: variables of the net that the weights are for, or their shapes: they say how many
+            heads attention has, which no file does. Without it a head has 64 channels, as in the
+            published nets, and an attention of another size is one head.
 
     Returns:
         Float variables, {"params", "batch_stats"}, for `load_float`.
 
     Raises:
-        ValueError: names that are in no line of `LAYERS`, two names of one array, or weights of
-            the wrong rank.
+        ValueError: an unknown layout, names that it does not have, two names of one array, weights
+            of the wrong rank, or positions of another grid than those of `like`.
     """
-    names = {full: full.removeprefix("module.").rpartition(".") for full in arrays}
-    layers = {full: (*parts[::2], _layer(parts[0])) for full, parts in names.items()}
-    known = {
-        full: (ARRAYS[found[1]][leaf], *found)
-        for full, (_, leaf, found) in layers.items()
-        if found is not None and leaf in ARRAYS[found[1]]
-    }
-    foreign = [f for f, (_, leaf, _) in layers.items() if f not in known and leaf != IGNORED]
-    # Before any shape: a net of another kind may well have a "conv1" of its own.
-    if foreign or not known:
-        listed = ", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else "")
+    names = {full: full.removeprefix("module.") for full in arrays}
+    chosen = chosen_layout(arrays, layout)
+    if like is not None and "params" not in like:
         raise ValueError(
-            f"{len(foreign)} of {len(arrays)} arrays have names of no known layer: "
-            f"{listed or '(none)'}. Read are {FAMILIES}; this is the file of another net, unless "
-            "these alone are strange. Give every array the name of its linen parameter, "
+            f"like has the keys {sorted(like)}; it must be a variables tree with 'params', as a "
+            "model's init gives it."
+        )
+    wanted = {} if like is None else flatten({"params": unboxed(like["params"])})
+    flat: dict[str, np.ndarray] = {}
+    for full, name in names.items():
+        if _left_out(chosen, name):
+            continue
+        for where, array in _translated(chosen, full, name, np.asarray(arrays[full]), wanted):
+            if where in flat:
+                raise ValueError(
+                    f"{full!r} is the array of {where!r}, which came already: the state dict has "
+                    'names with and without "module.", or of two families. Keep one of them.'
+                )
+            flat[where] = array
+    _check_positions(flat, wanted)
+    return nested(flat)
+
+
+def chosen_layout(arrays: Iterable[str], layout: str | None = None) -> Layout:
+    """Returns the layout of a file with arrays of these names.
+
+    Raises:
+        ValueError: an unknown layout, or names that no layout has, with the nearest one.
+    """
+    names = [name.removeprefix("module.") for name in arrays]
+    if layout is not None and layout not in LAYOUTS:
+        raise checks.unknown("layout", layout, LAYOUTS)
+    foreign = {
+        key: [name for name in names if not _known(each, name) and not _left_out(each, name)]
+        for key, each in LAYOUTS.items()
+    }
+    best = min(foreign, key=lambda key: len(foreign[key]))
+    chosen = layout or best
+    strange = foreign[chosen]
+    # Before any shape: a net of another kind may well have a "conv1" of its own.
+    if strange or not any(_known(LAYOUTS[chosen], name) for name in names):
+        listed = ", ".join(strange[:5]) + (" ..." if len(strange) > 5 else "")
+        nearest = f" The nearest layout is {best!r}, {LAYOUTS[best].title};"
+        if len(foreign[best]) == len(names):
+            nearest = f" Layouts are {', '.join(LAYOUTS)};"
+        raise ValueError(
+            f"{len(strange)} of {len(names)} arrays have names of no known layer: "
+            f"{listed or '(none)'}.{nearest} this is the file of another net, unless these alone "
+            "are strange. Give every array the name of its linen parameter, "
             '"params/<layer>/kernel" and so on, with linen\'s order of axes.'
         )
-    flat: dict[str, np.ndarray] = {}
-    for full, ((collection, leaf), path, kind) in known.items():
-        array = np.asarray(arrays[full])
-        if leaf == "kernel":
-            wanted = "[out, in, height, width]" if kind == "conv" else "[out, in]"
-            checks.rank(full, array, len(AXES[kind]), wanted)
-            array = array.transpose(AXES[kind])
-        else:
-            checks.rank(full, array, 1, "[channels]")
-        where = f"{collection}/{path}/{leaf}"
-        if where in flat:
+    return LAYOUTS[chosen]
+
+
+def _left_out(layout: Layout, name: str) -> bool:
+    return name.endswith(IGNORED) or bool(re.fullmatch(layout.left_out, name))
+
+
+def _known(layout: Layout, name: str) -> bool:
+    if layout.array(name):
+        return True
+    layer, _, leaf = name.rpartition(".")
+    found = layout.layer(layer)
+    return found is not None and (
+        leaf in ARRAYS.get(found[1], ()) or leaf in JOINED.get(found[1], ())
+    )
+
+
+def _translated(
+    layout: Layout, full: str, name: str, array: np.ndarray, wanted: Mapping[str, Any]
+) -> list[tuple[str, np.ndarray]]:
+    """Returns [(path with its collection, array)] of one array of a file."""
+    if found := layout.array(name):
+        path, kind = found
+        if kind == "vector":
+            return [(f"params/{path}", array.reshape(-1))]
+        if array.ndim not in (2, 3):
+            checks.rank(full, array, 3, "[1, tokens, width]")
+        return [(f"params/{path}", array.reshape(1, -1, array.shape[-1]))]
+    layer, _, leaf = name.rpartition(".")
+    path, kind = layout.layer(layer) or ("", "")
+    if kind in JOINED:
+        layers, own = JOINED[kind][leaf]
+        wanted_axes = (2, "[out, in]") if own == "kernel" else (1, "[channels]")
+        checks.rank(full, array, *wanted_axes)
+        if len(array) % len(layers):
             raise ValueError(
-                f"{full!r} is the array of {where!r}, which came already: the state dict has names "
-                'with and without "module.", or of two families. Keep one of them.'
+                f"{full} has shape {array.shape}; its first axis must hold {', '.join(layers)}, so "
+                f"{len(layers)} equal parts."
             )
-        flat[where] = array
-    return nested(flat)
+        parts = np.split(array, len(layers))
+        return [
+            (f"params/{path}/{each}/{own}", _axes("heads", full, own, part, path, wanted))
+            for each, part in zip(layers, parts, strict=True)
+        ]
+    collection, own = ARRAYS[kind][leaf]
+    attention = path.rpartition("/")[0]
+    return [(f"{collection}/{path}/{own}", _axes(kind, full, own, array, attention, wanted))]
+
+
+def _axes(
+    kind: str, full: str, own: str, array: np.ndarray, attention: str, wanted: Mapping[str, Any]
+) -> np.ndarray:
+    """Returns an array of a layer with linen's axes; `attention` is the path that has its heads."""
+    if own != "kernel":
+        checks.rank(full, array, 1, "[channels]")
+        return array.reshape(_heads(attention, len(array), wanted)) if kind == "heads" else array
+    if kind in AXES:
+        checks.rank(full, array, 4, "[out, in, height, width]")
+        array = array.transpose(AXES[kind])
+        return array if kind == "conv" else array.reshape(array.shape[2:])
+    checks.rank(full, array, 2, "[out, in]")
+    array = array.T
+    if kind == "heads":
+        return array.reshape(len(array), *_heads(attention, array.shape[1], wanted))
+    if kind == "out":
+        return array.reshape(*_heads(attention, len(array), wanted), array.shape[1])
+    return array
+
+
+def _heads(attention: str, width: int, wanted: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns (heads, channels of one) of an attention layer of so many channels."""
+    shape = getattr(wanted.get(f"params/{attention}/query/kernel"), "shape", ())
+    heads = shape[1] if len(shape) == 3 else width // HEAD_SIZE
+    return (heads, width // heads) if heads and width % heads == 0 else (1, width)
+
+
+def _check_positions(flat: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> None:
+    """Raises ValueError for positions of a grid that is not the net's."""
+    given, own = flat.get("params/positions"), wanted.get("params/positions")
+    if given is None or own is None or tuple(given.shape) == tuple(own.shape):
+        return
+    if given.shape[-1] == own.shape[-1]:
+        side = int(given.shape[1] ** 0.5)
+        raise ValueError(
+            f"the file has positions of {given.shape[1]} tokens and the net has "
+            f"{own.shape[1]}. Build the net with grid=<side of the file's grid of patches> "
+            f"({side} here, if they are square), and it resamples them to each image's grid."
+        )
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -133,27 +244,21 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         layer, kind = found
         array = np.asarray(array)
         if leaf == "kernel":
-            array = np.ascontiguousarray(array.transpose(np.argsort(AXES[kind])))
+            array = np.ascontiguousarray(
+                array.transpose(np.argsort(AXES[kind]) if kind == "conv" else (1, 0))
+            )
         out[f"{layer}.{back[collection, leaf]}"] = array
     if foreign:
         raise ValueError(
             f"variables has {', '.join(foreign[:5])}{' ...' if len(foreign) > 5 else ''}, which "
-            f"{FAMILIES} do not have; write layout='flax' instead."
+            f"{RESNET.title} do not have; write layout='flax' instead."
         )
     return out
 
 
-def _layer(name: str) -> tuple[str, str] | None:
-    """Returns (path here, kind) of a PyTorch layer."""
-    for pattern, path, kind in LAYERS:
-        if match := re.fullmatch(pattern, name):
-            return path.format(*match.groups()), kind
-    return None
-
-
 def _torch_layer(path: str) -> tuple[str, str] | None:
     """Returns (PyTorch's name, kind) of a layer here."""
-    for pattern, here, kind in LAYERS:
+    for pattern, here, kind in RESNET.layers:
         if match := re.fullmatch(here.replace("{}", r"(\d+)"), path):
             for digits in match.groups():
                 pattern = re.sub(r"\(\\d\+?\)", digits, pattern, count=1)

@@ -14,7 +14,9 @@ from qkd_jax.models.features import sow_feature
 from qkd_jax.quantize import quantize
 
 
-@pytest.mark.parametrize("name", ["resnet8", "mobilenet", "mobilenet_v2", "mlp", "vit"])
+@pytest.mark.parametrize(
+    "name", ["resnet8", "mobilenet", "mobilenet_v2", "mlp", "vit", "convnext_tiny"]
+)
 def test_every_family_sows_stages_and_pooled(name):
     assert name in MODELS
     found = features_of(quantize(create(name, 10)), (28, 28, 1))
