@@ -47,7 +47,7 @@ RULES = {"ONNX Runtime": "w8a8:integer", "OpenVINO": "w8a8:fused"}
 MODELS = {
     "resnet20": (lambda: create("resnet20", 10, width=16), (32, 32, 3)),
     "mlp": (lambda: create("mlp", 2048, hidden=(2048,) * 3), (1, 1, 2048)),
-    "vit_tiny": (lambda: create("vit_tiny", 1000), (224, 224, 3)),
+    "vit_tiny": (lambda: create("vit_tiny", 1000, pool="mean", gelu="tanh"), (224, 224, 3)),
 }
 
 

@@ -24,7 +24,7 @@ from qkd_jax.quantize import presets
 NETS = {
     "resnet20": (dict(width=16), (32, 32, 3)),
     "mlp": (dict(hidden=(2048,) * 4), (32, 32, 2)),
-    "vit_tiny": (dict(), (224, 224, 3)),
+    "vit_tiny": (dict(pool="mean", gelu="tanh"), (224, 224, 3)),
 }
 
 

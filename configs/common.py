@@ -109,8 +109,8 @@ def net(
         init_from: another net of this config, copied when this one first takes part (with its
             quantizers where model and rules are the same, else its weights alone); a net of another
             run ("<run folder>#<net>"), or a file of `qkd_jax.weights` (.safetensors of torchvision,
-            timm, RepDistiller or ours, .npz, an Orbax folder), of which the weights are taken and
-            not the quantizers, so calibrate it; "" starts from random weights.
+            timm, Hugging Face, RepDistiller or ours, .npz, an Orbax folder), of which the weights
+            are taken and not the quantizers, so calibrate it; "" starts from random weights.
         head_from: another net, in whose classifier this one ends, behind a projector to its
             features (SimKD); it is copied when this net first takes part. Freeze it:
             `sgd(freeze=("head",))`.

@@ -8,8 +8,8 @@ FIELDS = {
     "dinov3_small": TRANSFORMER,
     "siglip_base": TRANSFORMER,
     "convnext_tiny": dict(blocks=(1, 1), widths=(8, 16)),
-    "mobilenet_v3_small": dict(depth=3),
-    "mobilenet_v3_large": dict(depth=3),
+    "mobilenet_v3_small": dict(depth=2),
+    "mobilenet_v3_large": dict(depth=1),
 }
 SAME = {"vit_small": "vit_tiny", "vit_base": "vit_tiny"}  # but for the width
 IMAGES = (4, 16, 24, 3)

@@ -9,10 +9,12 @@ names some layers otherwise in memory.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable
 
 Layers = tuple[tuple[str, str, str], ...]
+_compiled = functools.cache(re.compile)  # these are more patterns than `re` keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Layout:
 
 def _first(table: Layers, name: str) -> tuple[str, str] | None:
     for pattern, path, kind in table:
-        if match := re.fullmatch(pattern, name):
+        if match := _compiled(pattern).fullmatch(name):
             return path.format(*match.groups()), kind
     return None
 

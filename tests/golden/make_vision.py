@@ -36,6 +36,20 @@ SQUARE, WIDE, LARGE = (2, 3, 32, 32), (2, 3, 24, 48), (2, 3, 64, 64)
 TIMM = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
 HF = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
 HIDDEN = dict(intermediate_size=128)
+DINOV3 = TIMM | dict(
+    global_pool="token",
+    init_values=1.0,
+    qkv_bias=True,
+    rope_type="dinov3",
+    rope_temperature=100,
+    rope_rotate_half=True,
+    use_rot_pos_emb=True,
+    use_abs_pos_emb=False,
+    num_reg_tokens=4,
+    use_fc_norm=False,
+    dynamic_img_size=True,
+    norm_layer=lambda width, **kwargs: torch.nn.LayerNorm(width, eps=1e-5, **kwargs),
+)
 CONVNEXT = dict(depths=(1, 1, 2, 1), num_classes=5)
 BLOCKS = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, 24, 2), CNBlockConfig(24, None, 1)]
 
@@ -63,24 +77,11 @@ NETS = {
         None,
     ),
     "timm_dinov3": (
-        lambda: Eva(
-            **TIMM,
-            global_pool="token",
-            init_values=1.0,
-            qkv_bias=True,
-            rope_type="dinov3",
-            rope_temperature=100,
-            rope_rotate_half=True,
-            use_rot_pos_emb=True,
-            use_abs_pos_emb=False,
-            num_reg_tokens=4,
-            use_fc_norm=False,
-            dynamic_img_size=True,
-            norm_layer=lambda width, **kwargs: torch.nn.LayerNorm(width, eps=1e-5, **kwargs),
-        ),
+        lambda: Eva(**DINOV3),
         WIDE,
         None,
     ),
+    "timm_dinov3_no_bias": (lambda: Eva(**{**DINOV3, "qkv_bias": False}), WIDE, None),
     "timm_siglip": (
         lambda: VisionTransformer(**TIMM, global_pool="map", class_token=False),
         SQUARE,

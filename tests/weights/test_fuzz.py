@@ -83,10 +83,20 @@ def test_npz(damage, tmp_path):
                 np.testing.assert_array_equal(array, wanted[name])
 
 
+VIT = {
+    "cls_token": np.ones((1, 1, 4), np.float32),
+    "pos_embed": np.ones((1, 5, 4), np.float32),
+    "blocks.0.attn.qkv.weight": np.ones((12, 4), np.float32),
+    "blocks.0.attn.proj.weight": np.ones((4, 4), np.float32),
+    "head.bias": np.ones(3, np.float32),
+}
+
+
+@pytest.mark.parametrize("state", [TORCH, VIT], ids=["resnet", "vit"])
 @pytest.mark.parametrize("ending", ["safetensors", "npz"])
-def test_names_of_pytorch(ending, tmp_path):
+def test_names_of_pytorch(ending, state, tmp_path):
     path = tmp_path / f"torch.{ending}"
-    data = npz_bytes(TORCH) if ending == "npz" else safetensors_bytes(TORCH, {"format": "pt"})
+    data = npz_bytes(state) if ending == "npz" else safetensors_bytes(state, {"format": "pt"})
     path.write_bytes(data)
     for found in accepted(path, lambda: weights.load(path)):
         assert set(found) <= {"params", "batch_stats"}

@@ -30,6 +30,7 @@ OURS = {
         SMALL | dict(grid=4, resampling="bicubic_antialias", registers=4, positions="patches"),
     ),
     "timm_dinov3": ("dinov3_small", SMALL),
+    "timm_dinov3_no_bias": ("dinov3_small", SMALL | dict(biases=("out",))),
     "timm_siglip": ("siglip_base", SMALL | dict(gelu="exact")),
     "timm_convnext": ("convnext_tiny", NARROW),
     "timm_mobilenet_v3_small": ("mobilenet_v3_small", dict(epsilon=1e-5)),
@@ -186,6 +187,13 @@ def test_what_does_not_fit_is_named(tmp_path):
     missing = {name: array for name, array in state.items() if name != "norm.bias"}
     with pytest.raises(ValueError, match="missing params/norm/bias"):
         load_float(shapes, weights.load(written("timm_vit", tmp_path, missing), like=shapes))
+
+
+def test_a_text_tower_is_left_out():
+    state = state_dict("hf_siglip_classifier")
+    text = {"text_model.encoder.layers.0.mlp.fc1.bias": np.ones(3), "logit_scale": np.ones(1)}
+    found = [flatten(weights.from_torch(each)) for each in (state, state | text)]
+    assert found[0].keys() == found[1].keys()
 
 
 def test_positions_of_another_grid_ask_for_it(tmp_path):
