@@ -1,9 +1,10 @@
 """Deployment: from a trained net to integers in JAX, StableHLO and ONNX files, and their engines.
 
 `convert` and `integer_apply` are the integer model, `save` and `load` its files, `save_stablehlo`
-and `load_stablehlo` the same for XLA without `qkd_jax`. `to_onnx` writes an ONNX file, `open_onnx`
-runs it, `kernel_report` lists what an engine runs on integers, `latency` times engines side by
-side, and `targets` holds the rules that each engine takes. A new kind of file is a module here.
+and `load_stablehlo` the same for XLA without `qkd_jax`. `to_onnx` writes an ONNX file and
+`to_openvino` one of OpenVINO's own, `open_onnx` runs both, `kernel_report` lists what an engine
+runs on integers, `latency` times engines side by side, and `targets` holds the rules that each
+engine takes. A new kind of file is a module here.
 """
 
 from qkd_jax.deploy.description import Description
@@ -20,6 +21,7 @@ from qkd_jax.deploy.onnx.engines import (
 )
 from qkd_jax.deploy.onnx.export import OnnxFile, to_onnx
 from qkd_jax.deploy.onnx.kernel_report import KernelReport, kernel_report
+from qkd_jax.deploy.onnx.openvino_file import OpenvinoFile, to_openvino
 from qkd_jax.deploy.onnx.stamp import read_stamp, stamp_onnx
 from qkd_jax.deploy.stablehlo import load_stablehlo, save_stablehlo
 from qkd_jax.quantize import targets
@@ -31,6 +33,7 @@ __all__ = [
     "KernelReport",
     "LayerSize",
     "OnnxFile",
+    "OpenvinoFile",
     "convert",
     "describe",
     "has_vnni",
@@ -48,4 +51,5 @@ __all__ = [
     "stamp_onnx",
     "targets",
     "to_onnx",
+    "to_openvino",
 ]

@@ -35,7 +35,10 @@ class Target:
         symmetric_weights: zero points of weights must be 0.
         narrow_weights: their lowest code (-128) must be left out.
         symmetric_inputs: those of activations too, and their codes are signed.
-        weight_granularity: "channel" (one scale per output channel), "tensor".
+        weight_granularity: "channel" (one scale per output channel), "tensor", "group" (a number of
+            neighbours along the sum).
+        code_weights: whether weights may be codes of no uniform grid, small floats and codebooks:
+            they are dequantized in front of their product, which is one of floats.
         reduce_range: 8-bit weights are given 7 bits, because full-range ones saturate.
         dynamic: whether ranges of activations may be dynamic.
         keeps_sum_grids: whether both sides of a sum are rounded to grids of their own. Where not,
@@ -54,6 +57,12 @@ class Target:
         opset: of the ONNX file. 20 has Gelu; ONNX Runtime 1.32 refuses some files of opset 21
             whose codes are int8 (its optimizer writes a QuantizeLinear of two types).
         int4: weights of up to 4 bits are stored in 4.
+        weights: form of weights with groups, or on no uniform grid, as `to_onnx` takes it.
+        packed_bits: widths of codes that its MatMulNBits multiplies by floats faster than floats by
+            floats; ONNX Runtime 1.32 has such kernels for 4 bits alone
+            (findings/onnxruntime_slow_nbits.sh).
+        int2: it reads ONNX's types of 2 bits.
+        float4: it reads ONNX's float4e2m1.
         activations: type that holds the codes of activations, as `to_onnx` takes it.
         engine: what runs the file here, or "" where nothing does.
         stays_float: operations that it has no integer kernel for.
@@ -69,6 +78,7 @@ class Target:
     narrow_weights: bool = False
     symmetric_inputs: bool = False
     weight_granularity: tuple[str, ...] = ("tensor", "channel")
+    code_weights: bool = False
     reduce_range: bool = False
     dynamic: bool = False
     keeps_sum_grids: bool = True
@@ -78,6 +88,10 @@ class Target:
     quantizes_inputs: bool = False
     opset: int = 20
     int4: bool = False
+    weights: str = "float"
+    packed_bits: tuple[int, ...] = ()
+    int2: bool = False
+    float4: bool = False
     activations: str = "uint8"
     engine: str = ""
     stays_float: tuple[str, ...] = ()
@@ -87,9 +101,14 @@ class Target:
 
 _ORT = Target(
     fast=7,
+    weight_granularity=("tensor", "channel", "group"),
+    code_weights=True,
     integer_bias=True,
     quantizes_inputs=True,
     dynamic=True,
+    weights="nbits",
+    packed_bits=(4,),
+    int2=True,
     engine="onnxruntime",
     stays_float=("Softmax", "LayerNormalization", "Gelu", "convolutions whose output has no grid"),
     sources=(
@@ -99,10 +118,15 @@ _ORT = Target(
 )
 _OPENVINO = Target(
     fast=7,
+    weight_granularity=("tensor", "channel", "group"),
+    code_weights=True,
     folded_activations=("relu", "clip", "add"),
     keeps_sum_grids=False,
     offset_before_rounding=True,
     quantizes_inputs=True,
+    weights="nbits",
+    packed_bits=(2, 4, 8),
+    float4=True,
     engine="openvino",
     stays_float=("Softmax", "LayerNormalization", "Gelu"),
     sources=(
@@ -234,7 +258,8 @@ def lookup(target: str) -> Target:
 def file_options(target: str) -> Mapping[str, Any]:
     """Returns the options of `to_onnx` that a target wants."""
     takes = lookup(target)
-    return {"opset": takes.opset, "int4": takes.int4, "activations": takes.activations}
+    names = ("opset", "int4", "activations", "weights")
+    return {name: getattr(takes, name) for name in names}
 
 
 def _on_codes(rules: tuple[Rule, ...]) -> bool:
@@ -244,27 +269,35 @@ def _on_codes(rules: tuple[Rule, ...]) -> bool:
 
 def _check_spec(where: str, operand: str, spec: Spec, takes: Target, target: str) -> None:
     weight = operand == "weight"
+    grouped = weight and isinstance(spec.granularity, int) and "group" in takes.weight_granularity
+    allowed = takes.weight_bits if weight else takes.input_bits
     if not is_uniform(spec):
+        if weight and takes.code_weights and not spec.dynamic:
+            return
+        nearest = min(allowed, key=lambda bits: (abs(bits - spec.bits), -bits))
         raise ValueError(
             f"{where} has quantizer {spec.quantizer!r}, whose grid is not uniform; {target} "
-            "computes with integer codes and one scale. Use 'lsq' or 'uniform'."
+            f"computes with integer codes and one scale. The nearest that it takes is 'lsq' or "
+            f"'uniform' with {nearest} bits."
         )
-    allowed = takes.weight_bits if weight else takes.input_bits
     if spec.bits not in allowed:
         listed = ", ".join(map(str, allowed))
-        raise ValueError(f"{where} has {spec.bits} bits; {target} takes {listed}. Use one of them.")
+        nearest = min(allowed, key=lambda bits: (abs(bits - spec.bits), -bits))
+        raise ValueError(
+            f"{where} has {spec.bits} bits; {target} takes {listed}. The nearest is {nearest}."
+        )
     if spec.dynamic and (weight or not takes.dynamic):
         raise ValueError(
             f"{where} finds its range at run time (dynamic=True); a file for {target} has "
             f"{'weights' if weight else 'ranges'} that are known beforehand. Use dynamic=False and "
             "calibrate."
         )
-    if weight and spec.granularity not in takes.weight_granularity:
+    if weight and not grouped and spec.granularity not in takes.weight_granularity:
         raise ValueError(
             f"{where} has granularity {spec.granularity!r}; {target} takes "
             f"{' or '.join(map(repr, takes.weight_granularity))}. Use 'channel'."
         )
-    if weight and takes.symmetric_weights and not (spec.symmetric and spec.signed):
+    if weight and not grouped and takes.symmetric_weights and not (spec.symmetric and spec.signed):
         raise ValueError(
             f"{where} is {'unsigned' if spec.symmetric else 'affine'}; {target} takes weights "
             "with zero point 0 alone. Use signed=True, symmetric=True."

@@ -77,13 +77,27 @@ def test_presets_fit_an_engine_of_symmetric_activations(preset):
             Rule("a", weight=Spec(7), input=Spec(8, dynamic=True, granularity="token")),
             "input finds its range at run time",
         ),
-        ("xla", Rule("a", weight=Spec(4, quantizer="float")), "grid is not uniform"),
+        ("xla", Rule("a", weight=Spec(4, quantizer="float")), "grid is not uniform.*with 4 bits"),
+        ("litert", Rule("a", weight=Spec(4, quantizer="codebook")), "'uniform' with 8 bits"),
+        ("openvino-cpu", Rule("a", input=Spec(8, quantizer="float")), "grid is not uniform"),
+        ("onnxruntime-x86", Rule("a", weight=Spec(9, granularity=32)), "The nearest is 8"),
         ("onnxruntime", Rule("a"), "target 'onnxruntime'.*onnxruntime-x86"),
     ],
 )  # fmt: skip
 def test_rules_that_an_engine_cannot_run_are_named(target, rule, message):
     with pytest.raises(ValueError, match=message):
         targets.check([rule], target)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-x86", "openvino-cpu-vnni"])
+def test_engines_take_groups_and_codes_of_no_uniform_grid(target):
+    weights = (
+        Spec(4, granularity=32),
+        Spec(4, granularity=32, signed=False, symmetric=False),
+        Spec(4, quantizer="codebook", granularity=64),
+        Spec(8, quantizer="float", granularity="channel"),
+    )
+    targets.check([Rule(".*", weight=weight) for weight in weights], target)
 
 
 @pytest.mark.parametrize(

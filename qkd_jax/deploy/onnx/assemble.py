@@ -9,7 +9,8 @@ from qkd_jax.deploy.onnx.engines import import_engine
 from qkd_jax.deploy.onnx.writer import OnnxNode, Tensor
 
 # The oldest ONNX file format that carries each opset.
-IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
+IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
+IR_VERSIONS |= {24: 12, 25: 13}
 
 
 def onnx_model(export: Export, outputs: list[Tensor]) -> Any:
@@ -37,9 +38,11 @@ def onnx_model(export: Export, outputs: list[Tensor]) -> Any:
         infos[len(inputs) :],
         [onnx.numpy_helper.from_array(np.asarray(a, order="C"), n) for n, a in constants.items()],
     )
+    domains = {"": writer.opset}
+    domains |= {node.attributes["domain"]: 1 for node in nodes if "domain" in node.attributes}
     return onnx.helper.make_model(
         onnx_graph,
-        opset_imports=[onnx.helper.make_opsetid("", writer.opset)],
+        opset_imports=[onnx.helper.make_opsetid(*pair) for pair in domains.items()],
         ir_version=IR_VERSIONS[writer.opset],
         producer_name="qkd_jax",
     )

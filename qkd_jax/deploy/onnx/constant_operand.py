@@ -8,15 +8,23 @@ cast to float, and its scale multiplies the sums.
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax.deploy.onnx.context import DynamicRange, Export
+from qkd_jax.deploy.onnx.stored_weight import (
+    laid_out,
+    packed_width,
+    write_packed,
+    write_stored,
+)
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
 from qkd_jax.numerics import codes_of
 from qkd_jax.quantize.dynamic_grids import takes_out_dynamic_scales
+from qkd_jax.quantize.stored_tensor import StoredTensor
 from qkd_jax.quantize.traced import (
     Operand,
     TracedContraction,
@@ -49,6 +57,9 @@ class ConstantOperand:
             inside the product to it; else None.
         dynamic: the other operand's range, where it is dynamic and both sides are codes of at most
             8 bits: the product is then one of codes, scaled once.
+        stored: codes and grid of a weight that has groups, or is on no uniform grid; `array` then
+            holds the place of each entry among its codes.
+        path: of the layer.
         on_codes: whether that product is one of integers. ONNX's convolutions have one zero point
             for all examples, so those with one for each multiply codes that are held in float.
     """
@@ -63,6 +74,8 @@ class ConstantOperand:
     unit: np.ndarray | None = None
     dynamic: DynamicRange | None = None
     on_codes: bool = False
+    stored: StoredTensor | None = None
+    path: str = ""
 
     def takes(self, bias: np.ndarray) -> bool:
         """Whether a bias can stand inside the product, and stay what it is.
@@ -90,6 +103,8 @@ class ConstantOperand:
 
     def add_input(self, export: Export, node: Node, array: np.ndarray, axis: int) -> str:
         """Adds the array as the product reads it; `axis` is the output channels' ONNX axis."""
+        if self.stored is not None:
+            return write_stored(export, node, laid_out(self.stored, array), self.path)
         name = f"{node.scope}/weight" if node.scope else "weight"
         stored = export.writer.constant(array, name)
         if self.scale is None or self.on_codes:
@@ -116,6 +131,16 @@ class ConstantOperand:
         attributes = {"axis": axis} if scale.ndim else {}
         return export.add("DequantizeLinear", [stored, *grid], node, **attributes)
 
+    def packed_product(
+        self, export: Export, node: Node, x: str, matrix: np.ndarray, bias: np.ndarray | None
+    ) -> str:
+        """Writes x times a matrix of codes as a kernel that reads them packed; "" if it cannot."""
+        if self.stored is None:
+            return ""
+        laid = laid_out(self.stored, matrix)
+        width = packed_width(export, laid)
+        return write_packed(export, node, x, laid, width, bias, self.path) if width else ""
+
     def scaled(
         self, export: Export, node: Node, sums: str, rows: str, channel_scales: np.ndarray
     ) -> str:
@@ -136,6 +161,12 @@ def constant_operand(export: Export, product: TracedContraction, side: int) -> C
         fenced = bool(export.dequantized) and export.onnxruntime
         return ConstantOperand(export.values.fixed(operand.value), fenced=fenced)
     assert operand.marker is not None
+    if operand.marker in export.stored_tensors:
+        stored = export.stored_tensors[operand.marker]
+        shape = operand.marker_shape
+        places = operand.moved(np.arange(math.prod(shape)).reshape(shape))
+        fenced = bool(export.dequantized) and export.onnxruntime
+        return ConstantOperand(places, fenced=fenced, stored=stored, path=product.path)
     scale, zero_point, format = grid_of(export.traced, operand.marker)
     hat = np.asarray(export.graph.constants[operand.marker.outputs[0]], np.float32)
     codes = (codes_of(hat, scale) + zero_point).astype(np.int32)

@@ -1,7 +1,7 @@
 """The state of one ONNX export: which tensor holds which value of the graph."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from qkd_jax.deploy.onnx.engines import import_engine
 from qkd_jax.deploy.onnx.writer import Tensor, Writer
 from qkd_jax.graph import Node
 from qkd_jax.numerics import Grid, IntFormat
+from qkd_jax.quantize.stored_tensor import StoredTensor
 from qkd_jax.quantize.traced import TracedNet, contractions
 
 # Operations that ONNX Runtime and OpenVINO take codes through to an integer kernel.
@@ -66,6 +67,30 @@ class Dequantized:
         return self.format.qmax + (128 if self.format.signed else 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class WeightForms:
+    """The ways in which weights with groups, or on no uniform grid, may be written.
+
+    Attributes:
+        form: "float", "blocks", "nbits" or "nbits_int8", as `to_onnx` takes it.
+        chosen: whether the caller named it, and no target.
+        packed_bits: widths of MatMulNBits whose kernels are faster than float.
+        pack: types of 4 bits and less may be used, where the opset has them.
+        int2: the engine reads types of 2 bits.
+        float4: it reads float4 (e2m1).
+        fenced: whether dequantized weights stand behind a Max, which keeps OpenVINO from rounding
+            the inputs of their product.
+    """
+
+    form: str = "float"
+    chosen: bool = False
+    packed_bits: tuple[int, ...] = ()
+    pack: bool = True
+    int2: bool = False
+    float4: bool = False
+    fenced: bool = True
+
+
 class Export:
     """The state of an export, and the steps that all writers of operations share.
 
@@ -78,6 +103,8 @@ class Export:
             codes: they are written out of its reach.
         quantizes_inputs: the engine quantizes float inputs of a weight that is behind
             DequantizeLinear.
+        forms: how weights with groups, or on no uniform grid, are written.
+        stored_tensors: marker -> codes and grid of a weight that has no Grid.
         writer: nodes and constants that are written.
         products: node -> its product.
         tensors: value -> the tensor that holds it.
@@ -86,6 +113,7 @@ class Export:
         dequantized: name of a dequantized form -> its codes.
         stored: layer -> format of its weight's codes, and the type that holds them.
         saturating: layers whose sums exceed 16 bits.
+        rounded_inputs: layers whose float inputs a kernel rounds to 8 bits.
     """
 
     def __init__(
@@ -98,12 +126,15 @@ class Export:
         offset_before_rounding: bool = False,
         onnxruntime: bool = True,
         quantizes_inputs: bool = True,
+        forms: WeightForms = WeightForms(),
+        stored_tensors: Mapping[Node, StoredTensor] | None = None,
     ):
         self.traced, self.graph, self.values = traced, traced.graph, Values(traced.graph)
         self.int4, self.activations = int4, activations
         self.offset_before_rounding = offset_before_rounding
         self.onnxruntime = onnxruntime
         self.quantizes_inputs = quantizes_inputs
+        self.forms, self.stored_tensors = forms, stored_tensors or {}
         self.writer = Writer(opset)
         self.products = {p.node: p for p in contractions(traced.graph)}
         self.tensors: dict[int, Tensor] = {}
@@ -112,6 +143,7 @@ class Export:
         self.dequantized: dict[str, Dequantized] = {}
         self.stored: dict[str, tuple[str, str]] = {}
         self.saturating: list[str] = []
+        self.rounded_inputs: list[str] = []
 
     def add(self, op: str, inputs: list[str], node: Node, **attributes: Any) -> str:
         """Adds an ONNX node named after the module of a graph node."""

@@ -235,7 +235,8 @@ def _matmul(
     w_shape = tuple(weight.array.shape[a] for a in w_free)
     channels = math.prod(w_shape)
     matrix = weight.array.transpose([*w_summed, *w_free]).reshape(-1, channels)
-    if x.order is not None and (x.order[0],) == tuple(summed):
+    in_groups = weight.stored is not None and weight.stored.group is not None
+    if x.order is not None and (x.order[0],) == tuple(summed) and not in_groups:
         matrix, x = matrix[x.order[1]], dataclasses.replace(x, order=None)
     x = export.writer.ordered(x, node.scope)
     x = export.writer.arranged(x, (*x_free, *summed), node.scope)
@@ -250,9 +251,12 @@ def _matmul(
         weight, scale=flat(weight.scale), zero_point=flat(weight.zero_point)
     )
     matrix = np.ascontiguousarray(matrix)
-    inputs = [name, weight.add_input(export, node, matrix, 1)]
     vector = None if bias is None else np.broadcast_to(np.ravel(flat(bias)), (channels,))
-    if len(lead) == 1 and vector is not None and not weight.bias_outside:
+    packed = weight.packed_product(export, node, name, matrix, vector)
+    inputs = [] if packed else [name, weight.add_input(export, node, matrix, 1)]
+    if packed:
+        name = packed
+    elif len(lead) == 1 and vector is not None and not weight.bias_outside:
         stored = export.writer.constant(vector.astype(np.float32), f"{node.scope}/bias")
         name = export.add("Gemm", [*inputs, stored], node)
     else:

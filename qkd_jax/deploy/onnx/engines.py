@@ -13,16 +13,17 @@ import numpy as np
 
 from qkd_jax import checks
 
+GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 ONNX_ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def open_onnx(
     path: str | os.PathLike[str], engine: str, *, threads: int | None = None
 ) -> Callable[[Any], list[np.ndarray]]:
-    """Opens a file of `to_onnx` as a function of images.
+    """Opens a file of `to_onnx` or `to_openvino` as a function of images.
 
     Args:
-        path: an ONNX file.
+        path: an ONNX file, or one of OpenVINO (.xml) for that engine.
         engine: a key of `ONNX_ENGINES`.
         threads: threads of one inference, or None for the engine's choice.
 
@@ -101,26 +102,25 @@ def openvino_model(
     processors that have it, and logits differ in the third digit. With
     DYNAMIC_QUANTIZATION_GROUP_SIZE="0" it does not quantize float inputs of layers by itself, which
     the hint does not prevent. It does that to weights behind DequantizeLinear, which `to_onnx`
-    writes in front of codes alone; files of others have them elsewhere too.
+    writes in front of codes alone, and to those of MatMulNBits; files of others have them elsewhere
+    too. A file of `to_openvino` has the second property in itself, and it stays as it is there.
 
     Args:
-        path: an ONNX file.
+        path: an ONNX file, or an OpenVINO one (.xml).
         threads: threads of one inference, or None for the engine's choice.
         batch: compile for this batch size alone, which is faster; None leaves it open.
 
     Returns:
         An `openvino.CompiledModel`; call it with the input, channels first.
     """
-    config: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-        "PERFORMANCE_HINT": "LATENCY",
-    }
+    config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
     with without_telemetry():
         core = import_engine("openvino").Core()
     model = core.read_model(os.fspath(path))
+    if not model.has_rt_info(["runtime_options", GROUP_SIZE]):
+        config[GROUP_SIZE] = "0"
     if batch is not None:
         checks.integer_in("batch", batch, 1)
         model.reshape({i.any_name: [batch, *list(i.partial_shape)[1:]] for i in model.inputs})

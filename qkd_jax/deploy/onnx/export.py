@@ -22,8 +22,9 @@ from typing import Any
 
 from qkd_jax import checks
 from qkd_jax.deploy.onnx.assemble import onnx_model
-from qkd_jax.deploy.onnx.context import Export
+from qkd_jax.deploy.onnx.context import Export, WeightForms
 from qkd_jax.deploy.onnx.engines import has_vnni, import_engine, is_x86
+from qkd_jax.deploy.onnx.stored_weight import opset_for, stored_weights
 from qkd_jax.deploy.onnx.walk import write
 from qkd_jax.deploy.onnx.writer import Writer
 from qkd_jax.graph import Graph
@@ -35,9 +36,10 @@ from qkd_jax.quantize.targets import TARGETS, file_options
 from qkd_jax.quantize.traced import refuse_uncalibrated, trace_net
 from qkd_jax.whole_files import replace_file
 
-OPSETS = (13, 21)
+OPSETS = (13, 25)
 ACTIVATIONS = ("uint8", "int8", "own")
-DEFAULTS = {"opset": 17, "int4": False, "activations": "uint8"}
+WEIGHTS = ("float", "blocks", "nbits", "nbits_int8")
+DEFAULTS = {"opset": 17, "int4": False, "activations": "uint8", "weights": "float"}
 INT4_OPSET = 21
 HOST = "host"
 HALF = ("bfloat16", "float16")
@@ -53,7 +55,9 @@ class OnnxFile:
         bytes: size of the file.
         saturating: layers whose codes go wrong on x86 without VNNI (see `to_onnx`).
         stored: layer -> (format of its weight's codes, type they are stored in); ONNX has none of
-            1, 2 or 3 bits, so that such codes take an int4 or an int8 each.
+            1, 2 or 3 bits before opset 25, so that such codes take an int4 or an int8 each.
+        rounded_inputs: layers whose kernel rounds its float inputs to 8 bits (`weights`
+            "nbits_int8").
     """
 
     path: Path
@@ -61,6 +65,7 @@ class OnnxFile:
     bytes: int
     saturating: tuple[str, ...]
     stored: dict[str, tuple[str, str]]
+    rounded_inputs: tuple[str, ...] = ()
 
 
 def to_onnx(
@@ -73,6 +78,7 @@ def to_onnx(
     target: str | None = None,
     int4: bool | None = None,
     activations: str | None = None,
+    weights: str | None = None,
     any_batch: bool = True,
     **kwargs: Any,
 ) -> OnnxFile:
@@ -88,7 +94,9 @@ def to_onnx(
         images: example input, [batch, height, width, channels], or what else `convert` takes; only
             shapes and types count.
         path: the file to write.
-        opset: ONNX operator set, 13 to 21. int4 needs 21; a target's own opset is raised to it.
+        opset: ONNX operator set, 13 to 25. int4 needs 21; a target's own opset is raised to it.
+            Where it is not given, weights with groups or on no uniform grid raise it to what their
+            types need; at one that lacks them, codes take a byte each, and stand in tables.
         target: what will run the file, a key of `targets.TARGETS`, which decides the options that
             are not given (else opset 17, int4 off, "uint8") and refuses layers whose sums
             would saturate there: on x86 without VNNI, 8-bit weights on 8-bit inputs give wrong
@@ -102,6 +110,18 @@ def to_onnx(
         activations: the type that holds the codes of static grids: "uint8" or "int8" for all, where
             the zero point of a grid of the other kind moves by 128, or "own", each grid's own.
             Codes of dynamic ranges are uint8.
+        weights: the form of weights with groups, or on no uniform grid (codebooks, small floats).
+            "float" (without a target): dequantized in front of their product, in a way that every
+            session of both engines computes in float; they unpack such weights when they load the
+            file. "blocks": DequantizeLinear with a block size, whose inputs a session of ONNX
+            Runtime or OpenVINO rounds to 8 bits unless it is opened as `open_onnx` does. "nbits"
+            (the targets of both engines): MatMulNBits where the engine's kernels read integer codes
+            packed, in float arithmetic; "nbits_int8" lets them round the inputs to 8 bits, faster
+            and no longer the net's logits (`OnnxFile.rounded_inputs`; OpenVINO goes by its own
+            property, which a file of `to_openvino` holds). Given by name, the last two take
+            per-channel weights in front of float inputs as well, and ONNX Runtime's file holds
+            codes of 2 bits in 4, for which alone it has a fast kernel. Convolutions and what else a
+            form cannot hold are written as "float".
         any_batch: False keeps the batch size of `images`, for a net that has no batch, as
             `convert` says.
         **kwargs: further arguments of the model's call, as for `convert`; a cache is written in
@@ -121,13 +141,16 @@ def to_onnx(
     onnx = import_engine("onnx")
     checks.one_of("target", target, (None, HOST, *TARGETS))
     defaults: Mapping[str, Any] = file_options(target) if target in TARGETS else DEFAULTS
+    pack = int4 is not False
     int4 = bool(defaults["int4"] if int4 is None else int4)
+    given_opset = opset
     if opset is None:
         opset = defaults["opset"]
         if target in TARGETS and int4:
             opset = max(opset, INT4_OPSET)
     chosen, activations = activations, activations or defaults["activations"]
     checks.one_of("activations", activations, ACTIVATIONS)
+    checks.one_of("weights", weights, (None, *WEIGHTS))
     checks.integer_in("opset", opset, *OPSETS)
     if target in TARGETS and TARGETS[target].file != "onnx":
         raise ValueError(
@@ -144,7 +167,19 @@ def to_onnx(
     traced = trace_net(net, folded, images, any_batch=any_batch, **kwargs)
     refuse_uncalibrated(traced, float_passes=engine is None)
     _check_types(traced.graph)
-    options: dict[str, Any] = {"opset": opset, "int4": int4}
+    forms = WeightForms(
+        form=weights or defaults["weights"],
+        chosen=weights is not None,
+        packed_bits=(4,) if engine is None else engine.packed_bits,
+        pack=pack,
+        int2=engine.int2 if engine is not None else given_opset is not None,
+        float4=engine is not None and engine.float4,
+    )
+    stored = stored_weights(traced, forms)
+    if given_opset is None:
+        opset = max([opset, *(opset_for(tensor, forms) for tensor in stored.values())])
+    options: dict[str, Any] = {"opset": opset, "int4": int4, "forms": forms}
+    options["stored_tensors"] = stored
     options["offset_before_rounding"] = engine is not None and engine.offset_before_rounding
     options["onnxruntime"] = engine is None or engine.engine == "onnxruntime"
     options["quantizes_inputs"] = engine is None or engine.quantizes_inputs
@@ -162,7 +197,9 @@ def to_onnx(
     data = model.SerializeToString()
     path = replace_file(path, data)
     counts = collections.Counter(node.op_type for node in model.graph.node)
-    return OnnxFile(path, dict(counts), len(data), saturating, export.stored)
+    return OnnxFile(
+        path, dict(counts), len(data), saturating, export.stored, tuple(export.rounded_inputs)
+    )
 
 
 def _check_inputs(images: Any) -> None:

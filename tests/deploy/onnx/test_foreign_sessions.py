@@ -278,3 +278,14 @@ def test_the_door_to_openvino_leaves_float_inputs_of_other_makers_files(tmp_path
     onnx.save(file, path)
     right = x.astype(np.float64) @ (codes * scale.astype(np.float64))
     assert np.abs(openvino_model(path)(x)[0] - right).max() < 1e-5 * np.abs(right).max()
+
+
+@pytest.mark.parametrize("bits, quantizer", [(4, "uniform"), (8, "uniform"), (4, "codebook")])
+def test_groups_are_computed_in_float(tmp_path, bits, quantizer):
+    x = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    rules = (Rule(".*", weight=Spec(bits, quantizer=quantizer, granularity=32)),)
+    net, variables = small_nets.calibrated(nn.Dense(9, use_bias=False), rules, x)
+    right = np.asarray(net.apply(variables, x), np.float64)
+    for file, options in {"m": {}, "n": {"int4": False}}.items():
+        path = to_onnx(net, variables, x, tmp_path / f"{file}.onnx", **options).path
+        assert_right(path, x, right)

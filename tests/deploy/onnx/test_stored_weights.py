@@ -1,0 +1,309 @@
+"""Weights with groups, or on no uniform grid, in the files of ONNX Runtime and OpenVINO.
+
+What is right is the fake-quantized net in JAX, and codes as `stored_tensor` takes them off a grid.
+"""
+
+import dataclasses
+import functools
+import math
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import small_nets
+
+from qkd_jax.deploy import has_vnni, kernel_report, open_onnx, to_onnx, to_openvino
+from qkd_jax.deploy.onnx.stored_weight import laid_out
+from qkd_jax.numerics import Spec
+from qkd_jax.quantize import Rule
+from qkd_jax.quantize.stored_tensor import stored_tensor
+from qkd_jax.quantize.traced import contractions, trace_net
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("openvino")
+
+ORT, OPENVINO = "onnxruntime-x86-vnni", "openvino-cpu-vnni"
+ENGINES = {ORT: "onnxruntime", OPENVINO: "openvino"}
+group = functools.partial(Spec, granularity=32)
+FORMATS = {
+    "int2": group(2),
+    "int3": group(3),
+    "int4": group(4),
+    "int4 affine": group(4, signed=False, symmetric=False),
+    "int8": group(8),
+    "nf4": group(4, quantizer="codebook"),
+    "float4": group(4, quantizer="float"),
+    "float6": group(6, quantizer="float"),
+    "float8": Spec(8, quantizer="float", granularity="channel"),
+    "e5m2": group(8, quantizer="float", options={"format": "e5m2"}),
+}
+WIDER = ("int3", "float6")  # ONNX holds these in 4 and 8 bits
+# Bits that the engine's kernels read without unpacking them, or None: float weights in memory.
+PACKED = {
+    ORT: {"int3": 4, "int4": 4, "int4 affine": 4},
+    OPENVINO: {"int2": 2, "int3": 4, "int4": 4, "int4 affine": 4, "int8": 8, "float4": 4},
+}
+
+
+class Dense(nn.Module):
+    """Dense layers with and without a bias, whose numbers of outputs divide by nothing much."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(96, name="first")(x))
+        x = nn.gelu(nn.Dense(64, use_bias=False, name="second")(x))
+        return nn.Dense(9, name="head")(x)
+
+
+class Convolutions(nn.Module):
+    """Convolutions, a transposed one, and a dense layer that reads a flattened map."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(16, (3, 3), name="first")(x))
+        x = nn.relu(nn.ConvTranspose(8, (2, 2), strides=(2, 2), name="second")(x))
+        x = nn.max_pool(x, (4, 4), (4, 4))
+        return nn.Dense(9, name="head")(x.reshape(x.shape[0], -1))
+
+
+class Attention(nn.Module):
+    """One block of attention, whose output layer sums over two axes of its kernel."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x + nn.MultiHeadDotProductAttention(4, name="attention")(nn.LayerNorm(name="norm")(x))
+        return nn.Dense(9, name="head")(x.mean(1))
+
+
+MODELS = {
+    "dense": (Dense(), (64,)),
+    "conv": (Convolutions(), (8, 8, 16)),
+    "attention": (Attention(), (5, 32)),
+}
+
+
+def some(names, *fast):
+    """Formats as parameters of a test, those that are not fast marked slow."""
+    return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@functools.lru_cache
+def case(model, name, count=1000, **options):
+    """Returns (net, variables, inputs, logits in JAX) of a model with all weights in a format."""
+    model, shape = MODELS[model]
+    inputs = np.random.default_rng(1).normal(size=(count, *shape)).astype(np.float32)
+    spec = dataclasses.replace(FORMATS[name], **options)
+    net, variables = small_nets.calibrated(model, (Rule(".*", weight=spec),), inputs[:4])
+    return net, variables, inputs, np.asarray(jax.jit(net.apply)(variables, inputs))
+
+
+def agrees(path, engine, inputs, logits):
+    """Checks that an engine's logits are those of JAX but for float rounding."""
+    found = open_onnx(path, engine)(inputs)[0]
+    assert np.abs(found - logits).max() <= 2e-6 * np.abs(logits).max()
+    assert np.array_equal(found.argmax(-1), logits.argmax(-1))
+
+
+def trained(net, variables, inputs):
+    """Returns {layer: StoredTensor} of the net."""
+    traced = trace_net(net, variables, inputs[:2])
+    weights = [product.weight.marker for product in contractions(traced.graph)]
+    return {marker.params["path"]: stored_tensor(traced, marker) for marker in weights}
+
+
+def codes_in(path, layer, tensor):
+    """Reads the codes of a dense layer from a file, [inputs, outputs], as the net has them."""
+    model = onnx.load(path)
+    (stored,) = (i for i in model.graph.initializer if i.name == f"{layer}/weight")
+    array = onnx.numpy_helper.to_array(stored)
+    node = next(n for n in model.graph.node if stored.name in n.input)
+    if node.op_type != "MatMulNBits":
+        if array.dtype.kind not in "iu" and array.dtype.name.startswith("float"):
+            bits = array.view(np.uint8)
+            return bits.reshape(tensor.codes.shape).astype(np.int32)
+        return array.astype(np.int32).reshape(tensor.codes.shape)
+    width = next(a.i for a in node.attribute if a.name == "bits")
+    parts = [(array >> shift) & (2**width - 1) for shift in range(0, 8, width)]
+    codes = np.stack(parts, -1).reshape(len(array), -1).T.astype(np.int32)
+    return codes - (2 ** (width - 1) if tensor.format.signed else 0)
+
+
+@pytest.mark.parametrize("target", ENGINES)
+@pytest.mark.parametrize("name", some(FORMATS, "int2", "int4 affine", "float4"))
+def test_files_hold_the_codes_and_engines_compute_the_logits(tmp_path, name, target):
+    net, variables, inputs, logits = case("dense", name)
+    written = to_onnx(net, variables, inputs[:2], tmp_path / "m.onnx", target=target)
+    assert written.rounded_inputs == ()
+    agrees(written.path, ENGINES[target], inputs, logits)
+    for layer, tensor in trained(net, variables, inputs).items():
+        assert written.stored[layer][0] == tensor.format.name
+        if name != "float6":  # held in float8, as values: its bit patterns are others
+            assert np.array_equal(codes_in(written.path, layer, tensor), tensor.codes)
+    report, bits = kernel_report(written.path, ENGINES[target]), PACKED[target].get(name)
+    assert report.integer == () and len(report.floating) + len(report.packed) == 3
+    if has_vnni():  # what was measured; OpenVINO on older processors may unpack more
+        assert set(report.packed.values()) == ({bits} if bits else set())
+
+
+@pytest.mark.parametrize("name", some(FORMATS, "int4 affine"))
+def test_files_without_a_target_are_right_on_both_engines(tmp_path, name):
+    net, variables, inputs, logits = case("dense", name)
+    for weights in (None, "blocks", "nbits"):
+        written = to_onnx(net, variables, inputs[:2], tmp_path / "m.onnx", weights=weights)
+        for engine in ENGINES.values():
+            agrees(written.path, engine, inputs, logits)
+
+
+@pytest.mark.parametrize("name", some(FORMATS, "int4 affine"))
+def test_convolutions(tmp_path, name):
+    size = {} if name == "float8" else {"granularity": 4}
+    net, variables, inputs, logits = case("conv", name, 200, **size)
+    for target, engine in ENGINES.items():
+        written = to_onnx(net, variables, inputs[:2], tmp_path / "m.onnx", target=target)
+        agrees(written.path, engine, inputs, logits)
+
+
+@pytest.mark.parametrize("name", some(["int4", "nf4"]))
+def test_attention(tmp_path, name):
+    net, variables, inputs, logits = case("attention", name, granularity=8)
+    for target, engine in ENGINES.items():
+        written = to_onnx(net, variables, inputs[:2], tmp_path / "m.onnx", target=target)
+        agrees(written.path, engine, inputs, logits)
+
+
+@pytest.mark.parametrize("opset", [13, 17, 19, 21, 23, 25])
+@pytest.mark.parametrize("name", some(["int2", "nf4", "float4", "float8"], "int2"))
+def test_any_opset_holds_any_format(tmp_path, name, opset):
+    net, variables, inputs, logits = case("dense", name)
+    written = to_onnx(net, variables, inputs[:2], tmp_path / "m.onnx", opset=opset)
+    agrees(written.path, "onnxruntime", inputs, logits)
+    types = {dtype for _, dtype in written.stored.values()}
+    assert any("8" in t for t in types) == (opset < 21 or name == "float8")
+    assert any("int2" in t for t in types) == (opset == 25 and name == "int2")
+
+
+@pytest.mark.parametrize("name", some(FORMATS, "int2", "nf4"))
+def test_openvino_files(tmp_path, name):
+    net, variables, inputs, logits = case("dense", name)
+    written = to_openvino(net, variables, inputs[:2], tmp_path / "m.xml", target=OPENVINO)
+    agrees(written.path, "openvino", inputs, logits)
+    bits = {"nf4": 4}.get(name, PACKED[OPENVINO].get(name))
+    report = kernel_report(written.path, "openvino")
+    if has_vnni():
+        assert sorted(report.packed.values()) == ([bits] * 3 if bits else [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.bin", "m.xml"]
+    assert sum(p.stat().st_size for p in tmp_path.iterdir()) == written.bytes
+    # The codes stand in the .bin as they are: those of the first layer, by output or by input.
+    codes = trained(net, variables, inputs)["first"].codes
+    held = (tmp_path / "m.bin").read_bytes()
+    width = 8 if bits is None else bits
+    shift = 2 ** (width - 1) if name.startswith("int") and "affine" not in name else 0
+    if name == "float6":
+        return  # held in float8, as values
+    layouts = [c.reshape(-1) + shift for c in (codes.T, codes)]
+    packed = [sum(c[i :: 8 // width] << (width * i) for i in range(8 // width)) for c in layouts]
+    assert any(p.astype(np.uint8).tobytes() in held for p in packed)
+
+
+def test_rounded_inputs_are_an_option_that_is_stated(tmp_path):
+    net, variables, inputs, logits = case("dense", "int4")
+    written = to_onnx(net, variables, inputs[:2], tmp_path / "m.onnx", weights="nbits_int8")
+    made = to_openvino(net, variables, inputs[:2], tmp_path / "m.xml", weights="nbits_int8")
+    for file, engine in ((written, "onnxruntime"), (made, "openvino")):
+        assert file.rounded_inputs == ("first", "second", "head")
+        away = np.abs(open_onnx(file.path, engine)(inputs)[0] - logits).max()
+        assert 1e-4 < away / np.abs(logits).max() < 0.03
+        assert kernel_report(file.path, engine).share == 1 or not has_vnni()
+
+
+def test_scales_per_channel_can_be_packed_by_name(tmp_path):
+    net, variables, inputs, logits = case("dense", "int4", granularity="channel")
+    kept = to_onnx(net, variables, inputs[:2], tmp_path / "m.onnx", target=ORT)
+    assert "MatMulNBits" not in kept.operations
+    written = to_onnx(net, variables, inputs[:2], tmp_path / "n.onnx", target=ORT, weights="nbits")
+    assert written.operations["MatMulNBits"] == 3
+    agrees(written.path, "onnxruntime", inputs, logits)
+
+
+@pytest.mark.parametrize("name", some([n for n in FORMATS if n not in WIDER], "int4"))
+def test_files_are_as_small_as_the_codes(tmp_path, name):
+    x = np.random.default_rng(0).normal(size=(4, 512)).astype(np.float32)
+    net, variables = small_nets.calibrated(nn.Dense(512), (Rule(".*", weight=FORMATS[name]),), x)
+    (tensor,) = trained(net, variables, x).values()
+    size = math.ceil(tensor.codes.size * tensor.format.bits / 8) + 4 * tensor.scale.size + 4 * 512
+    for target in ENGINES:
+        written = to_onnx(net, variables, x, tmp_path / "m.onnx", target=target)
+        assert written.bytes <= 1.05 * size
+    assert to_openvino(net, variables, x, tmp_path / "m.xml").bytes <= 1.05 * size + 10_000
+
+
+READER = """
+import sys
+import numpy as np
+sys.modules["openvino_telemetry"] = None
+path, x = sys.argv[1], np.load(sys.argv[2])
+if path.endswith(".xml"):
+    import openvino
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    logits = compiled([x])[0]
+else:
+    import onnxruntime
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    logits = session.run(None, {"images": x})[0]
+assert not any(name.partition(".")[0] in ("qkd_jax", "jax") for name in sys.modules)
+np.save(sys.argv[2], logits)
+"""
+
+
+@pytest.mark.parametrize("file", ["m.onnx", "m.xml"])
+def test_a_process_without_this_package_computes_the_logits(tmp_path, file):
+    net, variables, inputs, logits = case("dense", "int4")
+    if file.endswith("xml"):
+        to_openvino(net, variables, inputs[:2], tmp_path / file)
+    else:
+        to_onnx(net, variables, inputs[:2], tmp_path / file, target=ORT)
+    np.save(tmp_path / "x.npy", inputs)
+    command = [sys.executable, "-I", "-c", READER, str(tmp_path / file), str(tmp_path / "x.npy")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    found = np.load(tmp_path / "x.npy")
+    assert np.abs(found - logits).max() <= 2e-6 * np.abs(logits).max()
+
+
+def test_a_layout_keeps_the_values():
+    net, variables, inputs, _ = case("conv", "int4 affine", 200, granularity=4)
+    for tensor in trained(net, variables, inputs).values():
+        values = tensor.values()
+        places = np.arange(values.size).reshape(values.shape)
+        flipped = np.flip(places, tuple(range(places.ndim)))
+        for laid in (places, np.moveaxis(places, -1, 0), flipped):
+            array = laid_out(tensor, laid)
+            repeated = [array.scale, array.zero_point]
+            for axis, block in enumerate(array.blocks):
+                repeated = [np.repeat(a, block, axis) for a in repeated]
+            found = (array.codes - repeated[1]).astype(np.float32) * repeated[0]
+            assert np.array_equal(found, values.reshape(-1)[laid])
+            assert 4 in array.blocks and array.scale.size == tensor.scale.size
+
+
+def test_a_group_that_a_permutation_breaks_is_still_right():
+    net, variables, inputs, _ = case("dense", "int4")
+    tensor = trained(net, variables, inputs)["first"]
+    order = np.random.default_rng(3).permutation(64)
+    laid = laid_out(tensor, np.arange(tensor.codes.size).reshape(64, 96)[order])
+    assert laid.blocks == (1, 1)
+    assert np.array_equal(laid.codes.astype(np.float32) * laid.scale, tensor.values()[order])
+
+
+def test_what_is_no_option_is_refused(tmp_path):
+    net, variables, inputs, _ = case("dense", "int4")
+    with pytest.raises(ValueError, match="weights is 'int4'"):
+        to_onnx(net, variables, inputs[:2], tmp_path / "m.onnx", weights="int4")
+    with pytest.raises(ValueError, match=r"path is '.*m.onnx'; an OpenVINO file ends in .xml"):
+        to_openvino(net, variables, inputs[:2], tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match="target is 'xla'"):
+        to_openvino(net, variables, inputs[:2], tmp_path / "m.xml", target="xla")
+    assert not any(tmp_path.iterdir())
