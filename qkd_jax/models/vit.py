@@ -203,18 +203,14 @@ class ViT(nn.Module):
             if self.grid is not None:
                 of_patches = resampled(table[:, own:], self.grid, rows, columns, self.resampling)
                 table = jnp.concatenate([table[:, :own], of_patches], axis=1) if own else of_patches
-            # One sum over all tokens where all have positions: engines fuse it.
-            if own and not self.registers:
-                x = jnp.concatenate([*self._batched(leading, x), x], axis=1)
-                return x + table.astype(x.dtype), len(names)
+            if own and not self.registers:  # all tokens have positions: one sum
+                return self._led_by(leading, x) + table.astype(x.dtype), len(names)
             x = x + table[:, own:].astype(x.dtype)
             if own:
                 leading = [token + table[:, i : i + 1] for i, token in enumerate(leading)]
         if self.registers:
             leading.append(self._token("registers", self.registers))
-        if leading:
-            x = jnp.concatenate([*self._batched(leading, x), x], axis=1)
-        return x, len(names) + self.registers
+        return self._led_by(leading, x), len(names) + self.registers
 
     def _token(self, name: str, count: int) -> jax.Array:
         # Without positions of their own, equal tokens would stay equal.
@@ -222,11 +218,13 @@ class ViT(nn.Module):
         start = nn.initializers.normal(0.02) if apart else nn.initializers.zeros
         return self.param(name, start, (1, count, self.width))
 
-    def _batched(self, tokens: list[jax.Array], x: jax.Array) -> list[jax.Array]:
-        """Learned tokens, one copy for each example of `x`."""
-        shape = (x.shape[0], sum(token.shape[1] for token in tokens), self.width)
+    def _led_by(self, tokens: list[jax.Array], x: jax.Array) -> jax.Array:
+        """Puts learned tokens before those of each example."""
+        if not tokens:
+            return x
         joined = jnp.concatenate(tokens, axis=1) if len(tokens) > 1 else tokens[0]
-        return [jnp.broadcast_to(joined, shape).astype(x.dtype)]
+        joined = jnp.broadcast_to(joined, (x.shape[0], *joined.shape[1:])).astype(x.dtype)
+        return jnp.concatenate([joined, x], axis=1)
 
     def _pooled(self, x: jax.Array, prefix: int, hidden: int) -> jax.Array:
         """The head's input, of all tokens behind the last LayerNorm."""
