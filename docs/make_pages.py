@@ -37,7 +37,7 @@ ARCHITECTURE_PAGE = ROOT / "docs" / "architecture.md"
 WITH_ROOMS = (ARCHITECTURE_PAGE, ROOT / "CONTRIBUTING.md")
 
 ARXIV = r"arXiv\s+(\d{4}\.\d{4,5})"
-VENUE = r"((?:CVPR|ICCV|ECCV|ICML|ICLR|NeurIPS|GTC),?\s+\d{4})"
+VENUE = r"((?:CVPR|ICCV|ECCV|ICML|ICLR|NeurIPS|NIPS|GTC),?\s+\d{4})"
 
 # Features that are no entry of a table: what they are called, and the object that has the facts.
 OTHERS: tuple[tuple[str, Any], ...] = (
@@ -295,8 +295,9 @@ out of the deployed net.""",
         """
 Functions from variables to variables, `ptq.adaround(net, variables, batches)`, most of them also
 a kind of stage. BatchNorm comes first, then what changes the float net (`equalize`,
-`absorb_bias`, `smooth`), then `calibrate`, then what changes the quantized one (`gptq`,
-`adaround`, `brecq`, `qdrop`, `correct_bias`).""",
+`absorb_bias`, `smooth`, `awq`, `rotate`, `rotate_inputs`), then `calibrate`, then what changes the
+quantized one (`hqq`, `propagate_errors`, `gptq`, `adaround`, `brecq`, `qdrop`,
+`correct_bias`).""",
         ptq_table,
     ),
     (

@@ -11,14 +11,17 @@ pass a factor on, add it to `_is_homogeneous`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from qkd_jax.graph import IDENTITY, MARKERS, Graph, Node
 from qkd_jax.ptq.kernels import Kernel, kernel
-from qkd_jax.ptq.leaves import BROADCAST, Readers, is_zero, leaf, norms_of, readers
+from qkd_jax.ptq.leaves import BROADCAST, Readers, float64, is_zero, leaf, norms_of, readers
+from qkd_jax.ptq.moments import rescale_folded
 from qkd_jax.quantize.traced import TracedContraction, TracedNet, contractions
+from qkd_jax.trees import put
 
 _REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 _WINDOWS = frozenset({"reduce_window_sum", "reduce_window_max", "reduce_window_min"})
@@ -76,6 +79,47 @@ def links(traced: TracedNet) -> list[Link]:
         if link is not None:
             found.append(link)
     return found
+
+
+def divided(
+    variables: Mapping[str, Any], link: Link, scale: np.ndarray, norms: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns variables whose value at a link is divided by `scale`, and its readers' weights not.
+
+    Args:
+        variables: of the net, float.
+        link: the value.
+        scale: [channels], above 0.
+        norms: the folded BatchNorm behind each layer, whose stated moments are divided too.
+    """
+    result = dict(variables)
+    for target in link.targets:
+        result = put(result, target.path, target.scale_in(float64(result, target.path), scale))
+    if link.source is not None:
+        weight = float64(result, link.source.path)
+        result = put(result, link.source.path, link.source.scale_out(weight, 1 / scale))
+    for path in (*link.shifts, *([link.gain] if link.gain else [])):
+        old = float64(result, path)
+        result = put(result, path, old / scale.reshape(old.shape))
+    if link.source is not None and link.name in norms:  # folded, or its mean were a shift
+        result = rescale_folded(result, norms[link.name], scale)
+    return result
+
+
+def nearest_links(traced: TracedNet, wanted: Callable[[Kernel], bool]) -> list[Link]:
+    """Returns one link for each layer that has one and is wanted: the nearest place before it.
+
+    Places whose factor a BatchNorm's own statistics would have to follow are left out.
+    """
+    chosen: list[Link] = []
+    covered: set[str] = set()
+    for link in reversed(links(traced)):  # the nearest place before a layer comes last
+        paths = {t.path for t in link.targets}
+        statistics = any(path.startswith("batch_stats/") for path in link.shifts)
+        if any(map(wanted, link.targets)) and not statistics and not paths & covered:
+            chosen.insert(0, link)
+            covered |= paths
+    return chosen
 
 
 def _follow(

@@ -14,6 +14,7 @@ from flax.core import unfreeze
 from qkd_jax import checks
 from qkd_jax.graph import execute
 from qkd_jax.numerics import Spec
+from qkd_jax.ptq.error_propagation import corrected_weight
 from qkd_jax.ptq.gptq_core import quantize_columns
 from qkd_jax.ptq.kernel_matrices import KernelMatrices, hessian, kernel_matrices
 from qkd_jax.ptq.kernels import kernel
@@ -34,6 +35,9 @@ def gptq(
     percdamp: float = 0.01,
     block: int = 128,
     sequential: bool = True,
+    order: str = "columns",
+    static_groups: bool = False,
+    propagation: float = 0.0,
     report: Callable[[str], None] | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
@@ -44,7 +48,8 @@ def gptq(
     grouped or depthwise one has an H of its own. The grid is the calibrated one; where a spec has
     groups (`granularity=32`), each gets its scale from its weights as they stand when its turn
     comes, by the quantizer's `init` (groups that another observer than "minmax" has measured keep
-    their scales).
+    their scales, and all do with `static_groups`). Groups are neighbours along the input in every
+    order, so files need no list of which column belongs to which group.
 
     Args:
         net: the net.
@@ -55,6 +60,12 @@ def gptq(
         block: how many columns are updated before the rest is, once for all.
         sequential: take X from the quantized layers before, with their inputs quantized; False
             takes it from the float net.
+        order: "columns" rounds inputs as they stand, "activation" the strongest ones first (the
+            authors' act-order), with their groups where these find their scales on the way.
+        static_groups: keep the scales that groups were calibrated with; then "activation" sorts
+            inputs without regard to groups.
+        propagation: alpha of QEP (`propagate_errors`), 0 to 1: before it is rounded, each weight is
+            changed to make up for the errors of the layers before it. Needs `sequential`.
         report: called with a line for each layer, e.g. `print`.
         **kwargs: further arguments of the model's call.
 
@@ -79,6 +90,14 @@ def gptq(
     """
     checks.number("percdamp", percdamp, low=0, low_allowed=False)
     checks.integer_in("block", block, 1)
+    checks.one_of("order", order, ("columns", "activation"))
+    checks.one_of("static_groups", static_groups, (True, False))
+    checks.number("propagation", propagation, low=0, high=1)
+    if propagation and not sequential:
+        raise ValueError(
+            f"propagation={propagation} came with sequential=False, under which no layer sees the "
+            "errors of those before it. Use sequential=True, or propagation=0."
+        )
     if not any(operand == "weight" for _, operand, _ in quantizers(variables)):
         raise ValueError("variables has no weight quantizers to round for. Call `calibrate` first.")
     images = image_batches(batches)
@@ -88,6 +107,7 @@ def gptq(
     if not sequential:
         source = trace_net(net, without_quantizers(variables), images[0], **kwargs)
     stream, variable_readers = Stream(source.graph, images), readers(traced.graph)
+    floats = Stream(traced.graph, images, quantized=False) if propagation else None
     result = unfreeze(dict(variables))
     for product, twin in zip(contractions(traced.graph), contractions(source.graph), strict=True):
         weight = product.weight
@@ -105,7 +125,8 @@ def gptq(
             if report is not None:
                 report(f"left {product.path}: its weight is shared or rearranged")
             continue
-        h = np.sum([hessian(twin, x) for x in stream.values(twin.node.inputs[0])], axis=0)
+        inputs = stream.values(twin.node.inputs[0])
+        h = np.sum([hessian(twin, x) for x in inputs], axis=0)
         if not np.isfinite(h).all():
             raise ValueError(
                 f"inputs of layer {product.path!r} are not all finite; check the images' "
@@ -113,8 +134,18 @@ def gptq(
             )
         old = np.asarray(get(result, layer_kernel.path), np.float32)
         old = old.reshape(-1)[layer_kernel.entries]
+        if floats is not None:
+            pairs = zip(inputs, floats.values(product.node.inputs[0]), strict=True)
+            change = np.sum([hessian(product, x - y, y) for y, x in pairs], axis=0)
+            target = corrected_weight(
+                layout.matrices(old), h, change, strength=propagation, percdamp=percdamp
+            )
+            old = layout.kernel(target).astype(np.float32)
         params = quantizer_params(traced, weight.marker)
-        new, params = _rounded(layout, old, h, params, spec, percdamp, block)
+        renew = layout.cut and spec.observer in (None, "minmax") and not static_groups
+        new, params = _rounded(
+            layout, old, h, params, spec, renew=renew, order=order, percdamp=percdamp, block=block
+        )
         leaves = [jnp.asarray(params[k]) for k in sorted(params)]
         (again,) = execute(weight.marker, [jnp.asarray(new), *leaves])
         if np.abs(np.asarray(again) - new).max() > 1e-6 * max(np.abs(new).max(), 1e-30):
@@ -145,23 +176,22 @@ def _rounded(
     h: np.ndarray,
     params: Mapping[str, np.ndarray],
     spec: Spec,
-    percdamp: float,
-    block: int,
+    *,
+    renew: bool,
+    **options: Any,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Returns (kernel on its grid, parameters), both as the net keeps them."""
-    renew = layout.cut and spec.observer in (None, "minmax")
-    order = layout.order
+    columns = layout.order
     new, grouped = quantize_columns(
-        layout.matrices(array)[..., order],
-        h[..., order[:, None], order],
+        layout.matrices(array)[..., columns],
+        h[..., columns[:, None], columns],
         {k: layout.by_group(np.asarray(v)) for k, v in params.items()},
         spec,
         group=layout.group_size if renew else None,
-        percdamp=percdamp,
-        block=block,
+        **options,
     )
     matrices = np.empty_like(new)
-    matrices[..., order] = new
+    matrices[..., columns] = new
     if renew:
         kept = {k: layout.cut_param(v) for k, v in grouped.items()}
     else:

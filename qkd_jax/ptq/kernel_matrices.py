@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkd_jax.numerics import Spec
+from qkd_jax.numerics import Spec, stats
 from qkd_jax.ptq.kernels import Kernel
 from qkd_jax.quantize.traced import TracedContraction
+from qkd_jax.quantizers import QUANTIZERS
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,6 +86,50 @@ class KernelMatrices:
         axes, rest = self._cut_axes(param.ndim + len(self.ins))
         return param.reshape(*param.shape, *[1] * len(rest)).transpose(np.argsort([*axes, *rest]))
 
+    def kept(self, by_group: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns a parameter [matrices, groups, rows, 1] in the shape that the quantizer keeps."""
+        if self.cut:
+            return self.cut_param(by_group)
+        columns = math.prod(self.shape[a] for a in self.ins)
+        wide = np.broadcast_to(by_group[:, 0], (*by_group[:, 0].shape[:2], columns))
+        first = tuple(
+            slice(1) if a in self.ins or not shape else slice(None) for a in range(len(self.shape))
+        )
+        return self.kernel(wide)[first].reshape(shape)
+
+    def grid(self, matrices: np.ndarray, spec: Spec) -> dict[str, np.ndarray]:
+        """Returns the parameters that a quantizer takes from weights: [matrices, groups, rows, 1].
+
+        Args:
+            matrices: [matrices, rows, columns], columns in the kernel's own order.
+            spec: of the weight; its observer is not asked, the whole range counts.
+        """
+        cut = self.by_columns(matrices)
+        shared = isinstance(spec.granularity, int) or spec.granularity == "channel"
+        moments = stats.finish(stats.measure(cut, channel_axes=(0, 1, 2) if shared else ()))
+        params = QUANTIZERS[spec.quantizer].init(moments, spec)
+        return {k: np.broadcast_to(v, (*cut.shape[:3], 1)) for k, v in params.items()}
+
+    def on_grid(self, matrices: np.ndarray, params: Any, spec: Spec) -> np.ndarray:
+        """Returns matrices rounded to the nearest values of the grid of `params`."""
+        cut = self.by_columns(matrices)
+        params = {
+            k: jnp.asarray(np.broadcast_to(v, (*cut.shape[:3], 1))) for k, v in params.items()
+        }
+        return self.from_columns(QUANTIZERS[spec.quantizer].fake_quant(cut, params, spec))
+
+    def by_columns(self, matrices: np.ndarray) -> jax.Array:
+        """Returns [matrices, groups, rows, columns of the group]."""
+        ordered = np.asarray(matrices, np.float32)[..., self.order]
+        return jnp.asarray(ordered.reshape(*ordered.shape[:2], self.groups, -1).swapaxes(1, 2))
+
+    def from_columns(self, cut: Any) -> np.ndarray:
+        """Returns what `by_columns` was given."""
+        rows = np.asarray(cut).swapaxes(1, 2)
+        new = np.empty((*rows.shape[:2], len(self.order)), rows.dtype)
+        new[..., self.order] = rows.reshape(new.shape)
+        return new
+
     def _cut_axes(self, rank: int) -> tuple[list[int], list[int]]:
         """Returns the cut kernel's axes of outputs and groups, and the others."""
         split = self.ins[-1]  # groups lie here, their entries on the next axis
@@ -116,26 +161,49 @@ def kernel_matrices(kernel: Kernel, spec: Spec) -> KernelMatrices | None:
     return KernelMatrices(weight.shape, outs, ins, count, width, cut)
 
 
-def hessian(product: TracedContraction, x: Any) -> np.ndarray:
-    """Returns x x^T, summed over examples and positions: [matrices, columns, columns]."""
+def hessian(product: TracedContraction, x: Any, other: Any = None) -> np.ndarray:
+    """Returns x x^T, summed over examples and positions: [matrices, columns, columns].
+
+    With `other`, a second input of the layer, that is x other^T.
+    """
     node = product.node
     if node.op == "conv_general_dilated":
         spec = node.params["dimension_numbers"]
         window = [product.operands[1].shape[a] for a in spec.rhs_spec[2:]]
         static = tuple(node.params[k] for k in ("window_strides", "padding", "rhs_dilation"))
-        channels_last = jnp.transpose(x, (spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1]))
+        last = (spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1])
+        both = [None if values is None else jnp.transpose(values, last) for values in (x, other)]
         groups = node.params["feature_group_count"]
-        return np.asarray(_conv_hessian(channels_last, tuple(window), *static, groups), float)
+        return np.asarray(_conv_hessian(*both, tuple(window), *static, groups), float)
     (left, right), (batch, _) = node.params["dimension_numbers"]
     order = [axis for _, axis in sorted(zip(right, left, strict=True))]
     free = [i for i in range(x.ndim) if i not in left and i not in batch]
     size, count = (math.prod(x.shape[i] for i in axes) for axes in (order, batch))
-    flat = jnp.transpose(x, (*batch, *free, *order)).reshape(count, -1, size).astype(jnp.float32)
-    return np.stack([np.asarray(rows.T @ rows, np.float64) for rows in flat])
+    flat, rows = (
+        jnp.transpose(values, (*batch, *free, *order)).reshape(count, -1, size).astype(jnp.float32)
+        for values in (x, x if other is None else other)
+    )
+    return np.stack([np.asarray(a.T @ b, np.float64) for a, b in zip(flat, rows, strict=True)])
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _conv_hessian(
+    x: jax.Array,
+    other: jax.Array | None,
+    window: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> jax.Array:
+    """Sums p q^T over the patches p, q of two inputs [batch, ..., channels], for each group."""
+    static = (window, strides, padding, dilation, groups)
+    patches = _patches(x, *static)
+    rows = patches if other is None else _patches(other, *static)
+    return jnp.matmul(patches.swapaxes(1, 2), rows)
+
+
+def _patches(
     x: jax.Array,
     window: tuple[int, ...],
     strides: tuple[int, ...],
@@ -143,7 +211,7 @@ def _conv_hessian(
     dilation: tuple[int, ...],
     groups: int,
 ) -> jax.Array:
-    """Sums p p^T over the patches p of x [batch, ..., channels]: [groups, columns, columns]."""
+    """Returns what a convolution's window sees: [groups, positions, columns]."""
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), *padding, (0, 0)))
     sizes = [
         (n - (k - 1) * d - 1) // s + 1
@@ -158,5 +226,4 @@ def _conv_hessian(
         taps.append(x[(slice(None), *positions)])
     patches = jnp.stack(taps, axis=-2)  # [batch, ..., taps, channels]
     patches = patches.reshape(-1, len(taps), groups, x.shape[-1] // groups)
-    flat = jnp.transpose(patches, (2, 0, 1, 3)).reshape(groups, patches.shape[0], -1)
-    return jnp.matmul(flat.swapaxes(1, 2), flat)
+    return jnp.transpose(patches, (2, 0, 1, 3)).reshape(groups, patches.shape[0], -1)

@@ -11,14 +11,13 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax import checks
-from qkd_jax.ptq.channel_links import Link, links
+from qkd_jax.ptq.channel_links import Link, divided, nearest_links
 from qkd_jax.ptq.leaves import float64
-from qkd_jax.ptq.moments import norms_by_layer, rescale_folded
+from qkd_jax.ptq.moments import norms_by_layer
 from qkd_jax.ptq.stream import Stream, image_batches
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import contractions, trace_net
 from qkd_jax.quantize.variables import refuse_folded, refuse_quantized
-from qkd_jax.trees import put
 
 MIN_SCALE = 1e-5
 
@@ -92,33 +91,15 @@ def smooth(
     images = image_batches(batches)
     traced = trace_net(net, variables, images[0], **kwargs)
     refuse_folded("smooth", traced.multipliers)
-    chosen: list[Link] = []
-    covered: set[str] = set()
-    for link in reversed(links(traced)):  # the nearest place before a layer comes last
-        paths = {t.path for t in link.targets}
-        wanted = any(net.spec_of(t.layer, "input") is not None for t in link.targets)
-        # A BatchNorm's own statistics are no place for a factor: its variance would not follow.
-        statistics = any(path.startswith("batch_stats/") for path in link.shifts)
-        if wanted and not statistics and not paths & covered:
-            chosen.insert(0, link)
-            covered |= paths
+    wanted = lambda target: net.spec_of(target.layer, "input") is not None
+    chosen = nearest_links(traced, wanted)
     input_ranges = _input_ranges(Stream(traced.graph, images), chosen)
     norms = norms_by_layer(net, variables, images[0], kwargs)
     result = unfreeze(dict(variables))
     for link, largest in zip(chosen, input_ranges, strict=True):
-        weights = [(target, float64(result, target.path)) for target in link.targets]
-        ranges = [target.in_ranges(weight, link.channels) for target, weight in weights]
+        ranges = [t.in_ranges(float64(result, t.path), link.channels) for t in link.targets]
         scale = smoothing_scale(largest, np.max(ranges, axis=0), alpha)
-        for target, weight in weights:
-            result = put(result, target.path, target.scale_in(weight, scale))
-        if link.source is not None:
-            weight = float64(result, link.source.path)
-            result = put(result, link.source.path, link.source.scale_out(weight, 1 / scale))
-        for path in (*link.shifts, *([link.gain] if link.gain else [])):
-            old = float64(result, path)
-            result = put(result, path, old / scale.reshape(old.shape))
-        if link.source is not None and link.name in norms:  # folded, or its mean were a shift
-            result = rescale_folded(result, norms[link.name], scale)
+        result = divided(result, link, scale, norms)
         if report is not None:
             names = ", ".join(t.layer for t in link.targets)
             report(

@@ -314,3 +314,17 @@ def quantized_contraction(
         and all(largest_code(format, affine) <= 256 for _, format, affine in (x_grid, w_grid)),
     )
     return _contracted(static, x_hat, w_hat, stop(x_scale), stop(w_scale), stop(multiplier))
+
+
+@jax.custom_jvp
+def straight_codes(x_hat: jax.Array, scale: jax.Array) -> jax.Array:
+    """Centred codes of a tensor on its grid, with the derivative 1 / scale."""
+    return codes_of(x_hat, scale).astype(x_hat.dtype)
+
+
+@straight_codes.defjvp
+def _straight_codes_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    x_hat, scale = primals
+    return straight_codes(x_hat, scale), (tangents[0] * (1 / scale)).astype(x_hat.dtype)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax.linen.linear import _Conv
 from jax import lax
 
-from qkd_jax.numerics import Spec, codes_of
+from qkd_jax.numerics import Spec
 from qkd_jax.quantize.contraction import (
     Contraction,
     OperandGrid,
@@ -32,6 +32,7 @@ from qkd_jax.quantize.contraction import (
     dot_contraction,
     einsum_contraction,
     quantized_contraction,
+    straight_codes,
 )
 from qkd_jax.quantize.layer_fields import (
     ContractionFactory,
@@ -57,7 +58,8 @@ from qkd_jax.quantize.operands import (
     read_variable,
     right_axes,
 )
-from qkd_jax.quantize.variables import ATTENDED, FOLDED, quantizer_key
+from qkd_jax.quantize.rotations import rotated
+from qkd_jax.quantize.variables import ATTENDED, FOLDED, ROTATION, quantizer_key
 from qkd_jax.quantizers import QUANTIZERS
 
 ATTENTION_PARTS = {
@@ -208,12 +210,14 @@ class Frame:
         def contract(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
             contraction = described(lhs, rhs, *args, base=base, **kwargs)
             self._use(path, kind, contraction)
+            folded = read_variable(module, "", FOLDED) or {}
+            if ROTATION in folded:
+                lhs = rotated(lhs, folded[ROTATION], marked=path if self.traced else None)
             x_hat, x_grid = self._operand(
                 module, path, "input", lhs, left_axes(contraction), batch_axes=batch_axes_of(lhs)
             )
             w = rhs if self.spec_of(path, "weight") is None else kernel.master(rhs)
             w_hat, w_grid = self._operand(module, path, "weight", w, right_axes(contraction))
-            folded = read_variable(module, "", FOLDED) or {}
             if self.traced and "multiplier" in folded:
                 raise ValueError(f"layer {path!r} is folded already; trace it unfolded.")
             if x_grid is None or w_grid is None or not contraction.takes_out(x_grid, w_grid):
@@ -321,7 +325,7 @@ class Frame:
             x_scale, w_scale = (lax.stop_gradient(grid.scale) for grid in (x_grid, w_grid))
             scaling["multiplier"] = contraction.scales_in_output(x_scale, w_scale)
             scaling["dtype"] = x.dtype
-            codes = _straight_codes(x_hat, x_scale), _straight_codes(w_hat, w_scale)
+            codes = straight_codes(x_hat, x_scale), straight_codes(w_hat, w_scale)
             if isinstance(module, nn.Embed):
                 return codes
             if bias is not None:
@@ -428,20 +432,6 @@ class Frame:
                 axis_name=self.axis_name if shared else None,
             )
         )
-
-
-@jax.custom_jvp
-def _straight_codes(x_hat: jax.Array, scale: jax.Array) -> jax.Array:
-    """Centred codes of a tensor on its grid, with the derivative 1 / scale."""
-    return codes_of(x_hat, scale).astype(x_hat.dtype)
-
-
-@_straight_codes.defjvp
-def _straight_codes_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    x_hat, scale = primals
-    return _straight_codes(x_hat, scale), (tangents[0] * (1 / scale)).astype(x_hat.dtype)
 
 
 def _fit(a: jax.Array, out: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ The `quant` tree mirrors the model's paths. Under a layer or module lie
 
     <operand>_quantizer/<parameter>            of each operand that has been calibrated
     folded/{multiplier, bias, identity}        what a folded BatchNorm leaves behind
+    folded/rotation                            signs of the rotation of the layer's input
 
 and, while a net is observed, the state `<operand>_<kind>` next to the quantizer that it belongs to.
 No other file spells these keys.
@@ -30,6 +31,9 @@ ATTENDED = "attend_output"
 
 FOLDED = "folded"
 """Key of what a folded BatchNorm left at a module."""
+
+ROTATION = "rotation"
+"""Key inside FOLDED of the rotation that a layer's input goes through, and its weight has taken."""
 
 OBSERVED, DIAGNOSED = "observed", "diagnosed"
 """Kinds of states: those of `calibrate` and of `diagnose`."""
@@ -125,7 +129,7 @@ def folded_entries(variables: Mapping[str, Any]) -> Iterator[tuple[str, Tree]]:
 
 
 def is_folded(variables: Mapping[str, Any]) -> bool:
-    """Whether folding, or a shift of a bias, has stored anything in the variables."""
+    """Whether folding, a shift of a bias or a rotation has stored anything in the variables."""
     return next(folded_entries(variables), None) is not None
 
 
@@ -156,11 +160,12 @@ def _with_quant(variables: Mapping[str, Any], quant: Tree) -> Tree:
 
 
 def unfolded(variables: Mapping[str, Any]) -> Tree:
-    """Returns variables whose folded BatchNorms run again; biases that were moved stay."""
+    """Returns variables whose folded BatchNorms run again; moved biases and rotations stay."""
     quant, _ = partition(variables.get("quant") or {}, _is_folded_key)
     for path, stored in folded_entries(variables):
-        if "bias" in stored:
-            quant = insert(quant, join(path, FOLDED, "bias"), stored["bias"])
+        for name in ("bias", ROTATION):
+            if name in stored:
+                quant = insert(quant, join(path, FOLDED, name), stored[name])
     return _with_quant(variables, quant)
 
 

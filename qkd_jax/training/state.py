@@ -117,8 +117,8 @@ def start_state(
         learned, _ = split(nets[slot])
         for path, _ in folded_entries(learned):
             raise ValueError(
-                f"net {name!r} has a folded BatchNorm at {path or '/'!r} and cannot learn; train "
-                "the variables from before fold_bn."
+                f"net {name!r} has a folded BatchNorm or a rotation at {path or '/'!r} and cannot "
+                "learn; train the variables from before fold_bn or rotate_inputs."
             )
         optimizers[slot] = initial = init_opt(plan, name, nets[slot])
         if opt is not None and name in opt:

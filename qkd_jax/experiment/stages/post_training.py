@@ -17,8 +17,17 @@ from qkd_jax.quantize import QuantizedModel
 # Arguments of a method that the stage passes itself.
 PASSED = ("seed", "report")
 # Methods that work on a calibrated net; the others bring a float one to another form.
-OF_QUANTIZERS = ("correct_bias", "gptq", "adaround", "brecq", "qdrop")
-METHODS = ("fold_bn", "equalize", "absorb_bias", "smooth", *OF_QUANTIZERS)
+OF_QUANTIZERS = (
+    "correct_bias",
+    "hqq",
+    "propagate_errors",
+    "gptq",
+    "adaround",
+    "brecq",
+    "qdrop",
+)
+OF_FLOAT_NETS = ("fold_bn", "equalize", "absorb_bias", "smooth", "awq", "rotate", "rotate_inputs")
+METHODS = (*OF_FLOAT_NETS, *OF_QUANTIZERS)
 
 
 def _kind(name: str) -> Kind:
