@@ -27,7 +27,7 @@ from qkd_jax.quantize.variables import (
     split_multipliers,
     without_quantizers,
 )
-from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.quantizers import QUANTIZERS, calibrated_params
 from qkd_jax.trees import flatten, merged, nested
 
 
@@ -108,9 +108,10 @@ def calibrate(
         assert spec is not None
         moments = axes.in_front(moments)
         if spec.dynamic:
-            # Nothing is kept but that the operand is quantized from now on.
+            # Little is kept but that the operand is quantized from now on.
             mark = jax.numpy.ones_like(moments.count)  # one for each step of a scanned layer
-            found[quantizer_path(path, operand)] = axes.in_place({"dynamic": mark})
+            kept = {"dynamic": mark, **calibrated_params(moments, spec)}
+            found[quantizer_path(path, operand)] = axes.in_place(kept)
             continue
         _check_sign(path, operand, spec, moments)
         _check_silent(path, operand, moments)

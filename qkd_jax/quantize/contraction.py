@@ -59,8 +59,7 @@ class Contraction:
     @property
     def group_axis(self) -> int | None:
         """The axis of the right operand that groups cut: the last one that is summed over."""
-        summed = [i for i, out in enumerate(self.rhs_axes) if out is None]
-        return summed[-1] if summed else None
+        return last_summed(self.rhs_axes)
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -94,6 +93,12 @@ class Contraction:
         """Returns the product of both operands' scales, at the output's rank."""
         left = scale_in_output(lhs, self.lhs_axes, self.rank)
         return left * scale_in_output(rhs, self.rhs_axes, self.rank)
+
+
+def last_summed(axes: Axes) -> int | None:
+    """Returns the last axis of an operand that is summed over, or None."""
+    summed = [i for i, out in enumerate(axes) if out is None]
+    return summed[-1] if summed else None
 
 
 class OperandGrid(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 
 from qkd_jax.graph import Node
 from qkd_jax.numerics import IntFormat
-from qkd_jax.quantize.traced import Operand, TracedNet, named, not_uniform, refuse_groups
+from qkd_jax.quantize.traced import Operand, TracedNet, named, not_uniform, own_axes, refuse_groups
 from qkd_jax.quantizers import QUANTIZERS, dynamic_params, facts
 
 
@@ -20,9 +20,8 @@ def dynamic_grid(traced: TracedNet, marker: Node) -> tuple[IntFormat, tuple[int,
     """
     spec, where = traced.spec(marker), named(traced, marker)
     refuse_groups(where, spec)
-    own = marker.params["dynamic_axes"]
-    axes = tuple(axis for axis, kept in enumerate(own) if kept == "1")
-    params = dynamic_params(jnp.ones((1,) * len(own)), spec, axes)
+    axes = own_axes(marker)
+    params = dynamic_params(jnp.ones((1,) * len(marker.params["dynamic_axes"])), spec, axes)
     found = QUANTIZERS[spec.quantizer].integer_view(params, spec)
     if found is None:
         raise not_uniform(where)

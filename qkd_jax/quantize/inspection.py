@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from qkd_jax.graph import CONTRACTIONS, LAYOUT, MARKERS, Graph, Node, bodies, trace
-from qkd_jax.numerics import Spec
+from qkd_jax.numerics import SCALE_BITS, Spec, scale_format
 from qkd_jax.quantize.calls import (
     call_arguments,
     explaining_failures,
@@ -22,7 +22,7 @@ from qkd_jax.quantize.interception import Frame, LayerUse
 from qkd_jax.quantize.model import QuantizedModel
 from qkd_jax.quantize.operands import mark_unquantized
 from qkd_jax.quantize.variables import TABLES, is_calibrated, quantizer_key
-from qkd_jax.quantizers import QUANTIZERS, in_use
+from qkd_jax.quantizers import code_grid, in_use
 from qkd_jax.trees import find
 
 
@@ -40,8 +40,9 @@ class LayerInfo:
             use. Likewise the others.
         input: spec of the input, or None.
         output: spec of the output, or None.
-        bits: storage of the layer's parameters in bits (kernel at its width, the rest float32), as
-            its rule plans it before calibration, afterwards as its quantizers are.
+        bits: storage of the layer's parameters in bits (kernel at its width, its scales in their
+            format, the rest float32), as its rule plans it before calibration, afterwards as its
+            quantizers are.
         uncalibrated: operands that have a spec and no quantizer in the variables: they run in
             float.
     """
@@ -74,9 +75,9 @@ class Size:
     Attributes:
         params: number of parameters.
         float_bytes: bytes of all parameters in float32.
-        bytes: bytes with every quantized kernel at its width; biases, batch normalization's scale
-            and offset and the weights' own scales in float32. Running statistics are not counted:
-            an exported net has folded them away.
+        bytes: bytes with every quantized kernel at its width and its scales in their format
+            (float32 unless the spec says otherwise); biases, batch normalization's scale and offset
+            in float32. Running statistics are not counted: an exported net has folded them away.
     """
 
     params: int
@@ -109,17 +110,20 @@ def _spec(net: QuantizedModel, path: str, operand: str, quant: Any) -> Spec | No
     return None if spec is None else in_use(spec, quant.get(quantizer_key(operand)))
 
 
-def _scales(spec: Spec, params: Any, use: LayerUse, layers: int) -> int:
-    """Counts a weight's scales and zero points (float32 numbers), as stored or as planned.
+def _scale_bits(spec: Spec, params: Any, use: LayerUse, layers: int) -> int:
+    """Counts the bits of a weight's scales and zero points, as stored or as planned.
+
+    Scales are in their format, float32 unless the spec says so; a zero point takes as many bits as
+    a code, up to whole bytes; the second level of a scale is one float32 number.
 
     A scanned or vmapped layer is several `layers`, with scales of their own.
     """
+    second = 32 * layers if scale_format(spec) == "e4m3fn" else 0
     if params is not None and not spec.dynamic:
-        grid_of = QUANTIZERS[spec.quantizer].integer_view
-        scale = jax.eval_shape(lambda p: (grid_of(p, spec) or (None,))[0], params)
-        if scale is None:
-            return _count(params)
-        count = math.prod(scale.shape)
+        grid = jax.eval_shape(lambda p: (code_grid(p, spec) or (None,))[0], params)
+        if grid is None:
+            return 32 * _count(params)
+        count = math.prod(grid.shape)
     elif spec.granularity == "tensor":
         count = layers
     else:
@@ -127,7 +131,8 @@ def _scales(spec: Spec, params: Any, use: LayerUse, layers: int) -> int:
         count = layers * math.prod(shape[axis] for axis in use.weight_channels)
         if isinstance(spec.granularity, int):
             count *= shape[use.group_axis] // spec.granularity
-    return count if spec.symmetric else 2 * count
+    zero_point = 0 if spec.symmetric else 8 * spec.format.storage.itemsize
+    return count * (SCALE_BITS[scale_format(spec)] + zero_point) + second
 
 
 def layers(
@@ -160,8 +165,8 @@ def layers(
         )
         if weight is not None and (planned or "weight" not in uncalibrated):
             stacked = max(table // max(math.prod(use.shapes["weight"]), 1), 1)
-            scales = _scales(weight, quant.get(quantizer_key("weight")), use, stacked)
-            bits += table * (weight.bits - 32) + 32 * scales
+            scales = _scale_bits(weight, quant.get(quantizer_key("weight")), use, stacked)
+            bits += table * (weight.bits - 32) + scales
         found.append(
             LayerInfo(
                 path=path,

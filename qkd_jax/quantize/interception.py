@@ -53,6 +53,7 @@ from qkd_jax.quantize.operands import (
     batch_axes_of,
     left_axes,
     mark_skipped,
+    other_axes,
     parameter_axes,
     quantize_operand,
     read_variable,
@@ -270,8 +271,7 @@ class Frame:
                 batch_axes=batch_axes_of(lhs),
             )
             masked = part == ATTENTION_PARTS["attn_weights_value_einsum_cls"]
-            rows = contraction.right_rows if masked else contraction.weight_channels
-            other = OperandAxes(rows=rows)
+            other = other_axes(contraction, masked=masked)
             y_hat, y_grid = self._operand(
                 module, layer, "other", rhs, other, part=part, batch_axes=batch_axes_of(rhs)
             )

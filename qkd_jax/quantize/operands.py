@@ -22,7 +22,7 @@ from jax.custom_batching import custom_vmap
 
 from qkd_jax.graph import marker_name
 from qkd_jax.numerics import Spec, widened
-from qkd_jax.quantize.contraction import Contraction, OperandGrid
+from qkd_jax.quantize.contraction import Contraction, OperandGrid, last_summed
 from qkd_jax.quantize.variables import quantizer_key
 from qkd_jax.quantizers import QUANTIZERS, dynamic_params, live
 
@@ -37,11 +37,14 @@ class OperandAxes(NamedTuple):
         channels: axes with a scale of their own under granularity "channel".
         rows: the same under "token".
         group_axis: the axis that groups cut, or None where there are none.
+        blocks: the axes beside it along which groups differ, of an activation: all others, so that
+            no block sees another. None for a weight, whose groups differ along `channels`.
     """
 
     channels: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
     group_axis: int | None = None
+    blocks: tuple[int, ...] | None = None
 
 
 class QuantizedOperand(NamedTuple):
@@ -121,7 +124,7 @@ class OperandUse:
         axis_name = options.pop("axis_name", None)
         cut = self.cut(widened(x))
         if self.spec.dynamic:
-            params = dynamic_params(cut, self.spec, self.axes, axis_name=axis_name)
+            params = dynamic_params(cut, self.spec, self.axes, axis_name=axis_name, known=params)
         params = live(cut, params, self.spec)
         x_hat = QUANTIZERS[self.spec.quantizer].fake_quant(cut, params, self.spec, **options)
         return jnp.reshape(x_hat, x.shape), params
@@ -240,7 +243,7 @@ def _marked_quantizer(
         if own is not None and not x_mapped:  # the range is that of x: one for all members
             one = [p[0] if m else p for p, m in zip(params, mapped, strict=True)]
             return _marked_quantizer(path, operand, own, group, function, x, one), False
-        rank, stacked = x.ndim - x_mapped, []
+        rank, stacked = x.ndim - x_mapped + (group is not None), []
         for param, is_stacked in zip(params, mapped, strict=True):
             if is_stacked and param.ndim == 1:  # a number of each member
                 param = jnp.reshape(param, (size, *(1,) * rank))
@@ -301,7 +304,8 @@ def parameter_axes(
     """Returns (axes with parameters of their own, (axis, size) of the groups or None).
 
     Raises:
-        ValueError: groups where nothing is summed over, or that do not divide the axis.
+        ValueError: groups where nothing is summed over, that do not divide the axis, or of an
+            activation whose range is not dynamic.
     """
     if spec.granularity in ("tensor", "channel", "token", "example"):
         own = dict(tensor=(), channel=axes.channels, token=axes.rows, example=batch_axes_of(x))
@@ -309,8 +313,15 @@ def parameter_axes(
     size, axis = int(spec.granularity), axes.group_axis
     if axis is None:
         raise ValueError(
-            f"{operand} of layer {path!r} has granularity={size}, but nothing of it is summed over "
-            "(a table that is looked up). Use granularity='channel'."
+            f"{operand} of layer {path!r} has granularity={size}, but it has no axis that groups "
+            "can cut: it goes into no sum, or its sum runs over tokens. Use granularity='channel' "
+            "for a weight, 'token' with dynamic=True for others."
+        )
+    if axes.blocks is not None and not spec.dynamic:
+        raise ValueError(
+            f"{operand} of layer {path!r} has granularity={size} and dynamic=False; the blocks of "
+            "an activation have ranges at run time alone. Use dynamic=True, or "
+            "granularity='tensor'."
         )
     if x.shape[axis] % size:
         fitting = [n for n in range(1, x.shape[axis] + 1) if x.shape[axis] % n == 0]
@@ -319,13 +330,33 @@ def parameter_axes(
             f"contraction axis of {x.shape[axis]} (axis {axis} of {tuple(x.shape)}). Use one of "
             f"{', '.join(map(str, fitting))}, or 'channel'."
         )
-    kept = [a if a < axis else a + 1 for a in axes.channels]
+    beside = axes.channels if axes.blocks is None else axes.blocks
+    kept = [a if a < axis else a + 1 for a in beside]
     return tuple(sorted([*kept, axis])), (axis, size)
 
 
 def left_axes(contraction: Contraction) -> OperandAxes:
     """Returns the axes of a contraction's left operand."""
-    return OperandAxes(rows=contraction.rows)
+    axis = last_summed(contraction.lhs_axes)
+    return OperandAxes((), contraction.rows, axis, _others(axis, len(contraction.lhs_axes)))
+
+
+def other_axes(contraction: Contraction, *, masked: bool) -> OperandAxes:
+    """Returns the axes of a contraction's right operand that is an activation.
+
+    Args:
+        contraction: of two activations.
+        masked: whether its sums run over tokens of which some are hidden; then it has no blocks.
+    """
+    if masked:
+        return OperandAxes(rows=contraction.right_rows)
+    axis = contraction.group_axis
+    blocks = _others(axis, len(contraction.rhs_axes))
+    return OperandAxes((), contraction.weight_channels, axis, blocks)
+
+
+def _others(axis: int | None, rank: int) -> tuple[int, ...]:
+    return tuple(i for i in range(rank) if i != axis)
 
 
 def right_axes(contraction: Contraction) -> OperandAxes:

@@ -68,11 +68,14 @@ def _check_granularity(where: str, operand: str, spec: Spec) -> None:
             f"{where} has granularity {spec.granularity!r}, which is for inputs. Use 'tensor', "
             "'channel' or a group size."
         )
-    if operand != "weight" and spec.granularity not in ("tensor", "token", "example"):
+    blocks = isinstance(spec.granularity, int) and spec.dynamic and operand != "output"
+    allowed = spec.granularity in ("tensor", "token", "example") or blocks
+    if operand != "weight" and not allowed:
         raise ValueError(
             f"{where} has granularity {spec.granularity!r}; an {operand} is quantized per tensor, "
             "for a scale that varies along the contraction can't be taken out of an integer "
-            "product. Use granularity='tensor', or 'token' or 'example' with dynamic=True."
+            "product. Use granularity='tensor', or with dynamic=True 'token', 'example' or, for "
+            "what goes into a sum, a block size."
         )
 
 

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax.graph import Node
-from qkd_jax.numerics import FloatFormat, IntFormat, TableFormat, check_scale, codes_of
+from qkd_jax.numerics import (
+    TENSOR_SCALE,
+    FloatFormat,
+    IntFormat,
+    TableFormat,
+    check_scale,
+    codes_of,
+    scale_codes,
+    scale_format,
+    scale_values,
+)
 from qkd_jax.quantize.traced import TracedNet, is_quantizer, known_params, named
 from qkd_jax.quantizers import QUANTIZERS, code_grid
 
@@ -33,7 +43,8 @@ class StoredTensor:
         group: (axis, size) of the groups that cut an axis, or None.
         scale_format: the format that holds `scale`, or `block_scale` where there is a
             `tensor_scale`, without loss: "float32", "float16", "bfloat16", "e8m0" or "e4m3fn".
-        tensor_scale: float32 number of a scale in two levels, or None.
+        tensor_scale: float32 number of a scale in two levels, or None. Members that a vmap stacks
+            have one each: it broadcasts against `block_scale` then.
         block_scale: float32, the first level: scale = block_scale * tensor_scale. `scale` itself
             where there is one level.
         stride: the distance of neighbouring codes; 2 where they are odd integers (binary weights).
@@ -95,6 +106,16 @@ def stored_tensor(traced: TracedNet, marker: Node) -> StoredTensor:
     scale = np.asarray(grid.scale, np.float32)
     zero_point = np.asarray(grid.zero_point)
     hat = np.asarray(traced.graph.constants[marker.outputs[0]], np.float32)
+    name = scale_format(spec)
+    second = np.asarray(params[TENSOR_SCALE]) if TENSOR_SCALE in params else None
+    if second is not None and (second == second.flat[0]).all():
+        second = second.reshape(-1)[0]
+    first = scale if name == "float32" else np.asarray(params["scale"], np.float32)
+    if (np.asarray(scale_values(scale_codes(jnp.asarray(first), name), name)) != first).any():
+        raise ValueError(
+            f"{where} has scales that {name} does not have, though its option scale_format says "
+            "so. Something has changed them since calibration; calibrate again."
+        )
     codes = _codes(_cut(hat, group), scale, zero_point, grid.format)
     stored = StoredTensor(
         codes=codes.reshape(hat.shape),
@@ -102,9 +123,9 @@ def stored_tensor(traced: TracedNet, marker: Node) -> StoredTensor:
         scale=scale,
         zero_point=np.rint(zero_point).astype(np.int32),
         group=group,
-        scale_format="float32",
-        tensor_scale=None,
-        block_scale=scale,
+        scale_format=name,
+        tensor_scale=second,
+        block_scale=first,
         stride=quantizer.code_stride(spec) if hasattr(quantizer, "code_stride") else 1,
     )
     wrong = stored.values() != hat

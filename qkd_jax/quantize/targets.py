@@ -39,6 +39,8 @@ class Target:
             neighbours along the sum).
         code_weights: whether weights may be codes of no uniform grid, small floats and codebooks:
             they are dequantized in front of their product, which is one of floats.
+        any_grid: whether operands may lie on grids that are not uniform (floats, code books) or
+            have scales in groups, weights ranges of every call: products with them run in float.
         reduce_range: 8-bit weights are given 7 bits, because full-range ones saturate.
         dynamic: whether ranges of activations may be dynamic.
         keeps_sum_grids: whether both sides of a sum are rounded to grids of their own. Where not,
@@ -79,6 +81,7 @@ class Target:
     symmetric_inputs: bool = False
     weight_granularity: tuple[str, ...] = ("tensor", "channel")
     code_weights: bool = False
+    any_grid: bool = False
     reduce_range: bool = False
     dynamic: bool = False
     keeps_sum_grids: bool = True
@@ -182,6 +185,7 @@ TARGETS: dict[str, Target] = {
         input_bits=tuple(range(1, 17)),
         fast=1,
         symmetric_weights=False,
+        any_grid=True,
         dynamic=True,
         folded_activations=(),
         engine="xla",
@@ -271,7 +275,7 @@ def _check_spec(where: str, operand: str, spec: Spec, takes: Target, target: str
     weight = operand == "weight"
     grouped = weight and isinstance(spec.granularity, int) and "group" in takes.weight_granularity
     allowed = takes.weight_bits if weight else takes.input_bits
-    if not is_uniform(spec):
+    if not is_uniform(spec) and not takes.any_grid:
         if weight and takes.code_weights and not spec.dynamic:
             return
         nearest = min(allowed, key=lambda bits: (abs(bits - spec.bits), -bits))
@@ -286,11 +290,18 @@ def _check_spec(where: str, operand: str, spec: Spec, takes: Target, target: str
         raise ValueError(
             f"{where} has {spec.bits} bits; {target} takes {listed}. The nearest is {nearest}."
         )
+    if takes.any_grid:
+        return
     if spec.dynamic and (weight or not takes.dynamic):
         raise ValueError(
             f"{where} finds its range at run time (dynamic=True); a file for {target} has "
             f"{'weights' if weight else 'ranges'} that are known beforehand. Use dynamic=False and "
             "calibrate."
+        )
+    if not weight and isinstance(spec.granularity, int):
+        raise ValueError(
+            f"{where} has blocks of {spec.granularity}, each with a scale of its own; {target} "
+            "scales sums once. Use granularity='tensor' or 'token'."
         )
     if weight and not grouped and spec.granularity not in takes.weight_granularity:
         raise ValueError(

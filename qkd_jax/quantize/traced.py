@@ -34,6 +34,7 @@ from qkd_jax.quantizers import (
     check_sizes,
     dynamic_params,
     in_use,
+    is_uniform,
     learns_bits,
 )
 from qkd_jax.trees import get, unboxed
@@ -250,12 +251,20 @@ def has_codes(traced: TracedNet, operand: Operand) -> bool:
     False for float operands, for grids that are not uniform (floating point, code books), for
     groups, whose scale varies along the sum, and for dynamic ranges.
     """
-    if not operand.quantized or operand.marker is None:
+    marker = operand.marker
+    if not operand.quantized or marker is None or is_dynamic(traced, marker):
         return False
-    spec = traced.spec(operand.marker)
-    return not (is_dynamic(traced, operand.marker) or isinstance(spec.granularity, int)) and (
-        _known_grid_of(traced, operand.marker) is not None
-    )
+    return has_integer_codes(traced, marker) and _known_grid_of(traced, marker) is not None
+
+
+def has_integer_codes(traced: TracedNet, marker: Node) -> bool:
+    """Whether a quantizer's values are integer codes, and its scales do not vary in groups."""
+    return marker.params["group"] is None and is_uniform(traced.spec(marker))
+
+
+def own_axes(marker: Node) -> tuple[int, ...]:
+    """Returns the axes with dynamic ranges of their own, of the tensor with its groups cut."""
+    return tuple(axis for axis, own in enumerate(marker.params["dynamic_axes"]) if own == "1")
 
 
 def grid_of(traced: TracedNet, marker: Node) -> Grid:
@@ -328,9 +337,7 @@ def known_params(traced: TracedNet, marker: Node) -> dict[str, Any] | None:
     if spec.dynamic:
         if x is None:
             return None
-        own = marker.params["dynamic_axes"]
-        axes = tuple(axis for axis, kept in enumerate(own) if kept == "1")
-        params = dynamic_params(x, spec, axes)
+        params = dynamic_params(x, spec, own_axes(marker), known=params)
     if hasattr(quantizer, "live"):
         if x is not None:
             params = quantizer.live(x, params, spec)

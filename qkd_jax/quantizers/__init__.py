@@ -63,7 +63,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkd_jax import checks
-from qkd_jax.numerics import Array, Grid, IntFormat, Spec, check_sign, stats
+from qkd_jax.numerics import (
+    TENSOR_SCALE,
+    Array,
+    Grid,
+    IntFormat,
+    Spec,
+    check_sign,
+    scale_format,
+    stats,
+)
 from qkd_jax.quantizers import (
     apot,
     binary,
@@ -85,6 +94,7 @@ from qkd_jax.quantizers import (
 __all__ = [
     "QUANTIZERS",
     "Facts",
+    "calibrated_params",
     "check",
     "check_sizes",
     "code_format",
@@ -203,8 +213,27 @@ def is_uniform(spec: Spec) -> bool:
     return jax.eval_shape(view, *[one] * len(stats.Stats._fields)) is not None
 
 
+def calibrated_params(moments: Any, spec: Spec) -> dict[str, Any]:
+    """Returns what a dynamic spec takes from calibration: the second level of its scales, if any.
+
+    So that no block of a dynamic tensor sees another.
+
+    Args:
+        moments: statistics of the whole tensor, `numerics.Stats`.
+        spec: with `dynamic=True`.
+    """
+    if scale_format(spec) != "e4m3fn":
+        return {}
+    return {TENSOR_SCALE: QUANTIZERS[spec.quantizer].init(moments, spec)[TENSOR_SCALE]}
+
+
 def dynamic_params(
-    x: Array, spec: Spec, axes: Sequence[int], *, axis_name: Any = None
+    x: Array,
+    spec: Spec,
+    axes: Sequence[int],
+    *,
+    axis_name: Any = None,
+    known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The parameters of a dynamic spec: those that its quantizer starts from on `x` itself.
 
@@ -213,18 +242,23 @@ def dynamic_params(
         spec: with `dynamic=True`.
         axes: of `x`, whose entries have a range of their own.
         axis_name: mapped axes to find the range over.
+        known: the parameters that calibration left, of which `calibrated_params` are used.
     """
     if spec.symmetric and not spec.signed and not isinstance(x, jax.core.Tracer):
         check_sign(jnp.min(x), spec.format)
-    return _dynamic_params(x, spec, tuple(axes), axis_name)
+    known = known or {}
+    kept = {TENSOR_SCALE: known[TENSOR_SCALE]} if TENSOR_SCALE in known else {}
+    return _dynamic_params(x, kept, spec, tuple(axes), axis_name)
 
 
 # Compiled outside of jit too: a compiler multiplies by the reciprocal of a constant, and a division
 # on its own does not, so that codes would depend on what is compiled together.
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _dynamic_params(x: Array, spec: Spec, axes: tuple[int, ...], axis_name: Any) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _dynamic_params(
+    x: Array, kept: dict[str, Any], spec: Spec, axes: tuple[int, ...], axis_name: Any
+) -> dict[str, Any]:
     sums = stats.measure(jax.lax.stop_gradient(x), channel_axes=axes, axis_name=axis_name)
-    params = QUANTIZERS[spec.quantizer].init(stats.finish(sums), spec)
+    params = QUANTIZERS[spec.quantizer].init(stats.finish(sums), spec, **kept)
     return jax.tree.map(jax.lax.stop_gradient, params)
 
 

@@ -26,6 +26,7 @@ from qkd_jax.numerics import (
 
 __all__ = ["check", "code_grid", "fake_quant", "grid_sizes", "init", "integer_view", "values"]
 
+OPTIONS = {"scale_format": "float32"}
 PRESET = {"input": {"quantizer": "lsq"}}
 
 # Finding a value costs 2^b comparisons.
@@ -50,6 +51,7 @@ def check(spec: Spec) -> None:
         "backward",
         because="its values are normal quantiles with both signs (for inputs use 'lsq')",
     )
+    numerics.check_scale_format(spec)
 
 
 @functools.cache
@@ -75,17 +77,20 @@ def values(bits: int) -> tuple[float, ...]:
     return (*(-v for v in side(count // 2 - 1)), 0.0, *reversed(side(count // 2)))
 
 
-def init(stats: Stats, spec: Spec) -> Params:
-    """The `scale`: the largest magnitude (section 3), or the farther end of an observer's range."""
+def init(stats: Stats, spec: Spec, *, tensor_scale: Array | None = None) -> Params:
+    """The `scale`: the largest magnitude (section 3), or the farther end of an observer's range.
+
+    The option `scale_format` rounds it (`numerics.scale_formats`).
+    """
     check(spec)
-    scale = numerics.guarded(jnp.maximum(-stats.lo, stats.hi), spec.power_of_two)
-    return {"scale": scale}
+    far = jnp.maximum(-stats.lo, stats.hi)
+    return numerics.scale_params(far, 1.0, spec, tensor_scale=tensor_scale)
 
 
 def grid_sizes(params: Params, spec: Spec) -> Params:
     """The scale."""
     del spec
-    return {"scale": params["scale"]}
+    return {"scale": numerics.total_scale(params)}
 
 
 def integer_view(params: Params, spec: Spec) -> None:
@@ -95,7 +100,7 @@ def integer_view(params: Params, spec: Spec) -> None:
 
 def code_grid(params: Params, spec: Spec) -> Grid:
     """The grid: x_hat is a value of the codebook times the scale."""
-    scale = jnp.maximum(params["scale"], numerics.MIN_SCALE)
+    scale = jnp.maximum(numerics.total_scale(params), numerics.MIN_SCALE)
     return Grid.symmetric(scale, TableFormat(f"nf{spec.bits}", values(spec.bits)))
 
 
@@ -124,9 +129,10 @@ def fake_quant(
         Array([-1.        , -0.1847734 ,  0.07958031,  0.5626169 ], dtype=float32)
     """
     del batch_axes, key
-    numerics.check_operand(x, params, ("scale",))
-    numerics.check_scale("params['scale']", params["scale"])
-    return _fake_quant(x, params["scale"], spec)
+    numerics.check_operand(x, params, numerics.scale_names(spec))
+    scale = numerics.total_scale(params)
+    numerics.check_scale("params['scale']", scale)
+    return _fake_quant(x, scale, spec)
 
 
 def _in_units(x: Array, scale: Array) -> Array:

@@ -25,7 +25,7 @@ from qkd_jax.numerics import (
 
 __all__ = ["check", "code_grid", "fake_quant", "grid_sizes", "init", "integer_view"]
 
-OPTIONS = {"format": "", "learned": False}
+OPTIONS = {"format": "", "learned": False, "scale_format": "float32"}
 # Inputs have a sign too, which ReLUs leave unused.
 PRESET = {
     "weight": {"options": {"learned": True}},
@@ -66,21 +66,24 @@ def check(spec: Spec) -> None:
         "backward",
         because="a floating-point grid has a sign, a scale, and its own rounding",
     )
+    numerics.check_scale_format(spec)
 
 
-def init(stats: Stats, spec: Spec) -> Params:
-    """The `scale` at which the largest magnitude is the format's highest value; 1 for zeros."""
+def init(stats: Stats, spec: Spec, *, tensor_scale: Array | None = None) -> Params:
+    """The `scale` at which the largest magnitude is the format's highest value; 1 for zeros.
+
+    The option `scale_format` rounds it (`numerics.scale_formats`): with "e8m0" and granularity=32
+    these are the MX formats, with "e4m3fn" and granularity=16 NVFP4, which has `tensor_scale` too.
+    """
     check(spec)
-    far = jnp.maximum(-stats.lo, stats.hi)
-    scale = far / _format(spec).max
-    scale = jnp.where(far == 0, jnp.ones_like(far), jnp.maximum(scale, numerics.MIN_SCALE))
-    return {"scale": numerics.power_of_two_above(scale) if spec.power_of_two else scale}
+    far, highest = jnp.maximum(-stats.lo, stats.hi), _format(spec).max
+    return numerics.scale_params(far, highest, spec, tensor_scale=tensor_scale)
 
 
 def grid_sizes(params: Params, spec: Spec) -> Params:
     """The scale."""
     del spec
-    return {"scale": params["scale"]}
+    return {"scale": numerics.total_scale(params)}
 
 
 def integer_view(params: Params, spec: Spec) -> None:
@@ -90,7 +93,8 @@ def integer_view(params: Params, spec: Spec) -> None:
 
 def code_grid(params: Params, spec: Spec) -> Grid:
     """The grid: x_hat is the format's value times the scale."""
-    return Grid.symmetric(jnp.maximum(params["scale"], numerics.MIN_SCALE), _format(spec))
+    scale = jnp.maximum(numerics.total_scale(params), numerics.MIN_SCALE)
+    return Grid.symmetric(scale, _format(spec))
 
 
 def fake_quant(
@@ -112,8 +116,8 @@ def fake_quant(
         Array([-1.  , -0.25,  0.  ,  0.5 ], dtype=float32)
     """
     del key
-    numerics.check_operand(x, params, ("scale",))
-    scale = params["scale"]
+    numerics.check_operand(x, params, numerics.scale_names(spec))
+    scale = numerics.total_scale(params)
     top = round(_format(spec).max)
     factor = numerics.gradient_scale(x.shape, scale.size, top, batch_axes=batch_axes)
     return _fake_quant(x, scale, spec, factor)

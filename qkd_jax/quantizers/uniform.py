@@ -15,24 +15,45 @@ from qkd_jax.numerics import Array, Axes, Grid, Key, OnGrid, Params, Spec, Stats
 __all__ = ["check", "fake_quant", "init", "integer_view"]
 
 STEP, RANGE_GRID = "scale", True
+OPTIONS = {"scale_format": "float32"}
 # A range up to the largest value leaves 2-bit inputs at 0.
 PRESET = {"weight": {"observer": "mse"}, "input": {"observer": "mse"}}
 
 
 def check(spec: Spec) -> None:
-    """Accepts every spec whose grid has a positive code."""
+    """Raises ValueError for a grid without a positive code, or scales that do not fit it."""
     numerics.refuse_one_bit(spec)
+    numerics.check_scale_format(spec)
 
 
-def init(stats: Stats, spec: Spec) -> Params:
-    """`scale` and `zero_point` (0 when symmetric) of the grid that spans [stats.lo, stats.hi]."""
+def init(stats: Stats, spec: Spec, *, tensor_scale: Array | None = None) -> Params:
+    """`scale` and `zero_point` (0 when symmetric) of the grid that spans [stats.lo, stats.hi].
+
+    The option `scale_format` rounds the scale (`numerics.scale_formats`), before the zero point is
+    taken: with "e8m0", 8 bits and granularity=32 this is MXINT8; "e4m3fn" has `tensor_scale` too.
+    """
     scale, zero_point = numerics.range_parameters(stats.lo, stats.hi, spec)
+    if numerics.scale_format(spec) == "float32":
+        return {"scale": scale, "zero_point": zero_point}
+    format = spec.format
+    if spec.symmetric:
+        # In multiples of the highest code, so that `scaling` is respected; zeros stay zeros.
+        zeros = (stats.lo == 0) & (stats.hi == 0)
+        far = jnp.where(zeros, 0, scale * format.qmax)
+        if numerics.scale_format(spec) == "e8m0":
+            far = jnp.maximum(-stats.lo, stats.hi)  # exactly: the rule reads its exponent
+        scales = numerics.scale_params(far, format.qmax, spec, tensor_scale=tensor_scale)
+        return {**scales, "zero_point": zero_point}
+    width = scale * (format.qmax - format.qmin)
+    scale = numerics.scale_params(width, format.qmax - format.qmin, spec)["scale"]
+    lo = jnp.minimum(stats.lo, 0)
+    zero_point = jnp.clip(jnp.round(format.qmin - lo * (1 / scale)), format.qmin, format.qmax)
     return {"scale": scale, "zero_point": zero_point}
 
 
 def integer_view(params: Params, spec: Spec) -> Grid:
     """The grid: x_hat = (code - zero_point) * scale."""
-    scale = numerics.at_least(params["scale"], numerics.MIN_SCALE)
+    scale = numerics.at_least(numerics.total_scale(params), numerics.MIN_SCALE)
     return Grid(scale, params["zero_point"], spec.format)
 
 
@@ -66,9 +87,10 @@ def fake_quant(
         Array([-1.  , -0.25,  0.  ,  0.5 ], dtype=float32)
     """
     del batch_axes
-    numerics.check_operand(x, params, ("scale", "zero_point"))
-    numerics.check_scale("params['scale']", params["scale"])
-    return _fake_quant(x, params["scale"], params["zero_point"], key, spec)
+    numerics.check_operand(x, params, (*numerics.scale_names(spec), "zero_point"))
+    scale = numerics.total_scale(params)
+    numerics.check_scale("params['scale']", scale)
+    return _fake_quant(x, scale, params["zero_point"], key, spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

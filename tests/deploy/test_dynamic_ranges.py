@@ -189,11 +189,6 @@ class SignedDense(nn.Module):
             {},
             "zero points have no bound",
         ),
-        (
-            Rule(".*", weight=WEIGHT, input=found("tensor", quantizer="float")),
-            {},
-            "grid that is not uniform",
-        ),
     ],
 )
 def test_what_has_no_integers_says_why(rule, options, message):

@@ -80,7 +80,7 @@ def test_static_and_dynamic_differ_in_when_ranges_are_found():
         assert 0 < gap < 0.05
 
 
-def test_fp8_keeps_a_net_and_is_refused_by_convert():
+def test_fp8_keeps_a_net_and_converts():
     net = qk.quantize(Net(), presets.rules("fp8"))
     floats = net.init(jax.random.key(0), IMAGES)
     variables = qk.calibrate(net, floats, [IMAGES])
@@ -88,8 +88,10 @@ def test_fp8_keeps_a_net_and_is_refused_by_convert():
     assert 0 < np.linalg.norm(found - wanted) < 0.1 * np.linalg.norm(wanted)
     assert {p.status for p in qk.coverage(net, variables, IMAGES).products} == {"quantized"}
     assert qk.size(net, variables, IMAGES).bytes < 0.4 * qk.size(net, variables, IMAGES).float_bytes
-    with pytest.raises(ValueError, match="grid that is not uniform"):
-        qk.convert(net, variables, IMAGES)
+    integer = qk.convert(net, variables, IMAGES)
+    np.testing.assert_array_equal(
+        qk.integer_apply(integer, IMAGES), jax.jit(net.apply)(variables, IMAGES)
+    )
 
 
 def test_weight_only_leaves_every_product_in_float():

@@ -23,7 +23,7 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax import graph as graphs
 from qkd_jax.deploy.integer.integer_only import rewrite as integer_only_program
-from qkd_jax.deploy.integer.pack import pack, packed_bytes
+from qkd_jax.deploy.integer.pack import pack
 from qkd_jax.deploy.integer.program import (
     IntegerModel,
     LayerSize,
@@ -36,26 +36,27 @@ from qkd_jax.deploy.integer.program import (
 )
 from qkd_jax.deploy.integer.sum_bounds import code_range, sum_bound, sums_codes
 from qkd_jax.graph import Node
-from qkd_jax.numerics import codes_of
+from qkd_jax.numerics import TENSOR_SCALE, scale_codes
 from qkd_jax.ptq.fold_bn import fold_bn
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.calls import split_arrays
-from qkd_jax.quantize.dynamic_grids import dynamic_grid
+from qkd_jax.quantize.stored_tensor import stored_tensor
 from qkd_jax.quantize.traced import (
     Operand,
     TracedContraction,
     TracedNet,
     contractions,
     grid_of,
+    has_integer_codes,
     is_dynamic,
     is_quantizer,
+    own_axes,
     quantizer_params,
     refuse_uncalibrated,
     scale_in_output,
     trace_net,
 )
 from qkd_jax.quantize.variables import FOLDED, quantizer_key
-from qkd_jax.quantizers import QUANTIZERS
 
 FORMULATIONS = ("auto", "int32", "float32")
 INT32_LIMIT = 2**31
@@ -71,6 +72,11 @@ def convert(
     **kwargs: Any,
 ) -> IntegerModel:
     """Turns a calibrated net into integers.
+
+    Products whose operands both are integer codes with scales that are constant along each sum run
+    on codes. The others (weights with groups, of floats or from a table; inputs in blocks or in
+    float) run on what the codes stand for, in the layer's own float type, as in the trained net:
+    weights are stored as codes all the same.
 
     Args:
         net: the net.
@@ -177,7 +183,7 @@ class _Converter:
                     self.alias[node.outputs[0]] = node.inputs[0]
                 elif node.outputs[0] not in self.graph.constants:
                     self.quantize(node)
-            elif node in self.products and self.on_codes(self.products[node]):
+            elif node in self.products and sums_codes(self.traced, self.products[node]):
                 self.multiply(self.products[node])
             else:
                 self.operation(node)
@@ -194,10 +200,6 @@ class _Converter:
             layers=tuple(self.layers),
         )
         return IntegerModel({k: jnp.asarray(a) for k, a in self.arrays.items()}, program)
-
-    def on_codes(self, product: TracedContraction) -> bool:
-        """Whether a product is one of codes; else it runs on floats, which lie on their grids."""
-        return product.quantized and sums_codes(self.traced, product)
 
     def new(self) -> int:
         self.next += 1
@@ -246,21 +248,24 @@ class _Converter:
 
     def quantize(self, node: Node) -> None:
         path, operand = node.params["path"], node.params["operand"]
-        (hat,), codes = node.outputs, self.new()
-        self.codes[hat] = codes
+        (hat,) = node.outputs
         spec, name = self.traced.spec(node), f"{path}/{operand}"
-        if is_dynamic(self.traced, node):
-            _, axes = dynamic_grid(self.traced, node)
-            self.scales[hat] = scale = self.new()
-            x = self.value(node.inputs[0])
-            self.steps.append(Quantize(name, spec, (), x, hat, codes, axes, scale))
-            return
-        grid_of(self.traced, node)  # raises for what has no codes
+        params = quantizer_params(self.traced, node)
+        kept = {k: v for k, v in params.items() if not spec.dynamic or k == TENSOR_SCALE}
         keys = tuple(
             (key, self.store(f"{path}/{quantizer_key(operand)}/{key}", array))
-            for key, array in quantizer_params(self.traced, node).items()
+            for key, array in kept.items()
         )
-        self.steps.append(Quantize(name, spec, keys, self.value(node.inputs[0]), hat, codes))
+        x, group, axes = self.value(node.inputs[0]), node.params["group"], own_axes(node)
+        if not has_integer_codes(self.traced, node):
+            self.steps.append(Quantize(name, spec, keys, x, hat, axes=axes, group=group))
+            return
+        self.codes[hat] = codes = self.new()
+        if not is_dynamic(self.traced, node):
+            self.steps.append(Quantize(name, spec, keys, x, hat, codes))
+            return
+        self.scales[hat] = scale = self.new()
+        self.steps.append(Quantize(name, spec, keys, x, hat, codes, axes, scale))
 
     def weight(self, node: Node, *, as_float: bool) -> Unpack:
         """Packs a weight's codes once; a second reader of the same weight shares them."""
@@ -269,30 +274,46 @@ class _Converter:
             return self.weights[identity]
         path, operand = node.params["path"], node.params["operand"]
         name = path if operand == "weight" else f"{path}/{operand}"
-        scale, zero_point, format = grid_of(self.traced, node)
-        hat = np.asarray(self.graph.constants[node.outputs[0]], np.float32)
-        codes = codes_of(hat, scale) + zero_point
-        spec = self.traced.spec(node)
-        quantizer = QUANTIZERS[spec.quantizer]
-        stride = quantizer.code_stride(spec) if hasattr(quantizer, "code_stride") else 1
-        packed = pack(codes.astype(np.int64), format, stride)
+        weight = stored_tensor(self.traced, node)
+        beside: dict[str, np.ndarray] = {}
+        if weight.zero_point.any():
+            beside["zero_point"] = weight.zero_point.astype(weight.format.storage)
+        if as_float:
+            scales = scale_codes(jnp.asarray(weight.block_scale), weight.scale_format)
+            beside["scale"] = np.asarray(scales)
+            if weight.tensor_scale is not None:
+                beside["tensor_scale"] = weight.tensor_scale
+        packed = pack(weight.codes, weight.format, weight.stride)
+        key = self.store(f"{name}/weight", packed)
+        keys = {what: self.store(f"{name}/{what}", array) for what, array in beside.items()}
         step = Unpack(
-            key=self.store(f"{name}/weight", packed),
-            shape=codes.shape,
-            format=format,
-            zero_point=self.store(f"{name}/zero_point", zero_point) if zero_point.any() else None,
-            scale=self.store(f"{name}/scale", scale) if as_float else "",
+            key=key,
+            shape=weight.codes.shape,
+            format=weight.format,
+            zero_point=keys.get("zero_point"),
+            scale=keys.get("scale", ""),
             hat=self.new(),
             codes=self.new(),
             dtype=self.graph.dtype(node.outputs[0]),
-            stride=stride,
+            stride=weight.stride,
+            group=weight.group,
+            scale_format=weight.scale_format if as_float else "float32",
+            tensor_scale=keys.get("tensor_scale", ""),
         )
         self.weights[identity] = step
         self.steps.append(step)
         layer = step.key.removesuffix("/weight")
         if all(size.path != layer for size in self.layers):
-            packed_size, float_size = packed_bytes(codes.shape, format, stride), 4 * codes.size
-            self.layers.append(LayerSize(layer, format.name, codes.shape, packed_size, float_size))
+            self.layers.append(
+                LayerSize(
+                    layer,
+                    weight.format.name,
+                    step.shape,
+                    packed.nbytes,
+                    4 * weight.codes.size,
+                    sum(array.nbytes for array in beside.values()) if as_float else 0,
+                )
+            )
         return step
 
     def multiply(self, product: TracedContraction) -> None:

@@ -42,7 +42,7 @@ from qkd_jax.deploy.integer.program import (
     unique_name,
 )
 from qkd_jax.graph import IDENTITY, Graph, Node
-from qkd_jax.numerics import codes_of
+from qkd_jax.numerics import IntFormat, codes_of
 from qkd_jax.quantize.traced import known_grid
 from qkd_jax.quantizers import QUANTIZERS
 
@@ -86,6 +86,12 @@ class _Rewriter:
                     f"integer_only: {operand} of layer {path!r} finds its range at run time, which "
                     "takes a division of floats. Use dynamic=False and calibrate, or convert "
                     "without integer_only."
+                )
+            if isinstance(step, Quantize | Unpack) and not _has_codes(step):
+                name = step.name if isinstance(step, Quantize) else step.key
+                raise ValueError(
+                    f"integer_only: {name} has no integer codes with one scale for each sum. Use a "
+                    "uniform quantizer and granularity='channel', or convert without integer_only."
                 )
         for value in self.source.inputs:
             self.env[value] = Raw(value, self.shape(value))
@@ -240,6 +246,7 @@ class _Rewriter:
         self.steps.append(Table(step.name, value, key, flipped, offset, ends[0], step.codes))
 
     def weight(self, step: Unpack) -> None:
+        assert isinstance(step.format, IntFormat)
         for key in (step.key, step.zero_point):
             if key is not None:
                 self.arrays[key] = self.given[key]
@@ -450,6 +457,12 @@ def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
         return False
     a, b = jnp.finfo(wide), jnp.finfo(narrow)
     return a.nmant >= b.nmant and a.maxexp >= b.maxexp
+
+
+def _has_codes(step: Quantize | Unpack) -> bool:
+    if isinstance(step, Quantize):
+        return step.codes >= 0
+    return isinstance(step.format, IntFormat) and step.group is None
 
 
 def _written(step: Any) -> tuple[int, ...]:

@@ -11,8 +11,10 @@ integers into the next codes, nodes of the graph move, pool and concatenate inte
 scales the codes of the output.
 
 A step names arrays by their key in `IntegerModel.arrays`: `<layer>/weight` packed codes,
-`<layer>/multiplier` float32, `<layer>/zero_point` of a weight, `<layer>/<operand>_quantizer/<name>`
-the parameters of a quantizer, the model's own names for the rest (`<layer>/bias`).
+`<layer>/multiplier` float32, `<layer>/zero_point` of a weight, `<layer>/scale` and
+`<layer>/tensor_scale` of one that is no operand of an integer product (groups, floats, code books),
+`<layer>/<operand>_quantizer/<name>` the parameters of a quantizer, the model's own names for the
+rest (`<layer>/bias`).
 """
 
 import dataclasses
@@ -29,8 +31,18 @@ from qkd_jax import graph as graphs
 from qkd_jax.deploy.integer import fixed_point
 from qkd_jax.deploy.integer.pack import unpack
 from qkd_jax.graph import Axes, Node, scale_in_output
-from qkd_jax.numerics import IntFormat, Spec, codes_of, widened
-from qkd_jax.quantizers import QUANTIZERS, dynamic_params, live
+from qkd_jax.numerics import (
+    FloatFormat,
+    Grid,
+    IntFormat,
+    Spec,
+    TableFormat,
+    codes_of,
+    scale_values,
+    widened,
+)
+from qkd_jax.quantize.operands import split_groups
+from qkd_jax.quantizers import QUANTIZERS, code_grid, dynamic_params, live
 
 FLOAT32_EXACT = 2**24
 
@@ -39,8 +51,10 @@ FLOAT32_EXACT = 2**24
 class Quantize:
     """Step: a tensor to its grid, as a float (`hat`) and as centred codes.
 
-    A dynamic spec has no parameters in the arrays: each entry along `axes` gets those of its own
-    range, and the scale is written too, as large as the tensor.
+    A dynamic spec has no parameters in the arrays (but for the second level of its scales): each
+    entry along `axes` gets those of its own range, and the scale is written too, as large as the
+    tensor. What has no codes to multiply with, for its grid is not uniform or has groups, is
+    written as a float alone; `axes` are then those of the tensor with its groups cut.
     """
 
     name: str
@@ -48,24 +62,33 @@ class Quantize:
     params: tuple[tuple[str, str], ...]  # parameter -> key in the arrays
     input: int
     hat: int
-    codes: int
+    codes: int = -1
     axes: tuple[int, ...] = ()
     scale: int = -1
+    group: tuple[int, int] | None = None  # (axis, size)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Unpack:
-    """Step: packed codes to centred codes and, for readers other than products, to a float."""
+    """Step: packed codes to centred codes and, for readers other than products, to a float.
+
+        hat = (decode(codes) - zero_point) * scale,  scale = stored scale * tensor_scale
+
+    in float32, the groups cut where there are any. Only integers have centred codes.
+    """
 
     key: str
     shape: tuple[int, ...]
-    format: IntFormat
+    format: IntFormat | FloatFormat | TableFormat
     zero_point: str | None
     scale: str
     hat: int
     codes: int
     dtype: np.dtype  # of the float
     stride: int = 1  # of the packed codes
+    group: tuple[int, int] | None = None  # (axis, size)
+    scale_format: str = "float32"
+    tensor_scale: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,13 +167,18 @@ class Decode:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSize:
-    """Bytes of one layer's weight, packed and as float32."""
+    """Bytes of one layer's weight, packed and as float32.
+
+    `scale_bytes` are those of scales and zero points that are stored beside the codes; a weight in
+    integer products has none, for its scales are part of the layer's multiplier.
+    """
 
     path: str
     format: str
     shape: tuple[int, ...]
     bytes: int
     float_bytes: int
+    scale_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,16 +219,16 @@ class IntegerModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the packed weights."""
-        return sum(layer.bytes for layer in self.program.layers)
+        """Bytes of the packed weights, with the scales that are stored beside them."""
+        return sum(layer.bytes + layer.scale_bytes for layer in self.program.layers)
 
     def report(self) -> str:
         """Returns a table of the weights: format, shape, and bytes beside those of float32."""
-        rows = [("layer", "format", "shape", "bytes", "float32")]
+        rows = [("layer", "format", "shape", "bytes", "scales", "float32")]
         for layer in self.program.layers:
             shape = "x".join(map(str, layer.shape))
-            sizes = (f"{layer.bytes:,}", f"{layer.float_bytes:,}")
-            rows.append((layer.path, layer.format, shape, *sizes))
+            sizes = [f"{n:,}" for n in (layer.bytes, layer.scale_bytes, layer.float_bytes)]
+            rows.append((layer.path, layer.format, shape, sizes[0], sizes[1], sizes[2]))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
         lines.append(
@@ -224,13 +252,7 @@ def run(integer: IntegerModel, images: Any, capture: bool, formulation: str) -> 
             codes = _quantize(step, env, arrays)
             captured[unique_name(captured, step.name)] = codes
         elif isinstance(step, Unpack):
-            codes = unpack(arrays[step.key], step.shape, step.format, step.stride)
-            if step.zero_point is not None:
-                codes = codes.astype(jnp.int32) - arrays[step.zero_point].astype(jnp.int32)
-            env[step.codes] = codes
-            if step.scale:
-                hat = codes.astype(jnp.float32) * arrays[step.scale]
-                env[step.hat] = hat.astype(step.dtype)
+            _unpack(step, env, arrays)
         elif isinstance(step, Multiply):
             env[step.output] = _multiply(step, env, arrays, formulation)
         elif isinstance(step, Encode | Rescale | Table):
@@ -248,22 +270,57 @@ def run(integer: IntegerModel, images: Any, capture: bool, formulation: str) -> 
     return (out, captured) if capture else out
 
 
+def _unpack(step: Unpack, env: dict[int, Any], arrays: Mapping[str, Any]) -> None:
+    """Writes a weight's centred codes and, where its scale is given, its float."""
+    codes = unpack(arrays[step.key], step.shape, step.format, step.stride)
+    zero_point = 0 if step.zero_point is None else arrays[step.zero_point].astype(jnp.int32)
+    uniform = isinstance(step.format, IntFormat)
+    if uniform and step.group is None:
+        env[step.codes] = codes if step.zero_point is None else codes.astype(jnp.int32) - zero_point
+    if step.scale:
+        numbers = _cut(codes, step.group)
+        if uniform:
+            numbers = numbers.astype(jnp.int32) - zero_point
+        scale = scale_values(arrays[step.scale], step.scale_format)
+        if step.tensor_scale:
+            scale = scale * arrays[step.tensor_scale]
+        hat = step.format.decode(numbers) * scale
+        env[step.hat] = hat.reshape(step.shape).astype(step.dtype)
+
+
+def _cut(x: jax.Array, group: tuple[int, int] | None) -> jax.Array:
+    return x if group is None else split_groups(x, *group)
+
+
 def _quantize(step: Quantize, env: dict[int, Any], arrays: Mapping[str, Any]) -> jax.Array:
     """Writes x_hat and centred codes; returns the codes as the format numbers them."""
     x, quantizer = widened(env[step.input]), QUANTIZERS[step.spec.quantizer]
+    params = {name: arrays[key] for name, key in step.params}
+    cut = _cut(x, step.group)
     if step.spec.dynamic:
-        params = live(x, dynamic_params(x, step.spec, step.axes), step.spec)
-    else:
-        params = {name: arrays[key] for name, key in step.params}
-    hat = quantizer.fake_quant(x, params, step.spec)
-    scale, zero_point, _ = quantizer.integer_view(params, step.spec)
+        params = dynamic_params(cut, step.spec, step.axes, known=params)
+    params = live(cut, params, step.spec)
+    hat = quantizer.fake_quant(cut, params, step.spec)
+    grid = code_grid(params, step.spec)
+    if grid is None:
+        raise ValueError(f"quantizer {step.spec.quantizer!r} of {step.name!r} states no codes.")
+    env[step.hat] = hat.reshape(x.shape)
+    if step.codes < 0:
+        return _numbered(hat, grid).reshape(x.shape)
     if step.spec.dynamic:
-        env[step.scale] = jnp.broadcast_to(scale, x.shape)
+        env[step.scale] = jnp.broadcast_to(grid.scale, x.shape)
     # x_hat gives back its code exactly, whatever a quantizer does before it rounds; and so the
     # operations are those of the trained net. XLA fuses the two.
-    centred = codes_of(hat, scale)
-    env[step.hat], env[step.codes] = hat, centred
-    return (centred + zero_point).astype(jnp.int32)
+    centred = codes_of(hat, grid.scale)
+    env[step.codes] = centred
+    return (centred + grid.zero_point).astype(jnp.int32)
+
+
+def _numbered(hat: jax.Array, grid: Grid) -> jax.Array:
+    """Returns the codes of values on any grid, int32."""
+    if isinstance(grid.format, IntFormat):
+        return (codes_of(hat, grid.scale) + grid.zero_point).astype(jnp.int32)
+    return grid.format.encode(hat * (1 / grid.scale)).astype(jnp.int32)
 
 
 def _codes(step: Any, env: dict[int, Any], arrays: Mapping[str, Any]) -> jax.Array:

@@ -29,14 +29,15 @@ import numpy as np
 from qkd_jax.deploy.description import Description
 from qkd_jax.deploy.integer import cost_bounds
 from qkd_jax.deploy.integer.outputs import with_plain_outputs
-from qkd_jax.deploy.integer.pack import packed_bytes
+from qkd_jax.deploy.integer.pack import field_bits, is_packed, pack, packed_bytes
 from qkd_jax.deploy.integer.program import IntegerModel, Program, Unpack, run
 from qkd_jax.deploy.integer.serial import decode, dtype_of, encode
 from qkd_jax.weights.files import damaged, parse_safetensors, read_bytes, safetensors_bytes
 from qkd_jax.whole_files import replace_file
 
 TENSORS, JSON = "model.safetensors", "model.json"
-FORMAT, VERSION = "qkd_jax integer model", 1
+FORMAT, VERSION = "qkd_jax integer model", 2
+READ = (1, VERSION)  # version 1 has codes of 5 to 7 bits, and odd ones of 9, one to an integer
 ALONE = 1024  # bytes
 TRIAL = 31  # no ordinary dimension
 BATCH = "batch"
@@ -109,6 +110,8 @@ def load(folder: str | os.PathLike[str]) -> IntegerModel:
         program = decode(body["program"])
         if not isinstance(program, Program):
             raise ValueError(f"the program is {program!r:.80}.")
+        if body["version"] == 1:
+            arrays |= _packed(program, arrays)
         outputs = [_signature(a) for a in _shapes(program, arrays)]
         if outputs != body["outputs"]:
             raise ValueError(f"its results are {outputs}, and {body['outputs']!r:.80} is declared")
@@ -143,10 +146,10 @@ def _read(folder: Path) -> dict[str, Any]:
         raise damaged(path, error, REPAIR) from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise damaged(path, f"its format is not {FORMAT!r}", REPAIR)
-    if body.get("version") != VERSION or isinstance(body["version"], bool):
+    if body.get("version") not in READ or isinstance(body["version"], bool):
         raise ValueError(
-            f"{path} has version {body.get('version')!r:.20}, and this qkd_jax reads version "
-            f"{VERSION}; read it with the qkd_jax that wrote it, or {REPAIR}."
+            f"{path} has version {body.get('version')!r:.20}, and this qkd_jax reads versions "
+            f"1 to {VERSION}; read it with the qkd_jax that wrote it, or {REPAIR}."
         )
     if set(body) != {*FIELDS, "tensors"}:
         raise damaged(path, f"its fields are {', '.join(sorted(body))}", REPAIR)
@@ -224,6 +227,19 @@ def _split(tensors: Mapping[str, np.ndarray], entries: Any) -> dict[str, np.ndar
     return arrays
 
 
+def _packed(program: Program, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the codes of version 1 that are fields now, packed."""
+    packed = {}
+    for step in program.steps:
+        if not isinstance(step, Unpack) or step.key not in arrays:
+            continue
+        array, format = arrays[step.key], step.format
+        plain = array.dtype == format.storage and array.shape == step.shape
+        if plain and field_bits(format, step.stride) > 4 and is_packed(format, step.stride):
+            packed[step.key] = pack(array, format, step.stride)
+    return packed
+
+
 def _signature(aval: Any) -> dict[str, Any]:
     shape = [BATCH if i == 0 and n == TRIAL else n for i, n in enumerate(aval.shape)]
     return {"dtype": aval.dtype.name, "shape": shape}
@@ -238,9 +254,11 @@ def _shapes(program: Program, arrays: Mapping[str, np.ndarray]) -> list[Any]:
     for step in program.steps:
         if isinstance(step, Unpack) and step.key in arrays:
             array, size = arrays[step.key], packed_bytes(step.shape, step.format, step.stride)
-            packed = array.dtype == np.uint8 and array.shape == (size,)
-            plain = array.dtype == step.format.storage and array.shape == step.shape
-            if not (packed or plain) or array.nbytes != size:
+            if is_packed(step.format, step.stride):
+                kind, shape = np.dtype(np.uint8), (size,)
+            else:
+                kind, shape = step.format.storage, step.shape
+            if array.dtype != kind or array.shape != shape:
                 raise ValueError(
                     f"the weight {step.key!r} is {array.dtype} {array.shape}, and "
                     f"{step.format.name} {step.shape} takes {size:,} bytes"

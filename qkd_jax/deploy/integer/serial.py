@@ -27,7 +27,7 @@ from qkd_jax.deploy.integer import program as programs
 from qkd_jax.deploy.integer.operations import attributes, parameters, primitive
 from qkd_jax.deploy.integer.outputs import plain
 from qkd_jax.graph import Node
-from qkd_jax.numerics import IntFormat, Spec
+from qkd_jax.numerics import FloatFormat, IntFormat, Spec, TableFormat
 
 STRUCTURES: dict[str, type] = {
     "program": programs.Program,
@@ -41,6 +41,8 @@ STRUCTURES: dict[str, type] = {
     "layer_size": programs.LayerSize,
     "spec": Spec,
     "int_format": IntFormat,
+    "float_format": FloatFormat,
+    "table_format": TableFormat,
     "conv_dimensions": jax.lax.ConvDimensionNumbers,
     "gather_dimensions": jax.lax.GatherDimensionNumbers,
 }

@@ -18,6 +18,7 @@ from qkd_jax.quantize.traced import (
     TracedContraction,
     TracedNet,
     grid_of,
+    has_integer_codes,
     is_dynamic,
 )
 
@@ -74,11 +75,12 @@ def sum_bound(
 
 
 def sums_codes(traced: TracedNet, product: TracedContraction) -> bool:
-    """Whether a quantized product is one of codes: no dynamic scale varies along its sums."""
-    return all(
-        takes_out_dynamic_scales(traced, operand)
+    """Whether a product is one of integer codes whose scales are constant along each sum."""
+    return product.quantized and all(
+        operand.marker is not None
+        and has_integer_codes(traced, operand.marker)
+        and (not is_dynamic(traced, operand.marker) or takes_out_dynamic_scales(traced, operand))
         for operand in product.operands
-        if is_dynamic(traced, operand.marker)
     )
 
 

@@ -100,7 +100,7 @@ def test_the_model_is_small_and_a_pytree():
     sizes = {layer.path: layer.bytes for layer in integer.program.layers}
     assert sizes["grouped"] == kernels["grouped"] // 4
     assert sizes["hidden"] == kernels["hidden"] // 4
-    assert sizes["stem"] == kernels["stem"]
+    assert sizes["stem"] == kernels["stem"] * 7 // 8
     # No array is as large as a float kernel: only codes, scales, biases and steps are left.
     floats = [a for a in integer.arrays.values() if a.dtype == jnp.float32]
     assert max(a.size for a in floats) <= 12

@@ -182,7 +182,7 @@ def test_damage_is_named_with_its_file_and_repair(saved, tmp_path):
     refused(r"model\.json is no file to rely on.*export the model again", json_text=text[:-9])
     refused("not of one export, or one was changed", content=tensors[:-1] + b"\7")
     refused("not of one export", json_text=text.replace('"op":"max"', '"op":"min"', 1))
-    refused("has version 2, and this qkd_jax reads", json_text=text.replace('n":1', 'n":2', 1))
+    refused("has version 9, and this qkd_jax reads", json_text=text.replace('n":2', 'n":9', 1))
     refused("its format is not", json_text="[]")
     refused("model.json is no file", json_text="[" * 100_000)
     refused("its fields are", json_text=json.dumps(body | {"more": 1}))
