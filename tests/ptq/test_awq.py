@@ -107,6 +107,7 @@ def test_a_layers_own_output_loses_less(affine, granularity):
     assert errors(net, variables, both, x)[1] < 0.6 * nearest
 
 
+@pytest.mark.slow
 def test_a_transformer_with_wide_channels_loses_less():
     net, variables, images = outlier_vit()
     lines = []

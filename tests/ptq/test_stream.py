@@ -8,6 +8,7 @@ import pytest
 import qkd_jax as qk
 from qkd_jax import ptq
 from qkd_jax.quantize.calibration import calibrate
+from qkd_jax.quantize.variables import without_quantizers
 
 IMAGES = np.random.default_rng(0).normal(size=(6, 8, 8, 1)).astype(np.float32)
 
@@ -33,6 +34,8 @@ METHODS = {
     "brecq": lambda *a: ptq.brecq(*a, steps=1),
     "qdrop": lambda *a: ptq.qdrop(*a, steps=1),
     "gptq": ptq.gptq,
+    "propagate_errors": ptq.propagate_errors,
+    "awq": lambda net, variables, batches: ptq.awq(net, without_quantizers(variables), batches),
     "correct_bias": ptq.correct_bias,
     "reestimate_batch_norm": ptq.reestimate_batch_norm,
 }
