@@ -37,8 +37,8 @@ class Target:
         symmetric_inputs: those of activations too, and their codes are signed.
         weight_granularity: "channel" (one scale per output channel), "tensor", "group" (a number of
             neighbours along the sum).
-        code_weights: whether weights may be codes of no uniform grid, small floats and codebooks:
-            they are dequantized in front of their product, which is one of floats.
+        code_operands: whether operands whose scales are known beforehand may be codes of no uniform
+            grid, small floats and codebooks: products with them run in float.
         any_grid: whether operands may lie on grids that are not uniform (floats, code books) or
             have scales in groups, weights ranges of every call: products with them run in float.
         reduce_range: 8-bit weights are given 7 bits, because full-range ones saturate.
@@ -80,7 +80,7 @@ class Target:
     narrow_weights: bool = False
     symmetric_inputs: bool = False
     weight_granularity: tuple[str, ...] = ("tensor", "channel")
-    code_weights: bool = False
+    code_operands: bool = False
     any_grid: bool = False
     reduce_range: bool = False
     dynamic: bool = False
@@ -105,7 +105,7 @@ class Target:
 _ORT = Target(
     fast=7,
     weight_granularity=("tensor", "channel", "group"),
-    code_weights=True,
+    code_operands=True,
     integer_bias=True,
     quantizes_inputs=True,
     dynamic=True,
@@ -122,7 +122,7 @@ _ORT = Target(
 _OPENVINO = Target(
     fast=7,
     weight_granularity=("tensor", "channel", "group"),
-    code_weights=True,
+    code_operands=True,
     folded_activations=("relu", "clip", "add"),
     keeps_sum_grids=False,
     offset_before_rounding=True,
@@ -276,7 +276,7 @@ def _check_spec(where: str, operand: str, spec: Spec, takes: Target, target: str
     grouped = weight and isinstance(spec.granularity, int) and "group" in takes.weight_granularity
     allowed = takes.weight_bits if weight else takes.input_bits
     if not is_uniform(spec) and not takes.any_grid:
-        if weight and takes.code_weights and not spec.dynamic:
+        if takes.code_operands and not spec.dynamic:
             return
         nearest = min(allowed, key=lambda bits: (abs(bits - spec.bits), -bits))
         raise ValueError(

@@ -78,7 +78,11 @@ def test_presets_fit_an_engine_of_symmetric_activations(preset):
             "input finds its range at run time",
         ),
         ("litert", Rule("a", weight=Spec(4, quantizer="codebook")), "'uniform' with 8 bits"),
-        ("openvino-cpu", Rule("a", input=Spec(8, quantizer="float")), "grid is not uniform"),
+        (
+            "openvino-cpu",
+            Rule("a", input=Spec(8, quantizer="float", dynamic=True, granularity="token")),
+            "grid is not uniform",
+        ),
         ("onnxruntime-x86", Rule("a", weight=Spec(9, granularity=32)), "The nearest is 8"),
         ("onnxruntime", Rule("a"), "target 'onnxruntime'.*onnxruntime-x86"),
     ],
@@ -96,7 +100,8 @@ def test_engines_take_groups_and_codes_of_no_uniform_grid(target):
         Spec(4, quantizer="codebook", granularity=64),
         Spec(8, quantizer="float", granularity="channel"),
     )
-    targets.check([Rule(".*", weight=weight) for weight in weights], target)
+    rules = [Rule(".*", weight=weight) for weight in weights]
+    targets.check([*rules, Rule("a", input=Spec(8, quantizer="float"))], target)
 
 
 @pytest.mark.parametrize(

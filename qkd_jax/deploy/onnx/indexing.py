@@ -11,6 +11,7 @@ from jax.lax import GatherScatterMode
 
 from qkd_jax.deploy.graph_values import unsupported
 from qkd_jax.deploy.onnx.context import Export
+from qkd_jax.deploy.onnx.stored_weight import laid_out, table_marker, write_stored
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
 
@@ -51,9 +52,18 @@ def _gather(export: Export, node: Node, x: Any, index: Any) -> Tensor:
             raise unsupported(node, "it takes entries of the batch")
         name = x.name
     else:
-        name = writer.constant(x, f"{node.scope}/table" if node.scope else "table")
+        name = _table(export, node, np.asarray(x))
     name, out = export.add("Gather", [name, indices], node, axis=axis), export.shape(node)
     return Tensor(name, out, tuple(range(len(out))))
+
+
+def _table(export: Export, node: Node, table: np.ndarray) -> str:
+    """Writes a table that is looked up: as codes where it is on a grid."""
+    marker = table_marker(export.graph, node)
+    if marker in export.stored_tensors:
+        stored = laid_out(export.stored_tensors[marker], np.arange(table.size).reshape(table.shape))
+        return write_stored(export, node, stored, marker.params["path"])
+    return export.writer.constant(table, f"{node.scope}/table" if node.scope else "table")
 
 
 def _within(export: Export, node: Node, indices: str, sizes: Sequence[int]) -> str:

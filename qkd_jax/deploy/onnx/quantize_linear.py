@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from qkd_jax.deploy.onnx.context import Dequantized, DynamicRange, Export
+from qkd_jax.deploy.onnx.quantize_float import float_format, write_float
 from qkd_jax.deploy.onnx.writer import Tensor, Writer
 from qkd_jax.graph import Node
 from qkd_jax.numerics import MIN_SCALE, Grid, scale_format
@@ -37,6 +38,9 @@ def write_quantizer(export: Export, node: Node) -> Tensor:
     """
     if is_dynamic(export.traced, node):
         return _write_dynamic(export, node)
+    format = float_format(export, node)
+    if format is not None:
+        return write_float(export, node, format)
     x, path = export.tensors[node.inputs[0]], node.params["path"]
     grid = grid_of(export.traced, node)
     if grid.scale.size > 1 or grid.zero_point.size > 1:

@@ -24,10 +24,10 @@ import ml_dtypes
 import numpy as np
 
 from qkd_jax.deploy.onnx.context import Export, WeightForms
-from qkd_jax.graph import Node
+from qkd_jax.graph import Graph, Node
 from qkd_jax.numerics import FLOAT_FORMATS, FloatFormat, IntFormat, TableFormat
 from qkd_jax.quantize.stored_tensor import StoredTensor, stored_tensor
-from qkd_jax.quantize.traced import TracedNet, contractions, has_codes
+from qkd_jax.quantize.traced import TracedNet, contractions, has_codes, is_quantizer
 
 MICROSOFT = "com.microsoft"
 NBITS = ("nbits", "nbits_int8")
@@ -112,7 +112,19 @@ def stored_weights(traced: TracedNet, forms: WeightForms) -> dict[Node, StoredTe
             packs = forms.chosen and forms.form in NBITS and not other.quantized
             if packs or not has_codes(traced, operand):
                 found[marker] = stored_tensor(traced, marker)
+    for node in traced.graph.nodes:
+        marker = table_marker(traced.graph, node)
+        if marker is not None and is_quantizer(marker):
+            found[marker] = stored_tensor(traced, marker)
     return found
+
+
+def table_marker(graph: Graph, node: Node) -> Node | None:
+    """Returns the quantizer of a table that a node looks up by indices, or None."""
+    marker = graph.producer(node.inputs[0]) if node.op == "gather" else None
+    if marker is None or marker.op != "quantizer":
+        return None
+    return marker if marker.outputs[0] in graph.constants else None
 
 
 def opset_for(tensor: StoredTensor, forms: WeightForms) -> int:
@@ -334,13 +346,15 @@ def _scale(
     """
     writer, tensor, hint = export.writer, stored.tensor, f"{name}_scale"
     dtype = SCALE_TYPES.get(tensor.scale_format)
-    if dtype is None or writer.opset < _scale_opset(tensor):
+    members = tensor.tensor_scale is not None and np.size(tensor.tensor_scale) > 1
+    if dtype is None or members or writer.opset < _scale_opset(tensor):
         return writer.constant(arrange(stored.scale), hint)
     kept = writer.constant(arrange(stored.block_scale).astype(dtype), hint)
     written = export.cast(kept, np.float32, node)
     if tensor.tensor_scale is None:
         return written
-    second = writer.constant(np.float32(tensor.tensor_scale), f"{hint}_of_tensor")
+    second = np.asarray(tensor.tensor_scale, np.float32).reshape(())
+    second = writer.constant(second, f"{hint}_of_tensor")
     return export.add("Mul", [written, second], node)
 
 

@@ -11,13 +11,14 @@ import sys
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_nets
 
 from qkd_jax.deploy import has_vnni, kernel_report, open_onnx, to_onnx, to_openvino
 from qkd_jax.deploy.onnx.stored_weight import laid_out
-from qkd_jax.numerics import Spec
+from qkd_jax.numerics import FLOAT_FORMATS, Spec
 from qkd_jax.quantize import Rule
 from qkd_jax.quantize.stored_tensor import stored_tensor
 from qkd_jax.quantize.traced import contractions, trace_net
@@ -84,6 +85,15 @@ MODELS = {
     "conv": (Convolutions(), (8, 8, 16)),
     "attention": (Attention(), (5, 32)),
 }
+
+
+class Lookup(nn.Module):
+    """A table that is looked up and, transposed, the last layer."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        table = nn.Embed(50, 32, name="first")
+        return table.attend(nn.Dense(32, name="second")(table(tokens)).mean(1))
 
 
 def some(names, *fast):
@@ -173,6 +183,38 @@ def test_attention(tmp_path, name):
     for target, engine in ENGINES.items():
         written = to_onnx(net, variables, inputs[:2], tmp_path / "m.onnx", target=target)
         agrees(written.path, engine, inputs, logits)
+
+
+@pytest.mark.parametrize("name", some(["int4", "nf4", "float8"], "nf4"))
+def test_tables_that_are_looked_up(tmp_path, name):
+    tokens = np.random.default_rng(1).integers(0, 50, (200, 5)).astype(np.int32)
+    spec = dataclasses.replace(FORMATS[name], granularity="channel")
+    net, variables = small_nets.calibrated(Lookup(), (Rule(".*", weight=spec),), tokens)
+    logits = np.asarray(jax.jit(net.apply)(variables, tokens))
+    for target, engine in ENGINES.items():
+        written = to_onnx(net, variables, tokens[:2], tmp_path / "m.onnx", target=target)
+        agrees(written.path, engine, tokens, logits)
+        stored = onnx.load(written.path).graph.initializer
+        assert not any(list(i.dims) == [50, 32] and i.data_type == 1 for i in stored)
+
+
+@pytest.mark.parametrize("format", ["e4m3fn", "e5m2", "e3m2", "e2m3", "e2m1"])
+def test_activations_in_floats_are_written_out(tmp_path, format):
+    """The values of a format, the middles between them, and their neighbours are rounded alike."""
+    spec = Spec(FLOAT_FORMATS[format].bits, quantizer="float", options={"format": format})
+    values = FLOAT_FORMATS[format].values().astype(np.float32)
+    middles = (values[1:] + values[:-1]) / 2
+    exact = np.concatenate([values, middles, values * 2, values / 3])
+    near = [np.nextafter(exact, np.float32(end)) for end in (-np.inf, np.inf)]
+    x = np.stack([*near, exact, exact * 0], 1)
+    net, variables = small_nets.calibrated(nn.Dense(4), (Rule(".*", input=spec),), x)
+    layer = {"kernel": jnp.eye(4), "bias": jnp.zeros(4)}
+    quant = jax.tree.map(lambda scale: jnp.full_like(scale, 0.25), variables["quant"])
+    variables = {**variables, "params": layer, "quant": quant}
+    right = np.asarray(jax.jit(net.apply)(variables, x / 4))
+    for target, engine in ENGINES.items():
+        path = to_onnx(net, variables, x, tmp_path / "m.onnx", target=target).path
+        assert np.array_equal(open_onnx(path, engine)(x / 4)[0], right)
 
 
 @pytest.mark.parametrize("opset", [13, 17, 19, 21, 23, 25])
