@@ -39,7 +39,10 @@ PART = {name: part for row in LAYERS for part in map(frozenset, row) for name in
 PURE = ("quantizers", "observers", "losses")
 SHARED = {"losses": "qkd_jax.losses.inputs"}
 # Imported inside the functions that use them, so that `--help` and a first import stay quick.
-LATE = ("grain", "tensorflow_datasets", "orbax", "matplotlib", "onnx", "onnxruntime", "openvino")
+LATE = (
+    *("grain", "tensorflow_datasets", "orbax", "matplotlib"),
+    *("onnx", "onnxruntime", "openvino", "ai_edge_litert", "flatbuffers"),
+)
 NEVER = ("tensorflow", "sklearn", "torch")
 # Recipes are rows of these, or a sweep takes all their names: a config reads them when called.
 TABLES_OF_CONFIGS = ("qkd_jax.losses", "qkd_jax.data", "qkd_jax.quantizers")

@@ -46,6 +46,12 @@ def test_the_target_chooses_the_range():
     wide = (Rule(".*", weight=Spec(8, narrow_range=False), input=A8),)
     (fitted,) = targets.fit(wide, "litert")
     assert fitted.weight.format.narrow_range and fitted.input == A8
+    signed = (Rule(".*", input=Spec(8)), Rule(".*", input=Spec(16, signed=False, symmetric=False)))
+    fitted = [rule.input for rule in targets.fit(signed, "litert")]
+    assert [(s.signed, s.symmetric, s.format.narrow_range) for s in fitted] == [
+        (True, True, False)
+    ] * 2
+    targets.check([Rule(".*", input=s) for s in fitted], "litert")
 
 
 @pytest.mark.parametrize("preset", ["w8a8", "w8a8:integer", "w8a8:fused", "w8a8:static"])
@@ -67,7 +73,13 @@ def test_presets_fit_an_engine_of_symmetric_activations(preset):
         ("tensorrt", Rule("a", weight=W8, input=A8), r"\('a'\).input is affine; tensorrt takes"),
         ("tensorrt", Rule("a", weight=W8, output=Spec(8, signed=False)), "output is unsigned"),
         ("tensorrt", Rule("a", weight=Spec(4), input=Spec(8)), "4 bits; tensorrt takes 8"),
-        ("litert", Rule("a", weight=Spec(2), input=A8), "weight has 2 bits; litert takes 8"),
+        ("litert", Rule("a", weight=Spec(9), input=A8), "weight has 9 bits; litert takes 2, 3"),
+        ("litert", Rule("a", input=Spec(12)), "input has 12 bits; litert takes 2, 3"),
+        (
+            "litert",
+            Rule("a", input=Spec(16, symmetric=False)),
+            "affine; litert takes signed activations of 16 bits",
+        ),
         ("litert", Rule("a", weight=Spec(8, symmetric=False), input=A8), "affine; litert takes"),
         ("litert", Rule("a", weight=Spec(8, narrow_range=False)), "narrow_range=False; litert"),
         ("tensorrt", Rule("a", weight=Spec(8, granularity=32)), "granularity 32; tensorrt takes"),
@@ -232,7 +244,6 @@ def transformer():
     [
         {"target": "onnxruntime-x86-vnni"},
         {"target": "openvino-cpu-vnni"},
-        {"target": "litert"},
         {"target": "tensorrt"},
         {"target": "openvino-cpu-vnni", "activations": "int8"},
         {"target": "onnxruntime-x86-vnni", "activations": "own"},

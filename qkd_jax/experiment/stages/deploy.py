@@ -57,9 +57,9 @@ def deploy_nets(
 
     `latency_rounds` runs of each engine and batch size are timed in turns; 0 times nothing.
     `target` is a key of `deploy.targets.TARGETS` (the config's own `target` where it is empty): it
-    chooses the form of the ONNX file, refuses what would go wrong there, and writes
-    `<net>_target.json`, which says what stays in float and what cannot be made here. `"host"` warns
-    of 8-bit weights that saturate if this machine is an x86 without VNNI.
+    chooses the form of the ONNX file, or writes `<net>.tflite` beside it, refuses what would go
+    wrong there, and writes `<net>_target.json`, which says what stays in float and what cannot be
+    made here. `"host"` warns of 8-bit weights that saturate if this machine is an x86 without VNNI.
     """
     target = target or run.settings["target"]
     for name in nets:
@@ -120,6 +120,9 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
     deploy.to_onnx(net, before or _floats(variables), images, path_float)
     onnx_bytes = deploy.stamp_onnx(path, description)
     deploy.stamp_onnx(path_float, description)
+    if takes is not None and takes.file == "tflite":
+        options = dict(description=description)
+        deploy.to_tflite(net, variables, images, folder / f"{name}.tflite", **options)
     made = folder / f"{name}_target.json"
     made.unlink(missing_ok=True)  # it may speak of an earlier export
     if takes is not None:
@@ -191,6 +194,8 @@ def _made(folder: Path, name: str, target: str, written: deploy.OnnxFile) -> dic
     path = written.path
     if takes.file == "stablehlo":
         path = folder / name / "model.stablehlo"
+    elif takes.file == "tflite":
+        path = folder / f"{name}.tflite"
     found: dict[str, Any] = {
         "target": target,
         "file": str(path.relative_to(folder)),
@@ -205,6 +210,10 @@ def _made(folder: Path, name: str, target: str, written: deploy.OnnxFile) -> dic
         kernels = deploy.kernel_report(path, takes.engine)
         found["integer_products"] = list(kernels.integer)
         found["float_products"] = list(kernels.floating)
+    elif takes.engine == "litert":
+        ran = deploy.litert_report(path)
+        found["integer_operations"] = list(ran.integer)
+        found["float_operations"] = list(ran.floating)
     return found
 
 
