@@ -89,7 +89,7 @@ def test_presets_fit_an_engine_of_symmetric_activations(preset):
             Rule("a", weight=Spec(7), input=Spec(8, dynamic=True, granularity="token")),
             "input finds its range at run time",
         ),
-        ("litert", Rule("a", weight=Spec(4, quantizer="codebook")), "'uniform' with 8 bits"),
+        ("litert", Rule("a", weight=Spec(4, quantizer="codebook")), "'uniform' with 4 bits"),
         (
             "openvino-cpu",
             Rule("a", input=Spec(8, quantizer="float", dynamic=True, granularity="token")),
