@@ -7,6 +7,10 @@ Every row is a net of its own that starts from the float net, and only weights a
 layers of them: to nearest on whole ranges; on ranges of the least squared error; `hqq`, without
 data; `awq`; `propagate_errors`; `gptq` in the order of columns, by activation order, behind
 `awq`, and with the errors of earlier layers propagated.
+
+Expect, on the digits, 3 seeds: 90 s a run on two cores of an Intel Xeon beside other work; float
+94.14 +- 0.75 % top-1, at 2 bits 68.45 +- 2.92 by nearest rounding, 86.68 +- 2.48 by hqq,
+87.17 +- 3.07 by gptq, 93.08 +- 1.08 with propagation (docs/results.md).
 """
 
 from typing import Any
