@@ -9,16 +9,17 @@ and of the file on test images of our split, the share of equal argmaxes, and mi
 """
 
 import argparse
+import importlib.metadata
 import pathlib
 import platform
 import tempfile
 import time
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 import tensorflow_datasets as tfds
-from ai_edge_litert import __version__
 
 from qkd_jax.deploy import litert_report, open_tflite, tflite_interpreter, to_tflite
 from qkd_jax.losses import ce
@@ -30,7 +31,7 @@ from qkd_jax.quantize.calibration import calibrate
 
 def examples(split, count):
     """Normalised images [count, 28, 28, 1] and labels of the first examples of a split."""
-    source = tfds.data_source("fashion_mnist", split=split)
+    source: Any = tfds.data_source("fashion_mnist", split=split)
     order = np.random.default_rng(0).permutation(len(source))[:count]
     rows = [source[int(i)] for i in order]
     images = np.stack([r["image"] for r in rows]).astype(np.float32)
@@ -88,7 +89,7 @@ def main():
         rounded = np.concatenate([np.asarray(apply(deployed, p)) for p in parts])
         theirs = np.concatenate([run(p)[0] for p in parts])
         top1 = lambda logits: 100 * np.mean(logits.argmax(-1) == wanted)
-        print(f"{given.model}, {given.images} images, ai-edge-litert {__version__}, "
+        print(f"{given.model}, {given.images} images, ai-edge-litert {importlib.metadata.version('ai-edge-litert')}, "
               f"{platform.processor() or platform.machine()}")  # fmt: skip
         print(f"top-1 %: fake quantization {top1(ours):.2f}, with integer biases "
               f"{top1(rounded):.2f}, LiteRT {top1(theirs):.2f}")  # fmt: skip
