@@ -89,8 +89,9 @@ def main():
         rounded = np.concatenate([np.asarray(apply(deployed, p)) for p in parts])
         theirs = np.concatenate([run(p)[0] for p in parts])
         top1 = lambda logits: 100 * np.mean(logits.argmax(-1) == wanted)
-        print(f"{given.model}, {given.images} images, ai-edge-litert {importlib.metadata.version('ai-edge-litert')}, "
-              f"{platform.processor() or platform.machine()}")  # fmt: skip
+        version = importlib.metadata.version("ai-edge-litert")
+        print(f"{given.model}, {given.images} images, ai-edge-litert {version}")
+        print(f"on {platform.processor() or platform.machine()}")
         print(f"top-1 %: fake quantization {top1(ours):.2f}, with integer biases "
               f"{top1(rounded):.2f}, LiteRT {top1(theirs):.2f}")  # fmt: skip
         same = 100 * np.mean(rounded.argmax(-1) == theirs.argmax(-1))
