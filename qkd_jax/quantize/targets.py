@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qkd_jax import checks
-from qkd_jax.numerics import Spec
+from qkd_jax.numerics import Spec, scale_format
 from qkd_jax.quantize.rules import Rule
 from qkd_jax.quantize.variables import OPERANDS
 from qkd_jax.quantizers import code_format, is_uniform
@@ -40,8 +40,9 @@ class Target:
             `fit` gives signed ones their lowest code; a narrower range costs a pass over the codes.
         weight_granularity: "channel" (one scale per output channel), "tensor", "group" (a number of
             neighbours along the sum).
-        code_operands: whether operands whose scales are known beforehand may be codes of no uniform
-            grid, small floats and codebooks: products with them run in float.
+        code_operands: whether operands may be codes of no uniform grid (small floats, codebooks),
+            and where `dynamic`, inputs such floats or in blocks with scales of 8 bits (MX, NVFP4):
+            products with them run in float.
         any_grid: whether operands may lie on grids that are not uniform (floats, code books) or
             have scales in groups, weights ranges of every call: products with them run in float.
         reduce_range: 8-bit weights are given 7 bits, because full-range ones saturate.
@@ -290,7 +291,7 @@ def _check_spec(where: str, operand: str, spec: Spec, takes: Target, target: str
     grouped = weight and isinstance(spec.granularity, int) and "group" in takes.weight_granularity
     allowed = takes.weight_bits if weight else takes.input_bits
     if not is_uniform(spec) and not takes.any_grid:
-        if takes.code_operands and not spec.dynamic:
+        if takes.code_operands and not (spec.dynamic and (weight or not takes.dynamic)):
             return
         nearest = min(allowed, key=lambda bits: (abs(bits - spec.bits), -bits))
         raise ValueError(
@@ -312,7 +313,8 @@ def _check_spec(where: str, operand: str, spec: Spec, takes: Target, target: str
             f"{'weights' if weight else 'ranges'} that are known beforehand. Use dynamic=False and "
             "calibrate."
         )
-    if not weight and isinstance(spec.granularity, int):
+    rounded = takes.code_operands and scale_format(spec) in ("e8m0", "e4m3fn")
+    if not weight and isinstance(spec.granularity, int) and not rounded:
         raise ValueError(
             f"{where} has blocks of {spec.granularity}, each with a scale of its own; {target} "
             "scales sums once. Use granularity='tensor' or 'token'."

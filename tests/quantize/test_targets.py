@@ -116,6 +116,14 @@ def test_engines_take_groups_and_codes_of_no_uniform_grid(target):
     targets.check([*rules, Rule("a", input=Spec(8, quantizer="float"))], target)
 
 
+def test_onnxruntime_takes_inputs_in_blocks_of_rounded_scales():
+    mx = Spec(8, granularity=32, dynamic=True, options={"scale_format": "e8m0"})
+    targets.check([Rule("a", input=mx)], "onnxruntime-x86")
+    plain = dataclasses.replace(mx, options={})
+    with pytest.raises(ValueError, match="blocks of 32"):
+        targets.check([Rule("a", input=plain)], "onnxruntime-x86")
+
+
 @pytest.mark.parametrize(
     ("target", "rounded"),
     [("onnxruntime-x86-vnni", True), ("openvino-cpu-vnni", False), (None, False)],

@@ -1,19 +1,33 @@
-"""Activations on a floating-point grid in ONNX, written out in float32 arithmetic.
+"""Activations on a floating-point grid, or in blocks with rounded scales (MX, NVFP4), in ONNX.
 
-Engines have no kernels that compute on such codes, and their own conversions to them differ from
-engine to engine; what stands here is `FloatFormat.fake_cast`, operation by operation.
+They are written out in float32 arithmetic: engines have no kernels that compute on such codes, and
+not all of them have the conversions. What stands here is `FloatFormat.fake_cast` and
+`numerics.scale_params`, operation by operation.
 """
 
 import dataclasses
 import math
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from qkd_jax.deploy.graph_values import unsupported
 from qkd_jax.deploy.onnx.context import Export
 from qkd_jax.deploy.onnx.writer import Tensor
 from qkd_jax.graph import Node
-from qkd_jax.numerics import FloatFormat, Grid, check_scale
-from qkd_jax.quantize.traced import known_params, named
+from qkd_jax.numerics import (
+    FLOAT_FORMATS,
+    MIN_SCALE,
+    TENSOR_SCALE,
+    FloatFormat,
+    Grid,
+    Spec,
+    check_scale,
+    scale_format,
+)
+from qkd_jax.numerics.scale_formats import HIGHEST_EXPONENT, LOWEST_EXPONENT
+from qkd_jax.quantize.traced import known_params, named, own_axes, quantizer_params
 from qkd_jax.quantizers import code_grid
 
 LARGEST_BITS = 8
@@ -55,6 +69,95 @@ def write_float(export: Export, node: Node, format: FloatFormat) -> Tensor:
         cast = write_cast(export, node, units, format)
         export.grids[key] = export.add("Mul", [cast, number(scale)], node)
     return dataclasses.replace(x, name=export.grids[key])
+
+
+def has_own_scale(export: Export, node: Node) -> bool:
+    """Whether a dynamic range is one of floats, in blocks, or has scales in another format."""
+    spec = export.traced.spec(node)
+    in_blocks = node.params["group"] is not None
+    return spec.quantizer == "float" or in_blocks or scale_format(spec) != "float32"
+
+
+def write_dynamic(export: Export, node: Node) -> Tensor:
+    """Writes a quantizer whose scales are found at run time: one for each block, row or tensor.
+
+        far = max|x|;  scale = far / highest, as the scale format has it;  cast(x / scale) * scale
+
+    Raises:
+        ValueError: a spec that has a zero point, other scales, or another rounding.
+    """
+    spec, where = export.traced.spec(node), named(export.traced, node)
+    name = scale_format(spec)
+    elements = spec.format if spec.quantizer == "uniform" else _elements(spec)
+    plain = spec.rounding == "even" and not spec.power_of_two and spec.symmetric and spec.signed
+    own = name in ("e8m0", "e4m3fn") and spec.scaling != "qmax_half"
+    if (
+        elements is None
+        or not plain
+        or not (own or (name == "float32" and elements != spec.format))
+    ):
+        raise ValueError(
+            f"{where} has a dynamic range in blocks, or scales in {name}; to_onnx writes those of "
+            "quantizer='float', and of 'uniform' with scale_format 'e8m0' or 'e4m3fn', signed, "
+            "symmetric and rounded to the nearest. Use one of these, or granularity='token'."
+        )
+    writer = export.writer
+    add = lambda op, *inputs: export.add(op, list(inputs), node)
+    number = lambda value: writer.constant(np.float32(value), "number")
+    x = writer.plain(export.tensors[node.inputs[0]], node.scope)
+    shape, given = list(x.shape), x.name
+    if node.params["group"] is not None:
+        axis, size = node.params["group"]
+        if shape.count(-1) > 1:
+            raise unsupported(node, "the batch is in several of its axes")
+        shape[axis : axis + 1] = [shape[axis] // size, size]
+        given = add("Reshape", given, writer.shape_constant(shape))
+    axes = own_axes(node)
+    reduced = [axis for axis in range(len(shape)) if axis not in axes]
+    far = export.add_reduced("ReduceMax", add("Abs", given), reduced, node)
+    second = None
+    if name == "e4m3fn":
+        kept = quantizer_params(export.traced, node)[TENSOR_SCALE]
+        second = np.float32(np.asarray(kept).reshape(()))
+    scale = _scale(export, node, far, elements.max, name, second)
+    units = add("Mul", given, add("Div", number(1), add("Max", scale, number(MIN_SCALE))))
+    if isinstance(elements, FloatFormat):
+        values = write_cast(export, node, units, elements)
+    else:
+        values = add("Clip", add("Round", units), number(elements.qmin), number(elements.qmax))
+    real = add("Mul", values, scale)
+    if node.params["group"] is not None:
+        real = add("Reshape", real, writer.shape_constant(x.shape))
+    return dataclasses.replace(x, name=real)
+
+
+def _elements(spec: Spec) -> FloatFormat | None:
+    params: Any = {"scale": jnp.float32(1)}
+    grid = code_grid(params, spec) if spec.quantizer == "float" else None
+    return None if grid is None else grid.format
+
+
+def _scale(
+    export: Export, node: Node, far: str, highest: float, name: str, second: np.float32 | None
+) -> str:
+    """Writes `numerics.scale_params`; `second` is the number of two-level scales."""
+    add = lambda op, *inputs: export.add(op, list(inputs), node)
+    number = lambda value: export.writer.constant(np.float32(value), "number")
+    is_zero, one = add("Equal", far, number(0)), number(1)
+    if name == "e8m0":
+        top = math.floor(math.log2(highest))
+        power = write_power_below(export, node, far, LOWEST_EXPONENT + top, HIGHEST_EXPONENT)
+        return add("Where", is_zero, one, add("Mul", power, number(2.0**-top)))
+    # As XLA compiles a division by a constant.
+    scale = add("Mul", far, number(np.float32(1) / np.float32(highest)))
+    if second is None:
+        return add("Where", is_zero, one, add("Max", scale, number(MIN_SCALE)))
+    small = FLOAT_FORMATS["e4m3fn"]
+    whole = number(max(second, np.float32(2.0**LOWEST_EXPONENT / small.smallest)))
+    block = write_cast(
+        export, node, add("Max", add("Div", scale, whole), number(small.smallest)), small
+    )
+    return add("Mul", add("Where", is_zero, one, block), whole)
 
 
 def write_cast(export: Export, node: Node, name: str, format: FloatFormat) -> str:

@@ -18,10 +18,15 @@ from typing import Any
 import numpy as np
 
 from qkd_jax.deploy.onnx.context import Dequantized, DynamicRange, Export
-from qkd_jax.deploy.onnx.quantize_float import float_format, write_float
+from qkd_jax.deploy.onnx.quantize_float import (
+    float_format,
+    has_own_scale,
+    write_dynamic,
+    write_float,
+)
 from qkd_jax.deploy.onnx.writer import Tensor, Writer
 from qkd_jax.graph import Node
-from qkd_jax.numerics import MIN_SCALE, Grid, scale_format
+from qkd_jax.numerics import MIN_SCALE, Grid
 from qkd_jax.quantize.dynamic_grids import dynamic_grid
 from qkd_jax.quantize.traced import grid_of, is_dynamic, quantizer_params
 from qkd_jax.quantizers import QUANTIZERS, facts
@@ -37,7 +42,8 @@ def write_quantizer(export: Export, node: Node) -> Tensor:
     to its ends comes first. A ReLU in front of a Clip at 0 does nothing and is left out.
     """
     if is_dynamic(export.traced, node):
-        return _write_dynamic(export, node)
+        own = has_own_scale(export, node)
+        return write_dynamic(export, node) if own else _write_dynamic(export, node)
     format = float_format(export, node)
     if format is not None:
         return write_float(export, node, format)
@@ -68,8 +74,7 @@ def _write_dynamic(export: Export, node: Node) -> Tensor:
     """Writes a quantizer with a dynamic range, operation by operation."""
     format, axes = dynamic_grid(export.traced, node)
     spec, path = export.traced.spec(node), node.params["path"]
-    own_scale = spec.power_of_two or scale_format(spec) != "float32"
-    if not facts(spec.quantizer).range_grid or own_scale or spec.rounding == "away":
+    if not facts(spec.quantizer).range_grid or spec.power_of_two or spec.rounding == "away":
         raise ValueError(
             f"the {node.params['operand']} of {path!r} has a dynamic range ({spec.label}); to_onnx "
             "writes such ranges for quantizer='uniform' with a scale of any size, rounded half to "
