@@ -102,7 +102,7 @@ def scale_params(
     if name == "e4m3fn":
         small = FLOAT_FORMATS["e4m3fn"]
         if tensor_scale is None:
-            tensor_scale = guarded(jnp.max(scale) / small.max)
+            tensor_scale = guarded(jnp.max(far) / (small.max * highest))
         tensor_scale = jnp.broadcast_to(tensor_scale, far.shape).astype(far.dtype)
         # The product of both is at least MIN_SCALE then.
         tensor_scale = jnp.maximum(tensor_scale, 2.0**LOWEST_EXPONENT / small.smallest)
