@@ -209,6 +209,8 @@ def preset_table() -> str:
             words.append(f"per {fields['granularity']}")
         if fields.get("narrow_range"):
             words.append("narrow range")
+        if "scale_format" in fields.get("options", {}):
+            words.append(f"{fields['options']['scale_format']} scales")
         if fields.get("dynamic"):
             words.append("dynamic range")
         return ", ".join(words)

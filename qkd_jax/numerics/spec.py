@@ -168,6 +168,8 @@ class Spec:
             words.append(f"per group of {self.granularity}")
         elif self.granularity != "tensor":
             words.append(f"per {self.granularity}")
+        if self.option("scale_format", "float32") != "float32":
+            words.append(f"with {self.option('scale_format', '')} scales")
         return " ".join(words)
 
 

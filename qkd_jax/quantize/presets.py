@@ -131,6 +131,28 @@ def weight_only(bits: int, *, granularity: str | int = "channel") -> RuleDicts:
     return (dict(pattern=".*", weight=dict(bits=bits, granularity=granularity)),)
 
 
+def block_scaled(bits: int, scale_format: str, *, size: int, quantizer: str = "float") -> RuleDicts:
+    """Rules of weights and inputs in blocks with small scales: MX and NVFP4.
+
+    The blocks of inputs have scales of every call. Fitted to a model, layers whose contraction axis
+    the blocks do not divide have one scale a channel and a token, and attention's own products stay
+    in float.
+
+    Args:
+        bits: of an element.
+        scale_format: "e8m0" (MX) or "e4m3fn" (NVFP4).
+        size: of a block, 32 for MX and 16 for NVFP4.
+        quantizer: "float", or "uniform" for MXINT8.
+    """
+    spec = dict(
+        bits=bits,
+        quantizer=quantizer,
+        granularity=size,
+        options={"scale_format": scale_format},
+    )
+    return (dict(pattern=".*", weight=spec, input=spec | dict(dynamic=True)),)
+
+
 PRESETS: dict[str, RuleDicts] = {
     "dynamic": post_training(8, 8, dynamic=True),
     "static": post_training(8, 8),
@@ -143,6 +165,12 @@ PRESETS: dict[str, RuleDicts] = {
         ),
     ),
     "int4_weight_only": weight_only(4, granularity=32),
+    "nf4": (dict(pattern=".*", weight=dict(bits=4, quantizer="codebook", granularity=64)),),
+    "mxfp8": block_scaled(8, "e8m0", size=32),
+    "mxfp6": block_scaled(6, "e8m0", size=32),
+    "mxfp4": block_scaled(4, "e8m0", size=32),
+    "mxint8": block_scaled(8, "e8m0", size=32, quantizer="uniform"),
+    "nvfp4": block_scaled(4, "e4m3fn", size=16),
     "float": (),
     "w8a8": low_bit(8, 8),
     "w4a4": low_bit(4, 4),
@@ -316,11 +344,21 @@ def _signed(fields: Mapping[str, Any], layer: LayerInputs) -> dict[str, Any]:
 
 
 def _grouped(fields: dict[str, Any], summed: int | None) -> dict[str, Any]:
-    """A rule's fields for one layer, per channel where its groups do not fit the weight."""
-    size = (fields.get("weight") or {}).get("granularity")
-    if summed is None or not isinstance(size, int) or (summed and summed % size == 0):
-        return fields
-    return {**fields, "weight": {**fields["weight"], "granularity": "channel"}}
+    """A rule's fields for one layer, whose groups do not fit: per channel, and inputs per token.
+
+    `summed` is None for attention's products, which have no weight: blocks leave them in float.
+    """
+    fitted = dict(fields)
+    for operand, otherwise in (("weight", "channel"), ("input", "token")):
+        spec = fields.get(operand) or {}
+        size = spec.get("granularity")
+        if not isinstance(size, int) or (summed and summed % size == 0):
+            continue
+        if summed is not None:
+            fitted[operand] = {**spec, "granularity": otherwise}
+        elif operand == "input":
+            fitted.update(input=None, weight=None)
+    return fitted
 
 
 def _granularity(name: str, text: str) -> str | int:

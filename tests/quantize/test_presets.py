@@ -4,8 +4,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import small_nets
 
 import qkd_jax as qk
+from qkd_jax import models
 from qkd_jax.quantize import presets
 from qkd_jax.quantize.presets import PRESETS, pair
 from qkd_jax.quantizers import QUANTIZERS
@@ -25,6 +27,7 @@ class Net(nn.Module):
         return nn.Dense(10, name="head")(x.mean((1, 2)))
 
 
+BLOCKS = ("nf4", "mxfp8", "mxfp6", "mxint8")
 ONE_END = Net(stem="conv1")  # has the usual name
 
 
@@ -92,6 +95,31 @@ def test_fp8_keeps_a_net_and_converts():
     np.testing.assert_array_equal(
         qk.integer_apply(integer, IMAGES), jax.jit(net.apply)(variables, IMAGES)
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["mxfp4", "nvfp4", *(pytest.param(n, marks=pytest.mark.slow) for n in BLOCKS)]
+)
+def test_blocks_fit_a_model_and_are_converted(name):
+    """A patch of 12 pixels has no blocks of 16; attention's products stay in float."""
+    model = models.create("vit", 3, depth=1, width=32, heads=2)
+    images = np.random.default_rng(0).normal(0, 1, (16, 12, 12, 1)).astype(np.float32)
+    net = qk.quantize(model, presets.rules(name, model=model, images=images))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), images)
+    variables = qk.calibrate(net, small_nets.trained_like(shapes), [images])
+    size = {"nvfp4": 16, "nf4": 64}.get(name, 32)
+    weight, inputs = (net.spec_of("block0/mlp2", operand) for operand in ("weight", "input"))
+    assert weight.granularity == size and (inputs is None or inputs.granularity == size)
+    stem = net.spec_of("stem", "weight")
+    assert stem.granularity == "channel"
+    assert net.spec_of("block0/attention/query_key", "input") is None
+    integer = qk.convert(net, variables, images)
+    np.testing.assert_array_equal(
+        qk.integer_apply(integer, images), jax.jit(net.apply)(variables, images)
+    )
+    floats = net.apply({**variables, "quant": {}}, images)
+    gap = np.linalg.norm(net.apply(variables, images) - floats) / np.linalg.norm(floats)
+    assert 0 < gap < 0.5
 
 
 def test_weight_only_leaves_every_product_in_float():
