@@ -112,7 +112,9 @@ def commands() -> list[str]:
     found: list[str] = []
     for page in PAGES:
         text = page.read_text()
-        shell = re.findall(r"^```(?:bash)?\n(.*?)^```", text, flags=re.M | re.S)
+        # Fences in pairs, whatever their language: else the end of one block opens the next.
+        blocks = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, flags=re.M | re.S)
+        shell = [block for language, block in blocks if language in ("", "bash")]
         lines = [line for block in shell for line in block.replace("\\\n", "").splitlines()]
         lines += [" ".join(code.split()) for code in re.findall(r"`(python [^`]+)`", text)]
         calls = filter(None, map(command_of, lines))
