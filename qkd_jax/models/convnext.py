@@ -77,8 +77,9 @@ class ConvNeXt(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False, head: bool = True) -> jax.Array:
         """Computes the logits; see the contract in `qkd_jax.models`.
 
-        Maps that 4 or 2 do not divide are padded with zeros (the references cut off the rest).
-        `train` changes nothing, as there is no dropout and no BatchNorm.
+        Rows and columns that 4 or 2 do not divide are cut off at the end, as the references do; a
+        map smaller than the window is padded with zeros. `train` changes nothing, as there is no
+        dropout and no BatchNorm.
         """
         checks.images("images", images)
         checks.at_least_one("blocks", self.blocks)
@@ -107,9 +108,11 @@ class ConvNeXt(nn.Module):
 
     def _conv(self, x: jax.Array, stage: int, name: str) -> jax.Array:
         """Patches without overlap: 4x4 in the stem, 2x2 between the stages."""
-        size = (4, 4) if name == "stem" else (2, 2)
-        width = self.widths[stage - 1]
-        return nn.Conv(width, size, size, padding="SAME", dtype=self.dtype, name=name)(x)
+        edge = 4 if name == "stem" else 2
+        lacking = [max(0, edge - n) for n in x.shape[1:3]]
+        padding = [(n // 2, n - n // 2) for n in lacking]
+        size, width = (edge, edge), self.widths[stage - 1]
+        return nn.Conv(width, size, size, padding=padding, dtype=self.dtype, name=name)(x)
 
     def _norm(self, x: jax.Array, name: str, epsilon: float) -> jax.Array:
         return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, name=name)(x)

@@ -2,7 +2,8 @@
 
 Reference: Howard et al., 2019, arXiv 1905.02244, tables 1 and 2. Layer names and numbers (padding,
 roundings, activations) are such that a checkpoint of torchvision or timm gives the same logits;
-`qkd_jax.weights` reads one. They differ in BatchNorm's epsilon alone: 1e-3 and 1e-5.
+`qkd_jax.weights` reads one. They differ in BatchNorm's epsilon, 1e-3 and 1e-5, and timm's `tf_*`
+nets, whose weights come from TensorFlow, in padding.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qkd_jax import checks
-from qkd_jax.models.components import ONE_PIXEL, conv_and_norm, logits_of
+from qkd_jax.models.components import conv_and_norm, logits_of
 from qkd_jax.models.features import Activation, sow_feature
 
 # Of each block: kernel, hidden channels, channels out, gate, activation, stride. A stage begins
@@ -51,6 +52,7 @@ LARGE: tuple[tuple[Row, ...], ...] = (
     ),
 )
 TABLES = {"small": (SMALL, 576, 1024), "large": (LARGE, 960, 1280)}  # blocks, `last`, `last_dense`
+PADDINGS = ("equal", "same")
 _ACTIVATIONS = {"relu": nn.relu, "hard_swish": nn.hard_swish}
 
 
@@ -59,6 +61,11 @@ def squeezed(channels: int) -> int:
     quarter = channels // 4
     near = max(8, (quarter + 4) // 8 * 8)
     return near + 8 if near < 0.9 * quarter else near
+
+
+def _padding(kind: str, kernel: int) -> Any:
+    """Zeros around a map: as many on every side, or TensorFlow's, fewer at the start."""
+    return "SAME" if kind == "same" else ((kernel // 2,) * 2,) * 2
 
 
 class Gate(nn.Module):
@@ -93,6 +100,7 @@ class GatedResidual(nn.Module):
         gate: whether it is followed by a `Gate`.
         activation: "relu" or "hard_swish".
         epsilon: of the BatchNorms.
+        padding: "equal" or "same".
     """
 
     width: int
@@ -104,6 +112,7 @@ class GatedResidual(nn.Module):
     epsilon: float = 1e-3
     dtype: Any = None
     axis_name: str | None = None
+    padding: str = "equal"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -118,7 +127,7 @@ class GatedResidual(nn.Module):
             self.hidden,
             (self.kernel, self.kernel),
             strides=(self.stride, self.stride),
-            padding=((self.kernel // 2,) * 2,) * 2,
+            padding=_padding(self.padding, self.kernel),
             feature_group_count=self.hidden,
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
             name="depthwise",
@@ -145,6 +154,9 @@ class MobileNetV3(nn.Module):
         size: "small" or "large".
         depth: stages that are built; None for all. Fewer make a net for tests.
         epsilon: of the BatchNorms: 1e-3 in torchvision and the paper's code, 1e-5 in timm's own.
+        padding: of the convolutions that are larger than 1x1: "equal", as much on every side, or
+            "same", TensorFlow's, which puts less at the start of an even map under stride 2 (timm's
+            `tf_mobilenetv3_*`).
     """
 
     num_classes: int = 1000
@@ -153,18 +165,20 @@ class MobileNetV3(nn.Module):
     epsilon: float = 1e-3
     dtype: Any = None
     axis_name: str | None = None
+    padding: str = "equal"
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, head: bool = True) -> jax.Array:
         """Computes the logits of images of any size; see the contract in `qkd_jax.models`."""
         checks.one_of("size", self.size, tuple(TABLES))
+        checks.one_of("padding", self.padding, PADDINGS)
         checks.positive("epsilon", self.epsilon)
         stages, last, last_dense = TABLES[self.size]
         if self.depth is not None:
             checks.integer_in("depth", self.depth, 1, len(stages))
         checks.images("images", images)
         conv, norm = conv_and_norm(self, train)
-        x = conv(16, (3, 3), strides=(2, 2), padding=ONE_PIXEL, name="stem")(images)
+        x = conv(16, (3, 3), strides=(2, 2), padding=_padding(self.padding, 3), name="stem")(images)
         x = norm(epsilon=self.epsilon, name="stem_bn")(x)
         x = Activation(nn.hard_swish, name="stem_act")(x)
         for stage, rows in enumerate(stages[: self.depth], start=1):
@@ -179,6 +193,7 @@ class MobileNetV3(nn.Module):
                     self.epsilon,
                     self.dtype,
                     self.axis_name,
+                    self.padding,
                     name=f"stage{stage}_block{block}",
                 )(x, train)
             sow_feature(self, f"stage{stage}_pre", x)  # a linear bottleneck has no activation

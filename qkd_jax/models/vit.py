@@ -85,7 +85,8 @@ class ViT(nn.Module):
         depth: number of blocks.
         width: size of a token.
         heads: attention heads; they divide the width.
-        mlp_ratio: hidden size of the perceptrons, in widths.
+        mlp_ratio: hidden size of the perceptrons, in widths; a product that is no integer is
+            cut to one, as timm does (SigLIP's so400m: 3.7362 of 1152 is 4304).
         pool: what goes to the head: "mean" over the patches' tokens, a learned "class" token,
             "class_mean", both side by side (DINOv2's classifier), or "attention" (SigLIP).
         gelu: "tanh" (linen's) or "exact" (PyTorch's).
@@ -107,7 +108,7 @@ class ViT(nn.Module):
     depth: int = 4
     width: int = 64
     heads: int = 4
-    mlp_ratio: int = 2
+    mlp_ratio: float = 2
     pool: str = "mean"
     dtype: Any = None
     gelu: str = "tanh"
@@ -133,7 +134,7 @@ class ViT(nn.Module):
         rows, columns = x.shape[1:3]
         x, prefix = self._with_tokens(x.reshape(x.shape[0], -1, self.width), rows, columns)
         rotary = (rows, columns) if self.positions == "rotary" else None
-        hidden = self.mlp_ratio * self.width
+        hidden = self._hidden()
         for block in range(self.depth):
             x = TransformerBlock(
                 self.heads,
@@ -155,10 +156,15 @@ class ViT(nn.Module):
         head = nn.Dense(self.num_classes, dtype=self.dtype, name="head_distilled")
         return (logits + head(x[:, 1]).astype(logits.dtype)) / 2
 
+    def _hidden(self) -> int:
+        return int(self.mlp_ratio * self.width + 1e-3)  # 4304 / 1152 to six digits is 4304, too
+
     def _check(self, images: jax.Array) -> None:
         checks.images("images", images)
-        for name in ("patch", "depth", "width", "heads", "mlp_ratio"):
+        for name in ("patch", "depth", "width", "heads"):
             checks.integer_in(name, getattr(self, name), 1)
+        checks.number("mlp_ratio", self.mlp_ratio, low=0)
+        checks.integer_in("the hidden size, mlp_ratio * width,", self._hidden(), 1)
         checks.integer_in("registers", self.registers, 0)
         checks.one_of("pool", self.pool, POOLS)
         checks.one_of("gelu", self.gelu, GELUS)

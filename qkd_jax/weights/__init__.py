@@ -22,7 +22,14 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.record.restoring import check_folder, first_line, read_latest
 from qkd_jax.trees import flatten, nested
-from qkd_jax.weights.files import damaged, npz_bytes, read_npz, read_safetensors, safetensors_bytes
+from qkd_jax.weights.files import (
+    damaged,
+    npz_bytes,
+    read_npz,
+    read_safetensors,
+    read_sharded,
+    safetensors_bytes,
+)
 from qkd_jax.weights.layouts import from_torch, is_torch, to_torch
 from qkd_jax.weights.other_names import LAYOUTS
 from qkd_jax.whole_files import replace_file
@@ -39,16 +46,20 @@ __all__ = [
 ]
 
 SUFFIXES = (".npz", ".safetensors")
+INDEX = ".safetensors.index.json"
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".pickle")
 COLLECTIONS = ("params", "batch_stats", "quant")
 DEEPEST = 100  # parts of an array's path
 WRITTEN = ("flax", "torch")
-FORMS = "<run folder>#<net>, a .safetensors or .npz file, or the folder of an Orbax checkpoint"
+FORMS = (
+    f"<run folder>#<net>, a .safetensors or .npz file, the {INDEX} of a file in parts, or the "
+    "folder of an Orbax checkpoint"
+)
 
 
 def is_source(text: str) -> bool:
     """Whether a text means a file or folder, and not the name of a net."""
-    return os.sep in text or "#" in text or text.endswith((*SUFFIXES, *PICKLED))
+    return os.sep in text or "#" in text or text.endswith((*SUFFIXES, INDEX, *PICKLED))
 
 
 def load(
@@ -61,8 +72,9 @@ def load(
 
     Args:
         source: "<run folder>#<net>"; a .safetensors or .npz file of flat names
-            ("params/stem/kernel") or of PyTorch's ("layer1.0.conv1.weight", see `from_torch`); or
-            the folder of an Orbax checkpoint of variables.
+            ("params/stem/kernel") or of PyTorch's ("layer1.0.conv1.weight", see `from_torch`); the
+            .safetensors.index.json of a file in parts; or the folder of an Orbax checkpoint of
+            variables.
         layout: of a file of PyTorch's names, a key of `LAYOUTS`; None finds it by the names.
         like: variables of the net that the weights are for, or their shapes (`jax.eval_shape` of
             its `init`). Vision transformers need it where a head has not 64 channels.
@@ -82,6 +94,8 @@ def load(
         return _variables(read_npz(path), path, layout, like)
     if path.endswith(".safetensors"):
         return _variables(read_safetensors(path)[0], path, layout, like)
+    if path.endswith(INDEX):
+        return _variables(read_sharded(path), path, layout, like)
     if (Path(path) / "checkpoints").is_dir():
         return _from_run(path, name)
     if Path(path).is_dir() and not name:
@@ -166,7 +180,11 @@ def _from_orbax(path: str) -> dict[str, Any]:
     inner = folder / "default"  # where a CheckpointManager puts a single item
     folder = inner if inner.is_dir() else folder
     if not (folder / "_METADATA").is_file():
-        raise ValueError(f"{path!r} is neither a run folder nor an Orbax checkpoint; give {FORMS}.")
+        inside = [p.name for p in sorted(folder.iterdir()) if p.name.endswith((*SUFFIXES, INDEX))]
+        hint = f" It has {', '.join(inside[-3:])}: give the path of one." if inside else ""
+        raise ValueError(
+            f"{path!r} is neither a run folder nor an Orbax checkpoint; give {FORMS}.{hint}"
+        )
     try:
         check_folder(folder)
         with ocp.PyTreeCheckpointer() as checkpointer:

@@ -10,6 +10,7 @@ import json
 import math
 import operator
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -80,6 +81,38 @@ def read_safetensors(
         ValueError: no such file, or one that is damaged.
     """
     return parse_safetensors(read_bytes(path), path)
+
+
+def read_sharded(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads the .safetensors files that an index names, `model.safetensors.index.json`.
+
+    The index is {"weight_map": {array's name: file's name}}, as `save_pretrained` writes it; the
+    files lie beside it.
+
+    Raises:
+        ValueError: no such file, one that is damaged, or an array that its file lacks.
+    """
+    try:
+        index = json.loads(read_bytes(path))
+        places = index["weight_map"]
+        files = sorted(set(places.values()))
+        if not files or not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in files):
+            raise ValueError("it must name .safetensors files that lie beside it")
+    # From the bytes' decoder, from JSON's, and for values of other kinds.
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        if not Path(path).is_file():
+            raise
+        raise damaged(path, f"it is no index of shards ({error})") from error
+    arrays: dict[str, np.ndarray] = {}
+    for file in files:
+        shard = read_safetensors(Path(path).with_name(file))[0]
+        wanted = {name for name, place in places.items() if place == file}
+        if shard.keys() != wanted:
+            differ = ", ".join(sorted(shard.keys() ^ wanted)[:5])
+            why = f"{file} and it name different arrays: {differ:.200}"
+            raise damaged(path, why, "get all files of one checkpoint again")
+        arrays |= shard
+    return arrays
 
 
 def parse_safetensors(

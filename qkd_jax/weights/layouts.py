@@ -7,6 +7,7 @@ query, key and value are one dense layer or three there, and have an axis of hea
 of the layers are in `other_names`.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,14 +17,13 @@ import numpy as np
 from qkd_jax import checks
 from qkd_jax.quantize.variables import is_folded
 from qkd_jax.trees import flatten, nested, unboxed
-from qkd_jax.weights.other_names import LAYOUTS, RESNET, Layout
+from qkd_jax.weights.other_names import LACKING, LAYOUTS, RESNET, Layout
 
 # Kind of a layer -> PyTorch's name of an array -> (collection, name here).
 _AFFINE = {"weight": ("params", "kernel"), "bias": ("params", "bias")}
 ARRAYS: dict[str, dict[str, tuple[str, str]]] = {
     "conv": _AFFINE,
     "dense": _AFFINE,
-    "pointwise": _AFFINE,  # a dense layer that is written as a 1x1 convolution
     "heads": _AFFINE,
     "out": _AFFINE,
     "norm": {
@@ -46,7 +46,7 @@ JOINED: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "qkv_bias": {"q_bias": (("query",), "bias"), "v_bias": (("value",), "bias")},
     "kv": {"weight": (_LAST, "kernel"), "bias": (_LAST, "bias")},
 }
-AXES = {"conv": (2, 3, 1, 0), "pointwise": (2, 3, 1, 0)}
+CONV_AXES = (2, 3, 1, 0)
 IGNORED = "num_batches_tracked"
 HEAD_SIZE = 64  # of every published net that the layouts are for
 
@@ -117,14 +117,17 @@ def chosen_layout(arrays: Iterable[str], layout: str | None = None) -> Layout:
     strange = foreign[chosen]
     # Before any shape: a net of another kind may well have a "conv1" of its own.
     if strange or not any(_known(LAYOUTS[chosen], name) for name in names):
+        strange = sorted(strange)
         listed = ", ".join(strange[:5]) + (" ..." if len(strange) > 5 else "")
+        parts = [part for at, part in LACKING.items() if any(re.fullmatch(at, n) for n in strange)]
+        lacking = f" They are of {', '.join(parts)}, which no net here has." if parts else ""
         nearest = f" The nearest layout is {best!r}, {LAYOUTS[best].title};"
-        if len(foreign[best]) == len(names):
+        if 2 * len(foreign[best]) > len(names):
             nearest = f" Layouts are {', '.join(LAYOUTS)};"
         raise ValueError(
             f"{len(strange)} of {len(names)} arrays have names of no known layer: "
-            f"{listed or '(none)'}.{nearest} this is the file of another net, unless these alone "
-            "are strange. Give every array the name of its linen parameter, "
+            f"{listed or '(none)'}.{lacking}{nearest} this is the file of another net, unless "
+            "these alone are strange. Give every array the name of its linen parameter, "
             '"params/<layer>/kernel" and so on, with linen\'s order of axes.'
         )
     return LAYOUTS[chosen]
@@ -183,10 +186,11 @@ def _axes(
     if own != "kernel":
         checks.rank(full, array, 1, "[channels]")
         return array.reshape(_heads(attention, len(array), wanted)) if kind == "heads" else array
-    if kind in AXES:
+    if kind == "conv":
         checks.rank(full, array, 4, "[out, in, height, width]")
-        array = array.transpose(AXES[kind])
-        return array if kind == "conv" else array.reshape(array.shape[2:])
+        return array.transpose(CONV_AXES)
+    if kind == "dense" and array.shape[2:] == (1, 1):  # written as a 1x1 convolution
+        array = array[:, :, 0, 0]
     checks.rank(full, array, 2, "[out, in]")
     array = array.T
     if kind == "heads":
@@ -208,13 +212,26 @@ def _check_positions(flat: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) 
     given, own = flat.get("params/positions"), wanted.get("params/positions")
     if given is None or own is None or tuple(given.shape) == tuple(own.shape):
         return
-    if given.shape[-1] == own.shape[-1]:
-        side = int(given.shape[1] ** 0.5)
-        raise ValueError(
-            f"the file has positions of {given.shape[1]} tokens and the net has "
-            f"{own.shape[1]}. Build the net with grid=<side of the file's grid of patches> "
-            f"({side} here, if they are square), and it resamples them to each image's grid."
-        )
+    tokens = ("params/token", "params/token_distilled", "params/registers")
+    if given.shape[-1] != own.shape[-1] or any((t in flat) != (t in wanted) for t in tokens):
+        return  # `load_float` names the parameters that differ: no grid would help
+    # Of the file's tokens none, those but registers, or all of them may have positions.
+    counts = [flat[token].shape[1] if token in flat else 0 for token in tokens]
+    sides = {n: math.isqrt(max(0, given.shape[1] - n)) for n in (0, sum(counts[:2]), sum(counts))}
+    square = [n for n, side in sides.items() if side and side * side + n == given.shape[1]]
+    fields = {0: ["positions='patches'"], sum(counts[:2]): ["positions='all'"]}
+    if not square:
+        repair = "its grid of patches is not square, or another net's, and no net here has it"
+    elif square[0] not in fields:
+        repair = "registers have positions in it, which no net here has"
+    else:
+        more = fields[square[0]] if counts[0] else []
+        repair = "build the net with " + " and ".join([f"grid={sides[square[0]]}", *more])
+        repair += ", and it resamples them to each image's grid"
+    raise ValueError(
+        f"the file has positions of {given.shape[1]} tokens and the net has {own.shape[1]}; "
+        f"{repair}."
+    )
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -245,7 +262,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         array = np.asarray(array)
         if leaf == "kernel":
             array = np.ascontiguousarray(
-                array.transpose(np.argsort(AXES[kind]) if kind == "conv" else (1, 0))
+                array.transpose(np.argsort(CONV_AXES) if kind == "conv" else (1, 0))
             )
         out[f"{layer}.{back[collection, leaf]}"] = array
     if foreign:

@@ -93,10 +93,10 @@ TIMM_VIT = Layout(
     r"mask_token",
 )
 
-_VIT = r"(?:vit\.|deit\.|dinov2\.|dinov2_with_registers\.)?"
+_VIT = r"(?:vit\.|deit\.|ijepa\.|dinov2\.|dinov2_with_registers\.)?"
 _BLOCK = _VIT + r"encoder\.layer\.(\d+)\."
 HF_VIT = Layout(
-    "Hugging Face's ViT, DeiT and DINOv2",
+    "Hugging Face's ViT, DeiT, I-JEPA and DINOv2",
     (
         (_VIT + r"embeddings\.patch_embeddings\.projection", "stem", "conv"),
         (_BLOCK + r"(?:layernorm_before|norm1)", "block{}/norm1", "layer_norm"),
@@ -161,13 +161,23 @@ HF_SIGLIP = Layout(
         (_SIGLIP + r"head\.attention\.out_proj", "attention_pool/attention/out", "out"),
         (_SIGLIP + r"head\.layernorm", "attention_pool/norm", "layer_norm"),
         (_SIGLIP + r"head\.mlp\.fc([12])", "attention_pool/mlp{}", "dense"),
-        (r"classifier", "head", "dense"),
     ),
     (
         (_SIGLIP + r"embeddings\.position_embedding\.weight", "positions", "tokens"),
         (_SIGLIP + r"head\.probe", "attention_pool/probe", "tokens"),
     ),
     r"text_model\..*|logit_scale|logit_bias|.*position_ids",
+)
+
+# `SiglipForImageClassification` averages the tokens: its files have the pooling, which it ignores.
+HF_SIGLIP_CLASSIFIER = Layout(
+    "Hugging Face's SigLIP with a classifier",
+    (
+        *(row for row in HF_SIGLIP.layers if not row[1].startswith("attention_pool")),
+        (r"classifier", "head", "dense"),
+    ),
+    tuple(row for row in HF_SIGLIP.arrays if not row[1].startswith("attention_pool")),
+    HF_SIGLIP.left_out + r"|" + _SIGLIP + r"head\..*",
 )
 
 _ENCODER = r"encoder\.layers\.encoder_layer_(\d+)\."
@@ -299,7 +309,7 @@ def _mobilenet_v3(library: str, size: str, blocks: tuple[int, ...]) -> Layout:
     if timm:
         end = rf"blocks\.{len(blocks)}\.0\."
         pair(end + "conv", end + "bn1", "last")
-        rows += [("conv_head", "last_dense", "pointwise"), ("classifier", "head", "dense")]
+        rows += [("conv_head", "last_dense", "dense"), ("classifier", "head", "dense")]
     else:
         end = rf"features\.{len(places) + 1}\."
         pair(end + "0", end + "1", "last")
@@ -317,9 +327,19 @@ LAYOUTS: dict[str, Layout] = {
     "hf_vit": HF_VIT,
     "hf_dinov3": HF_DINOV3,
     "hf_siglip": HF_SIGLIP,
+    "hf_siglip_classifier": HF_SIGLIP_CLASSIFIER,
     "hf_convnext": HF_CONVNEXT,
     "torchvision_vit": TORCHVISION_VIT,
     "torchvision_convnext": TORCHVISION_CONVNEXT,
     "torchvision_mobilenet_v3_small": _mobilenet_v3("torchvision", "small", _SMALL),
     "torchvision_mobilenet_v3_large": _mobilenet_v3("torchvision", "large", _LARGE),
+}
+# Names that tell of a part that no net here has -> the part, for messages.
+LACKING: dict[str, str] = {
+    r".*\bgrn\..*": "ConvNeXt V2's response normalization",
+    r".*\.(?:weights_in|weights_out|w12|gate_proj|fc1_g)\..*": "gated (SwiGLU) perceptrons",
+    r".*\b[qk]_norm\..*": "normalized queries and keys",
+    r"fc_norm\..*": "a norm behind the pooling instead of before it",
+    r".*\b(?:pre_layrnorm|norm_pre|pre_logits)\..*": "layers beside the blocks (CLIP, first ViTs)",
+    r".*relative_position.*|.*rel_pos.*": "relative positions",
 }

@@ -32,6 +32,7 @@ from formula_weights import fill
 
 OUT = pathlib.Path(__file__).with_name("vision.json")
 SQUARE, WIDE, LARGE = (2, 3, 32, 32), (2, 3, 24, 48), (2, 3, 64, 64)
+ODD = (2, 3, 43, 75)  # neither 4 nor 2 divide what ConvNeXt cuts into patches
 
 TIMM = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
 HF = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
@@ -88,6 +89,27 @@ NETS = {
         None,
     ),
     "timm_convnext": (lambda: ConvNeXt(dims=(8, 16, 24, 32), **CONVNEXT), LARGE, None),
+    "timm_convnext_odd": (
+        lambda: ConvNeXt(dims=(8, 16, 24, 32), conv_mlp=True, **CONVNEXT),
+        ODD,
+        None,
+    ),
+    "timm_tf_mobilenet_v3_small": (
+        lambda: timm.create_model("tf_mobilenetv3_small_100", num_classes=5),
+        LARGE,
+        None,
+    ),
+    "timm_so400m": (
+        lambda: VisionTransformer(
+            **TIMM,
+            global_pool="map",
+            class_token=False,
+            act_layer="gelu_tanh",
+            mlp_ratio=3.7362,
+        ),
+        SQUARE,
+        None,
+    ),
     "timm_mobilenet_v3_small": (
         lambda: timm.create_model("mobilenetv3_small_100", num_classes=5),
         LARGE,
@@ -101,6 +123,13 @@ NETS = {
     "hf_vit": (
         lambda: transformers.ViTForImageClassification(
             transformers.ViTConfig(**HF, **HIDDEN, num_labels=5)
+        ),
+        SQUARE,
+        "logits",
+    ),
+    "hf_ijepa": (
+        lambda: transformers.IJepaForImageClassification(
+            transformers.IJepaConfig(**HF, **HIDDEN, num_labels=5)
         ),
         SQUARE,
         "logits",

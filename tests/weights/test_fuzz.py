@@ -72,6 +72,17 @@ def test_safetensors(damage, tmp_path):
     assert taken < COUNT / 2  # bits of a weight have no checksum
 
 
+def test_an_index_of_parts(tmp_path):
+    """Bytes and JSON of the index; the parts are files as above."""
+    path = tmp_path / "net.safetensors.index.json"
+    weights.save(tmp_path / "net.safetensors", TREE)
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(SHAPES, "net.safetensors")}))
+    as_json = lambda whole, rng: json.dumps(mutated_json(json.loads(whole), rng)).encode()
+    for damage in (mutated, as_json):
+        found = accepted(path, lambda: weights.load(path), damage=damage, named=tmp_path)
+        assert all(map(fits, found))  # a part must have just the arrays that the index says
+
+
 @pytest.mark.parametrize("damage", [mutated, entry])
 def test_npz(damage, tmp_path):
     path = tmp_path / "net.npz"

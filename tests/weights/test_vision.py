@@ -33,9 +33,13 @@ OURS = {
     "timm_dinov3_no_bias": ("dinov3_small", SMALL | dict(biases=("out",))),
     "timm_siglip": ("siglip_base", SMALL | dict(gelu="exact")),
     "timm_convnext": ("convnext_tiny", NARROW),
+    "timm_so400m": ("siglip_base", SMALL | dict(mlp_ratio=3.7362)),
+    "timm_convnext_odd": ("convnext_tiny", NARROW),
+    "timm_tf_mobilenet_v3_small": ("mobilenet_v3_small", dict(padding="same")),
     "timm_mobilenet_v3_small": ("mobilenet_v3_small", dict(epsilon=1e-5)),
     "timm_mobilenet_v3_large": ("mobilenet_v3_large", dict(epsilon=1e-5)),
     "hf_vit": ("vit_tiny", SMALL | dict(epsilon=1e-12)),
+    "hf_ijepa": ("vit_tiny", SMALL | dict(epsilon=1e-12, pool="mean")),
     "hf_deit_distilled": ("deit_small_distilled", SMALL | dict(epsilon=1e-12)),
     "hf_dinov2": ("dinov2_small", SMALL | dict(grid=4, pool="class_mean")),
     "hf_dinov2_registers": (
@@ -87,8 +91,6 @@ def test_a_file_gives_the_references_output(name, tmp_path):
     model, shapes = net_of(name)
     loaded = weights.load(written(name, tmp_path), like=shapes)
     headless = name in WITHOUT_HEAD
-    if name == "hf_siglip_classifier":  # its vision tower has the pooling, and does not use it
-        loaded["params"].pop("attention_pool")
     if headless:
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
         loaded = load_float(zeros, loaded, fresh="head")
@@ -119,6 +121,7 @@ def test_the_published_sizes(name):
         ("timm_dinov2", dict(resampling="bicubic")),
         ("timm_dinov3", dict(epsilon=1e-6)),
         ("hf_siglip", dict(gelu="exact")),
+        ("timm_tf_mobilenet_v3_small", dict(padding="equal")),
     ],
 )
 def test_a_field_of_another_library_is_noticed(name, fields, tmp_path):
@@ -161,13 +164,78 @@ def test_a_head_of_other_classes_stays_the_nets_own(tmp_path):
         assert same == path.startswith("params/head/"), path
 
 
+def test_files_in_parts_are_one(tmp_path):
+    _, shapes = net_of("timm_vit")
+    state = state_dict("timm_vit")
+    names = ["part-1.safetensors", "part-2.safetensors"]
+    places = {name: names[i % 2] for i, name in enumerate(state)}
+    for place in names:
+        part = {name: state[name] for name in state if places[name] == place}
+        (tmp_path / place).write_bytes(safetensors_bytes(part, {}))
+    index = tmp_path / "model.safetensors.index.json"
+    assert weights.is_source(index.name)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    one, parts = (
+        flatten(weights.load(path, like=shapes)) for path in (written("timm_vit", tmp_path), index)
+    )
+    assert one.keys() == parts.keys()
+    for path, array in one.items():
+        np.testing.assert_array_equal(parts[path], array)
+    with pytest.raises(
+        ValueError, match=r"It has part-1\.safetensors, part-2.*give the path of one"
+    ):
+        weights.load(tmp_path)
+    for wrong, message in [
+        (
+            places | {"norm.scale": names[0]},
+            "part-1.safetensors and it name different arrays: norm",
+        ),
+        (
+            {**places, "norm.bias": "../x.safetensors"},
+            "must name .safetensors files that lie beside it",
+        ),
+        ({**places, "norm.bias": 3}, "no index of shards"),
+        ({}, "must name"),
+    ]:
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(ValueError, match=rf"index\.json is no file to rely on: .*{message}"):
+            weights.load(index, like=shapes)
+    (tmp_path / names[1]).unlink()
+    index.write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ValueError, match=r"part-2\.safetensors"):
+        weights.load(index, like=shapes)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("blocks.0.attn.q_norm.weight", "normalized queries and keys"),
+        ("fc_norm.weight", "a norm behind the pooling"),
+        ("norm_pre.weight", "CLIP"),
+        ("blocks.0.mlp.fc1_g.weight", "SwiGLU"),
+        ("stages.0.blocks.0.mlp.grn.weight", "ConvNeXt V2"),
+    ],
+)
+def test_parts_that_no_net_has_are_told_by_their_names(name, part):
+    state = dict.fromkeys([*GOLDEN["timm_vit"]["shapes"], name], np.ones(3))
+    with pytest.raises(ValueError, match=rf"They are of .*{part}.* which no net here has"):
+        weights.from_torch(state)
+
+
+def test_a_layout_is_near_only_where_it_knows_most_names():
+    with pytest.raises(ValueError, match=r"1 of 3 .* The nearest layout is 'hf_siglip_classifier'"):
+        weights.from_torch({"classifier.bias": 1, "vision_model.post_layernorm.bias": 1, "a.b": 1})
+    with pytest.raises(ValueError, match=r"2 of 3 .* Layouts are resnet, timm_vit"):
+        weights.from_torch({"classifier.bias": 1, "net.one.bias": 1, "net.two.bias": 1})
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     _, shapes = net_of("timm_vit")
     state = state_dict("timm_vit")
     extra = written("timm_vit", tmp_path, state | {"blocks.0.attn.q_norm.weight": np.ones(16)})
     with pytest.raises(
         ValueError,
-        match=r"1 of 33 arrays .*layer: blocks\.0\.attn\.q_norm\.weight\. The nearest layout is "
+        match=r"1 of 33 arrays .*layer: blocks\.0\.attn\.q_norm\.weight\. .* The nearest layout is "
         "'timm_vit', timm's ViT",
     ):
         weights.load(extra, like=shapes)
@@ -200,8 +268,24 @@ def test_positions_of_another_grid_ask_for_it(tmp_path):
     model = models.create("dinov2_small", 5, **SMALL)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images_of("timm_dinov2"))
     path = written("timm_dinov2", tmp_path)
-    with pytest.raises(ValueError, match=r"positions of 17 tokens .* grid=<side.*\(4 here"):
+    with pytest.raises(
+        ValueError, match=r"17 tokens .* 1370; build the net with grid=4 and pos.*'all'"
+    ):
         weights.load(path, like=shapes)
+    state = state_dict("timm_dinov2")
+    state["pos_embed"] = state["pos_embed"][:, :16]
+    path = written("timm_dinov2", tmp_path, state)
+    with pytest.raises(ValueError, match=r"16 tokens .* with grid=4 and positions='patches'"):
+        weights.load(path, like=shapes)
+    state["pos_embed"] = state["pos_embed"][:, :13]
+    path = written("timm_dinov2", tmp_path, state)
+    with pytest.raises(ValueError, match=r"13 tokens .* patches is not square, or another net's"):
+        weights.load(path, like=shapes)
+    # Where the tokens differ, no grid helps: they are what is named.
+    _, shapes = net_of("timm_vit")
+    loaded = weights.load(written("timm_deit_distilled", tmp_path), like=shapes)
+    with pytest.raises(ValueError, match="unexpected params/token_distilled"):
+        load_float(shapes, loaded)
 
 
 def test_resampling_keeps_constants_and_the_grid_itself():
