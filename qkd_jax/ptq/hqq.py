@@ -13,7 +13,7 @@ import numpy as np
 from flax.core import unfreeze
 
 from qkd_jax import checks
-from qkd_jax.numerics import MIN_SCALE, IntFormat
+from qkd_jax.numerics import MIN_SCALE, IntFormat, scale_format
 from qkd_jax.ptq.leaves import entries, put_entries
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import known_grid, quantizer_params, trace_net
@@ -189,11 +189,13 @@ def hqq(
         path, spec = node.params["path"], traced.spec(node)
         params = quantizer_params(traced, node)
         name, grid = facts(spec.quantizer).step, known_grid(params, spec)
-        if spec.dynamic or not name or grid is None or spec.power_of_two:
+        formatted = spec.power_of_two or scale_format(spec) != "float32"
+        if spec.dynamic or not name or grid is None or formatted:
             raise ValueError(
                 f"weight of layer {path!r} ({spec.label}): hqq fits static scales, and here "
-                "they come from the weights at every call, are powers of two, or are none. Use "
-                "quantizer='uniform' with dynamic=False and power_of_two=False."
+                "they come from the weights at every call, are powers of two or in a format of "
+                "their own, or are none. Use quantizer='uniform' with dynamic=False, "
+                "power_of_two=False and float32 scales."
             )
         places = dict(zip(sorted(params), node.inputs[1:], strict=True))
         if node.inputs[0] not in graph.constants or places[name] in done:

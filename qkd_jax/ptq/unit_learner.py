@@ -56,6 +56,8 @@ class UnitLearner:
             if settings.step_lr > 0
             and facts(traced.spec(node).quantizer).step
             and not traced.spec(node).dynamic
+            # A step that is learned would leave its format.
+            and numerics.scale_format(traced.spec(node)) == "float32"
         ]
         # (step, zero point or None), known before anything is traced.
         self.starts = [self._parameters(node) for node in self.learned]
