@@ -2,9 +2,11 @@
 
     python -m qkd_jax.deploy.predict runs/qkd_digits a.png b.png
     python -m qkd_jax.deploy.predict runs/qkd_digits/model/student.onnx a.png --engine=openvino
+    python -m qkd_jax.deploy.predict runs/qkd_digits/model/student.tflite a.png
     python -m qkd_jax.deploy.predict runs/qkd_digits/model/student a.png --top=1 --json
 
-MODEL is a run folder (with --net where it has several), a folder of `model.json`, or an .onnx file.
+MODEL is a run folder (with --net where it has several), a folder of `model.json`, an .onnx file or
+a .tflite file.
 Size, channels and normalisation of the image come from the model's files; photographs are turned as
 their EXIF orientation says, and transparent images lie on white. Exit code 2 says that
 something that was given is wrong; the message says what.
@@ -27,10 +29,14 @@ from qkd_jax import checks
 from qkd_jax.deploy.description import MAX_PIXELS, Description
 from qkd_jax.deploy.integer.convert import integer_apply
 from qkd_jax.deploy.integer.saved_model import JSON, describe, load
+from qkd_jax.deploy.litert.file_seal import read_description
+from qkd_jax.deploy.litert.litert_runtime import open_tflite
 from qkd_jax.deploy.onnx.engines import ONNX_ENGINES, import_engine, open_onnx, without_telemetry
 from qkd_jax.deploy.onnx.stamp import read_stamp
 
 BATCH = 64
+# Ending of a file -> the engines that run it, the first one by default.
+FILES = {".onnx": tuple(ONNX_ENGINES), ".tflite": ("litert",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +55,9 @@ def open_predictor(
     """Opens an exported model.
 
     Args:
-        model: a run folder, a folder that `deploy.save` wrote, or an .onnx file.
-        engine: a key of `ENGINES`; None takes "onnxruntime" for an .onnx file, else "jax".
+        model: a run folder, a folder that `deploy.save` wrote, an .onnx or a .tflite file.
+        engine: a key of `ENGINES`; None takes "onnxruntime" for an .onnx file, "litert" for a
+            .tflite file, else "jax".
         net: which net of a run folder; may be left out where there is one.
 
     Raises:
@@ -61,18 +68,26 @@ def open_predictor(
     path = Path(model)
     if engine is not None:
         checks.one_of("engine", engine, ENGINES)
-    is_onnx = path.suffix == ".onnx"
-    engine = engine or ("onnxruntime" if is_onnx else "jax")
+    kind = path.suffix if path.suffix in FILES else ""
+    engine = engine or (FILES[kind][0] if kind else "jax")
     if (path / "model").is_dir() and not (path / JSON).is_file():
         path = _net_folder(path, net)
     elif net:
         raise ValueError(f"net is {net!r}, and {path} is no run folder; leave it out.")
-    if is_onnx and engine == "jax":
-        raise ValueError(f"{path} is an ONNX file; give engine='onnxruntime' or 'openvino'.")
-    if not is_onnx and engine != "jax":
-        path = path.with_name(f"{path.name}.onnx")  # where --mode=export writes it
+    if kind and engine not in FILES[kind]:
+        takes = " or ".join(repr(name) for name in FILES[kind])
+        raise ValueError(
+            f"{path} is a {kind} file, which {engine} does not run; give engine={takes}."
+        )
+    if not kind and engine != "jax":
+        ending = next(ending for ending, engines in FILES.items() if engine in engines)
+        path = path.with_name(f"{path.name}{ending}")  # where --mode=export writes it
         if not path.is_file():
-            raise ValueError(f"{engine} runs ONNX files, and there is no {path}; give one.")
+            target = " --target=litert" if engine == "litert" else ""
+            raise ValueError(
+                f"{engine} runs {ending} files, and there is no {path}; give one, or write it with "
+                f"--mode=export{target}."
+            )
     return ENGINES[engine](path)
 
 
@@ -124,8 +139,15 @@ def _onnx(path: Path, engine: str) -> Predictor:
     return Predictor(path, engine, description, lambda images: _single(run(images)))
 
 
+def _litert(path: Path) -> Predictor:
+    _need("ai_edge_litert")
+    description, run = read_description(path), open_tflite(path)
+    return Predictor(path, "litert", description, lambda images: _single(run(images)))
+
+
 ENGINES: dict[str, Callable[[Path], Predictor]] = {
     "jax": _jax,
+    "litert": _litert,
     **{engine: functools.partial(_onnx, engine=engine) for engine in ONNX_ENGINES},
 }
 
@@ -206,9 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="a run folder, a folder of model.json, or an .onnx file")
+    parser.add_argument("model", help="a run folder, a folder of model.json, .onnx or .tflite")
     parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--engine", choices=list(ENGINES), help="default: jax, or onnxruntime")
+    parser.add_argument("--engine", choices=list(ENGINES), help="default: what runs the model")
     parser.add_argument("--net", default="", help="which net of a run folder")
     parser.add_argument("--top", type=int, default=3, help="classes to show (3)")
     parser.add_argument(

@@ -184,10 +184,12 @@ def target_lines(path: Path) -> list[str]:
     if made is None:
         return []
     lines = [f"{made['file']} for {made['target']}, {made['bytes']:,} bytes"]
-    if "float_products" in made:
-        floats, count = made["float_products"], len(made["integer_products"])
+    for kind in ("products", "operations"):
+        if f"float_{kind}" not in made:
+            continue
+        floats, count = made[f"float_{kind}"], len(made[f"integer_{kind}"])
         lines.append(
-            f"  {count} of {count + len(floats)} products run on integers"
+            f"  {count} of {count + len(floats)} {kind} run on integers"
             + (f"; in float: {', '.join(floats)}" if floats else "")
         )
     inside = ", ".join(made["inside_of_products"])

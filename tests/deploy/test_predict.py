@@ -87,6 +87,30 @@ def test_engines_agree(run, engine):
             assert a["class"] == b["class"] and abs(a["probability"] - b["probability"]) < 0.02
 
 
+def test_litert_files_say_what_the_net_computes(run, tmp_path, capsys):
+    """Within a step of the 8-bit inputs, in the folder of a run and by the name of the file."""
+    pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed")
+    folder, _ = run
+    (net, variables), x = net_of()
+    shutil.copytree(folder / "model", tmp_path / "model")
+    image = folder / "0.png"
+    refused(capsys, "net.tflite; give one, or write it with --mode=export --target=litert",
+            tmp_path, image, "--engine=litert")  # fmt: skip
+    path = tmp_path / "model/net.tflite"
+    deploy.to_tflite(net, variables, x, path, description=DESCRIPTION)
+    (ours,) = predict.predict(open_predictor(tmp_path), [image])
+    for model, engine in ((path, None), (tmp_path, "litert")):
+        predictor = open_predictor(model, engine=engine)
+        assert predictor.engine == "litert"
+        (theirs,) = predict.predict(predictor, [image])
+        for a, b in zip(ours["predictions"], theirs["predictions"], strict=True):
+            assert a["class"] == b["class"] and abs(a["probability"] - b["probability"]) < 0.02
+    refused(capsys, "a .tflite file, which openvino does not run; give engine='litert'",
+            path, image, "--engine=openvino")  # fmt: skip
+    deploy.to_tflite(net, variables, x, path)
+    refused(capsys, "net.tflite does not say how images become its input", path, image)
+
+
 def test_images_of_other_sizes_and_kinds(run, tmp_path):
     grey = np.full((40, 50), 77, np.uint8)
     Image.fromarray(grey).save(tmp_path / "grey.png")

@@ -22,6 +22,7 @@ from tiny_config import get_config
 
 from qkd_jax import experiment, weights
 from qkd_jax.data import load
+from qkd_jax.deploy import ONNX_ENGINES
 from qkd_jax.deploy import predict as predictor
 from qkd_jax.experiment import orchestrate
 from qkd_jax.training.loop import NonFiniteError, Preempted
@@ -278,7 +279,7 @@ def test_deploying_compares_the_files_with_the_trained_net(tmp_path, capsys):
     assert row["integer"]["files"].items() <= files.items() and "model.stablehlo" in files
     image = Image.fromarray(np.full((20, 30, 3), 90, np.uint8))
     image.save(tmp_path / "image.png")
-    for engine in predictor.ENGINES:
+    for engine in ("jax", *ONNX_ENGINES):
         said = capsys.readouterr()
         command = [str(tmp_path), str(tmp_path / "image.png"), f"--engine={engine}", "--json"]
         assert predictor.main(command) == 0, said

@@ -28,6 +28,9 @@ FIXED_GRIDS = {
 }
 ANY_GRID = SUMS | {"MEAN", "GELU"}
 NO_INT16 = frozenset({"GELU"})
+# Least and greatest ratio of the unit of a sum to that of its result. Outside of these XNNPACK does
+# not open the file (products), and LiteRT's own kernels overflow and say nothing (ADD, MUL).
+RATIOS = {"products": (2.0**-32, 2.0**8), "ADD": (2.0**-10, 2.0**8), "MUL": (2.0**-16, 2.0**8)}
 WEIGHT_BITS = 8
 
 
@@ -232,6 +235,8 @@ class _Rewriter:
         codes = [self.source_codes(t) for t in operation.inputs[:count]]
         if any(c is None or c.dtype != out.dtype for c in codes):
             return None
+        if op in SUMS and not _in_reach(op, [t for t in codes if t is not None], out):
+            return None
         options = operation.options
         if op in ("ADD", "SUB") and out.dtype == "int16":
             options = {**options, "potScaleInt16": False}
@@ -290,11 +295,30 @@ def _product(
     unit = np.float64(codes.grid.scale) * kernel.grid.scale.astype(np.float64)
     whole = np.round(bias.data.astype(np.float64) / unit)
     kind = "int64" if out.dtype == "int16" else "int32"
-    if np.abs(whole).max(initial=0) > np.iinfo(kind).max / 2:
+    assert kernel.data is not None
+    others = tuple(a for a in range(kernel.data.ndim) if a != kernel.grid.axis)
+    widest = max(abs(end - int(codes.grid.zero_point)) for end in LIMITS[codes.dtype])
+    sums = widest * np.abs(kernel.data.astype(np.float64)).sum(others) + np.abs(whole)
+    if sums.max(initial=0) > np.iinfo(kind).max:
+        return None
+    if not _between("products", unit, out):
         return None
     grid = TensorGrid(unit.astype(np.float32), np.zeros(len(unit), np.int64), 0)
     vector = FileTensor(f"{kernel.name}_bias", whole.shape, kind, grid, whole.astype(kind))
     return Operation(op, [codes, kernel, vector], [out], options, scope)
+
+
+def _between(kind: str, unit: np.ndarray, out: FileTensor) -> bool:
+    """Whether a kernel multiplies sums in these units for its result's grid."""
+    assert out.grid is not None
+    (least, greatest), ratio = RATIOS[kind], unit / np.float64(out.grid.scale)
+    return bool(np.all((ratio >= least) & (ratio < greatest)))
+
+
+def _in_reach(op: str, codes: list[FileTensor], out: FileTensor) -> bool:
+    """Whether the kernel of a sum, or of a product of two values, reaches its result's grid."""
+    units = np.array([t.grid.scale for t in codes if t.grid is not None], np.float64)
+    return _between("MUL", units.prod(), out) if op == "MUL" else _between("ADD", units, out)
 
 
 def widened(kernel: FileTensor) -> FileTensor:

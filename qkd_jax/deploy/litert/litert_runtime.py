@@ -32,15 +32,17 @@ def open_tflite(
     """
     interpreter = tflite_interpreter(path, threads=threads, delegate=delegate)
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
-    inputs = sorted(inputs, key=lambda d: d["name"]) if len(inputs) > 1 else inputs
+    shapes = [tuple(detail["shape"]) for detail in inputs]
 
     def run(images: Any) -> list[np.ndarray]:
         arrays = [np.asarray(a) for a in (images if isinstance(images, tuple) else (images,))]
-        for detail, array in zip(inputs, arrays, strict=True):
-            if tuple(detail["shape"]) != array.shape:
-                interpreter.resize_tensor_input(detail["index"], array.shape, strict=True)
-                detail["shape"] = array.shape
-                interpreter.allocate_tensors()
+        given = [array.shape for array in arrays]
+        if given != shapes:
+            # All of them first: inputs of different batches fit no operation.
+            for detail, shape in zip(inputs, given, strict=True):
+                interpreter.resize_tensor_input(detail["index"], shape, strict=True)
+            interpreter.allocate_tensors()
+            shapes[:] = given
         for detail, array in zip(inputs, arrays, strict=True):
             interpreter.set_tensor(detail["index"], array)
         interpreter.invoke()

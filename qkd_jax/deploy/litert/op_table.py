@@ -36,12 +36,12 @@ OPTIONS = {
     "SUM": "ReducerOptions",
 }
 # Operation -> {type of its data: version}; other types have version 1.
-_BY_TYPE = {
+VERSIONS = {
     "ADD": {"int8": 2, "int16": 3, "int64": 4},
     "ARG_MAX": {"int8": 2},
     "AVERAGE_POOL_2D": {"int8": 2, "int16": 3},
     "BATCH_MATMUL": {"int8": 2, "int16": 3},
-    "BROADCAST_TO": {"int8": 2, "int16": 3},
+    "BROADCAST_TO": {"int16": 3},
     "CONCATENATION": {"int8": 2, "int16": 3},
     "CONV_2D": {"int8": 3, "int16": 4},
     "DEPTHWISE_CONV_2D": {"int8": 3, "int16": 5},
@@ -68,12 +68,14 @@ _BY_TYPE = {
     "TANH": {"int8": 2, "int16": 3},
     "TRANSPOSE": {"int8": 2, "int16": 5},
 }
+# Operations whose kernels have no version 1: LiteRT does not load a file that asks for it.
+_LOWEST = {"BROADCAST_TO": 2}
 
 
 def ops_version(operation: Any) -> int:
     """Returns the version of the kernel that an operation needs (an `Operation`)."""
     op, data = operation.op, operation.inputs[0]
-    version = _BY_TYPE.get(op, {}).get(data.dtype, 1)
+    version = VERSIONS.get(op, {}).get(data.dtype, _LOWEST.get(op, 1))
     rank = max(len(t.shape) for t in operation.inputs)
     if op == "DEQUANTIZE":
         assert data.grid is not None

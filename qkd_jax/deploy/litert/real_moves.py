@@ -24,7 +24,7 @@ def _transpose(lowering: Lowering, node: Node) -> FileTensor:
 
 
 def _reshape(lowering: Lowering, node: Node) -> FileTensor:
-    if node.params.get("dimensions") is not None:
+    if node.op == "reshape" and node.params.get("dimensions") is not None:
         raise unsupported(node, "it reorders axes while it reshapes")
     x = lowering.tensors[node.inputs[0]]
     return lowering.reshaped(x, lowering.dims(node.outputs[0]), node)

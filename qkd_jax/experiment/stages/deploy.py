@@ -5,6 +5,8 @@ Into `<run folder>/model` go, for a net `student`:
     student.npz            the trained variables, flat (`init_from` reads it)
     student.onnx           the quantized net with QuantizeLinear / DequantizeLinear
     student_float.onnx     the same architecture in float, for the latency beside it
+    student.tflite         for a target of such files, with student_float.tflite: the comparison
+                           and the latency are then those of LiteRT
     student/               model.safetensors and model.json: the integer model; model.stablehlo
     student_target.json    for a named target: the file for it, what stays in float there
     layers.json            bits and bytes of every layer
@@ -103,7 +105,7 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
     deploy.save_stablehlo(integer, folder / name / "model.stablehlo")
     integer = deploy.load(folder / name)  # what is compared below is what the files hold
     path, path_float = folder / f"{name}.onnx", folder / f"{name}_float.onnx"
-    # What takes another kind of file, or runs nowhere here, is compared on ONNX Runtime.
+    # What runs nowhere here is compared on ONNX Runtime.
     takes = deploy.targets.TARGETS.get(target)
     engine = (
         takes.engine if takes is not None and takes.engine in deploy.ONNX_ENGINES else "onnxruntime"
@@ -120,14 +122,21 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
     deploy.to_onnx(net, before or _floats(variables), images, path_float)
     onnx_bytes = deploy.stamp_onnx(path, description)
     deploy.stamp_onnx(path_float, description)
+    opened, file_bytes = lambda file: deploy.open_onnx(file, engine), onnx_bytes
+    label = deploy.ONNX_ENGINES[engine]
     if takes is not None and takes.file == "tflite":
-        options = dict(description=description)
-        deploy.to_tflite(net, variables, images, folder / f"{name}.tflite", **options)
+        opened, label = deploy.open_tflite, "LiteRT"
+        path, path_float = (file.with_suffix(".tflite") for file in (path, path_float))
+        lite = deploy.to_tflite(net, variables, images, path, description=description)
+        deploy.to_tflite(
+            net, before or _floats(variables), images, path_float, description=description
+        )
+        file_bytes = lite.bytes
     made = folder / f"{name}_target.json"
     made.unlink(missing_ok=True)  # it may speak of an earlier export
     if takes is not None:
         write_json(made, _made(folder, name, target, written))
-    runs, runs_float = (deploy.open_onnx(p, engine) for p in (path, path_float))
+    runs, runs_float = opened(path), opened(path_float)
 
     test = run.eval_batches("test")
     # In memory a list spares normalising the same images three times; a streamed set may not fit.
@@ -135,8 +144,8 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
     entry = _row(run, name, trained)
     logits = _logits(lambda x: runs(x)[0], test)
     entry["export"] = {
-        "engine": deploy.ONNX_ENGINES[engine],
-        "bytes": onnx_bytes,
+        "engine": label,
+        "bytes": file_bytes,
         "saturating_layers": list(written.saturating),
         "biases": "float" if deployed is trained else "integer",
         "deployed_top1": deployed.metrics["top1"],
@@ -157,7 +166,7 @@ def _deploy(run: Run, name: str, latency_batches: Sequence[int], rounds: int, ta
     if rounds:
         timed = {f"{name} {_widths(entry)}": runs, f"{name} float32": runs_float}
         run.timings["latency"] = _latencies(
-            timed, deploy.ONNX_ENGINES[engine], run.dataset.image_shape, latency_batches, rounds
+            timed, label, run.dataset.image_shape, latency_batches, rounds
         )
 
 
@@ -214,6 +223,7 @@ def _made(folder: Path, name: str, target: str, written: deploy.OnnxFile) -> dic
         ran = deploy.litert_report(path)
         found["integer_operations"] = list(ran.integer)
         found["float_operations"] = list(ran.floating)
+        found["conversions"] = ran.conversions
     return found
 
 

@@ -276,6 +276,37 @@ def test_a_net_of_other_operations(tmp_path, rules):
     assert np.abs(logits - wanted).max() <= (1e-5 if rules == "float" else 2e-2)
 
 
+class Encoder(nn.Module):
+    """Attention with a mask, an input of its own, and two results."""
+
+    @nn.compact
+    def __call__(self, x, mask):
+        seen = nn.MultiHeadDotProductAttention(2, name="attention")(x, x, mask=mask[:, None, None])
+        x = nn.LayerNorm(name="norm")(x + seen)
+        return nn.Dense(3, name="head")(x[:, 0]), nn.gelu(nn.Dense(5, name="up")(x))
+
+
+@pytest.mark.parametrize("rules", [[], "w8a8:integer"])
+def test_two_inputs_and_two_results_at_any_batch(tmp_path, rules):
+    x = np.asarray(jax.random.normal(jax.random.key(1), (4, 6, 8)))
+    given = x, np.arange(6) < np.asarray([[6], [4], [2], [1]])
+    net = qk.quantize(Encoder(), [])
+    variables = small_nets.trained_like(net.init(jax.random.key(0), *given))
+    if rules:
+        rules = targets.fit(presets.rules(rules, model=Encoder(), images=given), "litert")
+        net = qk.quantize(Encoder(), rules)
+        variables = qk.calibrate(net, variables, [given])
+    path = to_tflite(net, variables, given, tmp_path / "m.tflite").path
+    if rules:
+        variables = ptq.integer_bias(net, variables, given)
+    wanted = net.apply(variables, *given)
+    run = open_tflite(path)
+    for batch in (4, 1, 3):
+        found = run(tuple(a[:batch] for a in given))
+        for ours, theirs in zip(wanted, found, strict=True):
+            np.testing.assert_allclose(theirs, np.asarray(ours)[:batch], rtol=1e-4, atol=1e-5)
+
+
 class Lowered(nn.Module):
     @nn.compact
     def __call__(self, x):
