@@ -26,7 +26,7 @@ from qkd_jax.quantize.contraction import OperandGrid
 from qkd_jax.quantize.interception import Frame
 from qkd_jax.quantize.lifted import StackedAxes, like, of_rank, probes, stacked_axes
 from qkd_jax.quantize.model import QuantizedModel
-from qkd_jax.quantize.operands import OperandHook, OperandUse, split_groups
+from qkd_jax.quantize.operands import OperandHook, OperandUse, joined_axes, split_groups
 from qkd_jax.quantize.variables import ATTENDED, OBSERVED, split_states, state_key, states
 from qkd_jax.quantizers import is_uniform
 from qkd_jax.trees import join, merged, nested
@@ -117,7 +117,12 @@ class _Kept:
 @functools.partial(jax.jit, static_argnames="kept")
 def _add_batch(state: Tree, x: jax.Array, kept: _Kept) -> Tree:
     """Adds a batch of an operand to its state."""
-    x = jax.lax.stop_gradient(kept.cut(x))
+    whole = kept.cut(x)
+    placed, rank = kept.empty(whole.shape), whole.ndim
+    if kept.group is not None and kept.axes:
+        whole, axes = joined_axes(whole, kept.axes)
+        kept = dataclasses.replace(kept, axes=axes)
+    x = jax.lax.stop_gradient(whole)
     # The moments lie beside the state, so that a scanned layer sees its own slice of them.
     state = like(state, kept.empty(x.shape))
     new = dict(state)
@@ -129,7 +134,7 @@ def _add_batch(state: Tree, x: jax.Array, kept: _Kept) -> Tree:
         new["observer"] = kept.observer.update(
             state["observer"], x, kept.spec, channel_axes=kept.axes, **moments
         )
-    return kept.placed(new, x.ndim)
+    return kept.placed(like(new, placed), rank)
 
 
 def _observing(observed: Sequence[str], record: Record) -> OperandHook:

@@ -125,8 +125,14 @@ class OperandUse:
         cut = self.cut(widened(x))
         if self.spec.dynamic:
             params = dynamic_params(cut, self.spec, self.axes, axis_name=axis_name, known=params)
+        axes, rank = self.axes, cut.ndim
+        if self.group is not None:
+            cut, axes = joined_axes(cut, axes)
+            params = {k: _with_axes(a, self.axes, axes, cut.ndim) for k, a in params.items()}
         params = live(cut, params, self.spec)
         x_hat = QUANTIZERS[self.spec.quantizer].fake_quant(cut, params, self.spec, **options)
+        if self.group is not None:
+            params = {k: _with_axes(a, axes, self.axes, rank) for k, a in params.items()}
         return jnp.reshape(x_hat, x.shape), params
 
     def quantize(self) -> QuantizedOperand:
@@ -296,6 +302,37 @@ def read_variable(module: nn.Module, part: str, key: str) -> Any:
 def split_groups(x: jax.Array, axis: int, size: int) -> jax.Array:
     """Cuts an axis into [..., groups, size, ...]."""
     return jnp.reshape(x, (*x.shape[:axis], -1, size, *x.shape[axis + 1 :]))
+
+
+def joined_axes(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, tuple[int, ...]]:
+    """Joins neighbouring axes that share parameters; returns x and the axes that have their own.
+
+    A convolution's kernel in groups is [height, width, groups, size, outputs]. On the CPU jaxlib
+    0.10.1 ends the process where something is added to a sum or an extremum over its axes 0, 1 and
+    3; over two of four axes it does not.
+
+    Args:
+        x: an operand with its groups cut.
+        axes: those that have parameters of their own.
+    """
+    sizes: list[int] = []
+    own: list[int] = []
+    for axis, size in enumerate(x.shape):
+        if axis in axes:
+            own.append(len(sizes))
+        elif axis and axis - 1 not in axes:
+            sizes[-1] *= size
+            continue
+        sizes.append(size)
+    return jnp.reshape(x, sizes), tuple(own)
+
+
+def _with_axes(param: jax.Array, old: Sequence[int], new: Sequence[int], rank: int) -> jax.Array:
+    """Returns a parameter with its own axes at other places among `rank`; a number as it is."""
+    if param.ndim == 0:
+        return param
+    sizes = dict(zip(new, (param.shape[axis] for axis in old), strict=True))
+    return jnp.reshape(param, [sizes.get(axis, 1) for axis in range(rank)])
 
 
 def parameter_axes(
