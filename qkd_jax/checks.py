@@ -85,6 +85,14 @@ def integer_in(name: str, value: Any, low: int, high: int | None = None) -> None
         raise ValueError(f"{name} is {value}; it must be {wanted}.")
 
 
+def regular_expression(name: str, value: Any) -> None:
+    """Raises ValueError unless a value is a regular expression."""
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{name} is {value!r}, which is no regular expression: {error}.") from None
+
+
 def in_range(name: str, value: Any, low: float, high: float) -> None:
     """Raises ValueError unless `value` is a real number with low <= value <= high."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

@@ -151,6 +151,7 @@ def awq(
     checks.integer_in("steps", steps, 1)
     for name, value in (("scale", scale), ("clip", clip)):
         checks.one_of(name, value, (True, False))
+    checks.regular_expression("unclipped", unclipped)
     refuse_quantized("awq", variables)
     images = image_batches(batches)
     traced = trace_net(net, variables, images[0], **kwargs)

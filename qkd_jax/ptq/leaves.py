@@ -26,13 +26,20 @@ def readers(graph: Graph) -> Readers:
     found: dict[str, list[Node]] = {path: [] for path in graph.leaves.values()}
     for node in graph.nodes:
         for value in dict.fromkeys(node.inputs):
-            origin = graph.producer(value)
-            if origin is not None and origin.op in MARKERS:
-                continue  # what a marker writes is not the variable any more
+            if _is_marked(graph, value):
+                continue
             for path in graph.sources.get(value, ()):
                 if path in found and node not in found[path]:
                     found[path].append(node)
     return found
+
+
+def _is_marked(graph: Graph, value: int) -> bool:
+    """Whether a value is what a marker writes, moved or cast: not its variable any more."""
+    origin = graph.producer(value)
+    while origin is not None and origin.op in BROADCAST:
+        origin = graph.producer(origin.inputs[0])
+    return origin is not None and origin.op in MARKERS
 
 
 def leaf(graph: Graph, value: int, through: frozenset[str]) -> str | None:

@@ -20,7 +20,13 @@ from qkd_jax.ptq.leaves import Readers, add_to_output, bias_site, put_entries, r
 from qkd_jax.ptq.rotation_sites import NormSite, RotationSite, rotation_sites
 from qkd_jax.quantize import QuantizedModel
 from qkd_jax.quantize.traced import TracedNet, trace_net
-from qkd_jax.quantize.variables import Tree, refuse_folded, refuse_quantized
+from qkd_jax.quantize.variables import (
+    ROTATION,
+    Tree,
+    folded_entries,
+    refuse_folded,
+    refuse_quantized,
+)
 from qkd_jax.trees import get
 
 
@@ -89,10 +95,13 @@ def rotate(
     turned = [s for s in turned if s.readers or s.norms]
     if not turned:
         why = "; ".join(_line(site, behind) for site in sites if site.problem and site.norms)
-        raise ValueError(
-            "no tensor of this net can be rotated"
-            f"{f': {why}' if why else ''}. `rotate_inputs` rotates inputs of layers at run time."
+        done = any(ROTATION in stored for _, stored in folded_entries(variables))
+        hint = (
+            "Inputs of its layers are rotated already: call `rotate` before `rotate_inputs`."
+            if done
+            else "`rotate_inputs` rotates inputs of layers at run time."
         )
+        raise ValueError(f"no tensor of this net can be rotated{f': {why}' if why else ''}. {hint}")
     rng = np.random.default_rng(seed)
     for site in turned:
         keeps_mean = any(norm.centred for norm in site.norms)

@@ -88,6 +88,7 @@ def rotate_inputs(
         True
     """
     checks.integer_in("seed", seed, 0)
+    checks.regular_expression("layers", layers)
     refuse_quantized("rotate_inputs", variables)
     traced = trace_net(net, variables, images, **kwargs)
     refuse_folded("rotate_inputs", traced.multipliers)

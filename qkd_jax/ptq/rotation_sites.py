@@ -242,6 +242,9 @@ class _Search:
                 return []
             return [(node.outputs[0], out), *self._passed(site, node, out)]
         product, own = self.products[node], self.kernels[node]
+        if node.inputs.count(value) > 1:  # x x^T would be turned along two axes
+            site.problem = site.problem or f"product {product.path!r} multiplies it by itself"
+            return []
         side = node.inputs.index(value)
         out = product.operands[side].output_axes[axis]
         if out is not None:

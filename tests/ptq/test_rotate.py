@@ -103,3 +103,47 @@ def test_four_bit_activations_lose_less_where_channels_are_wide():
     both = rotate_inputs(net, folded, images, layers=".*(out|mlp2)")
     nearest, turned, all_turned = error(variables), error(folded), error(both)
     assert turned < 0.6 * nearest and all_turned < 0.3 * nearest
+
+
+def test_a_tensor_that_is_multiplied_by_itself_stays():
+    class Gram(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(8, name="embed")(x)
+            gram = jnp.einsum("bic,bid->bdc", x, x).swapaxes(1, 2)
+            return nn.Dense(4, name="head")(gram)
+
+    x = np.random.default_rng(0).normal(size=(3, 5, 6)).astype(np.float32)
+    net = qk.quantize(Gram(), [qk.Rule(".*", weight=qk.Spec(4))])
+    with pytest.raises(ValueError, match="no tensor of this net can be rotated"):
+        rotate(net, net.init(jax.random.key(0), x), x)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_kernels_of_half_precision_are_cast_after_their_marker(dtype):
+    """The cast kernel that the product reads is no second reader of the variable."""
+    options = dict(param_dtype=jnp.bfloat16, dtype=dtype)
+    model = nn.Sequential((nn.Dense(8, **options), nn.RMSNorm(**options), nn.Dense(4, **options)))
+    x = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
+    net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(8, granularity="channel"))])
+    variables = net.init(jax.random.key(0), x)
+    turned = rotate(net, variables, x)
+    kernels = [v["params"]["layers_0"]["kernel"] for v in (turned, variables)]
+    assert kernels[0].dtype == jnp.bfloat16 and relative(*kernels) > 0.1
+    assert relative(net.apply(turned, x), net.apply(variables, x)) < 0.03
+    lines = []
+    qk.ptq.awq(net, variables, [x], clip=False, steps=2, report=lines.append)
+    assert any(line.startswith("scaled layers_2 by layers_1") for line in lines)
+
+
+def test_the_order_of_rotations_and_patterns_are_said():
+    x = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    model = nn.Sequential((nn.Dense(8), nn.RMSNorm(), nn.Dense(4)))
+    net = qk.quantize(model, [qk.Rule(".*", weight=qk.Spec(4), input=qk.Spec(4))])
+    variables = net.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"layers is '\(', which is no regular expression"):
+        rotate_inputs(net, variables, x, layers="(")
+    with pytest.raises(ValueError, match="unclipped is 3, which is no regular expression"):
+        qk.ptq.awq(net, variables, [x], unclipped=3)
+    with pytest.raises(ValueError, match="call `rotate` before `rotate_inputs`"):
+        rotate(net, rotate_inputs(net, variables, x), x)
