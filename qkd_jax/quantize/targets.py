@@ -109,6 +109,7 @@ class Target:
 
 
 _ORT = Target(
+    weight_bits=(1, 2, 3, 4, 5, 6, 7, 8),
     fast=7,
     weight_granularity=("tensor", "channel", "group"),
     code_operands=True,
@@ -126,6 +127,7 @@ _ORT = Target(
     ),
 )
 _OPENVINO = Target(
+    weight_bits=(1, 2, 3, 4, 5, 6, 7, 8),
     fast=7,
     weight_granularity=("tensor", "channel", "group"),
     code_operands=True,

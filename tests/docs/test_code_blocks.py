@@ -141,6 +141,9 @@ def parsed(arguments: list[str]) -> flags.FlagValues:
     flags.DEFINE_bool("sweep", False, "", flag_values=values)
     flags.DEFINE_integer("jobs", 1, "", flag_values=values)
     flags.DEFINE_integer("sweep_index", None, "", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "", flag_values=values)
+    flags.DEFINE_integer("processes", None, "", flag_values=values)
+    flags.DEFINE_integer("process", None, "", flag_values=values)
     assert values(argv) == ["launch.py"]
     return values
 
