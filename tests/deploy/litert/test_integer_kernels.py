@@ -99,3 +99,36 @@ def test_dense_layers(out_scale, bias, inputs, integer):
     sums = (x.astype(np.int64) + 128) @ data.T.astype(np.int64)
     wanted = nearest(sums * np.float64(np.float32(0.05)) * np.float32(0.01) + bias, out_scale, 3)
     assert on_codes == integer and np.abs(found - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("resolver", ["AUTO", "BUILTIN_WITHOUT_DEFAULT_DELEGATES"])
+def test_codes_on_another_grid_are_the_nearest(joined, resolver):
+    """QUANTIZE between codes is one off for one in six (findings/litert_requantizes_one_off.sh)."""
+    values = np.arange(-128, 128).astype(np.int8).reshape(1, 16, 16, 1)
+    codes, real, first = read("x", values.shape, 0.0231, -128)
+    operations, inputs = [first], [codes]
+    if joined:
+        other, real_other, second = read("y", values.shape, 0.0817, 3)
+        y = FileTensor("joined", (1, 16, 16, 2))
+        join = Operation("CONCATENATION", [real, real_other], [y], dict(axis=3))
+        inputs, real, operations = [codes, other], y, [first, second, join]
+    result = FileTensor("codes", real.shape, "int8", grid(0.0817, 3))
+    numbers = FileTensor("numbers", real.shape)
+    operations.append(Operation("QUANTIZE", [real], [result]))
+    operations.append(Operation("DEQUANTIZE", [result], [numbers]))
+    program = with_integer_kernels(Program(inputs, [numbers], operations), int4=None)
+    kind = getattr(package.OpResolverType, resolver)
+    data = flat_bytes(program, {})
+    interpreter = package.Interpreter(model_content=data, experimental_op_resolver_type=kind)
+    interpreter.allocate_tensors()
+    for detail in interpreter.get_input_details():
+        interpreter.set_tensor(detail["index"], values)
+    interpreter.invoke()
+    found = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    found = np.round(found / np.float32(0.0817)) + 3
+    moved = nearest((values.astype(np.float64) + 128) * np.float32(0.0231), 0.0817, 3)
+    assert np.array_equal(found, np.concatenate([moved, values], -1) if joined else moved)
+    if joined:
+        (join,) = (o for o in program.operations if o.op == "CONCATENATION")
+        assert all(t.dtype == "int8" for t in join.inputs)
