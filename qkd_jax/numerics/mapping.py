@@ -233,6 +233,16 @@ def check_scale(name: str, scale: jax.Array) -> None:
         )
 
 
+def check_zero_point(name: str, zero_point: Any, format: IntFormat) -> None:
+    """Raises ValueError for a zero point outside of the codes, which files could not hold."""
+    values = np.asarray(zero_point)
+    if ((values < min(format.qmin, 0)) | (values > format.qmax)).any():
+        raise ValueError(
+            f"{name} has zero points from {values.min():g} to {values.max():g}, and its codes go "
+            f"from {format.qmin} to {format.qmax}. Calibrate again."
+        )
+
+
 def shared_axes(x: jax.Array, param: jax.Array) -> tuple[int, ...]:
     """The axes of `x` that share an entry of a parameter which broadcasts against it."""
     if param.ndim == 0:

@@ -16,6 +16,7 @@ from qkd_jax.numerics import (
     IntFormat,
     TableFormat,
     check_scale,
+    check_zero_point,
     codes_of,
     scale_codes,
     scale_format,
@@ -85,8 +86,8 @@ def stored_tensor(traced: TracedNet, marker: Node) -> StoredTensor:
 
     Raises:
         ValueError: the marker is of an activation or not calibrated; its quantizer states no codes;
-            a scale that is NaN, infinite, zero or negative; values that are not exactly codes times
-            scales.
+            a scale that is NaN, infinite, zero or negative; a zero point that is no code;
+            values that are not exactly codes times scales.
     """
     where = named(traced, marker)
     if not is_quantizer(marker) or marker.inputs[0] not in traced.graph.constants:
@@ -102,6 +103,8 @@ def stored_tensor(traced: TracedNet, marker: Node) -> StoredTensor:
             "or give the quantizer's module a `code_grid`."
         )
     check_scale(f"the scale of {where}", grid.scale)
+    if isinstance(grid.format, IntFormat):
+        check_zero_point(where, grid.zero_point, grid.format)
     quantizer, group = QUANTIZERS[spec.quantizer], marker.params["group"]
     scale = np.asarray(grid.scale, np.float32)
     zero_point = np.asarray(grid.zero_point)

@@ -17,7 +17,7 @@ from flax.core.scope import in_filter
 
 from qkd_jax import graph as graphs
 from qkd_jax.graph import CONTRACTIONS, LAYOUT, Axes, Graph, Node, output_axes
-from qkd_jax.numerics import Grid, Spec, check_scale
+from qkd_jax.numerics import Grid, Spec, check_scale, check_zero_point
 from qkd_jax.quantize.calls import (
     call_arguments,
     explaining_failures,
@@ -271,8 +271,8 @@ def grid_of(traced: TracedNet, marker: Node) -> Grid:
     """Returns the grid of a calibrated quantizer node, its arrays NumPy's.
 
     Raises:
-        ValueError: its values are not integer codes times one scale known beforehand, or the
-            scale is NaN, infinite, zero or negative.
+        ValueError: its values are not integer codes times one scale known beforehand, the scale is
+            NaN, infinite, zero or negative, or the zero point no code.
     """
     spec = traced.spec(marker)
     where = named(traced, marker)
@@ -286,6 +286,7 @@ def grid_of(traced: TracedNet, marker: Node) -> Grid:
     if grid is None:
         raise not_uniform(where)
     check_scale(f"the scale of {where}", grid.scale)
+    check_zero_point(where, grid.zero_point, grid.format)
     return Grid(np.asarray(grid.scale), np.asarray(grid.zero_point), grid.format)
 
 

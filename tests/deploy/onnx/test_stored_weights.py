@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import small_nets
 
+import qkd_jax as qk
 from qkd_jax.deploy import has_vnni, kernel_report, open_onnx, to_onnx, to_openvino
 from qkd_jax.deploy.onnx.stored_weight import laid_out
 from qkd_jax.numerics import FLOAT_FORMATS, IntFormat, Spec
@@ -363,6 +364,17 @@ def test_a_group_that_a_permutation_breaks_is_still_right():
     laid = laid_out(tensor, np.arange(tensor.codes.size).reshape(64, 96)[order])
     assert laid.blocks == (1, 1)
     assert np.array_equal(laid.codes.astype(np.float32) * laid.scale, tensor.values()[order])
+
+
+@pytest.mark.parametrize("granularity", ["channel", 32])
+def test_zero_points_beyond_the_codes(tmp_path, granularity):
+    """No quantizer here makes them; packed into few bits they would run into their neighbours."""
+    net, variables, inputs, _ = case("dense", "int4 affine", granularity=granularity)
+    add = lambda path, leaf: leaf + 300 * (path[-1].key == "zero_point")
+    quant = jax.tree_util.tree_map_with_path(add, variables["quant"])
+    for write in (qk.convert, functools.partial(to_onnx, path=tmp_path / "m.onnx")):
+        with pytest.raises(ValueError, match=r"zero points from 30. to 31., and its codes"):
+            write(net, {**variables, "quant": quant}, inputs[:2])
 
 
 def test_what_is_no_option_is_refused(tmp_path):
