@@ -41,12 +41,12 @@ class Target:
         weight_granularity: "channel" (one scale per output channel), "tensor", "group" (a number of
             neighbours along the sum).
         code_operands: whether operands may be codes of no uniform grid (small floats, codebooks),
-            and where `dynamic`, inputs such floats or in blocks with scales of 8 bits (MX, NVFP4):
+            and inputs such floats, or in blocks with dynamic scales of 8 bits (MX, NVFP4):
             products with them run in float.
         any_grid: whether operands may lie on grids that are not uniform (floats, code books) or
             have scales in groups, weights ranges of every call: products with them run in float.
         reduce_range: 8-bit weights are given 7 bits, because full-range ones saturate.
-        dynamic: whether ranges of activations may be dynamic.
+        dynamic: whether other ranges of activations may be dynamic.
         keeps_sum_grids: whether both sides of a sum are rounded to grids of their own. Where not,
             the sum is added inside a convolution's kernel before anything is rounded: rules
             "w8a8:fused" train nets for that. A net with such grids is written so that its sums
@@ -292,8 +292,10 @@ def _check_spec(where: str, operand: str, spec: Spec, takes: Target, target: str
     weight = operand == "weight"
     grouped = weight and isinstance(spec.granularity, int) and "group" in takes.weight_granularity
     allowed = takes.weight_bits if weight else takes.input_bits
+    rounded = takes.code_operands and scale_format(spec) in ("e8m0", "e4m3fn")
+    known_only = weight or not (takes.dynamic or rounded)
     if not is_uniform(spec) and not takes.any_grid:
-        if takes.code_operands and not (spec.dynamic and (weight or not takes.dynamic)):
+        if takes.code_operands and not (known_only and spec.dynamic):
             return
         nearest = min(allowed, key=lambda bits: (abs(bits - spec.bits), -bits))
         raise ValueError(
@@ -309,13 +311,12 @@ def _check_spec(where: str, operand: str, spec: Spec, takes: Target, target: str
         )
     if takes.any_grid:
         return
-    if spec.dynamic and (weight or not takes.dynamic):
+    if known_only and spec.dynamic:
         raise ValueError(
             f"{where} finds its range at run time (dynamic=True); a file for {target} has "
             f"{'weights' if weight else 'ranges'} that are known beforehand. Use dynamic=False and "
             "calibrate."
         )
-    rounded = takes.code_operands and scale_format(spec) in ("e8m0", "e4m3fn")
     if not weight and isinstance(spec.granularity, int) and not rounded:
         raise ValueError(
             f"{where} has blocks of {spec.granularity}, each with a scale of its own; {target} "

@@ -116,12 +116,19 @@ def test_engines_take_groups_and_codes_of_no_uniform_grid(target):
     targets.check([*rules, Rule("a", input=Spec(8, quantizer="float"))], target)
 
 
-def test_onnxruntime_takes_inputs_in_blocks_of_rounded_scales():
+@pytest.mark.parametrize(
+    ("target", "refused"),
+    [("onnxruntime-x86", "blocks of 32"), ("openvino-cpu", "finds its range at run time")],
+)
+def test_engines_take_inputs_in_blocks_of_rounded_scales(target, refused):
     mx = Spec(8, granularity=32, dynamic=True, options={"scale_format": "e8m0"})
-    targets.check([Rule("a", input=mx)], "onnxruntime-x86")
+    nv = Spec(
+        4, quantizer="float", granularity=16, dynamic=True, options={"scale_format": "e4m3fn"}
+    )
+    targets.check([Rule("a", input=mx), Rule("b", input=nv)], target)
     plain = dataclasses.replace(mx, options={})
-    with pytest.raises(ValueError, match="blocks of 32"):
-        targets.check([Rule("a", input=plain)], "onnxruntime-x86")
+    with pytest.raises(ValueError, match=refused):
+        targets.check([Rule("a", input=plain)], target)
 
 
 @pytest.mark.parametrize(
