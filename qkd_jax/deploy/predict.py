@@ -5,8 +5,8 @@
     python -m qkd_jax.deploy.predict runs/qkd_digits/model/student.tflite a.png
     python -m qkd_jax.deploy.predict runs/qkd_digits/model/student a.png --top=1 --json
 
-MODEL is a run folder (with --net where it has several), a folder of `model.json`, an .onnx file or
-a .tflite file.
+MODEL is a run folder (with --net where it has several), a folder of `model.json`, an .onnx file, a
+.tflite file or the .xml of an OpenVINO one.
 Size, channels and normalisation of the image come from the model's files; photographs are turned as
 their EXIF orientation says, and transparent images lie on white. Exit code 2 says that
 something that was given is wrong; the message says what.
@@ -36,7 +36,7 @@ from qkd_jax.deploy.onnx.stamp import read_stamp
 
 BATCH = 64
 # Ending of a file -> the engines that run it, the first one by default.
-FILES = {".onnx": tuple(ONNX_ENGINES), ".tflite": ("litert",)}
+FILES = {".onnx": tuple(ONNX_ENGINES), ".tflite": ("litert",), ".xml": ("openvino",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,10 @@ def open_predictor(
     """Opens an exported model.
 
     Args:
-        model: a run folder, a folder that `deploy.save` wrote, an .onnx or a .tflite file.
+        model: a run folder, a folder that `deploy.save` wrote, an .onnx or a .tflite file, or the
+            .xml of `to_openvino`.
         engine: a key of `ENGINES`; None takes "onnxruntime" for an .onnx file, "litert" for a
-            .tflite file, else "jax".
+            .tflite file, "openvino" for an .xml, else "jax".
         net: which net of a run folder; may be left out where there is one.
 
     Raises:
@@ -130,7 +131,8 @@ def _single(output: Any) -> Any:
 
 def _onnx(path: Path, engine: str) -> Predictor:
     _need(engine)
-    _need("onnx")
+    if path.suffix == ".onnx":
+        _need("onnx")
     description = read_stamp(path)
     try:
         run = open_onnx(path, engine)
@@ -228,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="a run folder, a folder of model.json, .onnx or .tflite")
+    parser.add_argument("model", help="a run folder, a folder of model.json, .onnx, .tflite, .xml")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--engine", choices=list(ENGINES), help="default: what runs the model")
     parser.add_argument("--net", default="", help="which net of a run folder")

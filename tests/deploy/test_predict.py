@@ -111,6 +111,25 @@ def test_litert_files_say_what_the_net_computes(run, tmp_path, capsys):
     refused(capsys, "net.tflite does not say how images become its input", path, image)
 
 
+def test_openvino_files_say_what_the_net_computes(run, tmp_path, capsys):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    folder, _ = run
+    (net, variables), x = net_of()
+    image, path = folder / "0.png", tmp_path / "net.xml"
+    deploy.to_openvino(net, variables, x, path, description=DESCRIPTION)
+    assert main([str(path), str(image), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    (ours,) = predict.predict(open_predictor(folder), [image])
+    for a, b in zip(ours["predictions"], found["predictions"], strict=True):
+        assert a["class"] == b["class"] and abs(a["probability"] - b["probability"]) < 0.02
+    refused(capsys, "a .xml file, which onnxruntime does not run; give engine='openvino'",
+            path, image, "--engine=onnxruntime")  # fmt: skip
+    path.with_suffix(".bin").write_bytes(path.with_suffix(".bin").read_bytes()[:-1])
+    refused(capsys, "the .bin beside it is not what was written", path, image)
+    deploy.to_openvino(net, variables, x, path)
+    refused(capsys, "net.xml does not say how images become its input", path, image)
+
+
 def test_images_of_other_sizes_and_kinds(run, tmp_path):
     grey = np.full((40, 50), 77, np.uint8)
     Image.fromarray(grey).save(tmp_path / "grey.png")

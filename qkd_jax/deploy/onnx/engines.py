@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qkd_jax import checks
+from qkd_jax.deploy.onnx.openvino_seal import read_sealed_xml
 
 GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 ONNX_ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -31,10 +32,18 @@ def open_onnx(
         images, in the model's own order of axes, or a tuple of inputs -> the model's results.
 
     Raises:
-        ValueError: an unknown engine.
+        ValueError: an unknown engine; an .xml for ONNX Runtime, or one that `to_openvino` has not
+            written, or that was changed since (`openvino_model` opens files of others).
         ImportError: the engine is not installed.
     """
     checks.one_of("engine", engine, ONNX_ENGINES)
+    if Path(path).suffix == ".xml":
+        if engine != "openvino":
+            raise ValueError(
+                f"{os.fspath(path)} is an OpenVINO file; give engine='openvino', or write one with "
+                "to_onnx."
+            )
+        read_sealed_xml(path)  # before the engine follows any offset in it
     if engine == "onnxruntime":
         session = onnx_session(path, threads=threads)
         names = [given.name for given in session.get_inputs()]

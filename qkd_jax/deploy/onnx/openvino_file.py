@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from qkd_jax import checks
+from qkd_jax.deploy.description import Description
+from qkd_jax.deploy.onnx import openvino_seal
 from qkd_jax.deploy.onnx.engines import GROUP_SIZE, import_engine, without_telemetry
 from qkd_jax.deploy.onnx.export import to_onnx
 from qkd_jax.quantize import QuantizedModel
@@ -52,6 +54,7 @@ def to_openvino(
     *,
     target: str = "openvino-cpu",
     weights: str = "nbits",
+    description: Description | None = None,
     **kwargs: Any,
 ) -> OpenvinoFile:
     """Writes a net, float or quantized, as an OpenVINO file.
@@ -68,10 +71,13 @@ def to_openvino(
         weights: "float", "nbits" or "nbits_int8", as for `to_onnx`. With the last one the file
             tells the plugin to round the inputs of such layers to 8 bits, in blocks as large as
             the weights' (`OpenvinoFile.rounded_inputs`): faster, and no longer the net's logits.
+        description: how images become the input, which `deploy.predict` reads; it stays in the
+            file.
         **kwargs: further arguments of `to_onnx`.
 
     Returns:
-        An `OpenvinoFile`; run it with `open_onnx(path, "openvino")`.
+        An `OpenvinoFile`; run it with `open_onnx(path, "openvino")`, which checks the hash that
+        the .xml has of both files.
 
     Raises:
         ImportError: the `export` extra is not installed.
@@ -107,9 +113,11 @@ def to_openvino(
         rounds = bool(written.rounded_inputs)
         size = str(min(blocks)) if rounds else "0"
         model.set_rt_info(size, ["runtime_options", GROUP_SIZE])
+        for name, text in openvino_seal.rt_info(description).items():
+            model.set_rt_info(text, [openvino_seal.SECTION, name])
         openvino.save_model(model, os.fspath(made), compress_to_fp16=False)
         weights_data = made.with_suffix(".bin").read_bytes()
-        data = made.read_bytes()
+        data = openvino_seal.sealed(made.read_bytes(), weights_data)
     replace_file(path.with_suffix(".bin"), weights_data)
     replace_file(path, data)
     return OpenvinoFile(path, len(data) + len(weights_data), stored, written.rounded_inputs)

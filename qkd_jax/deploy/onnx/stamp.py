@@ -1,15 +1,18 @@
 """Preprocessing and class names inside an ONNX file, and a hash that says it is whole.
 
-Both lie in the file's `metadata_props`, where every engine leaves them alone.
+Both lie in the file's `metadata_props`, where every engine leaves them alone. Those of OpenVINO's
+own files are `openvino_seal`'s, and are read here as well.
 """
 
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from qkd_jax.deploy.description import Description
 from qkd_jax.deploy.onnx.engines import import_engine
+from qkd_jax.deploy.onnx.openvino_seal import read_description
 from qkd_jax.weights.files import damaged, read_bytes
 from qkd_jax.whole_files import replace_file
 
@@ -30,11 +33,13 @@ def stamp_onnx(path: str | os.PathLike[str], description: Description) -> int:
 
 
 def read_stamp(path: str | os.PathLike[str]) -> Description:
-    """Reads what `stamp_onnx` wrote.
+    """Reads what `stamp_onnx` wrote into an ONNX file, or `to_openvino` into an .xml.
 
     Raises:
-        ValueError: no ONNX file, one without a description, or one that was changed since.
+        ValueError: no such file, one without a description, or one that was changed since.
     """
+    if Path(path).suffix == ".xml":
+        return read_description(path)
     onnx = import_engine("onnx")
     data = read_bytes(path)
     try:
