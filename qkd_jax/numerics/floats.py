@@ -153,8 +153,10 @@ class FloatFormat:
         if self.exponent_bits == 8:
             bits = jax.lax.bitcast_convert_type(codes.astype(jnp.uint16), jnp.bfloat16)
             return bits.astype(jnp.float32)
-        table = jnp.asarray(_table(self))
-        return table[codes]
+        if self == FLOAT_FORMATS["half"]:  # a table of 65,536 values would lie in each program
+            bits = jax.lax.bitcast_convert_type(codes.astype(jnp.uint16), jnp.float16)
+            return bits.astype(jnp.float32)
+        return jnp.asarray(_table(self))[codes]
 
 
 def _value(code: np.ndarray | int, format: FloatFormat) -> np.ndarray:

@@ -8,7 +8,8 @@
 M is the highest value of the elements' format. The second line is the rule of the OCP Microscaling
 specification 1.0 (section 6.3), where elements beyond M saturate; with elements in int8 its s is
 the shared scale times 2^-6. The third line is NVFP4 (NVIDIA, 2025, arXiv 2509.25149): b is stored
-beside each block and t once. What an observer found takes the place of max|x|.
+beside each block and t once. What an observer found takes the place of max|x|. The scale of a block
+with infinity or NaN is not finite, in each format; but for float32 it is NaN.
 """
 
 import math
@@ -89,9 +90,12 @@ def scale_params(
             of all magnitudes.
 
     Returns:
-        {"scale"} in the shape of `far`, with "e4m3fn" also {"tensor_scale"}; each 1 for zeros.
+        {"scale"} in the shape of `far`, with "e4m3fn" also {"tensor_scale"}; each 1 for zeros, and
+        NaN or infinite for magnitudes that are.
     """
     name = scale_format(spec)
+    if name != "float32":  # infinity would saturate, and its block become finite
+        far = jnp.where(jnp.isfinite(far), far, jnp.nan)
     if name == "e8m0":
         return {"scale": _power_of_two(far, highest)}
     scale = far / highest
@@ -115,7 +119,8 @@ def scale_params(
 def _power_of_two(far: Array, highest: float) -> Array:
     exponent = jnp.frexp(far)[1] - 1 - math.floor(math.log2(highest))
     exponent = jnp.clip(exponent, LOWEST_EXPONENT, HIGHEST_EXPONENT)
-    return jnp.where(far == 0, jnp.ones_like(far), jnp.ldexp(jnp.ones_like(far), exponent))
+    power = jnp.where(far == 0, jnp.ones_like(far), jnp.ldexp(jnp.ones_like(far), exponent))
+    return jnp.where(jnp.isnan(far), far, power)  # NaN has no exponent
 
 
 def scale_codes(scale: Array, name: str) -> Array:

@@ -56,6 +56,19 @@ def test_nvfp4_is_torchaos():
     assert error[0] < error[1]
 
 
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "e8m0", "e4m3fn"])
+@pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan])
+def test_a_block_that_is_not_finite_does_not_become_finite(name, odd):
+    """NaN throughout, as the specification allows; the blocks beside it as they were."""
+    x = jnp.array([[odd, 1, 2, 3], [1, -2, 3, 6]])
+    spec = Spec(4, quantizer="float", options={"scale_format": name}, dynamic=True)
+    known = {"tensor_scale": jnp.float32(2**-6)} if name == "e4m3fn" else None
+    params = dynamic_params(x, spec, (0,), known=known)
+    x_hat = np.asarray(QUANTIZERS["float"].fake_quant(x, params, spec))
+    assert np.isnan(x_hat[0]).all()
+    np.testing.assert_array_equal(x_hat[1], x[1])
+
+
 def test_mxint8_is_the_specifications():
     """Elements are codes of -127 to 127 times 2^-6, the shared scale 2^floor(log2 max)."""
     x = np.random.default_rng(1).normal(size=(5, 3, 32)).astype(np.float32)
