@@ -15,8 +15,8 @@ from configs import common, experiments
 def get_config(arg=""):
     """Returns the config; its arguments are the defaults below.
 
-    `granularity` is that of the weights: "channel", "tensor" or a group size (which is not
-    deployed); `init_from` a trained net (see `common.net`) in place of training one.
+    `granularity` is that of the weights: "channel", "tensor" or a group size;
+    `init_from` a trained net (see `common.net`) in place of training one.
     """
     args, config = common.begin(
         arg, model="resnet8", width=8, bits="w8a8", granularity="channel", init_from=""
@@ -28,5 +28,4 @@ def get_config(arg=""):
         "dynamic",
         # The weights' scales; of the images only the shape is used.
         calibration=common.calibrate("net", examples=1),
-        deployed=not str(args.granularity).isdigit(),
     )

@@ -16,7 +16,6 @@ def without_training(
     *,
     calibration: dict[str, Any],
     fold: bool = False,
-    deployed: bool = True,
     reduce_range: bool = False,
 ) -> ConfigDict:
     """Returns a finished config: pretrain, calibrate, evaluate, diagnose and deploy one net.
@@ -29,7 +28,6 @@ def without_training(
         method: its name in the results.
         calibration: its `calibrate` stage.
         fold: whether BatchNorms are folded before.
-        deployed: False leaves the `deploy` stage out of the schedule.
         reduce_range: see `net`.
     """
     config.nets.float = common.net(args.model, width=args.width, init_from=args.init_from)
@@ -44,8 +42,7 @@ def without_training(
         diagnose=common.diagnose("net"),
         deploy=common.deploy("net"),
     )
-    skipped = {"pretrain": bool(args.init_from), "deploy": not deployed}
-    return common.finish(config, stages, unscheduled=[name for name in skipped if skipped[name]])
+    return common.finish(config, stages, unscheduled=["pretrain"] if args.init_from else [])
 
 
 def for_table(module: Any, arguments: Mapping[str, Any]) -> ConfigDict:

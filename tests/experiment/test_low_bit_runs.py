@@ -331,8 +331,8 @@ def test_each_kind_is_a_preset_and_a_config():
         rules = KINDS[kind].get_config().nets.net.rules
         assert presets.rules(rules) == presets.rules(preset)
     assert presets.rules(qat.get_config().nets.net.rules) == presets.rules("w2a2")
-    assert "deploy" not in weight_only.get_config("rules=int4_weight_only").schedule
-    assert "deploy" in weight_only.get_config("rules=int8_weight_only:channel").schedule
+    for kind, arg in (("weight_only", "rules=int4_weight_only:8"), ("dynamic", "granularity=8")):
+        assert "deploy" in KINDS[kind].get_config(arg).schedule
 
 
 @pytest.mark.slow
@@ -343,24 +343,27 @@ def test_each_kind_is_a_preset_and_a_config():
         ("dynamic", "bits=w8a8"),
         ("weight_only", "rules=int8_weight_only"),
         ("weight_only", "rules=int4_weight_only:4"),
+        ("weight_only", "rules=nf4"),
+        ("weight_only", "rules=mxfp4"),
+        ("weight_only", "rules=nvfp4"),
     ],
 )
 def test_each_kind_runs_from_the_float_net_to_the_report(tmp_path, kind, arg):
     given = f"data=synthetic,model=mlp,width=0,train_examples=96,epochs=2,{arg}"
     config = KINDS[kind].get_config(given).unlock()
     for net in config.nets.values():
-        net.hidden, net.batch_norm = (12, 12), True
+        net.hidden, net.batch_norm = (64, 64) if "4" in arg else (12, 12), True
     config.eval_batch_size = 128
-    config.stages.get("deploy", {})["latency_rounds"] = 0
+    config.stages.deploy.latency_rounds = 0
     floats, found = experiment.run(config, tmp_path, verbose=False)["rows"]
     assert floats["weight_bits"] == 32 and found["weight_bytes"] < floats["weight_bytes"] / 2
-    assert found["weight_bits"] == (4 if "int4" in arg else 8)
-    assert found["activation_bits"] == (32 if kind == "weight_only" else 8)
-    assert found["agreement"] > (0.8 if "int4" in arg else 0.95)
-    if "deploy" in config.schedule:
-        assert found["integer"]["argmax_agreement"] == found["export"]["argmax_agreement"] == 1
+    blocks = "fp4" in arg
+    assert found["weight_bits"] == (4 if "4" in arg else 8)
+    assert found["activation_bits"] == (4 if blocks else 32 if kind == "weight_only" else 8)
+    assert found["agreement"] > (0.8 if "4" in arg else 0.95)
+    assert found["integer"]["argmax_agreement"] == found["export"]["argmax_agreement"] == 1
     operands = json.loads((tmp_path / "diagnosis.json").read_text())["diagnose"]["net"]
-    wanted = {"weight"} if kind == "weight_only" else {"weight", "input"}
+    wanted = {"weight"} if kind == "weight_only" and not blocks else {"weight", "input"}
     assert {d["operand"] for d in operands} == wanted
     assert "<h2>Quantizers</h2>" in (tmp_path / "report.html").read_text()
 
