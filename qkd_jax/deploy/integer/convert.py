@@ -76,7 +76,8 @@ def convert(
     Products whose operands both are integer codes with scales that are constant along each sum run
     on codes. The others (weights with groups, of floats or from a table; inputs in blocks or in
     float) run on what the codes stand for, in the layer's own float type, as in the trained net:
-    weights are stored as codes all the same.
+    weights are stored as codes all the same. A compiler may add such a float product in another
+    order than in the trained net: XLA does for one example on a CPU, and the last bits differ.
 
     Args:
         net: the net.

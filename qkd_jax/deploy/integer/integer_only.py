@@ -41,8 +41,9 @@ from qkd_jax.deploy.integer.program import (
     Unpack,
     unique_name,
 )
+from qkd_jax.deploy.integer.threshold_search import search_thresholds
 from qkd_jax.graph import IDENTITY, Graph, Node
-from qkd_jax.numerics import IntFormat, codes_of
+from qkd_jax.numerics import IntFormat
 from qkd_jax.quantize.traced import known_grid
 from qkd_jax.quantizers import QUANTIZERS
 
@@ -216,33 +217,11 @@ class _Rewriter:
         ends: tuple[int, int],
         offset: str,
     ) -> None:
-        """Searches, for every channel and code, the smallest sum with at least that code."""
-        ((value, multiplier, bound),) = x.terms
-        quantizer = QUANTIZERS[step.spec.quantizer]
-        sign = np.where(multiplier < 0, -1, 1).astype(np.int64)
-        shape = np.broadcast_shapes(multiplier.shape, x.bias.shape)
-        m = np.broadcast_to(multiplier, shape).astype(np.float32)
-        b = np.broadcast_to(x.bias, shape).astype(np.float32)
-        sign = np.broadcast_to(sign, shape)
-
-        def codes_at(sums: np.ndarray) -> np.ndarray:
-            # The float operations of the trained net, on every sum that can occur.
-            real = np.clip((sums * sign).astype(np.float32) * m + b, x.low, x.high)
-            hat = quantizer.fake_quant(jnp.asarray(real, jnp.float32), params, step.spec)
-            return codes_of(np.asarray(hat), np.float32(scale))
-
-        levels = np.arange(ends[0] + 1, ends[1] + 1).reshape(-1, *(1,) * len(shape))
-        # Invariant: the code is below the level at `low` and at least the level at `high`. At first
-        # these lie one beyond the sums that occur, on either side, where no code is computed.
-        low = np.full((len(levels), *shape), -bound - 1, np.int64)
-        high = np.full((len(levels), *shape), bound + 1, np.int64)
-        while np.any(high - low > 1):
-            middle = (low + high) // 2
-            reached = codes_at(middle) >= levels
-            low, high = np.where(reached, low, middle), np.where(reached, middle, high)
-        # A level that no sum reaches stays beyond the bound, one that all reach at the lowest sum.
+        """Adds the step that looks the code of a sum up among thresholds."""
+        high, sign = search_thresholds(x, params, step.spec, scale, ends)
         key = self.store(f"{step.name}/thresholds", high)
         flipped = self.store(f"{step.name}/sign", sign) if np.any(sign < 0) else None
+        value = x.terms[0][0]
         self.steps.append(Table(step.name, value, key, flipped, offset, ends[0], step.codes))
 
     def weight(self, step: Unpack) -> None:

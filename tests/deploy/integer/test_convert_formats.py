@@ -229,7 +229,7 @@ def test_files_are_as_small_as_their_rules_imply(case, tmp_path):
     assert abs(implied.bytes / (count * bits / 8) - 1) < 0.01
 
 
-FORMATS = ("mxfp4", "nvfp4", "nf4 g8", "affine int4 g8")
+FORMATS = ("mxfp4", "nvfp4", "nf4 g8", "affine int4 g8", "int3 g4, float16 scales")
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +303,20 @@ def test_damaged_bytes_of_codes_and_scales_are_noticed(case, small_files, tmp_pa
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "model.safetensors"
     assert not list(accepted(path, lambda: deploy.load(tmp_path), named=tmp_path, count=COUNT))
+
+
+@pytest.mark.parametrize("case", FORMATS)
+def test_stablehlo_gives_the_same_logits(case, small_files, tmp_path):
+    """At other batch sizes too, of a model that was read from its files.
+
+    To the last bits of logits of the order of 1: with constants inside, XLA adds in another order.
+    """
+    integer, x = deploy.load(small_files[0][case][0]), small_files[1]
+    # Codes, scales and code, and no table of all 65,536 half-precision numbers.
+    assert deploy.save_stablehlo(integer, tmp_path / "x") < 2**16
+    for images in (x[:1] * 1.5, np.concatenate([x, -x])[:7]):
+        found = deploy.load_stablehlo(tmp_path / "x")(images)
+        np.testing.assert_allclose(found, integer_apply(integer, images), rtol=0, atol=1e-6)
 
 
 def test_version_1_is_read(tmp_path):
