@@ -1,11 +1,14 @@
-"""The values of a traced graph as a file sees them: those of the input, and constants."""
+"""What the writers of files ask of a traced graph: its values, and what lies before its grids."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from qkd_jax.graph import Graph, Node, execute
+from qkd_jax.quantize.traced import Operand, TracedNet, quantizer_params
+from qkd_jax.quantizers import QUANTIZERS
 
 
 class UnsupportedError(ValueError):
@@ -77,3 +80,32 @@ class Values:
             with contextlib.suppress(KeyError):
                 yield node, left, self.fixed(other)
             value = node.outputs[0]
+
+
+def in_operand(operand: Operand, array: np.ndarray) -> np.ndarray:
+    """Brings an array of the output's rank (or a scalar) to an operand's axes."""
+    array = np.asarray(array)
+    if array.ndim == 0:
+        return array
+    index = [array.shape[out] if out is not None else 1 for out in operand.output_axes]
+    kept = [out for out in operand.output_axes if out is not None]
+    moved = array.transpose([*kept, *(i for i in range(array.ndim) if i not in kept)])
+    return moved.reshape(index)
+
+
+def pre_affine(traced: TracedNet, marker: Node) -> tuple[float, float]:
+    """Returns (gain, offset) of the affine function that a quantizer applies before its grid."""
+    spec = traced.spec(marker)
+    quantizer: Any = QUANTIZERS[spec.quantizer]
+    if not hasattr(quantizer, "pre_affine"):
+        return 1.0, 0.0
+    gain, offset = quantizer.pre_affine(quantizer_params(traced, marker), spec)
+    return float(gain), float(offset)
+
+
+def is_transformed(traced: TracedNet, marker: Node) -> bool:
+    """Whether a quantizer's codes are those of something other than what it is given."""
+    spec = traced.spec(marker)
+    if spec.rounding == "floor" and hasattr(QUANTIZERS[spec.quantizer], "pre_affine"):
+        return True  # these round the magnitude down, which below zero is up
+    return pre_affine(traced, marker) != (1.0, 0.0)

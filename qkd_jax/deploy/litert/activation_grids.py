@@ -5,16 +5,14 @@ LiteRT has int8 codes with any zero point and int16 codes with the zero point 0.
 codes behind it, which is right and one more pass over the tensor.
 """
 
-from typing import Any
-
 import numpy as np
 
+from qkd_jax.deploy.graph_values import is_transformed, pre_affine
 from qkd_jax.deploy.litert.flat_file import FileTensor, TensorGrid
 from qkd_jax.deploy.litert.lowering import Lowering
 from qkd_jax.graph import Node
 from qkd_jax.numerics import Grid
-from qkd_jax.quantize.traced import grid_of, is_dynamic, quantizer_params
-from qkd_jax.quantizers import QUANTIZERS
+from qkd_jax.quantize.traced import grid_of, is_dynamic
 
 LIMITS = {"int8": (-128, 127), "int16": (-32768, 32767)}
 
@@ -41,7 +39,7 @@ def write_quantizer(lowering: Lowering, node: Node) -> FileTensor:
     scale, zero_point = np.float32(grid.scale.reshape(())), int(grid.zero_point.reshape(()))
     grid = Grid(scale, zero_point, grid.format)
     dtype, stored, ends = storage_of(grid, f"the {operand} of {path!r}")
-    parameters = node.inputs[1:] if _is_transformed(lowering, node) else None
+    parameters = node.inputs[1:] if is_transformed(lowering.traced, node) else None
     key = x, parameters, stored.scale.item(), int(stored.zero_point), ends, dtype
     key = (*key, lowering.traced.spec(node).rounding)
     if key not in lowering.grids:
@@ -91,26 +89,12 @@ def clipped(lowering: Lowering, node: Node, codes: FileTensor, ends: tuple[int, 
     return codes
 
 
-def _is_transformed(lowering: Lowering, node: Node) -> bool:
-    spec = lowering.traced.spec(node)
-    if spec.rounding == "floor" and hasattr(QUANTIZERS[spec.quantizer], "pre_affine"):
-        return True  # these round the magnitude down, which below zero is up
-    return _pre_affine(lowering, node) != (1.0, 0.0)
-
-
-def _pre_affine(lowering: Lowering, node: Node) -> tuple[float, float]:
-    spec = lowering.traced.spec(node)
-    quantizer: Any = QUANTIZERS[spec.quantizer]
-    if not hasattr(quantizer, "pre_affine"):
-        return 1.0, 0.0
-    gain, offset = quantizer.pre_affine(quantizer_params(lowering.traced, node), spec)
-    return float(gain), float(offset)
-
-
 def _transform(lowering: Lowering, node: Node, x: FileTensor, grid: Grid) -> FileTensor:
     """Writes the affine function before a grid, of the magnitude where codes are signed."""
     add = lambda op, *inputs: lowering.add(op, list(inputs), x.shape, node)
-    gain, offset = (lowering.number(c, "quantizer_constant") for c in _pre_affine(lowering, node))
+    gain, offset = (
+        lowering.number(c, "quantizer_constant") for c in pre_affine(lowering.traced, node)
+    )
     magnitude = add("ABS", x) if grid.format.signed else x
     affine = _floored(lowering, node, add("ADD", add("MUL", magnitude, gain), offset), grid)
     if not grid.format.signed:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from qkd_jax.deploy.graph_values import in_operand
 from qkd_jax.deploy.litert.flat_file import FileTensor, TensorGrid
 from qkd_jax.deploy.litert.lowering import Lowering
 from qkd_jax.graph import Node
 from qkd_jax.numerics import IntFormat
 from qkd_jax.quantize.stored_tensor import StoredTensor, stored_tensor
-from qkd_jax.quantize.traced import Operand, TracedContraction, grid_of, scale_in_output
+from qkd_jax.quantize.traced import TracedContraction, grid_of, scale_in_output
 
 Layout = Callable[[np.ndarray], np.ndarray]
 CODES = (-128, 127)
@@ -161,14 +162,3 @@ def _multiplier(
         folded = folded.reshape((1,) * (product.rank - folded.ndim) + folded.shape)
         return folded / input_scale
     return scale_in_output(product, side, stored.scale).astype(np.float64)
-
-
-def in_operand(operand: Operand, array: np.ndarray) -> np.ndarray:
-    """Brings an array of the output's rank (or a scalar) to an operand's axes."""
-    array = np.asarray(array)
-    if array.ndim == 0:
-        return array
-    index = [array.shape[out] if out is not None else 1 for out in operand.output_axes]
-    kept = [out for out in operand.output_axes if out is not None]
-    moved = array.transpose([*kept, *(i for i in range(array.ndim) if i not in kept)])
-    return moved.reshape(index)

@@ -13,6 +13,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from qkd_jax.deploy.graph_values import in_operand
 from qkd_jax.deploy.onnx.context import DynamicRange, Export
 from qkd_jax.deploy.onnx.stored_weight import (
     laid_out,
@@ -185,12 +186,12 @@ def constant_operand(export: Export, product: TracedContraction, side: int) -> C
     negative = np.sign(multiplier) < 0
     if negative.any() and not late:
         # A negative multiplier goes into the codes, as long as -code is a code.
-        in_operand = np.broadcast_to(_to_operand(negative, operand), codes.shape)
+        flipped = np.broadcast_to(in_operand(operand, negative), codes.shape)
         lowest = jnp.iinfo(storage).min
-        if zero_point.any() or not format.signed or (codes[in_operand] == lowest).any():
+        if zero_point.any() or not format.signed or (codes[flipped] == lowest).any():
             flip = np.where(negative, -1.0, 1.0).astype(np.float32)
         else:
-            codes = np.where(in_operand, -codes, codes)
+            codes = np.where(flipped, -codes, codes)
         multiplier = np.abs(multiplier)
     stored_zero_point = None
     if zero_point.any():
@@ -247,13 +248,3 @@ def _scales_late(export: Export, other: Operand, storage: np.dtype, zero_point: 
     if storage != np.int8 or zero_point.any():
         return True
     return export.static_codes(export.tensors[other.value].name) is None
-
-
-def _to_operand(array: np.ndarray, operand: Operand) -> np.ndarray:
-    """Brings an array of the output's rank (or a scalar) to an operand's axes."""
-    if array.ndim == 0:
-        return array
-    index = [array.shape[out] if out is not None else 1 for out in operand.output_axes]
-    kept = [out for out in operand.output_axes if out is not None]
-    moved = array.transpose([*kept, *(i for i in range(array.ndim) if i not in kept)])
-    return moved.reshape(index)

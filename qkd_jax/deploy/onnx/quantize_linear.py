@@ -13,10 +13,10 @@ range for the whole tensor, unsigned and affine, and divides.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
+from qkd_jax.deploy.graph_values import is_transformed, pre_affine
 from qkd_jax.deploy.onnx.context import Dequantized, DynamicRange, Export
 from qkd_jax.deploy.onnx.quantize_float import (
     float_format,
@@ -28,8 +28,8 @@ from qkd_jax.deploy.onnx.writer import Tensor, Writer
 from qkd_jax.graph import Node
 from qkd_jax.numerics import MIN_SCALE, Grid
 from qkd_jax.quantize.dynamic_grids import dynamic_grid
-from qkd_jax.quantize.traced import grid_of, is_dynamic, quantizer_params
-from qkd_jax.quantizers import QUANTIZERS, facts
+from qkd_jax.quantize.traced import grid_of, is_dynamic
+from qkd_jax.quantizers import facts
 
 # Operations that grids are moved across before neighbours are compared.
 MOVED = frozenset("MaxPool Reshape Transpose Squeeze Unsqueeze Slice Gather".split())
@@ -59,7 +59,7 @@ def write_quantizer(export: Export, node: Node) -> Tensor:
     if any(not np.isfinite(a) for a in (grid.scale, grid.zero_point)):
         raise ValueError(f"the step of {path!r} is not finite: {grid.scale}.")
     grid = Grid(np.float32(grid.scale), int(grid.zero_point), grid.format)
-    known, transformed = export.dequantized.get(x.name), _transformed(export, node)
+    known, transformed = export.dequantized.get(x.name), is_transformed(export.traced, node)
     if known is not None and known.grid == grid and not transformed:
         return x  # on this very grid already: its codes would come out as they are
     parameters = node.inputs[1:] if transformed else None
@@ -125,27 +125,12 @@ def _write_dynamic(export: Export, node: Node) -> Tensor:
     return dataclasses.replace(x, name=real)
 
 
-def _transformed(export: Export, node: Node) -> bool:
-    spec = export.traced.spec(node)
-    if spec.rounding == "floor" and hasattr(QUANTIZERS[spec.quantizer], "pre_affine"):
-        return True  # these round the magnitude down, which below zero is up
-    return _pre_affine(export, node) != (1.0, 0.0)
-
-
-def _pre_affine(export: Export, node: Node) -> tuple[float, float]:
-    spec = export.traced.spec(node)
-    quantizer: Any = QUANTIZERS[spec.quantizer]
-    if not hasattr(quantizer, "pre_affine"):
-        return 1.0, 0.0
-    gain, offset = quantizer.pre_affine(quantizer_params(export.traced, node), spec)
-    return float(gain), float(offset)
-
-
 def _transform(export: Export, node: Node, name: str, grid: Grid) -> str:
     """Writes the affine function before a grid, with the Clip of a signed one."""
     writer = export.writer
     constants = [
-        writer.constant(np.float32(c), "quantizer_constant") for c in _pre_affine(export, node)
+        writer.constant(np.float32(c), "quantizer_constant")
+        for c in pre_affine(export.traced, node)
     ]
     magnitude = export.add("Abs", [name], node) if grid.format.signed else name
     affine = export.add("Mul", [magnitude, constants[0]], node)
@@ -180,7 +165,7 @@ def _reads_grid(writer: Writer, name: str) -> bool:
 def _write_grid(export: Export, node: Node, name: str, grid: Grid) -> str:
     """Writes a static grid; returns the name of the dequantized form."""
     writer, (scale, zero_point, format) = export.writer, grid
-    clipped = format.signed and _transformed(export, node)
+    clipped = format.signed and is_transformed(export.traced, node)
     storage, stored_zero_point = np.dtype(format.storage), zero_point
     if export.activations == "uint8" and storage == np.int8:
         storage, stored_zero_point = np.dtype(np.uint8), zero_point + 128
