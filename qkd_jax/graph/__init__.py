@@ -28,7 +28,7 @@ from qkd_jax.graph.families import (
     scale_in_output,
 )
 from qkd_jax.graph.segments import Segments
-from qkd_jax.graph.tracing import bodies, trace
+from qkd_jax.graph.tracing import bodies, shape_of, trace
 
 __all__ = [
     "CONTRACTIONS",
@@ -46,5 +46,6 @@ __all__ = [
     "marker_name",
     "output_axes",
     "scale_in_output",
+    "shape_of",
     "trace",
 ]

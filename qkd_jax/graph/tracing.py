@@ -15,6 +15,12 @@ from qkd_jax.graph.families import MARKERS
 from qkd_jax.trees import path_name
 
 
+def shape_of(array: Any) -> jax.ShapeDtypeStruct:
+    """Returns the shape and type of an array as JAX holds it: NumPy's int64 tokens are int32."""
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(np.shape(array), dtype)
+
+
 def trace(
     fn: Callable[..., Any],
     variables: Any,
@@ -41,7 +47,7 @@ def trace(
         ValueError: with `any_batch`, for arguments without a common first axis, and for a model
             whose numbers or Python depend on the batch size, or that cuts or joins its batch.
     """
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), (variables, args))
+    abstract = jax.tree.map(shape_of, (variables, args))
 
     def jaxpr(batch: int | None) -> tuple[Any, Any]:
         shapes = abstract[1]

@@ -110,7 +110,7 @@ def find_grid_sites(model: nn.Module, images: Any, **kwargs: Any) -> GridSites:
     kwargs = own_arguments(kwargs)  # what is mutable is decided below
     arguments = call_arguments(model, method, images, kwargs)
     arrays, joined = split_arrays((arguments, kwargs, rngs))
-    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+    shapes = list(map(graphs.shape_of, arrays))
     net = quantize(model)
     frame = Frame(net.spec_of)
 

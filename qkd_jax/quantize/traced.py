@@ -171,7 +171,7 @@ def trace_net(
     try:
         traced = graphs.trace(forward, variables, arrays, carried, any_batch=any_batch)
     except Exception as error:
-        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+        shapes = list(map(graphs.shape_of, arrays))
         with explaining_failures(images):
             jax.eval_shape(forward, variables, shapes, carried)
         batches = {a.shape[:1] for a in shapes}
