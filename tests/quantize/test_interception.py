@@ -498,7 +498,8 @@ def test_bfloat16_runs_and_stays_bfloat16():
         (lambda: Rule(".*", weight=4), "must be a Spec"),
         (lambda: Rule(".*", weight=Spec(4, granularity="token", dynamic=True)), "is for inputs"),
         (lambda: Rule(".*", input=Spec(4, granularity=32)), "per tensor"),
-        (lambda: Rule(".*", weight=Spec(4, options={"x": 1})), "it has none"),
+        (lambda: Rule(".*", weight=Spec(4, options={"x": 1})), "allowed: scale_format"),
+        (lambda: Rule(".*", weight=Spec(4, quantizer="tqt", options={"x": 1})), "it has none"),
         (lambda: Rule(".*", input=Spec(4, granularity="channel")), "per tensor"),
     ],
 )

@@ -57,7 +57,7 @@ def test_folded_net_is_refused():
     modules, variables = tiny_nets.mlps()
     plan = plan_step(modules, {"a": {"ce": {}}}, {"a": {"lr": 0.1}}, horizon=9)
     folded = {**variables["a"], "quant": {"block": {"bn": {"folded": {"identity": np.ones(())}}}}}
-    with pytest.raises(ValueError, match="folded BatchNorm at 'block/bn'"):
+    with pytest.raises(ValueError, match="folded BatchNorm or a rotation at 'block/bn'"):
         state.start_state(plan, {"a": folded})
 
 
